@@ -1,0 +1,313 @@
+"""The run configuration: typed fields, YAML, dotted overrides, and the checks that refuse what cannot work.
+
+`load(path, overrides)` is the way in. Every refusal is an InputError that names the field, its value and the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields as dataclass_fields
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megaconsa.consa.allocation import Granularity, Scope, check_sparsity
+from megaconsa.errors import InputError
+from megaconsa.model.config import PRESETS, ModelConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    dir: Path
+    """Run folder: config, metrics, checkpoints and what tools add."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the initial weights, the data order and the gates' samples."""
+
+
+class ModelSection(Section):
+    preset: str = "tiny"
+    """A name in megaconsa.model.config.PRESETS; the fields below override single values of it."""
+    init_from: Path | None = None
+    """A run folder or a checkpoint whose weights training starts from; null draws fresh ones."""
+    vocab_size: int | None = Field(None, ge=2)
+    hidden_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1)
+    num_hidden_layers: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=2)
+    tie_word_embeddings: bool | None = None
+    rope_theta: float | None = Field(None, gt=0)
+    rms_norm_eps: float | None = Field(None, gt=0)
+    initializer_range: float | None = Field(None, gt=0)
+    max_position_embeddings: int | None = Field(None, ge=1)
+
+
+class AttentionSection(Section):
+    window: int
+    """Keys that a sliding-window head sees, itself included."""
+    backend: Literal["auto", "reference", "sdpa", "triton", "flash"] = "auto"
+    separate_documents: bool = True
+    """Documents packed in one sequence do not see each other."""
+
+
+class AllocationSection(Section):
+    source: Literal["learn", "file", "rule"]
+    """learn: stage 1, gates are trained; file: a finished allocation.json; rule: one of the rules below."""
+    sparsity: float = Field(0.5, ge=0, le=1)
+    """Fraction of units that use the sliding window."""
+    granularity: Granularity = "kv_head"
+    scope: Scope = "per_layer"
+    file: Path | None = None
+    rule: Literal["dense", "all-swa", "interleaved", "head-share", "bottom-swa"] = "dense"
+    ratio: int = Field(3, ge=1)
+    """Sliding-window layers for each full one in the interleaved rule."""
+
+
+class GatesSection(Section):
+    learning_rate: float = Field(0.1, gt=0)
+    """Adam's learning rate for log_alpha."""
+    initial: float = 2.5
+    """First value of every log_alpha; 2.5 starts at 98 % open."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the target rises from 0 to allocation.sparsity."""
+    controller: Literal["damped", "paper"] = "damped"
+    """damped: plain ascent on lambda, constant phi; paper: Adam's ascent on both multipliers."""
+
+
+class ParallelSection(Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    sequence: bool = True
+    """Sequence parallelism of the norms where tensor > 1."""
+
+
+class TrainingSection(Section):
+    steps: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    """Sequences per forward pass and data rank."""
+    global_batch: int = Field(ge=1)
+    """Sequences per optimizer step."""
+    sequence_length: int = Field(ge=2)
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Where the schedule ends."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: warm-up, then cosine to the end; wsd: warm-up, constant, then linear over decay_steps."""
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    reset_optimizer: bool = False
+    """With model.init_from: take the weights only, not the optimizer's moments."""
+
+
+class DataSection(Section):
+    path: Path
+    """A folder made by prepare-data."""
+    workers: int = Field(0, ge=0)
+    """Processes that read ahead."""
+
+
+class ValidationSection(Section):
+    every: int = Field(0, ge=0)
+    """Steps between two evaluations on held-out data; 0 evaluates only at the end."""
+    sequences: int = Field(64, ge=1)
+    """Held-out sequences, always the same ones."""
+
+
+class CheckpointSection(Section):
+    every: int = Field(0, ge=0)
+    """Steps between two checkpoints; 0 saves only at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class LoggingSection(Section):
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Project name at Weights & Biases; null does not log there."""
+
+
+class Config(Section):
+    run: RunSection
+    model: ModelSection = ModelSection()
+    attention: AttentionSection
+    allocation: AllocationSection
+    gates: GatesSection = GatesSection()
+    parallel: ParallelSection = ParallelSection()
+    training: TrainingSection
+    data: DataSection
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def learning(self) -> bool:
+        """Whether this run learns its allocation (stage 1)."""
+        return self.allocation.source == "learn"
+
+    def shape(self) -> ModelConfig:
+        """The preset with the section's overrides applied."""
+        overrides = {field.name: getattr(self.model, field.name) for field in dataclass_fields(ModelConfig)}
+        return replace(PRESETS[self.model.preset], **{name: value for name, value in overrides.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to a run's config.yaml."""
+        return self.model_dump(mode="json")
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"configuration {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"configuration {path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"configuration {path} is not a mapping of sections")
+    for override in overrides or []:
+        _apply(data, override)
+    return build(data)
+
+
+def build(data: dict[str, Any]) -> Config:
+    """Checks plain values and returns the typed configuration."""
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_describe(error)) from None
+    check(config)
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configurations differ, as `field: old -> new`."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def check(config: Config) -> None:
+    """Everything that can be known to fail without touching data, files or devices."""
+    if config.model.preset not in PRESETS:
+        raise InputError(f"model.preset={config.model.preset} is unknown; choose one of {', '.join(PRESETS)}")
+    shape, training = config.shape(), config.training
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % kv_heads:
+        raise InputError(f"model.num_attention_heads={heads} must be a multiple of model.num_key_value_heads={kv_heads}")
+    if shape.head_dim % 2:
+        raise InputError(f"model.head_dim={shape.head_dim} must be even: rotary embeddings turn pairs")
+    if not 1 <= config.attention.window <= training.sequence_length:
+        raise InputError(
+            f"attention.window={config.attention.window} must lie between 1 and training.sequence_length={training.sequence_length}"
+        )
+    if training.sequence_length > shape.max_position_embeddings:
+        raise InputError(
+            f"training.sequence_length={training.sequence_length} exceeds model.max_position_embeddings={shape.max_position_embeddings}"
+        )
+    _check_parallel(config.parallel, shape)
+    if training.global_batch % training.micro_batch:
+        raise InputError(
+            f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch}"
+        )
+    if training.warmup_steps + training.decay_steps > training.steps:
+        raise InputError(
+            f"training.warmup_steps={training.warmup_steps} and training.decay_steps={training.decay_steps} "
+            f"do not fit into training.steps={training.steps}"
+        )
+    if training.schedule == "wsd" and training.decay_steps == 0:
+        raise InputError("training.schedule=wsd needs training.decay_steps of at least 1")
+    if training.schedule == "cosine" and training.decay_steps:
+        raise InputError(
+            f"training.decay_steps={training.decay_steps} belongs to training.schedule=wsd; "
+            "the cosine falls from the end of the warm-up to the last step"
+        )
+    if training.min_learning_rate > training.learning_rate:
+        raise InputError(
+            f"training.min_learning_rate={training.min_learning_rate:g} exceeds training.learning_rate={training.learning_rate:g}"
+        )
+    if not all(0 <= beta < 1 for beta in training.betas):
+        raise InputError(f"training.betas={list(training.betas)} must lie in [0, 1)")
+    _check_allocation(config, shape)
+
+
+def _check_parallel(parallel: ParallelSection, shape: ModelConfig) -> None:
+    if parallel.tensor > shape.num_key_value_heads:
+        raise InputError(
+            f"parallel.tensor={parallel.tensor} exceeds the model's {shape.num_key_value_heads} KV heads, which are not split further; "
+            f"use {shape.num_key_value_heads} or less"
+        )
+    for name in ("tensor", "pipeline"):
+        if getattr(parallel, name) > 1:
+            raise InputError(f"parallel.{name}={getattr(parallel, name)} is not available in this version; use 1")
+
+
+def _check_allocation(config: Config, shape: ModelConfig) -> None:
+    allocation = config.allocation
+    if config.learning:
+        check_sparsity(
+            allocation.sparsity, shape.num_hidden_layers, shape.num_key_value_heads, allocation.granularity, allocation.scope
+        )
+        if config.gates.warmup_steps >= config.training.steps:
+            raise InputError(
+                f"gates.warmup_steps={config.gates.warmup_steps} must be less than training.steps={config.training.steps}: "
+                "the target would not be reached"
+            )
+    if allocation.source == "file" and allocation.file is None:
+        raise InputError("allocation.source=file needs allocation.file; make one with finalize-masks or rule-masks")
+    if allocation.source != "file" and allocation.file is not None:
+        raise InputError(f"allocation.file={allocation.file} is given, but allocation.source is {allocation.source}; set it to file")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.split(".")
+    if not separator or len(keys) != 2 or not all(keys):
+        raise InputError(f"override {override!r} is not of the form section.field=value")
+    section = data.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise InputError(f"section {keys[0]} of the configuration is not a mapping")
+    try:
+        section[keys[1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """The first fault pydantic found, as one sentence; for an unknown field with the nearest known name."""
+    fault = error.errors()[0]
+    place = [str(part) for part in fault["loc"]]
+    name = ".".join(place)
+    if fault["type"] == "extra_forbidden":
+        section = Config if len(place) == 1 else Config.model_fields[place[0]].annotation
+        known = list(section.model_fields)  # type: ignore[union-attr]
+        near = difflib.get_close_matches(place[-1], known, 1, 0.6)
+        where = ".".join(place[:-1])
+        hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known are {', '.join(known)}"
+        return f"unknown field {name}{f' in section {where}' if where else ''}; {hint}"
+    if fault["type"] == "missing":
+        return f"field {name} is missing; give it in the file or as {name}=VALUE"
+    return f"{name}={fault['input']!r} is refused: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
