@@ -1,0 +1,9 @@
+"""Hybrid attention: full, sliding-window and gated KV heads behind one entry point, `hybrid_attention`.
+
+Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publishes a package of that name. Imports torch and
+triton only. `reference` is the slow truth; every other backend is tested against it.
+"""
+
+from megaconsa.kernels.attention import hybrid_attention
+
+__all__ = ["hybrid_attention"]

@@ -59,6 +59,10 @@ class Allocation:
         """Window of each KV head of `layer`, as `megaconsa.kernels.hybrid_attention` takes it."""
         return tuple(FULL_WINDOW if full else self.window for full in self.full[layer])
 
+    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
+        """Windows and gates of `layer`: the same for every sequence, and no gates. What a layer asks, as of a GateBank."""
+        return self.windows(layer), None
+
     def full_heads_first(self, layer: int) -> tuple[int, ...]:
         """Original indices of the KV heads of `layer`, full-attention heads first, otherwise in order."""
         row = self.full[layer]

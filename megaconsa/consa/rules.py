@@ -36,6 +36,25 @@ def bottom_swa(num_layers: int, num_kv_heads: int, window: int, sparsity: float)
     return _layers([layer >= windowed for layer in range(num_layers)], num_kv_heads, window, "bottom-swa")
 
 
+RULES = ("dense", "all-swa", "interleaved", "head-share", "bottom-swa")
+
+
+def build(rule: str, num_layers: int, num_kv_heads: int, window: int, sparsity: float, ratio: int) -> Allocation:
+    """The allocation of a rule by its name; sparsity serves head-share and bottom-swa, ratio interleaved."""
+    match rule:
+        case "dense":
+            return dense(num_layers, num_kv_heads, window)
+        case "all-swa":
+            return all_swa(num_layers, num_kv_heads, window)
+        case "interleaved":
+            return interleaved(num_layers, num_kv_heads, window, ratio)
+        case "head-share":
+            return head_share(num_layers, num_kv_heads, window, sparsity)
+        case "bottom-swa":
+            return bottom_swa(num_layers, num_kv_heads, window, sparsity)
+    raise InputError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
+
+
 def _layers(full: list[bool], num_kv_heads: int, window: int, rule: str) -> Allocation:
     scope: Scope = "global"
     sparsity = 1 - sum(full) / len(full)

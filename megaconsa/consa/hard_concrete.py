@@ -1,0 +1,31 @@
+"""The hard concrete distribution (Louizos et al. 2018, arXiv 1712.01312): a stretched, clamped relaxation of a coin.
+
+u ~ U(0, 1);  s = sigmoid((log u - log(1 - u) + log_alpha) / beta);  z = clamp(s (zeta - gamma) + gamma, 0, 1)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BETA = 2 / 3
+GAMMA = -0.1
+ZETA = 1.1
+
+
+def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """Draws z in [0, 1] from uniform numbers in (0, 1), elementwise; differentiable in log_alpha."""
+    stretched = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA) * (ZETA - GAMMA) + GAMMA
+    return stretched.clamp(0, 1)
+
+
+def probability_nonzero(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def probability_one(log_alpha: Tensor) -> Tensor:
+    """P(z = 1) = sigmoid(log_alpha - beta log((1 - gamma) / (zeta - 1)))."""
+    return torch.sigmoid(log_alpha - BETA * math.log((1 - GAMMA) / (ZETA - 1)))

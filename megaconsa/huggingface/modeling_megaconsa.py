@@ -1,0 +1,240 @@
+"""Qwen3 in which some KV heads of a layer see everything before them and the others only a sliding window.
+
+This file ships with every head-wise export of megaconsa and needs only torch and transformers (4.57 or later, 5.x).
+
+The KV heads of a layer are stored with the full-attention ones first; `config.num_full_kv_heads[layer]` says how many they
+are. Each kind, with its query heads, is a *head group*: a layer calls attention once per group, and each group has a cache
+layer of its own, so that sliding heads keep only the window - 1 tokens that the next query can still see. All else, the
+parameter names included, is transformers' Qwen3.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+
+
+class MegaconsaConfig(Qwen3Config):
+    """Qwen3's fields and two more.
+
+    num_full_kv_heads: per layer, how many KV heads have full attention. The model stores them first; the other heads see
+        `sliding_window` keys, the query's own included. Left out, every head has full attention.
+    full_attention: (num_hidden_layers, num_key_value_heads) booleans in the head order that the model was trained with. For
+        people and tools; the model does not read it.
+
+    `layer_types` is always `full_attention`: the kind is a matter of the head here, not of the layer.
+    """
+
+    model_type = "megaconsa"
+    # Qwen3's plan cuts heads evenly over ranks, which would give a rank the wrong mixture of full and sliding ones.
+    base_model_tp_plan = None
+
+    def __init__(
+        self,
+        num_full_kv_heads: list[int] | None = None,
+        full_attention: list[list[bool]] | None = None,
+        use_sliding_window: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(use_sliding_window=use_sliding_window, **kwargs)
+        layers, heads = self.num_hidden_layers, self.num_key_value_heads
+        if num_full_kv_heads is None:
+            num_full_kv_heads = [heads] * layers
+        if len(num_full_kv_heads) != layers or not all(0 <= full <= heads for full in num_full_kv_heads):
+            raise ValueError(f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} for each of {layers} layers")
+        # transformers' sliding cache layer keeps all tokens, instead of none, for a window of 1.
+        if min(num_full_kv_heads) < heads and (self.sliding_window is None or self.sliding_window < 2):
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 2, as some heads use it")
+        self.num_full_kv_heads = num_full_kv_heads
+        self.full_attention = full_attention
+        self.layer_types = [FULL] * layers
+
+
+class HeadGroup(NamedTuple):
+    """The heads of one kind in one layer. There is no empty group: a layer of one kind has one group."""
+
+    kind: str
+    kv_heads: slice
+    query_heads: slice
+    cache_index: int
+    """Which layer of the cache holds the group's keys and values."""
+
+
+def head_groups(config: MegaconsaConfig) -> list[list[HeadGroup]]:
+    """The groups of each layer, full attention first; cache indices count them through the whole model."""
+    heads = config.num_key_value_heads
+    queries_per_head = config.num_attention_heads // heads
+    cache_index = count()
+    return [
+        [
+            HeadGroup(kind, slice(start, stop), slice(start * queries_per_head, stop * queries_per_head), next(cache_index))
+            for kind, start, stop in ((FULL, 0, full), (SLIDING, full, heads))
+            if start < stop
+        ]
+        for full in config.num_full_kv_heads
+    ]
+
+
+def split_cache(cache: DynamicCache | None, config: MegaconsaConfig) -> DynamicCache:
+    """Lays out an empty cache (or a new one, for None) with a cache layer per head group, in place.
+
+    A cache that has this layout already is returned as it is, filled or not. Raises ValueError for any other.
+    """
+    if cache is None:
+        cache = DynamicCache()
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise ValueError(
+            f"{type(cache).__name__} is not supported, nor is offloading: sliding and full heads of a layer are cached apart, "
+            "which needs a plain DynamicCache; leave cache_implementation out of the call"
+        )
+    kinds = [group.kind for layer in head_groups(config) for group in layer]
+    layout = [DynamicLayer if kind == FULL else DynamicSlidingWindowLayer for kind in kinds]
+    if [type(layer) for layer in cache.layers] == layout:
+        return cache
+    if cache.get_seq_length() > 0:
+        raise ValueError("past_key_values was filled by another model; pass an empty DynamicCache or one that this model returned")
+    cache.layers = [DynamicLayer() if kind == FULL else DynamicSlidingWindowLayer(config.sliding_window) for kind in kinds]
+    cache.layer_class_to_replicate = None  # the layout is complete: nothing is to be added when layers are first used
+    return cache
+
+
+class MegaconsaAttention(Qwen3Attention):
+    """Qwen3's attention, with one call of the attention function per head group."""
+
+    def __init__(self, config: MegaconsaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.groups = head_groups(config)[layer_idx]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: dict[str, Tensor | None],
+        past_key_values: DynamicCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (batch, length, hidden); attention_mask: the mask of each kind. Returns the same shape as hidden_states."""
+        batch, length = hidden_states.shape[:2]
+        by_head = (batch, length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, query heads, length, head_dim)
+        key = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, KV heads, length, head_dim)
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+
+        implementation = self.config._attn_implementation
+        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        outputs = []
+        for group in self.groups:
+            group_key, group_value = key[:, group.kv_heads], value[:, group.kv_heads]
+            if past_key_values is not None:
+                group_key, group_value = past_key_values.update(group_key, group_value, group.cache_index)
+            output, _ = attend(
+                self,
+                query[:, group.query_heads],
+                group_key,
+                group_value,
+                attention_mask[group.kind],
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.config.sliding_window if group.kind == SLIDING else None,
+                **kwargs,
+            )
+            outputs.append(output)  # (batch, length, the group's query heads, head_dim)
+        return self.o_proj(torch.cat(outputs, dim=2).reshape(batch, length, -1)), None
+
+
+class MegaconsaPreTrainedModel(Qwen3PreTrainedModel):
+    """What of Qwen3's abilities does not hold with two attention calls in a layer, so that transformers refuses it."""
+
+    config_class = MegaconsaConfig
+    _supports_attention_backend = False  # serving engines keep one cache per layer
+    _supports_flex_attn = False
+    _can_compile_fullgraph = False
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer}  # noqa: RUF012 (transformers declares it so)
+
+
+class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
+    def __init__(self, config: MegaconsaConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = MegaconsaAttention(config, index)
+        self.kinds = {group.kind for layer in head_groups(config) for group in layer}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Qwen3Model.forward; attention_mask is the padding mask, (batch, past + length), or None."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("attention_mask must be a (batch, length) padding mask: a mask over keys would undo the sliding window")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is not supported: full and sliding heads attend to different numbers of keys")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.training and self.gradient_checkpointing:
+            use_cache, past_key_values = False, None
+        elif use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache or past_key_values is not None:
+            past_key_values = split_cache(past_key_values, self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = positions[None]
+
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "input_embeds": inputs_embeds,  # the name in 4.57
+            "attention_mask": attention_mask,
+            "cache_position": positions,  # in 4.57 only
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = {}
+        for kind in self.kinds:
+            build = MASK_BUILDERS[kind]
+            accepted = inspect.signature(build).parameters
+            masks[kind] = build(**{name: argument for name, argument in arguments.items() if name in accepted})
+        # Qwen3Model hands each layer the mask of its layer type. All have the same type here, so each gets both masks.
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask={FULL: masks},
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class MegaconsaForCausalLM(MegaconsaPreTrainedModel, Qwen3ForCausalLM):
+    def __init__(self, config: MegaconsaConfig) -> None:
+        super().__init__(config)
+        self.model = MegaconsaModel(config)
+        self.post_init()
