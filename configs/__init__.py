@@ -1,0 +1,1 @@
+"""Commented configurations: the quickstart, one GPU, and the paper's settings."""

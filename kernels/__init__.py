@@ -4,6 +4,6 @@ Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publ
 triton only. `reference` is the slow truth; every other backend is tested against it.
 """
 
-from megaconsa.kernels.attention import hybrid_attention
+from megaconsa.kernels.attention import choose_backend, hybrid_attention
 
-__all__ = ["hybrid_attention"]
+__all__ = ["choose_backend", "hybrid_attention"]

@@ -275,7 +275,9 @@ def _check_allocation(config: Config, shape: ModelConfig) -> None:
     if allocation.source == "file" and allocation.file is None:
         raise InputError("allocation.source=file needs allocation.file; make one with finalize-masks or rule-masks")
     if allocation.source != "file" and allocation.file is not None:
-        raise InputError(f"allocation.file={allocation.file} is given, but allocation.source is {allocation.source}; set it to file")
+        raise InputError(
+            f"allocation.file={allocation.file} is given, but allocation.source is {allocation.source}; set it to file"
+        )
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megaconsa.errors import InputError
 
@@ -72,7 +80,9 @@ class _PlainTask:
         self.printed = time.monotonic()
         of = f"/{self.total:g}" if self.total is not None else ""
         note = f"  {self.note}" if self.note else ""
-        console.print(f"{self.description}: {self.done:g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False)
+        console.print(
+            f"{self.description}: {self.done:g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False
+        )
 
 
 def guarded(function: Callable[[], Any]) -> None:

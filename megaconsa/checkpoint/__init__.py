@@ -1,0 +1,1 @@
+"""Checkpoints: folders of safetensors and JSON under canonical names, unsharded and in the model's original head order."""

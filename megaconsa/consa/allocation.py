@@ -86,7 +86,9 @@ class Allocation:
     def from_json(cls, data: Any, source: str = "allocation") -> Allocation:
         """Checks and builds the table; raises InputError naming `source` where the data does not hold together."""
         if not isinstance(data, dict) or data.get("version") != FORMAT_VERSION:
-            raise InputError(f"{source} is not an allocation of version {FORMAT_VERSION}; make one with finalize-masks or rule-masks")
+            raise InputError(
+                f"{source} is not an allocation of version {FORMAT_VERSION}; make one with finalize-masks or rule-masks"
+            )
         missing = {"window", "full", "num_layers", "num_kv_heads", "granularity", "scope", "target_sparsity"} - data.keys()
         if missing:
             raise InputError(f"{source} lacks {', '.join(sorted(missing))}; make it again with finalize-masks or rule-masks")
@@ -153,7 +155,10 @@ def check_sparsity(sparsity: float, num_layers: int, num_kv_heads: int, granular
     if abs(windowed - sparsity * units) > 1e-6 * units or not 0 <= windowed <= units:
         near = sorted({max(0, min(units, windowed + step)) for step in (-2, -1, 0, 1, 2)})
         possible = ", ".join(f"{count / units:.6g}" for count in (range(units + 1) if units <= 16 else near))
-        where = {"per_layer": f"the {units} KV heads of a layer", "global": f"{units} {'layers' if granularity == 'layer' else 'KV heads'}"}
+        where = {
+            "per_layer": f"the {units} KV heads of a layer",
+            "global": f"{units} {'layers' if granularity == 'layer' else 'KV heads'}",
+        }
         raise InputError(
             f"allocation.sparsity={sparsity:g} cannot be met by {where[scope]}; "
             f"{'possible are' if units <= 16 else f'multiples of 1/{units} are possible, near it'} {possible}"

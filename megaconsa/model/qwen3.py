@@ -26,7 +26,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, heads: HeadSelector, backend: str = "auto", separate: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, heads: HeadSelector, backend: str = "auto", separate: bool = True
+    ) -> None:
         super().__init__()
         self.separate = separate
         self.self_attn = Attention(config, layer, heads, backend)
@@ -46,9 +48,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, heads: HeadSelector, backend: str, separate: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, layer, heads, backend, separate) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Block(config, layer, heads, backend, separate) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

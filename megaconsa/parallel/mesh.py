@@ -64,6 +64,12 @@ def initialize(tensor: int = 1, pipeline: int = 1) -> Mesh:
     return Mesh(rank, world_size, device, topology, topology.get_coord(rank).data, data_ranks)
 
 
+def shut_down() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _complete_environment() -> int:
     """Fills in what torch.distributed reads and a lone process or srun does not set; returns the local rank."""
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}

@@ -1,0 +1,66 @@
+"""The command `megaconsa`: training, and the tools of tools/ under their names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaconsa.console import guarded
+from megaconsa.tools import (
+    export_hf,
+    finalize_masks,
+    plan,
+    prepare_data,
+    quickstart,
+    report,
+    rule_masks,
+    verify_data,
+)
+
+app = typer.Typer(
+    name="megaconsa",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pretrain Qwen3-like models that learn which KV heads keep full attention (ConSA).",
+)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration; configs/ has commented ones.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value, as many as needed.")] = None,
+) -> None:
+    """Learn masks or train on a finished allocation; the same command resumes.
+
+    Examples:
+
+        megaconsa train configs/tiny_gpu.yaml
+
+        megaconsa train configs/qwen3_0p6b_learn.yaml run.dir=runs/a allocation.sparsity=0.75
+
+        torchrun --nproc_per_node 8 -m megaconsa.train configs/qwen3_0p6b_learn.yaml
+    """
+    from megaconsa.train import train as run
+
+    sys.exit(run(config, overrides or []))
+
+
+for name, tool in {
+    "prepare-data": prepare_data,
+    "verify-data": verify_data,
+    "finalize-masks": finalize_masks,
+    "rule-masks": rule_masks,
+    "export-hf": export_hf,
+    "plan": plan,
+    "report": report,
+    "quickstart": quickstart,
+}.items():
+    app.command(name)(tool.main)
+
+
+def main() -> None:
+    guarded(app)

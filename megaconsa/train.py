@@ -1,0 +1,52 @@
+"""One rank's entry: `python -m megaconsa.train CONFIG [section.field=value ...]`, alone or under torchrun, deepspeed or srun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megaconsa import config as configuration
+from megaconsa.console import console, guarded
+
+STOPPED = 75
+"""Exit code of a run that a signal asked to stop and that saved first (EX_TEMPFAIL: run the same command again)."""
+
+
+def train(config_path: Path, overrides: list[str]) -> int:
+    """Runs or resumes a training run; returns the exit code. Raises InputError for what is refused."""
+    config = configuration.load(config_path, overrides)
+    _log_to_console()
+    # Imported after the configuration is known to be good: torch and DeepSpeed take seconds.
+    from megaconsa.parallel import mesh as parallel
+    from megaconsa.training.setup import build_trainer, check_inputs
+
+    inputs = check_inputs(config)
+    if inputs.resume is not None and inputs.resume.step == config.training.steps:
+        console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}")
+        return 0
+    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline)
+    try:
+        trainer = build_trainer(inputs, mesh)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: trainer.request_stop())
+        finished = trainer.run()
+    finally:
+        parallel.shut_down()
+    if mesh.is_main:
+        state = "finished" if finished else "stopped, the same command resumes it"
+        console.print(f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens")
+    return 0 if finished else STOPPED
+
+
+def _log_to_console() -> None:
+    """INFO of megaconsa on the main rank, warnings elsewhere; libraries only speak up when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.getLogger("megaconsa").setLevel(logging.INFO if main else logging.WARNING)
+
+
+if __name__ == "__main__":
+    guarded(lambda: sys.exit(train(Path(sys.argv[1]), sys.argv[2:])))

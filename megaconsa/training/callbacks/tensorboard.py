@@ -1,0 +1,39 @@
+"""TensorBoard: every number of a step's row as a scalar, the gates as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megaconsa.consa import hard_concrete
+from megaconsa.training.callbacks.base import Callback, Row
+from megaconsa.training.trainer import Trainer
+
+PICTURE_EVERY = 50
+"""Steps between two pictures of the gates."""
+
+
+class TensorBoard(Callback):
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "tensorboard"
+        self.writer: SummaryWriter | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        # purge_step hides what an interrupted run wrote past the checkpoint it resumes from.
+        self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        assert self.writer is not None
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+        if trainer.gates and row["step"] % PICTURE_EVERY == 0:
+            table = hard_concrete.probability_nonzero(trainer.gates.log_alpha.detach()).cpu()
+            # Layer 0 at the bottom, as in the report.
+            picture = table.flip(0).repeat_interleave(16, 0).repeat_interleave(16, 1)
+            self.writer.add_image("probability_full", picture, row["step"], dataformats="HW")
+
+    def on_finish(self, trainer: Trainer) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,27 @@
+"""Loss on held-out data; while learning, with the table that the gates would give now."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from megaconsa.data.stream import Batch
+from megaconsa.training.batches import carries, labelled_tokens
+from megaconsa.training.callbacks.base import Callback, Row
+from megaconsa.training.trainer import Trainer
+
+
+class Validation(Callback):
+    def __init__(self, batches: list[Batch], every: int) -> None:
+        """batches: this rank's share of the held-out sequences, the same at every evaluation."""
+        self.batches, self.every = batches, every
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        due = self.every and trainer.progress.step % self.every == 0
+        if due or trainer.progress.step == trainer.training.steps:
+            row["validation_loss"] = self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer) -> float:
+        """Mean loss in nats per labelled token of the held-out sequences."""
+        count = labelled_tokens(self.batches, trainer.mesh)
+        with trainer.gates.binarized() if trainer.gates else nullcontext():
+            return trainer.engine.evaluate(carries(self.batches, count, trainer.mesh))

@@ -1,0 +1,276 @@
+"""From a configuration to a trainer: everything a run needs is looked at, and refused, before anything is written or built."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megaconsa.checkpoint import store
+from megaconsa.checkpoint.store import Checkpoint
+from megaconsa.config import Config, differences
+from megaconsa.consa import rules
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.stream import BatchStream
+from megaconsa.errors import InputError
+from megaconsa.kernels import choose_backend
+from megaconsa.model.config import ModelConfig
+from megaconsa.parallel.engine import Engine
+from megaconsa.parallel.mesh import Mesh
+from megaconsa.training.callbacks.base import Callback
+from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.validation import Validation
+from megaconsa.training.trainer import Progress, Trainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+FREE = {"logging", "checkpoint", "validation", "data.workers", "data.path", "attention.backend"}
+"""Sections and fields that may change on resume: they do not change what is computed."""
+SMALLEST_SHARE_OF_VOCABULARY = 0.9
+"""Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run's checked inputs."""
+
+    config: Config
+    shape: ModelConfig
+    data: DatasetInfo
+    allocation: Allocation | None
+    """None while learning."""
+    resume: Checkpoint | None
+    """The run's own newest checkpoint."""
+    origin: Checkpoint | None
+    """What model.init_from names; not read again once the run has a checkpoint of its own."""
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Reads and checks what the configuration points to; raises InputError. Writes nothing."""
+    shape = config.shape()
+    try:
+        choose_backend(config.attention.backend)
+    except ValueError as error:
+        raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
+    data = DatasetInfo.load(config.data.path)
+    _check_data(config, shape, data)
+    allocation = _allocation(config, shape)
+    _check_existing_run(config)
+    resume = store.newest(config.run.dir)
+    if resume is not None and resume.state["data"] != _describe_data(data):
+        raise InputError(
+            f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
+        )
+    origin = None
+    if config.model.init_from is not None and resume is None:
+        origin = store.resolve(config.model.init_from)
+        _check_origin(config, shape, data, origin)
+    return Inputs(config, shape, data, allocation, resume, origin)
+
+
+def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
+    """Builds the run on every rank, from its newest checkpoint, the one it is initialised from, or fresh weights."""
+    config, shape = inputs.config, inputs.shape
+    training = config.training
+    if training.global_batch % (training.micro_batch * mesh.data_ranks):
+        raise InputError(
+            f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch} "
+            f"times {mesh.data_ranks} data-parallel ranks"
+        )
+    stream, validation = _streams(config, mesh)
+    gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
+    heads = gates or inputs.allocation
+    assert heads is not None
+    engine = Engine(
+        shape,
+        training,
+        heads,
+        mesh,
+        backend=config.attention.backend,
+        separate_documents=config.attention.separate_documents,
+    )
+    progress = _restore(inputs, engine, gates)
+    if mesh.is_main:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        (config.run.dir / CONFIG_NAME).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if inputs.allocation is not None:
+            inputs.allocation.save(config.run.dir / "allocation.json")
+    description = {
+        "learning": config.learning,
+        "config": config.to_dict(),
+        "shape": asdict(shape),
+        "data": _describe_data(inputs.data),
+    }
+    callbacks: list[Callback] = [
+        Validation(validation.fixed_batches(config.validation.sequences), config.validation.every),
+        *(_reporters(config) if mesh.is_main else []),
+        Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
+    ]
+    steps = stream.steps(progress.sequences)
+    return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+
+
+def _reporters(config: Config) -> list[Callback]:
+    """What the main rank writes and prints."""
+    from megaconsa.training.callbacks.terminal import Terminal
+
+    found: list[Callback] = [MetricsFile(config.run.dir)]
+    if config.logging.tensorboard:
+        from megaconsa.training.callbacks.tensorboard import TensorBoard
+
+        found.append(TensorBoard(config.run.dir))
+    if config.logging.wandb:
+        from megaconsa.training.callbacks.wandb import WandB
+
+        found.append(WandB(config.logging.wandb, str(config.run.dir), config.to_dict()))
+    return [*found, Terminal("learn" if config.learning else "train")]
+
+
+def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:
+    """Training and held-out batches of this data rank."""
+    training = config.training
+
+    def stream(split: str, workers: int) -> BatchStream:
+        return BatchStream(
+            config.data.path,
+            split,
+            seed=config.run.seed,
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            data_rank=mesh.data_rank,
+            data_ranks=mesh.data_ranks,
+            workers=workers,
+            separate_documents=config.attention.separate_documents,
+        )
+
+    return stream("train", config.data.workers), stream("validation", 0)
+
+
+def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
+    return GateSettings(
+        num_layers=shape.num_hidden_layers,
+        num_kv_heads=shape.num_key_value_heads,
+        window=config.attention.window,
+        sparsity=config.allocation.sparsity,
+        granularity=config.allocation.granularity,
+        scope=config.allocation.scope,
+        learning_rate=config.gates.learning_rate,
+        initial=config.gates.initial,
+        warmup_steps=config.gates.warmup_steps,
+        controller=config.gates.controller,
+        seed=config.run.seed,
+        global_batch=config.training.global_batch,
+    )
+
+
+def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None) -> Progress:
+    """Loads weights, moments and gates; returns where the run stands."""
+    source = inputs.resume or inputs.origin
+    if source is None:
+        engine.initialize(inputs.config.run.seed)
+        return Progress()
+    engine.load_weights(source.weights())
+    if inputs.resume is not None or not inputs.config.training.reset_optimizer:
+        engine.load_moments(source.moments(), source.state["optimizer_steps"])
+    if inputs.resume is None:
+        continues = source.state["data"] == _describe_data(inputs.data) and (
+            source.state["config"]["run"]["seed"] == inputs.config.run.seed
+        )
+        logger.info(
+            "weights%s from %s; the data order %s",
+            "" if inputs.config.training.reset_optimizer else " and optimizer",
+            source.path,
+            "continues" if continues else "starts anew (other data or seed)",
+        )
+        return Progress(sequences=source.state["sequences"] if continues else 0)
+    if gates is not None:
+        state = source.gates()
+        assert state is not None
+        gates.load_state(state)
+    logger.info("resumes at step %d from %s", source.step, source.path)
+    return Progress(source.step, source.state["tokens"], source.state["sequences"])
+
+
+def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
+    if data.sequence_length != config.training.sequence_length:
+        raise InputError(
+            f"training.sequence_length={config.training.sequence_length}, but data {config.data.path} was packed into sequences of "
+            f"{data.sequence_length}; change one of them"
+        )
+    if not shape.vocab_size * SMALLEST_SHARE_OF_VOCABULARY <= data.vocab_size <= shape.vocab_size:
+        raise InputError(
+            f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, but the model has {shape.vocab_size}; "
+            f"prepare it with the model's tokenizer, or set model.vocab_size={data.vocab_size} to train a model of its own"
+        )
+
+
+def _allocation(config: Config, shape: ModelConfig) -> Allocation | None:
+    section, window = config.allocation, config.attention.window
+    if section.source == "learn":
+        return None
+    layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
+    if section.source == "rule":
+        return rules.build(section.rule, layers, heads, window, section.sparsity, section.ratio)
+    assert section.file is not None
+    allocation = Allocation.load(section.file)
+    allocation.check_shape(layers, heads, f"allocation.file={section.file}")
+    if allocation.window != window:
+        raise InputError(
+            f"attention.window={window}, but allocation.file={section.file} was made for a window of {allocation.window}"
+        )
+    return allocation
+
+
+def _check_existing_run(config: Config) -> None:
+    """Refuses a run folder that was made with another configuration."""
+    path = config.run.dir / CONFIG_NAME
+    if config.run.dir.exists() and not config.run.dir.is_dir():
+        raise InputError(f"run.dir={config.run.dir} is not a folder")
+    if not path.exists():
+        return
+    try:
+        old = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        old = None
+    if not isinstance(old, dict):
+        raise InputError(f"{path} cannot be read; restore it or choose another run.dir")
+    changed = [
+        line for line in differences(old, config.to_dict()) if line.split(".")[0] not in FREE and line.split(":")[0] not in FREE
+    ]
+    if changed:
+        raise InputError(
+            f"run.dir={config.run.dir} was made with another configuration ({'; '.join(changed)}); choose another run.dir"
+        )
+
+
+def _check_origin(config: Config, shape: ModelConfig, data: DatasetInfo, origin: Checkpoint) -> None:
+    changed = differences(origin.state["shape"], asdict(shape))
+    if changed:
+        raise InputError(f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})")
+    theirs = origin.state["data"]["tokenizer_fingerprint"]
+    if theirs != data.tokenizer_fingerprint:
+        raise InputError(
+            f"data {config.data.path} was tokenised with another vocabulary (fingerprint {data.tokenizer_fingerprint}) than "
+            f"model.init_from={config.model.init_from} was trained on ({theirs})"
+        )
+
+
+def _describe_data(data: DatasetInfo) -> dict[str, Any]:
+    """What identifies a data set in a checkpoint."""
+    return data.model_dump(mode="json")
+
+
+def run_folder(path: Path) -> Config:
+    """The configuration of an existing run; InputError where `path` is not one."""
+    from megaconsa import config as configuration
+
+    if not (path / CONFIG_NAME).exists():
+        raise InputError(f"{path} is not a run folder: it has no {CONFIG_NAME}")
+    return configuration.load(path / CONFIG_NAME)

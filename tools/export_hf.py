@@ -1,0 +1,78 @@
+"""`megaconsa export-hf`: a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megaconsa.console import console, run_tool
+
+
+def main(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint) or a checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    allocation: Annotated[
+        Path | None, typer.Option(help="allocation.json to export with; needed for a checkpoint of a learning run.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; that of the run's data if not given.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], typer.Option(help="Precision of the exported weights.")
+    ] = "bfloat16",
+    verify: Annotated[
+        int,
+        typer.Option(help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not."),
+    ] = 0,
+) -> None:
+    """Export a checkpoint for transformers: stock Qwen3 where layers are of one kind, else with its own small model file.
+
+    Example:
+
+        megaconsa export-hf runs/quickstart/train --out runs/quickstart/hf --dtype float32 --verify 256
+    """
+    import torch
+
+    from megaconsa.checkpoint import store
+    from megaconsa.consa.allocation import Allocation
+    from megaconsa.errors import InputError
+    from megaconsa.huggingface.export import export
+
+    checkpoint = store.resolve(source)
+    table = Allocation.load(allocation) if allocation else checkpoint.allocation
+    if table is None:
+        raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
+    if tokenizer is None:
+        tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / "tokenizer"
+        if not tokenizer.is_dir():
+            raise InputError(f"the run's tokenizer {tokenizer} is not there any more; give its folder with --tokenizer")
+    weights = checkpoint.weights()
+    origin = {"run": checkpoint.state["config"]["run"]["dir"], "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
+    export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=getattr(torch, dtype), origin=origin)
+    kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
+    console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}")
+    if verify:
+        from megaconsa.data.stream import TokenShards
+        from megaconsa.huggingface.load import compare_logits
+        from megaconsa.model.qwen3 import Qwen3
+
+        shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
+        rounded = {name: value.to(getattr(torch, dtype)).float() for name, value in weights.items()}
+        model = Qwen3(checkpoint.shape, table, "reference", separate=False)
+        model.load_state_dict(rounded, strict=not checkpoint.shape.tie_word_embeddings)
+        tokens = torch.from_numpy(shards[0][:verify].astype("int64"))[None]
+        with torch.no_grad():
+            difference = compare_logits(out, tokens, model(tokens))
+        console.print(
+            f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.numel()} tokens"
+        )
+        if difference > 1e-5:
+            raise RuntimeError(
+                f"the exported model's logits differ by {difference:.1e} of the largest logit: the export is wrong"
+            )
+
+
+if __name__ == "__main__":
+    run_tool(main)

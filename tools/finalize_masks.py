@@ -1,0 +1,77 @@
+"""`megaconsa finalize-masks`: from learned gates to a finished allocation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megaconsa.console import console, run_tool
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a learning run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="File to write; RUN/allocation.json if not given.")] = Path(),
+    method: Annotated[
+        Literal["top-k", "threshold"],
+        typer.Option(help="top-k meets the target exactly in every constraint; threshold is the paper's log_alpha > 0."),
+    ] = "top-k",
+) -> None:
+    """Binarise the learned gates of a run into allocation.json.
+
+    Example:
+
+        megaconsa finalize-masks runs/quickstart/learn --out runs/quickstart/allocation.json
+    """
+    from megaconsa.checkpoint import store
+    from megaconsa.consa.allocation import Allocation, as_rows, cut_margin, threshold, top_k
+    from megaconsa.errors import InputError
+
+    checkpoint = store.resolve(run)
+    gates = checkpoint.gates()
+    if gates is None:
+        raise InputError(
+            f"{run} did not learn an allocation: its configuration has allocation.source={_source(checkpoint.state)}"
+        )
+    if out == Path():
+        out = (run if (run / "config.yaml").exists() else checkpoint.path.parent.parent) / "allocation.json"
+    section, heads = checkpoint.state["config"]["allocation"], checkpoint.shape.num_key_value_heads
+    granularity, scope, sparsity = section["granularity"], section["scope"], section["sparsity"]
+    log_alpha = gates["log_alpha"] if granularity == "kv_head" else gates["log_alpha"][:, 0]
+    if method == "top-k":
+        full = top_k(log_alpha, sparsity, heads, granularity, scope)
+    else:
+        full = threshold(log_alpha, heads)
+    margin = cut_margin(log_alpha, sparsity, heads, granularity, scope)
+    allocation = Allocation(
+        window=checkpoint.state["config"]["attention"]["window"],
+        full=as_rows(full),
+        granularity=granularity,
+        scope=scope,
+        target_sparsity=sparsity,
+        origin={
+            "run": checkpoint.state["config"]["run"]["dir"],
+            "step": checkpoint.step,
+            "method": method,
+            "cut_margin": None if math.isinf(margin) else margin,
+        },
+    )
+    allocation.save(out)
+    for layer in reversed(range(allocation.num_layers)):
+        console.print(f"layer {layer:3d}  {''.join('F' if x else '.' for x in allocation.full[layer])}")
+    console.print(
+        f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), window {allocation.window}, "
+        f"cut margin {margin:.3f} in log_alpha   (F full attention, . sliding window)"
+    )
+
+
+def _source(state: dict[str, object]) -> object:
+    config = state["config"]
+    assert isinstance(config, dict)
+    return config["allocation"]["source"]
+
+
+if __name__ == "__main__":
+    run_tool(main)
