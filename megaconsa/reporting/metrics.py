@@ -1,0 +1,54 @@
+"""Rows of a run's metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaconsa.errors import InputError
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All rows, in order; a last line that was torn by an interruption is left out.
+
+    Raises InputError where the file is missing or another line is no JSON object with a step.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"metrics {path} cannot be read: {error.strerror}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise InputError(f"metrics {path}: line {number} is not a JSON object with a step; remove it")
+    return rows
+
+
+def series(rows: Sequence[Row], name: str, x: str = "step") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`x` and values of one field over the rows that hold it as a finite number; two empty arrays where none does."""
+    points = [(row[x], row[name]) for row in rows if _is_finite(row.get(name)) and _is_finite(row.get(x))]
+    values = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return values[:, 0], values[:, 1]
+
+
+def last(rows: Sequence[Row], name: str) -> float | None:
+    """The newest finite value of a field."""
+    return next((float(row[name]) for row in reversed(rows) if _is_finite(row.get(name))), None)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,254 @@
+"""One self-contained HTML page about a run, or about a folder of runs that belong together."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from megaconsa import config as configuration
+from megaconsa.config import Config
+from megaconsa.consa.allocation import Allocation, as_rows, top_k
+from megaconsa.errors import InputError
+from megaconsa.model.flops import kv_cache_bytes, training_flops
+from megaconsa.reporting import plots
+from megaconsa.reporting.metrics import Row, last, read_metrics, series
+from megaconsa.reporting.plan import planned_allocation
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds for the report; a file that is not there is None."""
+
+    folder: Path
+    rows: list[Row]
+    config: Config | None
+    allocation: Allocation | None
+    """The finished table, or the one that the present gates would give."""
+    gates: dict[str, Any] | None
+
+    @property
+    def learning(self) -> bool:
+        return self.config.learning if self.config else "expected_sparsity" in self.rows[-1]
+
+
+@dataclass(frozen=True)
+class Fact:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    kind: str
+    facts: list[Fact]
+    figures: list[tuple[str, Markup]]
+    """CSS class (half or narrow, the figure's width) and SVG."""
+    settings: list[tuple[str, str]]
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Writes the page about a run or a folder that holds runs, and returns its path; out: None is `folder`/report.html."""
+    runs = find_runs(folder)
+    out = folder / "report.html" if out is None else out
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
+    page = render(folder.resolve().name, runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The run in `folder`, or the runs in its subfolders, those that learn first and then by name."""
+    if not folder.is_dir():
+        raise InputError(f"run {folder} does not exist")
+    folders = [folder] if _is_run(folder) else sorted(child for child in folder.iterdir() if _is_run(child))
+    if not folders:
+        raise InputError(f"{folder} is not a run folder: neither it nor a folder in it holds metrics.jsonl")
+    runs = [run for run in map(_read_run, folders) if run.rows]
+    if not runs:
+        raise InputError(f"{folder} has nothing to report yet: no step has ended")
+    return sorted(runs, key=lambda run: not run.learning)
+
+
+def render(title: str, runs: Sequence[Run]) -> str:
+    """The page as text."""
+    entropy = next((value for value in map(_unigram_entropy, runs) if value is not None), None)
+    with plots.style():
+        together = None
+        if len(runs) > 1:
+            named = [(run.folder.name, run.rows) for run in runs]
+            together = Markup(plots.to_svg(plots.losses_together(named, entropy)))
+        sections = [_section(run, entropy) for run in runs]
+    environment = Environment(loader=PackageLoader("megaconsa.reporting", "."), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html").render(title=title, sections=sections, together=together)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file()
+
+
+def _read_run(folder: Path) -> Run:
+    rows = read_metrics(folder / "metrics.jsonl")
+    config = _read_config(folder / "config.yaml")
+    gates = _read_gates(folder / "gates.json")
+    return Run(folder, rows, config, _read_allocation(folder, config, gates), gates)
+
+
+def _read_config(path: Path) -> Config | None:
+    return configuration.load(path) if path.is_file() else None
+
+
+def _read_gates(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        gates = json.loads(path.read_text())
+        for name in ("log_alpha", "probability_full"):
+            torch.tensor(gates[name], dtype=torch.float64).reshape(len(gates[name]), -1)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"gates {path} cannot be read: {error}") from None
+    return gates
+
+
+def _read_allocation(folder: Path, config: Config | None, gates: dict[str, Any] | None) -> Allocation | None:
+    if (folder / "allocation.json").is_file():
+        return Allocation.load(folder / "allocation.json")
+    if config is None:
+        return None
+    wanted = config.allocation
+    if config.learning:
+        if gates is None:
+            return None
+        log_alpha = torch.tensor(gates["log_alpha"], dtype=torch.float64)
+        log_alpha = log_alpha.reshape(-1) if wanted.granularity == "layer" else log_alpha
+        full = top_k(log_alpha, wanted.sparsity, config.shape().num_key_value_heads, wanted.granularity, wanted.scope)
+        return Allocation(config.attention.window, as_rows(full), wanted.granularity, wanted.scope, wanted.sparsity)
+    if wanted.file is not None and not wanted.file.is_file():  # a run folder that was moved away from its table
+        return None
+    return planned_allocation(config)
+
+
+def _unigram_entropy(run: Run) -> float | None:
+    """Nats a token, from the data's dataset.json where it can still be found."""
+    places = [run.folder.parent / "data", *([run.config.data.path] if run.config else [])]
+    for place in reversed(places):
+        try:
+            return float(json.loads((place / "dataset.json").read_text())["unigram_entropy"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _section(run: Run, entropy: float | None) -> Section:
+    rows = run.rows
+    kind = "learns its allocation" if run.learning else "trains on a fixed allocation"
+    figures: list[Figure | None] = []
+    probability = run.gates["probability_full"] if run.gates else None
+    if probability is not None or run.allocation is not None:
+        full = run.allocation.full if run.allocation else None
+        window = run.allocation.window if run.allocation else run.config.attention.window if run.config else None
+        step = run.gates.get("step") if run.gates else None
+        finished = not run.learning or (run.folder / "allocation.json").is_file()
+        origin = "Allocation" if finished else "Top-k of these gates"
+        figures.append(plots.allocation_maps(probability, step, full, origin, window))
+    if run.learning:
+        figures += [plots.layer_history(rows), plots.sparsity(rows), plots.multipliers(rows), plots.decided(rows)]
+    figures += [plots.loss(rows, entropy), plots.learning_rate(rows), plots.gradient_norm(rows), plots.throughput(rows)]
+    drawn = [
+        ("narrow" if figure.get_figwidth() == plots.NARROW else "half", Markup(plots.to_svg(figure)))
+        for figure in figures
+        if figure is not None
+    ]
+    settings = _flatten(run.config.to_dict()) if run.config else []
+    return Section(run.folder.resolve().name, kind, _facts(run), drawn, settings)
+
+
+def _facts(run: Run) -> list[Fact]:
+    """End figures; what the rows do not hold is left out."""
+    rows = run.rows
+    steps = rows[-1]["step"]
+    planned = run.config.training.steps if run.config else None
+    facts = [Fact("steps", f"{steps:,}", f"of {planned:,}" if planned and planned != steps else "")]
+    if (tokens := last(rows, "tokens")) is not None:
+        facts.append(_token_fact(tokens))
+    if (loss := last(rows, "loss")) is not None:
+        facts.append(Fact("training loss", f"{loss:.4f}", "last step"))
+    if (validation := last(rows, "validation_loss")) is not None:
+        facts.append(Fact("validation loss", f"{validation:.4f}", f"lowest {series(rows, 'validation_loss')[1].min():.4f}"))
+    if run.learning:
+        facts += _learning_facts(rows)
+    if run.allocation is not None:
+        facts.append(Fact("windowed heads", f"{run.allocation.sparsity:.1%}", f"window {run.allocation.window:,}"))
+        facts += _savings(run)
+    speed = series(rows, "tokens_per_second")[1]
+    if len(speed):
+        mfu = series(rows, "mfu")[1]
+        note = f"MFU {statistics.median(mfu):.1%}" if len(mfu) else ""
+        facts.append(Fact("tokens/s, median", f"{statistics.median(speed):,.0f}", note))
+    seconds, waiting = series(rows, "step_seconds")[1], series(rows, "data_seconds")[1]
+    if len(seconds):
+        share = f"{waiting.sum() / seconds.sum():.1%} for data" if len(waiting) and seconds.sum() > 0 else ""
+        facts.append(Fact("time in steps", _duration(float(seconds.sum())), share))
+    memory = series(rows, "memory_gib")[1]
+    if len(memory) and memory.max() > 0:
+        facts.append(Fact("memory", f"{memory.max():.1f} GiB", "peak of a rank"))
+    return facts
+
+
+def _learning_facts(rows: Sequence[Row]) -> list[Fact]:
+    facts = []
+    if (expected := last(rows, "expected_sparsity")) is not None:
+        target = last(rows, "target_sparsity")
+        facts.append(Fact("expected sparsity", f"{expected:.3f}", "" if target is None else f"target {target:.3f}"))
+    if (share := last(rows, "decided_share")) is not None:
+        facts.append(Fact("decided units", f"{share:.1%}"))
+    return facts
+
+
+def _savings(run: Run) -> list[Fact]:
+    """What the allocation saves against full attention at the training length."""
+    if run.config is None or run.allocation is None:
+        return []
+    model, length = run.config.shape(), run.config.training.sequence_length
+    flops = training_flops(model, run.allocation, length, [length]) / training_flops(model, None, length, [length])
+    cache = kv_cache_bytes(model, run.allocation, length) / kv_cache_bytes(model, None, length)
+    note = f"at {length:,} tokens"
+    return [Fact("training FLOPs", f"{flops - 1:+.1%}", note), Fact("KV cache", f"{cache - 1:+.1%}", note)]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values, as overrides on the command line spell them."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            found.append((prefix + key, yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()))
+    return found
+
+
+def _token_fact(tokens: float) -> Fact:
+    for factor, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if tokens >= factor:
+            return Fact("tokens", f"{tokens / factor:.4g}", name)
+    return Fact("tokens", f"{tokens:,.0f}")
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"

@@ -1,0 +1,28 @@
+"""`megaconsa report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaconsa.console import run_tool
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds run folders.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the folder.")] = None,
+) -> None:
+    """Write one self-contained HTML page: masks, sparsity, losses, speed and settings.
+
+    Example: megaconsa report runs/quickstart --out quickstart.html
+    """
+    from megaconsa.console import console
+    from megaconsa.reporting.report import write_report
+
+    console.print(f"wrote {write_report(run, out)}", markup=False)
+
+
+if __name__ == "__main__":
+    run_tool(main)

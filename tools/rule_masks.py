@@ -1,0 +1,48 @@
+"""`megaconsa rule-masks`: an allocation that follows a rule, as a baseline for a learned one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaconsa.console import run_tool
+
+
+def main(
+    rule: Annotated[str, typer.Argument(help="dense, all-swa, interleaved, head-share or bottom-swa.")],
+    window: Annotated[int, typer.Option(min=1, help="Keys that a sliding-window head sees, itself included.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    preset: Annotated[str | None, typer.Option(help="Model whose layers and KV heads are taken.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Number of KV heads of a layer.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Windowed share, of head-share and bottom-swa.")] = 0.5,
+    ratio: Annotated[int, typer.Option(help="Windowed layers for each full one, of interleaved.")] = 3,
+) -> None:
+    """Write allocation.json by a rule and print it.
+
+    Example: megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 --ratio 3 --out interleaved.json
+    """
+    from megaconsa.consa import rules
+    from megaconsa.console import console
+    from megaconsa.errors import InputError
+    from megaconsa.model.config import PRESETS
+    from megaconsa.reporting.terminal import text_map
+
+    if (preset is None) == (layers is None and kv_heads is None) or (layers is None) != (kv_heads is None):
+        raise InputError("give either --preset or both --layers and --kv-heads")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"--preset {preset} is unknown; choose one of {', '.join(PRESETS)}")
+        layers, kv_heads = PRESETS[preset].num_hidden_layers, PRESETS[preset].num_key_value_heads
+    assert layers is not None
+    assert kv_heads is not None
+    allocation = rules.build(rule, layers, kv_heads, window, sparsity, ratio)
+    allocation.save(out)
+    console.print(text_map(allocation))
+    console.print(f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
