@@ -40,10 +40,7 @@ def main(
     section, heads = checkpoint.state["config"]["allocation"], checkpoint.shape.num_key_value_heads
     granularity, scope, sparsity = section["granularity"], section["scope"], section["sparsity"]
     log_alpha = gates["log_alpha"] if granularity == "kv_head" else gates["log_alpha"][:, 0]
-    if method == "top-k":
-        full = top_k(log_alpha, sparsity, heads, granularity, scope)
-    else:
-        full = threshold(log_alpha, heads)
+    full = top_k(log_alpha, sparsity, heads, granularity, scope) if method == "top-k" else threshold(log_alpha, heads)
     margin = cut_margin(log_alpha, sparsity, heads, granularity, scope)
     allocation = Allocation(
         window=checkpoint.state["config"]["attention"]["window"],

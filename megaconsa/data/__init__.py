@@ -1,0 +1,1 @@
+"""From text to batches: sources of documents, the tokenizer, packing, shards on disk (written, verified), and the batch stream."""

@@ -58,7 +58,9 @@ class MegaconsaConfig(Qwen3Config):
         if num_full_kv_heads is None:
             num_full_kv_heads = [heads] * layers
         if len(num_full_kv_heads) != layers or not all(0 <= full <= heads for full in num_full_kv_heads):
-            raise ValueError(f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} for each of {layers} layers")
+            raise ValueError(
+                f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} for each of {layers} layers"
+            )
         # transformers' sliding cache layer keeps all tokens, instead of none, for a window of 1.
         if min(num_full_kv_heads) < heads and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(f"sliding_window={self.sliding_window} must be at least 2, as some heads use it")
@@ -109,7 +111,9 @@ def split_cache(cache: DynamicCache | None, config: MegaconsaConfig) -> DynamicC
     if [type(layer) for layer in cache.layers] == layout:
         return cache
     if cache.get_seq_length() > 0:
-        raise ValueError("past_key_values was filled by another model; pass an empty DynamicCache or one that this model returned")
+        raise ValueError(
+            "past_key_values was filled by another model; pass an empty DynamicCache or one that this model returned"
+        )
     cache.layers = [DynamicLayer() if kind == FULL else DynamicSlidingWindowLayer(config.sliding_window) for kind in kinds]
     cache.layer_class_to_replicate = None  # the layout is complete: nothing is to be added when layers are first used
     return cache
@@ -130,7 +134,7 @@ class MegaconsaAttention(Qwen3Attention):
         past_key_values: DynamicCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, length, hidden); attention_mask: the mask of each kind. Returns the same shape as hidden_states."""
+        """hidden_states: (batch, length, hidden), as is what returns; attention_mask: one for each kind of head."""
         batch, length = hidden_states.shape[:2]
         by_head = (batch, length, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, query heads, length, head_dim)
@@ -191,18 +195,20 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
         """As Qwen3Model.forward; attention_mask is the padding mask, (batch, past + length), or None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("attention_mask must be a (batch, length) padding mask: a mask over keys would undo the sliding window")
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: full and sliding heads attend to different numbers of keys")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         if self.training and self.gradient_checkpointing:
             use_cache, past_key_values = False, None
         elif use_cache is None:
             use_cache = self.config.use_cache
         if use_cache or past_key_values is not None:
             past_key_values = split_cache(past_key_values, self.config)
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+            raise ValueError(
+                "attention_mask must be a (batch, length) mask of padding: one over keys would undo the sliding window"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
         if position_ids is None:

@@ -53,7 +53,6 @@ def qwen3_config_fields(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": False,

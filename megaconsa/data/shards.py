@@ -1,0 +1,289 @@
+"""A data folder: MDS shards of packed sequences, written once, described by dataset.json, and read with every byte checked.
+
+Layout: `dataset.json`, `tokenizer/`, `train/`, `validation/`; the last two each an `index.json` and `shard.*.mds.zstd`.
+dataset.json comes last and in one piece: a folder without it is unfinished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from streaming.base.compression import decompress
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.format.mds.writer import MDSWriter
+from streaming.base.hashing import get_hash
+
+from megaconsa.console import Task
+from megaconsa.errors import InputError
+
+TRAIN, VALIDATION = "train", "validation"
+TOKENIZER = "tokenizer"
+INFO = "dataset.json"
+UNFINISHED = "dataset.json.unfinished"
+"""Marks the folder as ours while it is being prepared, and is locked meanwhile; renamed to dataset.json at the end."""
+INDEX = "index.json"
+COLUMN = "tokens"
+HASH = "xxh3_64"
+SHARD_BYTES = 8 << 20
+"""Decompressed size of a shard: readers hold some of them in memory, see stream.py."""
+
+
+class DataError(RuntimeError):
+    """Data on disk is not what was written. The message names the file."""
+
+
+class SplitInfo(BaseModel):
+    """What a split holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sequences: int
+    tokens: int
+    """Predicted tokens: sequences times the sequence length."""
+    documents: int
+    """Documents packed, the one in the dropped tail included."""
+
+
+class SourceInfo(BaseModel):
+    """What the data was made from; equal source, equal data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    names: list[str]
+    """The sources as they were given."""
+    digest: str
+    """Hash of all documents in order."""
+    documents: int
+    characters: int
+    validation_share: float
+    trained_vocabulary: int | None
+    """The size asked of a tokenizer trained on this source; None where a tokenizer was given."""
+
+
+class DatasetInfo(BaseModel):
+    """The content of dataset.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = 1
+    vocab_size: int
+    tokenizer_fingerprint: str
+    end_of_text: int
+    sequence_length: int
+    unigram_entropy: float
+    """In nats, of all predicted tokens: the loss of a model that knows only the frequencies."""
+    splits: dict[str, SplitInfo]
+    source: SourceInfo
+
+    @classmethod
+    def load(cls, folder: Path) -> DatasetInfo:
+        """Reads `folder`/dataset.json; InputError where the folder is missing, empty, unfinished or not a data folder."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"data {folder}: no such folder, make it with `megaconsa prepare-data`")
+        file = folder / INFO
+        if not file.is_file():
+            state = "its preparation did not finish" if (folder / UNFINISHED).exists() else f"it has no {INFO}"
+            raise InputError(f"data {folder}: {state}, run `megaconsa prepare-data` with --out {folder}")
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{file}: {field}: {first['msg']}, prepare the data again") from error
+
+
+def encoding(vocab_size: int, sequence_length: int) -> str:
+    """The MDS encoding of a sample: S + 1 ids, of two bytes each where that holds them."""
+    return f"ndarray:{'uint16' if vocab_size <= 1 << 16 else 'uint32'}:{sequence_length + 1}"
+
+
+class Shard(MDSReader):
+    """One MDS shard that is decompressed into memory, never beside the compressed file.
+
+    Nothing is written, so that any number of processes share a folder, read-only ones included.
+    """
+
+    _data: bytes | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file on disk."""
+        return Path(self.dirname, self.split, self._stored.basename)
+
+    @property
+    def _stored(self) -> FileInfo:
+        return self.zip_data or self.raw_data
+
+    def check_file(self) -> str | None:
+        """What is wrong with the file as far as its presence and size tell, or None."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            return f"{self.path}: shard cannot be found ({error.strerror})"
+        if size != self._stored.bytes:
+            return f"{self.path}: shard has {size} bytes instead of {self._stored.bytes}"
+        return None
+
+    def load(self) -> None:
+        """Reads, checks and decompresses the file; DataError, which names it, where any of that fails."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+        self._check(data, self._stored, "")
+        if self.compression:
+            try:
+                data = decompress(self.compression, data)
+            except Exception as error:  # each compression library has its own
+                raise DataError(f"{self.path}: shard does not decompress ({error})") from error
+            self._check(data, self.raw_data, "decompressed ")
+        self._data = data
+
+    def unload(self) -> None:
+        """Frees the memory."""
+        self._data = None
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """The bytes of a sample of a loaded shard, in place of MDSReader's read from an uncompressed file."""
+        assert self._data is not None
+        begin, end = np.frombuffer(self._data, np.uint32, count=2, offset=4 * (1 + idx))
+        return self._data[begin:end]
+
+    def _check(self, data: bytes, expected: FileInfo, what: str) -> None:
+        if len(data) != expected.bytes:
+            raise DataError(f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}")
+        if get_hash(HASH, data) != expected.hashes[HASH]:
+            raise DataError(f"{self.path}: {what}shard does not match its {HASH} hash, the file is damaged")
+
+
+def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
+    """The shards of a split, none of them loaded. InputError where the index is damaged or disagrees with dataset.json."""
+    if split not in info.splits:
+        raise InputError(f"data {folder}: it has no {split} split, prepare it with --validation-share above 0")
+    file = folder / split / INDEX
+    try:
+        records: list[dict[str, Any]] = json.loads(file.read_bytes())["shards"]
+        shards = [Shard.from_json(str(folder), split, record) for record in records]
+        complete = all(HASH in part.hashes for shard in shards for part in (shard.raw_data, shard._stored))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}), prepare the data again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not an index of MDS shards ({error!r}), prepare the data again") from error
+    if not complete:
+        raise InputError(f"{file}: a shard has no {HASH} hash, prepare the data again")
+    expected = {COLUMN: encoding(info.vocab_size, info.sequence_length)}
+    for shard in shards:
+        found = dict(zip(shard.column_names, shard.column_encodings, strict=False))
+        if found != expected:
+            raise InputError(f"{file}: {shard.path.name} holds {found} instead of {expected}, prepare the data again")
+    samples, promised = sum(shard.samples for shard in shards), info.splits[split].sequences
+    if samples != promised:
+        raise InputError(f"{file}: it counts {samples} sequences but {INFO} promises {promised}, prepare the data again")
+    return shards
+
+
+def verify(folder: Path, task: Task | None = None) -> list[str]:
+    """Reads the whole data folder and returns its faults, one sentence each, which name the file. Empty: all is well.
+
+    Checks each shard's presence, size and hashes (as stored and decompressed), the number of sequences, that all ids are
+    below vocab_size, and the tokenizer's fingerprint. `task` advances by one a shard. InputError if it is no data folder.
+    """
+    from megaconsa.data.tokenizer import Tokenizer
+
+    info = DatasetInfo.load(folder)
+    faults = []
+    try:
+        fingerprint = Tokenizer.load(folder / TOKENIZER).fingerprint
+        if fingerprint != info.tokenizer_fingerprint:
+            expected = info.tokenizer_fingerprint
+            faults.append(f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} but the data was made with {expected}")
+    except InputError as error:
+        faults.append(str(error))
+    for split in info.splits:
+        try:
+            shards = open_split(folder, info, split)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        for shard in shards:
+            try:
+                shard.load()
+                largest = max(int(shard[i][COLUMN].max()) for i in range(shard.samples))
+                if largest >= info.vocab_size:
+                    faults.append(f"{shard.path}: shard holds token id {largest}, vocab_size is {info.vocab_size}")
+            except DataError as error:
+                faults.append(str(error))
+            finally:
+                shard.unload()
+            if task:
+                task.advance()
+    return faults
+
+
+def write_split(folder: Path, split: str, sequences: Iterable[np.ndarray], vocab_size: int, sequence_length: int) -> np.ndarray:
+    """Writes (S + 1,) sequences as the shards of a split; returns how often each id is predicted, (vocab_size,) int64."""
+    columns = {COLUMN: encoding(vocab_size, sequence_length)}
+    dtype = np.dtype(columns[COLUMN].split(":")[1])
+    counts = np.zeros(vocab_size, np.int64)
+    out = str(folder / split)
+    with MDSWriter(columns=columns, out=out, compression="zstd", hashes=[HASH], size_limit=SHARD_BYTES) as writer:
+        for sequence in sequences:
+            writer.write({COLUMN: sequence.astype(dtype)})
+            np.add.at(counts, sequence[1:], 1)
+    return counts
+
+
+@contextmanager
+def preparation(folder: Path) -> Iterator[None]:
+    """Holds `folder` while it is being filled, and empties it again if that fails.
+
+    What an earlier, killed preparation left is removed. InputError, and nothing touched, where the folder holds anything else,
+    or another process is preparing it. `finish` must come last inside.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: it is a file, name a new folder")
+    existed = folder.is_dir()
+    entries = {entry.name for entry in folder.iterdir()} if existed else set()
+    ours = {UNFINISHED, TOKENIZER, TRAIN, VALIDATION}
+    if entries and (UNFINISHED not in entries or entries - ours):
+        foreign = sorted(entries - ours or entries)[0]
+        raise InputError(f"--out {folder}: the folder already holds other files ({foreign}), name a new or empty one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / UNFINISHED).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out {folder}: another process is preparing it, wait for it or name another folder") from error
+        if (folder / INFO).exists():
+            raise InputError(f"--out {folder}: another process has just finished it, nothing is left to do")
+        _clear(folder)
+        try:
+            yield
+        except BaseException:
+            _clear(folder)
+            (folder / UNFINISHED).unlink(missing_ok=True)
+            if not existed:
+                folder.rmdir()
+            raise
+
+
+def finish(folder: Path, info: DatasetInfo) -> None:
+    """Ends a preparation: writes dataset.json, whole or not at all."""
+    with (folder / UNFINISHED).open("w") as file:
+        file.write(info.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / UNFINISHED, folder / INFO)
+
+
+def _clear(folder: Path) -> None:
+    for name in (TOKENIZER, TRAIN, VALIDATION):
+        shutil.rmtree(folder / name, ignore_errors=True)

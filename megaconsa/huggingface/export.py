@@ -1,0 +1,207 @@
+"""Writes a Hugging Face folder: a stock Qwen3 where layers are of one kind, else one that ships its model file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.errors import InputError
+from megaconsa.huggingface.model_card import model_card
+from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
+from megaconsa.model.config import ModelConfig
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHARD_BYTES = 5 * 10**9
+MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@torch.no_grad()
+def export(
+    weights: dict[str, Tensor],
+    model: ModelConfig,
+    allocation: Allocation,
+    out: Path,
+    *,
+    tokenizer: Path | None,
+    dtype: torch.dtype,
+    origin: dict[str, Any] | None,
+) -> None:
+    """Writes `out`, a folder that transformers' Auto classes load.
+
+    weights: canonical name -> unsharded fp32 tensor, heads in original order. `allocation`: in the same order; all-true is dense.
+    tokenizer: folder with `tokenizer_config.json`, whose files are copied; None leaves the export without one.
+    origin: where the weights came from (run, step, ...), shown in the model card.
+    The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
+    allocation or the tokenizer do not fit the model, or `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype} cannot be exported; use {', '.join(map(str, DTYPES))}")
+    allocation.check_shape(model.num_hidden_layers, model.num_key_value_heads, "the allocation")
+    if allocation.sparsity > 0 and allocation.window < 2:
+        raise InputError(
+            f"the allocation's window={allocation.window} cannot be exported: transformers' sliding cache needs 2 or more"
+        )
+    _check_weights(weights, model, dtype)
+    special_tokens = _special_tokens(tokenizer, model) if tokenizer else {}
+
+    with _new_folder(out) as folder:
+        if not allocation.is_layer_wise:
+            shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
+            weights = reorder_heads(
+                weights, model, [allocation.full_heads_first(layer) for layer in range(allocation.num_layers)]
+            )
+        _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
+        _write_json(folder / "generation_config.json", special_tokens | {"transformers_version": transformers.__version__})
+        for name in TOKENIZER_FILES:
+            if tokenizer and (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+        allocation.save(folder / "allocation.json")
+        card = model_card(model, allocation, dtype, has_tokenizer=tokenizer is not None, origin=origin)
+        (folder / "README.md").write_text(card)
+        _write_weights(folder, weights, dtype)
+
+
+def reorder_heads(weights: dict[str, Tensor], model: ModelConfig, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Moves the KV heads of each layer, with their query heads; the function of the model stays the same.
+
+    orders[layer][i] is the present index of the KV head that comes to place i. Rows of q, k and v and columns of o are copied,
+    all other tensors are those of `weights`.
+    """
+    moved = dict(weights)
+    for layer, order in enumerate(orders):
+        kv_rows = _rows(order, model.head_dim)
+        query_rows = _rows(order, model.head_dim * model.queries_per_kv_head)
+        for projection, dimension, index in (
+            ("q_proj", 0, query_rows),
+            ("k_proj", 0, kv_rows),
+            ("v_proj", 0, kv_rows),
+            ("o_proj", 1, query_rows),
+        ):
+            name = f"model.layers.{layer}.self_attn.{projection}.weight"
+            moved[name] = weights[name].index_select(dimension, index.to(weights[name].device))
+    return moved
+
+
+def _rows(order: Sequence[int], size: int) -> Tensor:
+    """Row indices of blocks of `size` rows in the given order of blocks."""
+    return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
+
+
+def _check_weights(weights: dict[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises InputError unless the weights are those of the model, finite, and within the range of `dtype`."""
+    shapes = parameter_shapes(model)
+    for problem, names in (("lack", shapes.keys() - weights.keys()), ("have the unknown", weights.keys() - shapes.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"the weights {problem} {min(names)}{more}; they do not belong to this model configuration")
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but the model configuration asks for {shape}")
+        low, high = map(float, tensor.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"{name} holds NaN or infinity; export an earlier checkpoint")
+        if max(-low, high) > torch.finfo(dtype).max:
+            raise InputError(f"{name} holds {max(-low, high):g}, which overflows {dtype}; export in torch.bfloat16")
+
+
+def _special_tokens(tokenizer: Path, model: ModelConfig) -> dict[str, int]:
+    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id, pad_token_id."""
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        raise InputError(f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except Exception as error:  # what a broken file raises depends on the tokenizer's class
+        raise InputError(f"tokenizer={tokenizer} cannot be loaded: {' '.join(str(error).split())}") from error
+    largest = max(loaded.get_vocab().values())
+    if largest >= model.vocab_size:
+        raise InputError(f"tokenizer={tokenizer} has a token {largest}, but the model's vocab_size is {model.vocab_size}")
+    ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be written: {error.strerror}") from None
+    try:
+        yield folder
+        folder.replace(out)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, special_tokens: dict[str, int]) -> dict[str, Any]:
+    fields = qwen3_config_fields(model)
+    if allocation.sparsity > 0:
+        fields |= {"use_sliding_window": True, "sliding_window": allocation.window}
+    if not allocation.is_layer_wise:
+        fields |= {
+            "model_type": "megaconsa",
+            "architectures": ["MegaconsaForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{MODEL_FILE.stem}.MegaconsaConfig",
+                "AutoModel": f"{MODEL_FILE.stem}.MegaconsaModel",
+                "AutoModelForCausalLM": f"{MODEL_FILE.stem}.MegaconsaForCausalLM",
+            },
+            "num_full_kv_heads": [sum(row) for row in allocation.full],
+            "full_attention": [list(row) for row in allocation.full],
+        }
+    else:
+        fields |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+        if allocation.sparsity > 0:
+            full_layers = [row[0] for row in allocation.full]
+            fields |= {
+                "layer_types": ["full_attention" if full else "sliding_attention" for full in full_layers],
+                # Ignored beside layer_types; an engine that knows only this field must see that not all layers are full.
+                "max_window_layers": full_layers.index(False),
+            }
+    # The padding token is left to the generation config: in the model's it would freeze that token's embedding in fine-tuning.
+    fields |= {name: value for name, value in special_tokens.items() if name != "pad_token_id"}
+    return fields | {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Safetensors in `dtype`, in one file or in shards with an index; one shard at a time is converted in memory."""
+    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,66 @@
+"""Loads an exported folder through transformers' Auto classes, and checks what it computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from megaconsa.errors import InputError
+from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig, MegaconsaForCausalLM, MegaconsaModel
+
+
+def register() -> None:
+    """Makes the Auto classes of this process load head-wise exports without trust_remote_code."""
+    AutoConfig.register(MegaconsaConfig.model_type, MegaconsaConfig, exist_ok=True)
+    AutoModel.register(MegaconsaConfig, MegaconsaModel, exist_ok=True)
+    AutoModelForCausalLM.register(MegaconsaConfig, MegaconsaForCausalLM, exist_ok=True)
+
+
+def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
+
+    A head-wise export runs the model file in the folder, as it does for a user who has no megaconsa.
+    Raises InputError where the folder is not an export.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not an exported model: config.json cannot be read ({error})") from None
+    # Of a head-wise export the tokenizer too asks for trust: transformers 5 reads the model's configuration on the way to it.
+    where = {"trust_remote_code": config.get("model_type") == MegaconsaConfig.model_type, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **where) if has_tokenizer else None
+
+
+@torch.no_grad()
+def compare_logits(folder: Path, tokens: Tensor, logits: Tensor) -> float:
+    """Largest absolute difference between the export's logits, computed in fp32, and the given ones, over the largest of these.
+
+    tokens: (B, S) int64, without padding; logits: (B, S, V) fp32.
+    """
+    model, _ = load_exported(folder)
+    rows = zip(tokens, logits, strict=True)
+    differences = [(model(row[None], use_cache=False).logits[0] - given).abs().max() for row, given in rows]
+    return float(torch.stack(differences).max() / logits.abs().max())  # not Python's max, which may pass over a NaN
+
+
+@torch.no_grad()
+def generate_line(folder: Path, prompt: str, max_new_tokens: int) -> str:
+    """The export's greedy continuation of `prompt`, in fp32, without the prompt and special tokens.
+
+    Raises InputError where the export has no tokenizer.
+    """
+    model, tokenizer = load_exported(folder)
+    if tokenizer is None:
+        raise InputError(f"{folder} was exported without a tokenizer, so it cannot continue a text")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    generated = model.generate(
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return str(tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))

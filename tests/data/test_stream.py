@@ -1,0 +1,213 @@
+"""The order is a function of seed and step: not of interruptions, ranks, workers or what else the process does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaconsa.data import stream as stream_module
+from megaconsa.data.packing import document_starts, mask_labels
+from megaconsa.data.stream import LOADED_SHARDS, Batch, BatchStream, TokenShards, epoch_order
+from megaconsa.errors import InputError
+
+
+def open_stream(path: Path, **options: object) -> BatchStream:
+    return BatchStream(path, **{"seed": 3, "global_batch": 12, "micro_batch": 2, **options})  # type: ignore[arg-type]
+
+
+def take(stream: BatchStream, start: int, count: int) -> list[list[Batch]]:
+    return list(islice(stream.steps(start), count))
+
+
+def assert_equal(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        for name in ("tokens", "labels", "documents", "sequences"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def global_tokens(steps: list[list[Batch]], global_batch: int) -> torch.Tensor:
+    """(global_batch, S) tokens of one step, in the order of `sequences`, from all ranks' micro-batches."""
+    batches = [batch for rank in steps for batch in rank]
+    order = torch.cat([batch.sequences for batch in batches])
+    assert sorted(order.tolist()) == list(range(global_batch))
+    return torch.cat([batch.tokens for batch in batches])[order.argsort()]
+
+
+@pytest.mark.parametrize("start", [0, 1, 17, 20, 100])
+def test_resume_equals_never_stopping(prepared: Path, start: int) -> None:
+    through = take(open_stream(prepared), 0, start + 5)[start:]
+    resumed = take(open_stream(prepared), start, 5)
+    for left, right in zip(through, resumed, strict=True):
+        assert_equal(left, right)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 2), (3, 4), (6, 2), (12, 1)])
+def test_ranks_share_the_same_global_batch(prepared: Path, ranks: int, micro: int) -> None:
+    whole = take(open_stream(prepared), 5, 20)
+    parts = [take(open_stream(prepared, micro_batch=micro, data_rank=rank, data_ranks=ranks), 5, 20) for rank in range(ranks)]
+    for step in range(20):
+        rank_steps = [part[step] for part in parts]
+        assert torch.equal(global_tokens(rank_steps, 12), global_tokens([whole[step]], 12))
+        for rank, batches in enumerate(rank_steps):
+            for m, batch in enumerate(batches):
+                assert batch.sequences.tolist() == [m * ranks * micro + rank * micro + row for row in range(micro)]
+
+
+def test_workers_change_nothing(prepared: Path) -> None:
+    for left, right in zip(take(open_stream(prepared), 3, 40), take(open_stream(prepared, workers=2), 3, 40), strict=True):
+        assert_equal(left, right)
+
+
+def test_each_epoch_holds_every_sequence_once(prepared: Path) -> None:
+    shards = TokenShards(prepared, "train")
+    known = sorted(shards[i][:-1].tolist() for i in range(len(shards)))
+    stream = open_stream(prepared, global_batch=len(shards) * 2, micro_batch=1)
+    (batches,) = take(stream, 0, 1)
+    rows = [batch.tokens[0].tolist() for batch in batches]
+    epochs = rows[: len(shards)], rows[len(shards) :]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == known
+    assert epochs[0] != epochs[1]
+
+
+def test_seed_matters_and_shuffle_can_be_off(prepared: Path) -> None:
+    shards = TokenShards(prepared, "train")
+    (one,), (other,) = take(open_stream(prepared), 0, 1), take(open_stream(prepared, seed=4), 0, 1)
+    assert not torch.equal(one[0].tokens, other[0].tokens)
+    (plain,) = take(open_stream(prepared, shuffle=False), 0, 1)
+    assert np.array_equal(torch.cat([batch.tokens for batch in plain]), [shards[i][:-1] for i in range(12)])
+
+
+def test_batches_hold_what_they_say(prepared: Path) -> None:
+    for separate in (True, False):
+        stream = open_stream(prepared, separate_documents=separate)
+        end = stream.info.end_of_text
+        for batch in take(stream, 0, 1)[0]:
+            assert batch.tokens.shape == batch.labels.shape == batch.documents.shape == (2, 32)
+            assert batch.tokens.dtype == batch.labels.dtype == batch.sequences.dtype == torch.int64
+            assert batch.documents.dtype == torch.int32
+            expected = document_starts(batch.tokens, end) if separate else torch.zeros(2, 32, dtype=torch.int32)
+            assert torch.equal(batch.documents, expected)
+            extended = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)
+            assert torch.equal(batch.labels[:, :-1], mask_labels(extended, end, separate)[:, :-1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(0, 2**31), st.integers(0, 5))
+def test_epoch_order_is_a_permutation(sizes: list[int], seed: int, epoch: int) -> None:
+    order = epoch_order(sizes, seed, epoch)
+    assert np.array_equal(np.sort(order), np.arange(sum(sizes)))
+    assert np.array_equal(order, epoch_order(sizes, seed, epoch))
+
+
+def test_epoch_order_stays_what_it_was() -> None:
+    """Runs resume across releases of NumPy and streaming only while this holds."""
+    assert epoch_order([4, 3, 4], seed=1, epoch=2).tolist() == [7, 9, 8, 0, 6, 5, 3, 4, 10, 2, 1]
+
+
+def test_an_epoch_loads_each_shard_once() -> None:
+    sizes = [500] * 60 + [77]
+    shard_of = np.repeat(np.arange(61), sizes)
+    for epoch in range(3):
+        held: list[int] = []
+        loads = 0
+        for number in shard_of[epoch_order(sizes, seed=5, epoch=epoch)].tolist():
+            if number in held:
+                held.remove(number)
+            else:
+                loads += 1
+            held = [*held, number][-LOADED_SHARDS:]
+        assert loads == 61
+
+
+def test_memory_is_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "LOADED_SHARDS", 2)
+    shards = TokenShards(prepared, "train")
+    first = shards[0].copy()
+    for i in range(0, len(shards), 7):
+        assert len(shards[i]) == 33
+        assert sum(shard._data is not None for shard in shards._shards) <= 2
+    assert np.array_equal(shards[0], first)
+
+
+def test_fixed_batches_are_the_same_for_every_topology(prepared: Path) -> None:
+    validation = TokenShards(prepared, "validation")
+    for count in (10, 10_000):
+        kept = min(count, len(validation))
+        expected = torch.tensor(np.stack([validation[i] for i in range(kept)]).astype(np.int64))
+        for ranks, micro in ((1, 2), (2, 2), (3, 4)):
+            found: dict[int, torch.Tensor] = {}
+            lengths = set()
+            for rank in range(ranks):
+                options = {"global_batch": 12, "micro_batch": micro, "data_rank": rank, "data_ranks": ranks, "shuffle": False}
+                batches = open_stream(prepared, split="validation", **options).fixed_batches(count)
+                lengths.add(len(batches))
+                for batch in batches:
+                    assert batch.tokens.shape == (micro, 32)
+                    for g, tokens, labels in zip(batch.sequences.tolist(), batch.tokens, batch.labels, strict=True):
+                        if g < kept:
+                            found[g] = tokens
+                        else:
+                            assert (labels == -100).all()
+            assert len(lengths) == 1
+            assert torch.equal(torch.stack([found[g] for g in range(kept)]), expected[:, :-1])
+
+
+def test_bad_batches_are_refused(prepared: Path) -> None:
+    with pytest.raises(InputError, match="global batch 12 is not a multiple of micro batch 5"):
+        open_stream(prepared, micro_batch=5)
+    with pytest.raises(InputError, match="data rank 2 is outside"):
+        open_stream(prepared, data_rank=2, data_ranks=2)
+    with pytest.raises(InputError, match="seed -1"):
+        open_stream(prepared, seed=-1)
+    with pytest.raises(InputError, match="less than one micro batch"):
+        open_stream(prepared).fixed_batches(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torch_random_state_is_left_alone(prepared: Path, workers: int) -> None:
+    state = torch.get_rng_state()
+    take(open_stream(prepared, workers=workers), 0, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from pathlib import Path
+from megaconsa.data.stream import BatchStream
+steps = BatchStream(Path(sys.argv[1]), seed=3, global_batch=12, micro_batch=2, workers=2).steps()
+next(steps)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(30):
+    next(steps)
+print("done", flush=True)
+"""
+
+
+def test_workers_outlive_the_job_signals_and_not_the_process(prepared: Path) -> None:
+    """A scheduler signals every process of a job; the run must still get its batches, and then end without hanging."""
+    command = [sys.executable, "-c", SCRIPT, str(prepared)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.killpg(process.pid, number)
+        time.sleep(0.2)
+    output, _ = process.communicate("go\n", timeout=60)
+    assert output == "done\n"
+    assert process.returncode == 0

@@ -1,0 +1,206 @@
+"""The folder that an export leaves, what it refuses, and loading it in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.errors import InputError
+from megaconsa.huggingface import export as export_module
+from megaconsa.huggingface.export import export, reorder_heads
+from megaconsa.huggingface.load import compare_logits, generate_line, load_exported, register
+from megaconsa.huggingface.modeling_megaconsa import MegaconsaForCausalLM
+
+from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits, random_weights
+
+Export = Callable[[Allocation], Path]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def export_fp32(weights: dict[str, Tensor], out: Path, **changed: Any) -> None:
+    settings = {"model": MODEL, "allocation": HEAD_WISE, "tokenizer": None, "dtype": torch.float32, "origin": None} | changed
+    export(weights, settings.pop("model"), settings.pop("allocation"), out, **settings)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_head_wise_folder(exported: Export) -> None:
+    folder = exported(HEAD_WISE)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.safetensors", "modeling_megaconsa.py", "generation_config.json", "tokenizer.json", "README.md"}
+    config = read_config(folder)
+    assert config["model_type"] == "megaconsa"
+    assert config["num_full_kv_heads"] == [2, 4, 0, 2]
+    assert config["full_attention"] == [list(row) for row in HEAD_WISE.full]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 255
+    assert Allocation.load(folder / "allocation.json") == HEAD_WISE
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    card = (folder / "README.md").read_text()
+    # Key and value of 8 full heads x 32 x 4 bytes; of 8 sliding heads for 7 tokens.
+    assert "| KV cache per token | 2 KiB and, once per sequence, 14 KiB for the windows; a dense model: 4 KiB |" in card
+    assert "0 .F.F\n1 FFFF\n2 ....\n3 F..F" in card
+    assert '"step": 3' in card
+
+
+def test_layer_wise_and_dense_folders_are_stock_qwen3(exported: Export) -> None:
+    layer_wise, dense = read_config(exported(LAYER_WISE)), read_config(exported(DENSE))
+    assert layer_wise["model_type"] == dense["model_type"] == "qwen3"
+    assert layer_wise["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    assert (layer_wise["use_sliding_window"], layer_wise["sliding_window"]) == (True, WINDOW)
+    assert (dense["use_sliding_window"], dense["sliding_window"]) == (False, None)
+    for config in (layer_wise, dense):
+        assert not {"auto_map", "num_full_kv_heads"} & config.keys()
+
+
+def test_reordering_back_is_the_identity(exported: Export, weights: dict[str, Tensor]) -> None:
+    stored = load_file(exported(HEAD_WISE) / "model.safetensors")
+    orders = [HEAD_WISE.full_heads_first(layer) for layer in range(MODEL.num_hidden_layers)]
+    back = reorder_heads(stored, MODEL, [torch.tensor(order).argsort().tolist() for order in orders])
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    assert not torch.equal(stored["model.layers.0.self_attn.q_proj.weight"], weights["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(MODEL, tie_word_embeddings=False)
+    weights = {name: tensor.bfloat16().float() for name, tensor in random_weights(model).items()}
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 300_000)
+    export_fp32(weights, tmp_path / "out", model=model, dtype=torch.bfloat16)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert len(set(index["weight_map"].values())) > 1
+    assert load_exported(tmp_path / "out", torch.bfloat16)[0].dtype == torch.bfloat16
+    tokens = torch.arange(3 * WINDOW)[None]
+    assert compare_logits(tmp_path / "out", tokens, masked_logits(weights, model, HEAD_WISE, tokens)) <= 1e-5
+
+
+def broken(weights: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    """The weights with one tensor replaced, or missing for None."""
+    others = {key: weights[key] for key in weights if key != name}
+    return others if tensor is None else others | {name: tensor}
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "changed", "message"),
+    [
+        (NORM, None, {}, "lack model.norm.weight"),
+        ("lm_head.weight", torch.zeros(256, 128), {}, "unknown lm_head.weight"),
+        (NORM, torch.zeros(127), {}, r"model.norm.weight has shape \(127,\)"),
+        (NORM, torch.full((128,), float("nan")), {}, "model.norm.weight holds NaN"),
+        (NORM, torch.full((128,), float("-inf")), {}, "model.norm.weight holds NaN or infinity"),
+        (NORM, torch.full((128,), -1e5), {"dtype": torch.float16}, "model.norm.weight holds 100000, which overflows"),
+        (NORM, torch.ones(128), {"dtype": torch.int8}, "dtype=torch.int8 cannot be exported"),
+        (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, full=HEAD_WISE.full[:3])}, "made for 3 layers x 4 KV heads"),
+        (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, window=1)}, "window=1 cannot be exported"),
+        (NORM, torch.ones(128), {"tokenizer": Path("nowhere")}, "nowhere is not a tokenizer folder"),
+    ],
+)
+def test_refused_inputs_leave_nothing(
+    tmp_path: Path, weights: dict[str, Tensor], name: str, tensor: Tensor | None, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        export_fp32(broken(weights, name, tensor), tmp_path / "out", **changed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    model = replace(MODEL, vocab_size=255)
+    with pytest.raises(InputError, match="has a token 255, but the model's vocab_size is 255"):
+        export_fp32(random_weights(model), tmp_path / "out", model=model, tokenizer=tokenizer_folder)
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
+        export_fp32(weights, tmp_path / "out")
+    (tmp_path / "out" / "precious").unlink()
+    export_fp32(weights, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export_module, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        export_fp32(weights, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    with pytest.raises(InputError, match="is not an exported model"):
+        load_exported(tmp_path)
+    export_fp32(weights, tmp_path / "out")
+    with pytest.raises(InputError, match="without a tokenizer"):
+        generate_line(tmp_path / "out", "a", 1)
+
+
+def test_register_loads_without_trusting_the_folder(exported: Export) -> None:
+    register()
+    register()
+    model = AutoModelForCausalLM.from_pretrained(exported(HEAD_WISE), trust_remote_code=False)
+    assert type(model) is MegaconsaForCausalLM
+
+
+LOAD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("loaded without its model file")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("abc", return_tensors="pt")
+generated = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False)
+print(generated[0].tolist())
+"""
+
+
+# transformers looks for a package named `kernels`, and in the root of the checkout finds the folder of that name.
+CHECKOUT = """
+import importlib.util, pathlib
+assert pathlib.Path(importlib.util.find_spec("kernels").origin).parent == pathlib.Path.cwd() / "kernels"
+"""
+NO_MEGACONSA = """
+import sys
+sys.modules["megaconsa"] = None  # importing it fails
+"""
+
+
+@pytest.mark.parametrize("place", ["in the checkout", "without megaconsa"])
+def test_loads_and_generates_in_a_process_of_its_own(exported: Export, tmp_path: Path, place: str) -> None:
+    folder = exported(HEAD_WISE)
+    before, where = (CHECKOUT, REPOSITORY) if place == "in the checkout" else (NO_MEGACONSA, tmp_path)
+    command = [sys.executable, "-c", before + LOAD, str(folder)]
+    result = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    model, tokenizer = load_exported(folder)
+    inputs = tokenizer("abc", return_tensors="pt")
+    ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False)
+    assert json.loads(result.stdout) == ids[0].tolist()  # and nothing else, such as a question to the user
