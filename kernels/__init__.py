@@ -4,6 +4,9 @@ Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publ
 triton only. `reference` is the slow truth; every other backend is tested against it.
 """
 
-from megaconsa.kernels.attention import choose_backend, hybrid_attention
+# Run from the repository root, transformers 5 imports this folder as top-level `kernels`, looking for that other package; it must
+# find nothing here rather than a second copy of our modules.
+if __name__ == "megaconsa.kernels":
+    from megaconsa.kernels.attention import choose_backend, hybrid_attention
 
-__all__ = ["choose_backend", "hybrid_attention"]
+    __all__ = ["choose_backend", "hybrid_attention"]

@@ -55,10 +55,11 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
 
 class _RichTask:
     def __init__(self, bar: Progress, task: Any) -> None:
-        self.bar, self.task = bar, task
+        self.bar, self.task, self.note = bar, task, ""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        self.bar.update(self.task, advance=amount, **({"note": note} if note else {}))
+        self.note = note or self.note
+        self.bar.update(self.task, advance=amount, note=self.note)
 
 
 class _PlainTask:

@@ -151,8 +151,10 @@ def units_per_constraint(num_layers: int, num_kv_heads: int, granularity: Granul
 def check_sparsity(sparsity: float, num_layers: int, num_kv_heads: int, granularity: Granularity, scope: Scope) -> int:
     """Returns how many units per constraint use the window; raises InputError where that is not a whole number."""
     units = units_per_constraint(num_layers, num_kv_heads, granularity, scope)
+    if not 0 <= sparsity <= 1:  # a NaN fails this too
+        raise InputError(f"allocation.sparsity={sparsity} must lie between 0 and 1")
     windowed = round(sparsity * units)
-    if abs(windowed - sparsity * units) > 1e-6 * units or not 0 <= windowed <= units:
+    if abs(windowed - sparsity * units) > 1e-6 * units:
         near = sorted({max(0, min(units, windowed + step)) for step in (-2, -1, 0, 1, 2)})
         possible = ", ".join(f"{count / units:.6g}" for count in (range(units + 1) if units <= 16 else near))
         where = {

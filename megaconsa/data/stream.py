@@ -108,8 +108,8 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) 
 class BatchStream:
     """The micro-batches of one data-parallel rank.
 
-    The stream of sequences is the concatenation of the epochs' orders; step k takes sequences [k * global_batch,
-    (k + 1) * global_batch) of it. Sequence g of them belongs to micro-step m, data rank r and row b with
+    The stream of sequences is the concatenation of the epochs' orders; each step takes the next global_batch of it. Sequence g of
+    them belongs to micro-step m, data rank r and row b with
     g = m * data_ranks * micro_batch + r * micro_batch + b.
     """
 
@@ -144,12 +144,15 @@ class BatchStream:
         self.separate_documents, self.shuffle = separate_documents, shuffle
         self._orders: dict[int, np.ndarray] = {}
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Each step's micro-batches of this rank, endlessly. DataError, naming the file, when a shard turns out damaged."""
+    def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
+        """Each step's micro-batches of this rank, endlessly, from the place after `taken` sequences of the stream.
+
+        DataError, naming the file, when a shard turns out damaged.
+        """
         # With a generator of its own, the loader draws nothing from torch's: a resumed run would draw at another time.
         loader = DataLoader(
             _Rows(self.shards),
-            sampler=self._sampler(start_step),
+            sampler=self._sampler(taken),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_is,
@@ -186,14 +189,14 @@ class BatchStream:
         grid = np.arange(sequences).reshape(-1, self.data_ranks, self.micro_batch)
         return list(grid[:, self.data_rank])
 
-    def _sampler(self, step: int) -> Iterator[np.ndarray]:
-        """The (B,) sequence ids of this rank's micro-batches from `step` on."""
+    def _sampler(self, taken: int) -> Iterator[np.ndarray]:
+        """The (B,) sequence ids of this rank's micro-batches after `taken` sequences of the stream."""
         places = self._places(self.global_batch)
         while True:
             for place in places:
-                epochs, offsets = np.divmod(step * self.global_batch + place, len(self.shards))
+                epochs, offsets = np.divmod(taken + place, len(self.shards))
                 yield np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
-            step += 1
+            taken += self.global_batch
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

@@ -24,8 +24,7 @@ Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 class EmbeddingLayer(nn.Embedding):
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        tokens, *rest = carry
-        return (super().forward(tokens), *rest)
+        return super().forward(carry[0]), *carry[1:]
 
 
 class BlockLayer(Block):
@@ -36,8 +35,7 @@ class BlockLayer(Block):
 
 class NormLayer(RMSNorm):
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        hidden, *rest = carry
-        return (super().forward(hidden), *rest)
+        return super().forward(carry[0]), *carry[1:]
 
 
 class HeadLayer(nn.Linear):

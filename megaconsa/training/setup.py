@@ -113,7 +113,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         *(_reporters(config) if mesh.is_main else []),
         Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
     ]
-    steps = stream.steps(progress.sequences // training.global_batch)
+    steps = stream.steps(progress.sequences)
     return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
 
 

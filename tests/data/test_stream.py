@@ -27,7 +27,7 @@ def open_stream(path: Path, **options: object) -> BatchStream:
 
 
 def take(stream: BatchStream, start: int, count: int) -> list[list[Batch]]:
-    return list(islice(stream.steps(start), count))
+    return list(islice(stream.steps(start * stream.global_batch), count))
 
 
 def assert_equal(left: list[Batch], right: list[Batch]) -> None:

@@ -1,0 +1,39 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. Each installs what it needs into .venv, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# kernels/, tools/ and configs/ are subpackages of megaconsa by pyproject's package-dir; the checkers see them in a tree of links.
+TREE := build/tree
+
+.PHONY: quickstart test check unit install clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/megaconsa quickstart
+
+test: check unit
+
+check: $(INSTALLED) $(TREE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p megaconsa
+	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+unit: $(INSTALLED)
+	$(BIN)/pytest -m "not gpu and not multigpu and not slurm and not slow"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(TREE): FORCE
+	rm -rf $@ && mkdir -p $@/megaconsa
+	ln -s $(CURDIR)/megaconsa/* $(CURDIR)/kernels $(CURDIR)/tools $(CURDIR)/configs $@/megaconsa/
+
+FORCE:
+
+clean:
+	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache
