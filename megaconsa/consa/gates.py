@@ -32,6 +32,10 @@ from megaconsa.consa.controller import DampedController, PaperController
 
 GRADIENT_CLIPPING = 1.0
 """Largest norm of log_alpha's gradient; clipped apart from the model's."""
+ADAM_BETAS = (0.5, 0.99)
+"""Less momentum than for weights: at beta1 = 0.9 log_alpha answers the multipliers ten steps late, and the pair oscillates."""
+DECAY_SHARE = 0.2
+"""Last part of the run over which the gates' learning rate falls to 0, so that the noise of the samples settles on the target."""
 DECIDED = 0.9
 """A unit counts as decided when P(z = 0) or P(z = 1) exceeds this."""
 
@@ -50,6 +54,8 @@ class GateSettings:
     controller: Literal["damped", "paper"] = "damped"
     seed: int = 0
     global_batch: int = 1
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
 
     @property
     def units(self) -> int:
@@ -64,6 +70,10 @@ class GateSettings:
         """Target sparsity of an optimizer step (from 0): rises linearly from 0 over warmup_steps."""
         return self.sparsity * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.sparsity
 
+    def rate(self, step: int) -> float:
+        """Learning rate of log_alpha at an optimizer step (from 0)."""
+        return self.learning_rate * min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
+
 
 class GateBank:
     """Gates of all layers. Attributes: `log_alpha` fp32 (layers, units); `controller` with the multipliers; `step` last sampled."""
@@ -74,7 +84,7 @@ class GateBank:
         self.device = torch.device(device)
         shape = (settings.num_layers, settings.units)
         self.log_alpha = torch.full(shape, settings.initial, dtype=torch.float32, device=self.device, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.log_alpha], lr=settings.learning_rate)
+        self.optimizer = torch.optim.Adam([self.log_alpha], lr=settings.learning_rate, betas=ADAM_BETAS)
         self.optimizer.state[self.log_alpha] = {
             "step": torch.zeros(()),
             "exp_avg": torch.zeros_like(self.log_alpha),
@@ -84,7 +94,7 @@ class GateBank:
         self.controller = (
             PaperController(constraints, self.device, settings.learning_rate)
             if settings.controller == "paper"
-            else DampedController(constraints, self.device)
+            else DampedController(constraints, self.log_alpha.numel() // constraints, self.device)
         )
         self.step = 0
         self._sampled: Tensor | None = None
@@ -140,6 +150,7 @@ class GateBank:
         penalty = self.controller.penalty(self._expected() - target)
         penalty.backward()
         norm = torch.nn.utils.clip_grad_norm_([self.log_alpha], GRADIENT_CLIPPING)
+        self.optimizer.param_groups[0]["lr"] = self.settings.rate(self.step)
         self.optimizer.step()
         with torch.no_grad():
             expected = self._expected()

@@ -167,6 +167,7 @@ def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
         controller=config.gates.controller,
         seed=config.run.seed,
         global_batch=config.training.global_batch,
+        steps=config.training.steps,
     )
 
 

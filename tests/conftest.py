@@ -1,0 +1,77 @@
+"""Small real data and small real runs, shared by the tests that train."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SEQUENCE_LENGTH = 64
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder made of a few modules of the standard library."""
+    import sysconfig
+
+    from megaconsa.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "python"
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = [str(library / name) for name in ("argparse.py", "ast.py", "inspect.py", "typing.py", "tarfile.py", "json", "email")]
+    prepare(sources, folder, train_tokenizer=VOCABULARY, sequence_length=SEQUENCE_LENGTH, validation_share=0.1)
+    return folder
+
+
+@pytest.fixture
+def make_config(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Plain values of a small learning run, changed by section: make_config(training={"steps": 3})."""
+    base = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"preset": "tiny", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
+        "attention": {"window": 8},
+        "allocation": {"source": "learn"},
+        "gates": {"warmup_steps": 2},
+        "training": {
+            "steps": 6,
+            "micro_batch": 2,
+            "global_batch": 4,
+            "sequence_length": SEQUENCE_LENGTH,
+            "learning_rate": 3e-3,
+        },
+        "data": {"path": str(small_data)},
+        "validation": {"sequences": 4},
+        "checkpoint": {"every": 2},
+        "logging": {"tensorboard": False},
+    }
+
+    def make(**sections: dict[str, Any]) -> dict[str, Any]:
+        values = copy.deepcopy(base)
+        for name, fields in sections.items():
+            values.setdefault(name, {}).update(fields)
+        return values
+
+    return make
+
+
+@pytest.fixture
+def train() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+    """Runs a configuration in this process to its end and returns the rows of its metrics."""
+    from megaconsa.config import build
+    from megaconsa.parallel import mesh
+    from megaconsa.reporting.metrics import read_metrics
+    from megaconsa.training.setup import build_trainer, check_inputs
+
+    logging.getLogger("megaconsa").setLevel(logging.WARNING)
+
+    def run(values: dict[str, Any]) -> list[dict[str, Any]]:
+        config = build(values)
+        assert build_trainer(check_inputs(config), mesh.initialize()).run()
+        return read_metrics(config.run.dir / "metrics.jsonl")
+
+    return run

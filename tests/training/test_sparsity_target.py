@@ -1,0 +1,43 @@
+"""Learning ends at the target and never passes it by much, on a small model and real text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaconsa.checkpoint import store
+from megaconsa.consa.allocation import top_k
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize(("granularity", "scope"), [("kv_head", "per_layer"), ("kv_head", "global"), ("layer", "global")])
+def test_expected_sparsity_follows_the_target(
+    granularity: str, scope: str, sparsity: float, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]
+) -> None:
+    values = make_config(
+        allocation={"sparsity": sparsity, "granularity": granularity, "scope": scope},
+        gates={"warmup_steps": 70},
+        training={"steps": 140},
+        checkpoint={"every": 0},
+    )
+    rows = train(values)
+
+    per_constraint = "layer_expected_sparsity" if scope == "per_layer" else "expected_sparsity"
+    for row in rows:
+        expected = row[per_constraint] if scope == "per_layer" else [row[per_constraint]]
+        assert max(expected) <= row["target_sparsity"] + 0.05, f"step {row['step']}"
+    assert rows[-1]["target_sparsity"] == sparsity
+    end = rows[-1][per_constraint] if scope == "per_layer" else [rows[-1][per_constraint]]
+    assert max(abs(value - sparsity) for value in end) <= 0.01
+
+    checkpoint = store.resolve(Path(values["run"]["dir"]))
+    gates = checkpoint.gates()
+    assert gates is not None
+    log_alpha = gates["log_alpha"] if granularity == "kv_head" else gates["log_alpha"][:, 0]
+    full = top_k(log_alpha, sparsity, 4, granularity, scope).float()  # type: ignore[arg-type]
+    shares = 1 - (full.mean(dim=1) if scope == "per_layer" else full.mean().reshape(1))
+    assert shares.tolist() == [sparsity] * len(shares)
+    assert rows[-1]["binarized_sparsity"] == sparsity
