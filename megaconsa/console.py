@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL = 10.0
@@ -87,12 +87,12 @@ class _PlainTask:
 
 
 def guarded(function: Callable[[], Any]) -> None:
-    """Runs a command; a refused input ends it with its sentence on stderr and exit code 2."""
+    """Runs a command; an error meant for the user ends it with its sentence on stderr, and exit code 2 if the input was refused."""
     try:
         function()
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 def run_tool(main: Callable[..., Any]) -> None:

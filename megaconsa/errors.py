@@ -1,5 +1,9 @@
-"""The one exception a user is meant to see: no traceback, one sentence, exit code 2."""
+"""The two exceptions a user is meant to see: no traceback, one sentence."""
 
 
 class InputError(Exception):
-    """A refused input. The message is one sentence that names the field or file, its value, and the mend."""
+    """A refused input. The message is one sentence that names the field or file, its value, and the mend. Exit code 2."""
+
+
+class RunError(Exception):
+    """Work that had begun and cannot go on, through no fault of the code (damaged data, say). One sentence; exit code 1."""

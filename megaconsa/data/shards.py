@@ -24,7 +24,7 @@ from streaming.base.format.mds.writer import MDSWriter
 from streaming.base.hashing import get_hash
 
 from megaconsa.console import Task
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 
 TRAIN, VALIDATION = "train", "validation"
 TOKENIZER = "tokenizer"
@@ -38,7 +38,7 @@ SHARD_BYTES = 8 << 20
 """Decompressed size of a shard: readers hold some of them in memory, see stream.py."""
 
 
-class DataError(RuntimeError):
+class DataError(RunError):
     """Data on disk is not what was written. The message names the file."""
 
 

@@ -84,7 +84,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
             f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch} "
             f"times {mesh.data_ranks} data-parallel ranks"
         )
-    stream, validation = _streams(config, mesh)
+    stream, held_out = _streams(config, mesh)
+    validation = Validation(held_out.fixed_batches(config.validation.sequences), config.validation.every)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
     heads = gates or inputs.allocation
     assert heads is not None
@@ -109,7 +110,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "data": _describe_data(inputs.data),
     }
     callbacks: list[Callback] = [
-        Validation(validation.fixed_batches(config.validation.sequences), config.validation.every),
+        validation,
         *(_reporters(config) if mesh.is_main else []),
         Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
     ]
