@@ -64,3 +64,7 @@ for name, tool in {
 
 def main() -> None:
     guarded(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from megaconsa.model.config import PRESETS, ModelConfig
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -307,7 +307,8 @@ def _describe(error: ValidationError) -> str:
         hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known are {', '.join(known)}"
         return f"unknown field {name}{f' in section {where}' if where else ''}; {hint}"
     if fault["type"] == "missing":
-        return f"field {name} is missing; give it in the file or as {name}=VALUE"
+        override = f" or as {name}=VALUE" if len(place) == 2 else ""
+        return f"field {name} is missing; give it in the file{override}"
     return f"{name}={fault['input']!r} is refused: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 

@@ -66,7 +66,7 @@ class _PlainTask:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.note, self.started = 0.0, "", time.monotonic()
-        self.printed = self.started
+        self.printed, self.printed_done = self.started, -1.0
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
@@ -75,14 +75,15 @@ class _PlainTask:
             self._print()
 
     def finish(self) -> None:
-        self._print()
+        if self.done != self.printed_done:
+            self._print()
 
     def _print(self) -> None:
-        self.printed = time.monotonic()
-        of = f"/{self.total:g}" if self.total is not None else ""
+        self.printed, self.printed_done = time.monotonic(), self.done
+        of = f"/{self.total:.12g}" if self.total is not None else ""
         note = f"  {self.note}" if self.note else ""
         console.print(
-            f"{self.description}: {self.done:g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False
+            f"{self.description}: {self.done:.12g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False
         )
 
 

@@ -23,7 +23,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("data") / "python"
     library = Path(sysconfig.get_paths()["stdlib"])
-    sources = [str(library / name) for name in ("argparse.py", "ast.py", "inspect.py", "typing.py", "tarfile.py", "json", "email")]
+    sources = [
+        str(library / name) for name in ("argparse.py", "ast.py", "inspect.py", "typing.py", "tarfile.py", "json", "email")
+    ]
     prepare(sources, folder, train_tokenizer=VOCABULARY, sequence_length=SEQUENCE_LENGTH, validation_share=0.1)
     return folder
 

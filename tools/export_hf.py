@@ -54,24 +54,10 @@ def main(
     kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
     console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}")
     if verify:
-        from megaconsa.data.stream import TokenShards
-        from megaconsa.huggingface.load import compare_logits
-        from megaconsa.model.qwen3 import Qwen3
+        from megaconsa.huggingface.verify import logit_difference
 
-        shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
-        rounded = {name: value.to(getattr(torch, dtype)).float() for name, value in weights.items()}
-        model = Qwen3(checkpoint.shape, table, "reference", separate=False)
-        model.load_state_dict(rounded, strict=not checkpoint.shape.tie_word_embeddings)
-        tokens = torch.from_numpy(shards[0][:verify].astype("int64"))[None]
-        with torch.no_grad():
-            difference = compare_logits(out, tokens, model(tokens))
-        console.print(
-            f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.numel()} tokens"
-        )
-        if difference > 1e-5:
-            raise RuntimeError(
-                f"the exported model's logits differ by {difference:.1e} of the largest logit: the export is wrong"
-            )
+        difference = logit_difference(out, checkpoint, table, verify)
+        console.print(f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {verify} tokens")
 
 
 if __name__ == "__main__":

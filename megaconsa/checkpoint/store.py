@@ -123,7 +123,9 @@ def save(
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(folder)
-    for old in _committed(run)[keep:]:
+    # Only what is older than this one: a later folder can only be a damaged one that the run passed over.
+    committed = _committed(run)
+    for old in committed[committed.index(final) + keep :]:
         shutil.rmtree(old)
     return final
 
@@ -166,8 +168,10 @@ def _committed(run: Path) -> list[Path]:
 def _open(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text())
-        json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if not isinstance(state, dict) or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values()):
+            raise ValueError("state.json or manifest.json is not what a checkpoint holds")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from None
     if state.get("version") != FORMAT_VERSION:
         raise InputError(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -97,19 +97,27 @@ class Allocation:
             not isinstance(full, list)
             or len(full) != layers
             or layers < 1
+            or heads < 1
             or any(not isinstance(row, list) or len(row) != heads or any(not isinstance(x, bool) for x in row) for row in full)
         ):
             raise InputError(f"{source}: field full is not a table of {layers} x {heads} booleans")
-        window = data["window"]
-        if not isinstance(window, int) or window < 1:
+        window, target, origin = data["window"], data["target_sparsity"], data.get("origin", {})
+        if type(window) is not int or window < 1:
             raise InputError(f"{source}: window is {window!r}, but must be an integer of at least 1")
+        for name, known in (("granularity", get_args(Granularity)), ("scope", get_args(Scope))):
+            if data[name] not in known:
+                raise InputError(f"{source}: {name} is {data[name]!r}, but must be one of {', '.join(known)}")
+        if not isinstance(target, int | float):
+            raise InputError(f"{source}: target_sparsity is {target!r}, but must be a number")
+        if not isinstance(origin, dict):
+            raise InputError(f"{source}: origin is {origin!r}, but must be a mapping")
         return cls(
             window=window,
             full=tuple(tuple(row) for row in full),
             granularity=data["granularity"],
             scope=data["scope"],
-            target_sparsity=float(data["target_sparsity"]),
-            origin=dict(data.get("origin", {})),
+            target_sparsity=float(target),
+            origin=origin,
         )
 
     def save(self, path: Path) -> None:

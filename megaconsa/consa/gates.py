@@ -31,9 +31,7 @@ from megaconsa.consa.allocation import (
 from megaconsa.consa.controller import DampedController, PaperController
 
 GRADIENT_CLIPPING = 1.0
-"""Largest norm of log_alpha's gradient; clipped apart from the model's."""
-ADAM_BETAS = (0.5, 0.99)
-"""Less momentum than for weights: at beta1 = 0.9 log_alpha answers the multipliers ten steps late, and the pair oscillates."""
+"""Largest norm of the loss's gradient in log_alpha; clipped apart from the model's."""
 DECAY_SHARE = 0.2
 """Last part of the run over which the gates' learning rate falls to 0, so that the noise of the samples settles on the target."""
 DECIDED = 0.9
@@ -84,18 +82,9 @@ class GateBank:
         self.device = torch.device(device)
         shape = (settings.num_layers, settings.units)
         self.log_alpha = torch.full(shape, settings.initial, dtype=torch.float32, device=self.device, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.log_alpha], lr=settings.learning_rate, betas=ADAM_BETAS)
-        self.optimizer.state[self.log_alpha] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(self.log_alpha),
-            "exp_avg_sq": torch.zeros_like(self.log_alpha),
-        }
         constraints = settings.num_layers if settings.per_layer else 1
-        self.controller = (
-            PaperController(constraints, self.device, settings.learning_rate)
-            if settings.controller == "paper"
-            else DampedController(constraints, self.log_alpha.numel() // constraints, self.device)
-        )
+        controller = PaperController if settings.controller == "paper" else DampedController
+        self.controller = controller(self.log_alpha, constraints)
         self.step = 0
         self._sampled: Tensor | None = None
         self._leaves: list[Tensor] = []
@@ -143,15 +132,13 @@ class GateBank:
             raise RuntimeError("GateBank.update was called before GateBank.sample")
         target = self.settings.target(self.step)
         gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
-        self.optimizer.zero_grad()
-        self._sampled.backward(torch.stack(gradients, dim=1))
-        assert self.log_alpha.grad is not None
-        reduce(self.log_alpha.grad)
+        (gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, torch.stack(gradients, dim=1))
+        reduce(gradient)
+        norm = torch.linalg.vector_norm(gradient)
+        gradient *= (GRADIENT_CLIPPING / norm).clamp(max=1)
         penalty = self.controller.penalty(self._expected() - target)
-        penalty.backward()
-        norm = torch.nn.utils.clip_grad_norm_([self.log_alpha], GRADIENT_CLIPPING)
-        self.optimizer.param_groups[0]["lr"] = self.settings.rate(self.step)
-        self.optimizer.step()
+        (penalty_gradient,) = torch.autograd.grad(penalty, self.log_alpha)
+        self.controller.descend(gradient, penalty_gradient, self.settings.rate(self.step))
         with torch.no_grad():
             expected = self._expected()
             # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
@@ -175,9 +162,7 @@ class GateBank:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs; the values are the bank's own, not copies."""
-        moments = {f"optimizer.{key}": value for key, value in self.optimizer.state[self.log_alpha].items()}
-        multipliers = {f"controller.{key}": value for key, value in self.controller.state().items()}
-        return {"log_alpha": self.log_alpha.detach()} | moments | multipliers
+        return {"log_alpha": self.log_alpha.detach()} | self.controller.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         own = self.state()

@@ -68,6 +68,10 @@ def check_inputs(config: Config) -> Inputs:
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
         )
+    if resume is not None and resume.allocation is not None and resume.allocation.full != (allocation and allocation.full):
+        raise InputError(
+            f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
+        )
     origin = None
     if config.model.init_from is not None and resume is None:
         origin = store.resolve(config.model.init_from)

@@ -1,0 +1,40 @@
+"""Whether an exported folder computes what the checkpoint computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from megaconsa.checkpoint.store import Checkpoint
+from megaconsa.consa.allocation import Allocation
+from megaconsa.data.stream import TokenShards
+from megaconsa.errors import RunError
+from megaconsa.huggingface.load import compare_logits
+from megaconsa.model.qwen3 import Qwen3
+
+TOLERANCE = 1e-5
+"""Largest difference of fp32 logits, as a share of the largest logit, that rounding explains."""
+
+
+@torch.no_grad()
+def logit_difference(folder: Path, checkpoint: Checkpoint, allocation: Allocation, length: int) -> float:
+    """Runs the export and megaconsa's own model (reference attention) in fp32 on the first `length` held-out tokens.
+
+    The checkpoint's weights are first rounded to the precision of the export. Returns the largest absolute difference of the logits
+    over the largest logit; raises RunError where it exceeds TOLERANCE.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))
+    shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
+    tokens = torch.from_numpy(shards[0][:length].astype("int64"))[None]
+    model = Qwen3(checkpoint.shape, allocation, "reference", separate=False)
+    weights = {name: value.to(dtype).float() for name, value in checkpoint.weights().items()}
+    model.load_state_dict(weights, strict=not checkpoint.shape.tie_word_embeddings)
+    difference = compare_logits(folder, tokens, model(tokens))
+    if not difference <= TOLERANCE:
+        raise RunError(
+            f"{folder}: logits differ from the checkpoint's by {difference:.1e} of the largest logit: the export is wrong"
+        )
+    return difference

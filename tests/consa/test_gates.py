@@ -1,0 +1,312 @@
+"""The bank of gates: its step against one autograd graph, its state, and what it hands to the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaconsa.consa import gates, hard_concrete, philox
+from megaconsa.consa.allocation import FULL_WINDOW
+from megaconsa.consa.controller import DAMPED_PHI, DAMPED_RATE
+from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.errors import InputError
+
+LAYERS, HEADS, SEQUENCES = 3, 4, 6
+SETTINGS = GateSettings(
+    LAYERS, HEADS, 8, 0.5, learning_rate=0.05, initial=0.3, warmup_steps=3, seed=9, global_batch=SEQUENCES, steps=20
+)
+KINDS = [
+    SETTINGS,
+    replace(SETTINGS, scope="global", sparsity=0.25),
+    replace(SETTINGS, granularity="layer", scope="global", sparsity=2 / 3),
+]
+VARIANTS = [replace(kind, controller=controller) for kind in KINDS for controller in ("damped", "paper")]
+
+Select = Callable[[int, Tensor], Tensor]
+
+
+def name(settings: GateSettings) -> str:
+    return f"{settings.granularity}-{settings.scope}-{settings.controller}"
+
+
+variants = pytest.mark.parametrize("settings", VARIANTS, ids=name)
+
+
+def loss(select: Select, sequences: Tensor, scale: float = 0.02) -> Tensor:
+    """A small model: each layer mixes a sequence's state by weights of its own and scales it by the gates of the heads."""
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.randn(LAYERS, HEADS, HEADS, generator=generator)
+    state = torch.randn(SEQUENCES, HEADS, generator=generator)[sequences]
+    for layer in range(LAYERS):
+        state = state + torch.tanh(state @ mixing[layer]) * select(layer, sequences)
+    return scale * state.square().sum()
+
+
+def gates_of(bank: GateBank) -> Select:
+    def select(layer: int, sequences: Tensor) -> Tensor:
+        window, gate = bank.select(layer, sequences)
+        assert window == bank.settings.window
+        assert gate is not None
+        assert gate.shape == (len(sequences), HEADS)
+        assert gate.dtype == torch.float32
+        return gate
+
+    return select
+
+
+def backward(bank: GateBank, micro_batches: Sequence[Sequence[int]], scale: float = 0.02) -> None:
+    for sequences in micro_batches:
+        loss(gates_of(bank), torch.tensor(sequences), scale).backward()
+
+
+def spread(bank: GateBank) -> GateBank:
+    """Gives the units different values, so that none stands for another."""
+    with torch.no_grad():
+        bank.log_alpha += torch.linspace(-1, 1, bank.log_alpha.numel()).reshape(bank.log_alpha.shape)
+    return bank
+
+
+def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def expected_sparsity(log_alpha: Tensor, settings: GateSettings) -> Tensor:
+    """By the formula of the method, one number per constraint."""
+    closed = 1 - torch.sigmoid(log_alpha - (2 / 3) * math.log(0.1 / 1.1))
+    return closed.mean(dim=1) if settings.scope == "per_layer" else closed.mean()[None]
+
+
+@variants
+def test_updates_equal_one_graph(settings: GateSettings) -> None:
+    """Loss, samples and penalty in one autograd graph with torch's own Adam, against micro-batches that accumulate into leaves."""
+    bank = spread(GateBank(settings))
+    log_alpha = bank.log_alpha.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([log_alpha], betas=gates.ADAM_BETAS)
+    constraints = LAYERS if settings.scope == "per_layer" else 1
+    factor = 1 if settings.controller == "paper" else log_alpha.numel() // constraints
+    lambda_ = torch.zeros(constraints)
+    phi = torch.full((constraints,), 0.0 if settings.controller == "paper" else DAMPED_PHI)
+    ascent = torch.optim.Adam([lambda_, phi], lr=settings.learning_rate, maximize=True)
+    sequences = torch.arange(SEQUENCES)
+    for step in (0, 1, 2, 17, 19):  # the last two while the learning rate falls
+        target = settings.sparsity * min(1.0, (step + 1) / 3)
+        uniform = philox.uniform(9, step, sequences, LAYERS, settings.units)
+        z = hard_concrete.sample(log_alpha, uniform)
+        error = expected_sparsity(log_alpha, settings) - target
+        penalty = factor * (lambda_ * error + phi * error**2).sum()
+        adam.zero_grad()
+        (loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences) + penalty).backward()  # noqa: B023
+        norm = torch.nn.utils.clip_grad_norm_([log_alpha], 1.0)
+        adam.param_groups[0]["lr"] = settings.rate(step)
+        adam.step()
+        error = expected_sparsity(log_alpha.detach(), settings) - target
+        if settings.controller == "paper":
+            lambda_.grad, phi.grad = error, error**2
+            ascent.step()
+        else:
+            lambda_ += DAMPED_RATE * error
+
+        bank.sample(step)
+        backward(bank, [[4, 1], [0], [5, 3, 2]])
+        metrics = bank.update()
+        assert bank.log_alpha.grad is not None
+        torch.testing.assert_close(bank.log_alpha.grad, log_alpha.grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(bank.log_alpha, log_alpha, rtol=0, atol=2e-6)
+        torch.testing.assert_close(bank.controller.lambda_, lambda_, rtol=0, atol=2e-6)
+        torch.testing.assert_close(bank.controller.phi, phi, rtol=0, atol=2e-6)
+        assert metrics["gate_grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        assert metrics["penalty"] == pytest.approx(penalty.item(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_without_a_loss_the_gradient_is_the_penaltys(settings: GateSettings) -> None:
+    """units (lambda + 2 phi error) d error / d log_alpha, with d error = -p (1 - p) / units."""
+    bank = spread(GateBank(settings))
+    bank.controller.lambda_.copy_(torch.linspace(0.01, 0.02, len(bank.controller.lambda_)))
+    bank.controller.phi.fill_(0.7)
+    before = bank.log_alpha.detach().clone()
+    error = expected_sparsity(before, settings) - settings.sparsity / 3
+    p = torch.sigmoid(before - (2 / 3) * math.log(0.1 / 1.1))
+    slope = bank.controller.lambda_ + 2 * 0.7 * error
+    bank.sample(0)
+    assert bank.update()["gate_grad_norm"] < 1  # not clipped
+    assert bank.log_alpha.grad is not None
+    torch.testing.assert_close(bank.log_alpha.grad, -slope[:, None] * p * (1 - p), rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_is_clipped_apart_from_the_models() -> None:
+    bank = spread(GateBank(SETTINGS))
+    bank.sample(0)
+    backward(bank, [range(SEQUENCES)], scale=50.0)
+    metrics = bank.update()
+    assert metrics["gate_grad_norm"] > 2
+    assert bank.log_alpha.grad is not None
+    assert float(bank.log_alpha.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_a_gate_is_the_sample_of_its_place(settings: GateSettings) -> None:
+    """Whatever micro-batch asks, in any order, again and again."""
+    bank = spread(GateBank(settings))
+    bank.sample(7)
+    expected = hard_concrete.sample(
+        bank.log_alpha.detach(), philox.uniform(9, 7, torch.arange(SEQUENCES), LAYERS, settings.units)
+    ).expand(-1, -1, HEADS)
+    for layer, rows in product((2, 0, 2, 1), ([5], [3, 0], [0, 1, 2, 3, 4, 5])):
+        assert torch.equal(gates_of(bank)(layer, torch.tensor(rows)), expected[rows, layer])
+
+
+@variants
+def test_state_restores_bitwise_the_same_next_steps(settings: GateSettings) -> None:
+    def advance(bank: GateBank, steps: range) -> list[dict[str, Any]]:
+        rows = []
+        for step in steps:
+            bank.sample(step)
+            backward(bank, [[0, 1, 2], [3, 4, 5]])
+            rows.append(bank.update())
+        return rows
+
+    bank = spread(GateBank(settings))
+    advance(bank, range(3))
+    saved = copy_of(bank.state())
+    expected = advance(bank, range(3, 6))
+    resumed = GateBank(settings)
+    resumed.load_state(saved)
+    assert advance(resumed, range(3, 6)) == expected
+    states = bank.state(), resumed.state()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]["log_alpha"], saved["log_alpha"])
+
+
+def test_state_of_another_kind_is_refused() -> None:
+    paper = GateBank(replace(SETTINGS, controller="paper"))
+    bank = GateBank(SETTINGS)
+    with pytest.raises(ValueError, match=r"controller\.lambda\.exp_avg"):
+        bank.load_state(paper.state())
+    with pytest.raises(ValueError, match="log_alpha"):
+        bank.load_state({key: value for key, value in bank.state().items() if key != "log_alpha"})
+
+
+def test_update_needs_a_sample_for_each_step() -> None:
+    bank = GateBank(SETTINGS)
+    with pytest.raises(RuntimeError, match=r"before GateBank\.sample"):
+        bank.update()
+    bank.sample(0)
+    bank.update()
+    with pytest.raises(RuntimeError, match=r"before GateBank\.sample"):
+        bank.update()
+
+
+@variants
+def test_a_discarded_step_leaves_no_trace(settings: GateSettings) -> None:
+    bank, untouched = spread(GateBank(settings)), spread(GateBank(settings))
+    before = copy_of(bank.state())
+    bank.sample(0)
+    backward(bank, [range(SEQUENCES)])
+    bank.discard()
+    assert all(torch.equal(value, before[key]) for key, value in bank.state().items())
+    with pytest.raises(RuntimeError, match=r"before GateBank\.sample"):
+        bank.update()
+    for each in (bank, untouched):
+        each.sample(1)
+        backward(each, [range(SEQUENCES)])
+    assert bank.update() == untouched.update()
+    assert torch.equal(bank.log_alpha, untouched.log_alpha)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_binarized_hands_out_the_exact_table(settings: GateSettings) -> None:
+    bank = spread(GateBank(settings))
+    bank.sample(0)
+    sequences = torch.arange(SEQUENCES)
+    sampled = gates_of(bank)(1, sequences)
+    with bank.binarized() as table:
+        assert table == bank.allocation()
+        assert table.sparsity == pytest.approx(settings.sparsity)
+        for layer in range(LAYERS):
+            windows = tuple(FULL_WINDOW if full else 8 for full in bank.full()[layer].tolist())
+            assert bank.select(layer, sequences) == (windows, None)
+    assert torch.equal(gates_of(bank)(1, sequences), sampled)
+    with pytest.raises(ZeroDivisionError), bank.binarized():
+        raise ZeroDivisionError
+    assert torch.equal(gates_of(bank)(1, sequences), sampled)
+
+
+@variants
+def test_two_ranks_with_half_of_the_sequences_each_equal_one(settings: GateSettings) -> None:
+    """Each rank samples the whole global batch, sees its own half, and sums only the gradient of the loss."""
+    single, ranks = spread(GateBank(settings)), [spread(GateBank(settings)) for _ in range(2)]
+    halves = ([0, 1, 2], [3, 4, 5])
+    for step in range(3):
+        single.sample(step)
+        backward(single, halves)
+        expected = single.update()
+
+        shares: list[Tensor] = []
+        for rank, half in zip(ranks, halves, strict=True):
+            probe = GateBank(settings)
+            probe.load_state(rank.state())
+            probe.sample(step)
+            backward(probe, [half])
+            probe.update(lambda gradient: shares.append(gradient.clone()))  # noqa: B023
+        assert not torch.equal(*shares)
+        for rank, half in zip(ranks, halves, strict=True):
+            rank.sample(step)
+            backward(rank, [half])
+            metrics = rank.update(lambda gradient: gradient.copy_(shares[0] + shares[1]))  # noqa: B023
+            torch.testing.assert_close(rank.log_alpha, single.log_alpha, rtol=0, atol=2e-6)
+            assert metrics["penalty"] == pytest.approx(expected["penalty"], rel=1e-5, abs=1e-7)
+        assert torch.equal(ranks[0].log_alpha, ranks[1].log_alpha)
+
+
+def test_metrics_of_a_step() -> None:
+    settings = replace(SETTINGS, learning_rate=1e-9, warmup_steps=0)
+    bank = GateBank(settings)
+    values = torch.tensor([[9.0, -9.0, 0.5, -0.5], [0.1, 0.2, 0.3, 0.4], [-9.0, -8.0, -7.0, 9.0]])
+    with torch.no_grad():
+        bank.log_alpha.copy_(values)
+    bank.sample(0)
+    z = torch.stack([gates_of(bank)(layer, torch.arange(SEQUENCES)) for layer in range(LAYERS)])
+    metrics = bank.update()
+    expected = expected_sparsity(values, settings)
+    assert metrics["target_sparsity"] == 0.5
+    assert metrics["expected_sparsity"] == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert metrics["layer_expected_sparsity"] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert metrics["sampled_sparsity"] == pytest.approx(float((z == 0).float().mean()), rel=1e-6)
+    assert 0 < metrics["sampled_sparsity"] < 1
+    assert metrics["binarized_sparsity"] == 0.5
+    assert metrics["threshold_sparsity"] == pytest.approx(5 / 12)
+    assert metrics["decided_share"] == pytest.approx(6 / 12)
+    assert metrics["cut_margin"] == pytest.approx(0.1, rel=1e-5)
+    assert bank.full().tolist() == [[True, False, True, False], [False, False, True, True], [False, False, True, True]]
+
+
+def test_cut_margin_is_null_where_nothing_is_cut() -> None:
+    """JSON has no infinity."""
+    bank = GateBank(replace(SETTINGS, sparsity=1.0))
+    bank.sample(0)
+    assert bank.update()["cut_margin"] is None
+
+
+def test_target_rises_linearly_over_the_warmup() -> None:
+    assert [SETTINGS.target(step) for step in range(5)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5, 0.5])
+    assert replace(SETTINGS, warmup_steps=0).target(0) == 0.5
+
+
+def test_learning_rate_falls_to_zero_over_the_last_fifth() -> None:
+    rates = [SETTINGS.rate(step) for step in range(21)]
+    assert rates[:17] == [0.05] * 17
+    assert rates[17:] == pytest.approx([0.05 * 0.75, 0.05 * 0.5, 0.05 * 0.25, 0.0])
+
+
+def test_an_impossible_sparsity_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="cannot be met by the 4 KV heads of a layer"):
+        GateBank(replace(SETTINGS, sparsity=0.3))

@@ -1,0 +1,303 @@
+"""The run configuration: what is refused and how, overrides, and the way through a file and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megaconsa.config import Config, build, differences, load
+from megaconsa.errors import InputError
+from megaconsa.model.config import PRESETS, ModelConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+BASE: dict[str, Any] = {
+    "run": {"dir": "runs/a"},
+    "attention": {"window": 8},
+    "allocation": {"source": "learn"},
+    "gates": {"warmup_steps": 3},
+    "training": {"steps": 10, "micro_batch": 2, "global_batch": 4, "sequence_length": 32, "learning_rate": 0.001},
+    "data": {"path": "data/a"},
+}
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    """BASE with `section__field=value`, or a whole section."""
+    data = copy.deepcopy(BASE)
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        if field:
+            data.setdefault(section, {})[field] = value
+        else:
+            data[section] = value
+    return data
+
+
+def refusal(data: dict[str, Any]) -> str:
+    """The message, which is one line."""
+    with pytest.raises(InputError) as caught:
+        build(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_of_the_repository_loads(path: Path) -> None:
+    config = load(path)
+    assert build(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_there_are_configurations() -> None:
+    assert CONFIGS
+
+
+def test_the_smallest_configuration() -> None:
+    config = build(BASE)
+    assert config.learning
+    assert config.shape() == PRESETS["tiny"]
+    assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (0.5, "kv_head", "per_layer")
+    assert not build(changed(allocation={"source": "rule"})).learning
+
+
+def test_shape_fields_override_the_preset() -> None:
+    fields = {"vocab_size": 99, "head_dim": 6, "tie_word_embeddings": False, "rope_theta": 5e3, "num_hidden_layers": 3}
+    shape = build(changed(model={"preset": "small", **fields})).shape()
+    assert shape == ModelConfig(99, 512, 1408, 3, 16, 8, 6, False, 5e3, max_position_embeddings=32_768)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainning": {}}, "unknown field trainning; did you mean training?"),
+        ({"zebra": {}}, "unknown field zebra; known are run, model, attention"),
+        ({"training__step": 3}, "unknown field training.step in section training; did you mean training.steps?"),
+        ({"attention__zebra": 3}, "unknown field attention.zebra in section attention; known are window, backend"),
+        ({"data": {}}, "field data.path is missing; give it in the file or as data.path=VALUE"),
+        ({"allocation": {"sparsity": 0.5}}, "field allocation.source is missing"),
+        ({"training__steps": "many"}, "training.steps='many' is refused: input should be a valid integer"),
+        ({"training__steps": 10.5}, "training.steps=10.5 is refused: input should be a valid integer"),
+        ({"training__steps": None}, "training.steps=None is refused"),
+        ({"training__steps": 0}, "training.steps=0 is refused: input should be greater than or equal to 1"),
+        ({"training__sequence_length": 1}, "training.sequence_length=1 is refused"),
+        ({"training__learning_rate": 0}, "training.learning_rate=0 is refused"),
+        ({"training__learning_rate": float("nan")}, "training.learning_rate=nan is refused"),
+        ({"training__learning_rate": float("inf")}, "training.learning_rate=inf is refused"),
+        ({"gates__initial": float("nan")}, "gates.initial=nan is refused"),
+        ({"gates__initial": float("-inf")}, "gates.initial=-inf is refused"),
+        ({"model__rope_theta": float("inf")}, "model.rope_theta=inf is refused"),
+        ({"training__precision": "fp16"}, "training.precision='fp16' is refused: input should be 'auto', 'bf16' or 'fp32'"),
+        ({"attention__backend": "cudnn"}, "attention.backend='cudnn' is refused: input should be 'auto'"),
+        ({"allocation__source": "learned"}, "allocation.source='learned' is refused: input should be 'learn', 'file' or 'rule'"),
+        ({"allocation__granularity": "head"}, "allocation.granularity='head' is refused"),
+        ({"allocation__ratio": 0}, "allocation.ratio=0 is refused"),
+        ({"run__seed": 2**32}, "run.seed=4294967296 is refused"),
+        ({"run__seed": -1}, "run.seed=-1 is refused"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep=0 is refused"),
+        ({"training": None}, "training=None is refused"),
+        ({"training": [1]}, "training=[1] is refused"),
+        ({"data__path": 7}, "data.path=7 is refused"),
+        ({"training__betas": [0.9, 0.95, 0.99]}, "training.betas=[0.9, 0.95, 0.99] is refused"),
+        ({"training__betas": [0.9, "x"]}, "training.betas.1='x' is refused"),
+        ({"training__betas": [0.9, 1.0]}, "training.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ({"model__preset": "qwen9"}, "model.preset=qwen9 is unknown; choose one of tiny, small"),
+        ({"model__num_attention_heads": 6}, "model.num_attention_heads=6 must be a multiple of model.num_key_value_heads=4"),
+        ({"model__head_dim": 7}, "model.head_dim=7 must be even"),
+        ({"attention__window": 0}, "attention.window=0 must lie between 1 and training.sequence_length=32"),
+        ({"attention__window": 33}, "attention.window=33 must lie between 1 and training.sequence_length=32"),
+        ({"model__max_position_embeddings": 31}, "training.sequence_length=32 exceeds model.max_position_embeddings=31"),
+        ({"parallel__tensor": 5}, "parallel.tensor=5 exceeds the model's 4 KV heads, which are not split further; use 4 or less"),
+        ({"training__micro_batch": 3}, "training.global_batch=4 must be a multiple of training.micro_batch=3"),
+        ({"training__micro_batch": 8}, "training.global_batch=4 must be a multiple of training.micro_batch=8"),
+        ({"training__warmup_steps": 11}, "training.warmup_steps=11 and training.decay_steps=0 do not fit into training.steps=10"),
+        ({"training__schedule": "wsd"}, "training.schedule=wsd needs training.decay_steps of at least 1"),
+        ({"training__decay_steps": 2}, "training.decay_steps=2 belongs to training.schedule=wsd"),
+        ({"training__min_learning_rate": 0.01}, "training.min_learning_rate=0.01 exceeds training.learning_rate=0.001"),
+        (
+            {"allocation__sparsity": 0.3},
+            "allocation.sparsity=0.3 cannot be met by the 4 KV heads of a layer; possible are 0, 0.25",
+        ),
+        ({"allocation__sparsity": 1.5}, "allocation.sparsity=1.5 is refused"),
+        ({"allocation__sparsity": float("nan")}, "allocation.sparsity=nan is refused"),
+        ({"allocation__granularity": "layer"}, "allocation.scope=per_layer cannot hold with allocation.granularity=layer"),
+        ({"gates__warmup_steps": 10}, "gates.warmup_steps=10 must be less than training.steps=10"),
+        ({"allocation__source": "file"}, "allocation.source=file needs allocation.file"),
+        ({"allocation__file": "a.json"}, "allocation.file=a.json is given, but allocation.source is learn; set it to file"),
+        ({"allocation": {"source": "rule", "file": "a.json"}}, "allocation.source is rule; set it to file"),
+    ],
+)
+def test_refusals_name_field_value_and_mend(fields: dict[str, Any], message: str) -> None:
+    assert message in refusal(changed(**fields))
+
+
+def test_warmup_and_decay_must_fit_together() -> None:
+    fields = {"training__schedule": "wsd", "training__decay_steps": 6}
+    assert build(changed(**fields, training__warmup_steps=4)).training.decay_steps == 6
+    assert "training.warmup_steps=5 and training.decay_steps=6 do not fit" in refusal(changed(**fields, training__warmup_steps=5))
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+def test_parallel_modes_of_later_versions_are_refused(name: str) -> None:
+    assert f"parallel.{name}=2 is not available in this version; use 1" in refusal(changed(**{f"parallel__{name}": 2}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention__window": 1},
+        {"attention__window": 32},
+        {"model__max_position_embeddings": 32},
+        {"training__warmup_steps": 10},
+        {"training__min_learning_rate": 0.001},
+        {"training__micro_batch": 4},
+        {"gates__warmup_steps": 9},
+        {"allocation__sparsity": 0},
+        {"allocation__sparsity": 1},
+        {"allocation": {"source": "file", "file": "a.json"}},
+        {"allocation": {"source": "learn", "granularity": "layer", "scope": "global", "sparsity": 0.25}},
+        {"allocation": {"source": "rule", "rule": "dense"}, "gates__warmup_steps": 100},
+    ],
+)
+def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
+    build(changed(**fields))
+
+
+@pytest.mark.parametrize("section", ["run", "attention", "allocation", "training", "data"])
+def test_a_missing_section_is_named_with_a_mend_that_works(section: str, file: Path) -> None:
+    """An override is section.field=value, so `run=VALUE` would be refused in its turn."""
+    message = refusal({name: fields for name, fields in BASE.items() if name != section})
+    assert section in message
+    assert "missing" in message
+    assert f"{section}=VALUE" not in message
+
+
+def test_a_missing_item_is_not_offered_as_an_override() -> None:
+    message = refusal(changed(training__betas=[0.9]))
+    assert "training.betas" in message
+    assert "training.betas.1=VALUE" not in message
+
+
+def test_sections_are_frozen() -> None:
+    config = build(BASE)
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 3
+
+
+def test_overrides_apply_typed_values(file: Path) -> None:
+    config = load(
+        file,
+        [
+            "training.steps=20",
+            "training.learning_rate=3e-4",
+            "training.betas=[0.8, 0.9]",
+            "training.activation_checkpointing=true",
+            "model.tie_word_embeddings=false",
+            "model.init_from=runs/b=c",
+            "logging.wandb=null",
+            "checkpoint.every=5",
+            "training.steps=30",
+        ],
+    )
+    assert config.training.steps == 30
+    assert config.training.learning_rate == 3e-4
+    assert config.training.betas == (0.8, 0.9)
+    assert config.training.activation_checkpointing is True
+    assert config.shape().tie_word_embeddings is False
+    assert config.model.init_from == Path("runs/b=c")
+    assert config.logging.wandb is None
+    assert config.checkpoint.every == 5
+    assert config.training.global_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps", "override 'training.steps' is not of the form section.field=value"),
+        ("steps=3", "is not of the form section.field=value"),
+        ("training.=3", "is not of the form section.field=value"),
+        (".steps=3", "is not of the form section.field=value"),
+        ("a.b.c=3", "is not of the form section.field=value"),
+        ("=3", "is not of the form section.field=value"),
+        ("training.betas=[0.9", "override 'training.betas=[0.9': the value is not YAML"),
+        ("training.steps=", "training.steps=None is refused"),
+        ("training.steps=ten", "training.steps='ten' is refused"),
+        ("trainnig.steps=3", "unknown field trainnig; did you mean training?"),
+        ("training.stpes=3", "unknown field training.stpes in section training; did you mean training.steps?"),
+        ("attention.window=64", "attention.window=64 must lie between 1 and"),
+    ],
+)
+def test_overrides_that_are_refused(override: str, message: str, file: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is not a mapping of sections"),
+        (b"- run\n- model\n", "is not a mapping of sections"),
+        (b"run: {dir: a\nmodel:", "cannot be read"),
+        (b"run:\n\t- dir", "cannot be read"),
+        (b"\xff\xfe\xfa", "cannot be read"),
+        (b"run: !!python/object/apply:os.getcwd []", "cannot be read"),
+    ],
+)
+def test_files_that_are_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert f"configuration {path} {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_an_override_of_what_is_no_section_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"training": 3}))
+    with pytest.raises(InputError, match="section training of the configuration is not a mapping"):
+        load(path, ["training.steps=3"])
+
+
+def test_dictionary_goes_through_yaml_and_back(file: Path) -> None:
+    config = load(
+        file, ["training.learning_rate=1e-05", "model.init_from=runs/b", "training.betas=[0.8, 0.9]", "model.vocab_size=7"]
+    )
+    text = yaml.safe_dump(config.to_dict())
+    assert build(yaml.safe_load(text)) == config
+    assert differences(config.to_dict(), yaml.safe_load(text)) == []
+    assert config.to_dict().keys() == Config.model_fields.keys()
+
+
+def test_differences_name_each_field_once() -> None:
+    old = build(BASE).to_dict()
+    new = build(changed(training__steps=20, model__vocab_size=99, run__dir="runs/b")).to_dict()
+    assert differences(old, new) == [
+        "model.vocab_size: None -> 99",
+        "run.dir: runs/a -> runs/b",
+        "training.steps: 10 -> 20",
+    ]
+    assert differences(old, copy.deepcopy(old)) == []
+
+
+def test_differences_see_fields_that_one_side_lacks() -> None:
+    assert differences({"a": {"b": 1}}, {"a": {}, "c": 2}) == ["a.b: 1 -> None", "c: None -> 2"]
+    assert differences({"a": {"b": 1}}, {"a": 3}) == ["a: {'b': 1} -> 3"]
