@@ -44,4 +44,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | No
     if documents is None and window >= q.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     mask = visible(q.shape[2], window, documents, q.device)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    grouped = not q.is_cuda
+    if not grouped:
+        # On a GPU the only fused kernel that takes a mask wants equal heads; grouped ones fall back to holding all scores.
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -52,15 +52,17 @@ def initialize(tensor: int = 1, pipeline: int = 1) -> Mesh:
     else:
         # It would be compiled at start-up, for more than a minute, to speed up all-reduces that a CPU run does not wait for.
         __compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo")
+        # Begun here and only joined by DeepSpeed, which cannot say which device NCCL is to use.
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     world_size = torch.distributed.get_world_size()
     if world_size % (tensor * pipeline):
         raise InputError(f"{world_size} processes cannot be divided by parallel.tensor={tensor} x parallel.pipeline={pipeline}")
     data_ranks = world_size // (tensor * pipeline)
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data_ranks)
     rank = torch.distributed.get_rank()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Mesh(rank, world_size, device, topology, topology.get_coord(rank).data, data_ranks)
 
 
