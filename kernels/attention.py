@@ -50,19 +50,25 @@ def hybrid_attention(
         gate = gate.expand(batch, kv_heads)
     if documents is not None and documents.shape != (batch, length):
         raise ValueError(f"documents has shape {tuple(documents.shape)}, but must be ({batch}, {length})")
-    function = BACKENDS[choose_backend(backend)]
+    function = BACKENDS[_announced(backend)]
     return function(q, k, v, windows, gate, documents, dim**-0.5 if scale is None else scale)
 
 
-@lru_cache
 def choose_backend(backend: str) -> str:
-    """The backend that will run; says once what `auto` took."""
+    """The backend that will run; ValueError for one that is not here."""
     if backend == "auto":
-        logger.info("attention.backend=auto takes sdpa: torch's scaled_dot_product_attention, two calls for gated heads")
         return "sdpa"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend} is not available; choose one of auto, {', '.join(BACKENDS)}")
     return backend
+
+
+@lru_cache
+def _announced(backend: str) -> str:
+    """choose_backend, saying once what `auto` took."""
+    if backend == "auto":
+        logger.info("attention.backend=auto takes sdpa: torch's scaled_dot_product_attention, two calls for gated heads")
+    return choose_backend(backend)
 
 
 def _windows(window: int | Sequence[int] | Tensor, kv_heads: int) -> tuple[int, ...]:

@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from megaconsa import config as configuration
 from megaconsa.console import console, guarded
+from megaconsa.errors import InputError
 
 STOPPED = 75
 """Exit code of a run that a signal asked to stop and that saved first (EX_TEMPFAIL: run the same command again)."""
@@ -41,12 +43,20 @@ def train(config_path: Path, overrides: list[str]) -> int:
     return 0 if finished else STOPPED
 
 
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError("give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]")
+    return train(Path(arguments[0]), arguments[1:])
+
+
 def _log_to_console() -> None:
     """INFO of megaconsa on the main rank, warnings elsewhere; libraries only speak up when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    # torch deprecates collectives that DeepSpeed calls; nothing a user of this could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.getLogger("megaconsa").setLevel(logging.INFO if main else logging.WARNING)
 
 
 if __name__ == "__main__":
-    guarded(lambda: sys.exit(train(Path(sys.argv[1]), sys.argv[2:])))
+    guarded(lambda: sys.exit(_main(sys.argv[1:])))

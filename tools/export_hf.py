@@ -54,7 +54,7 @@ def main(
     kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
     console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}")
     if verify:
-        from megaconsa.huggingface.verify import logit_difference
+        from megaconsa.evaluation.export_check import logit_difference
 
         difference = logit_difference(out, checkpoint, table, verify)
         console.print(f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {verify} tokens")

@@ -10,6 +10,9 @@ import typer
 
 from megaconsa.console import console, run_tool
 
+FAR = 0.05
+"""Distance of the expected sparsity from the target beyond which a table is questionable."""
+
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a learning run, or one of its checkpoints.")],
@@ -26,6 +29,7 @@ def main(
         megaconsa finalize-masks runs/quickstart/learn --out runs/quickstart/allocation.json
     """
     from megaconsa.checkpoint import store
+    from megaconsa.consa import hard_concrete
     from megaconsa.consa.allocation import Allocation, as_rows, cut_margin, threshold, top_k
     from megaconsa.errors import InputError
 
@@ -55,6 +59,13 @@ def main(
             "cut_margin": None if math.isinf(margin) else margin,
         },
     )
+    expected = 1 - float(hard_concrete.probability_nonzero(gates["log_alpha"]).mean())
+    if abs(expected - sparsity) > FAR:
+        console.print(
+            f"warning: at step {checkpoint.step} the gates expect a sparsity of {expected:.3f}, far from the target {sparsity:g}; "
+            "learning had not arrived there",
+            markup=False,
+        )
     allocation.save(out)
     for layer in reversed(range(allocation.num_layers)):
         console.print(f"layer {layer:3d}  {''.join('F' if x else '.' for x in allocation.full[layer])}")

@@ -33,8 +33,8 @@ def run(*arguments: object) -> None:
 
 def try_export(exported: Path, train: Path) -> tuple[float, str]:
     """Difference of the export's logits from the checkpoint's, and a line the model writes."""
+    from megaconsa.evaluation.export_check import logit_difference
     from megaconsa.huggingface.load import generate_line
-    from megaconsa.huggingface.verify import logit_difference
 
     checkpoint = store.resolve(train)
     allocation = checkpoint.allocation

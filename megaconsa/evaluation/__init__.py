@@ -1,0 +1,1 @@
+"""Judging a trained model or an export of it. Reads checkpoints and exported folders."""

@@ -31,8 +31,8 @@ from megaconsa.training.trainer import Progress, Trainer
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-FREE = {"logging", "checkpoint", "validation", "data.workers", "data.path", "attention.backend"}
-"""Sections and fields that may change on resume: they do not change what is computed."""
+FREE = {"logging", "checkpoint", "validation", "run.dir", "data.workers", "data.path", "attention.backend"}
+"""Sections and fields that may change on resume: they do not change what is computed, the backend but for rounding."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
 
@@ -111,6 +111,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "learning": config.learning,
         "config": config.to_dict(),
         "shape": asdict(shape),
+        "precision": engine.precision,
         "data": _describe_data(inputs.data),
     }
     callbacks: list[Callback] = [
@@ -178,6 +179,11 @@ def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
 
 def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None) -> Progress:
     """Loads weights, moments and gates; returns where the run stands."""
+    if inputs.resume is not None and inputs.resume.state["precision"] != engine.precision:
+        raise InputError(
+            f"run {inputs.config.run.dir} was trained in {inputs.resume.state['precision']}, but training.precision="
+            f"{inputs.config.training.precision} means {engine.precision} on this device; go on where it began, or use another run.dir"
+        )
     source = inputs.resume or inputs.origin
     if source is None:
         engine.initialize(inputs.config.run.seed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megaconsa.checkpoint import store
 from megaconsa.consa import hard_concrete
@@ -25,9 +28,10 @@ class Checkpointing(Callback):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
+        main = trainer.mesh.is_main
         # Gathering the shards takes part of every rank; writing is the main one's.
-        weights, moments = dict(trainer.engine.weights()), dict(trainer.engine.moments())
-        if not trainer.mesh.is_main:
+        weights, moments = _collect(trainer.engine.weights(), main), _collect(trainer.engine.moments(), main)
+        if not main:
             return
         state = {**asdict(trainer.progress), "optimizer_steps": trainer.engine.optimizer_steps, **self.description}
         store.save(
@@ -41,6 +45,11 @@ class Checkpointing(Callback):
         )
         if trainer.gates:
             _write_gates(self.run / "gates.json", trainer.progress.step, trainer.gates)
+
+
+def _collect(tensors: Iterator[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Runs through all of them, keeping them only where asked: other ranks need no copy of the model in host memory."""
+    return {name: value for name, value in tensors if keep}
 
 
 def _write_gates(path: Path, step: int, gates: GateBank) -> None:
