@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import typer
@@ -85,6 +86,15 @@ class _PlainTask:
         console.print(
             f"{self.description}: {self.done:.12g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False
         )
+
+
+def check_out(path: Path) -> None:
+    """Raises InputError where a file cannot be written at `path`: it is a folder, or lies below something that is none."""
+    if path.is_dir():
+        raise InputError(f"out={path} is a folder; name a file in it")
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"out={path} cannot be written: {parent} is not a folder")
 
 
 def guarded(function: Callable[[], Any]) -> None:

@@ -24,7 +24,9 @@ def main(
     ] = "bfloat16",
     verify: Annotated[
         int,
-        typer.Option(help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not."),
+        typer.Option(
+            min=0, help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not."
+        ),
     ] = 0,
 ) -> None:
     """Export a checkpoint for transformers: stock Qwen3 where layers are of one kind, else with its own small model file.
@@ -38,6 +40,7 @@ def main(
     from megaconsa.checkpoint import store
     from megaconsa.consa.allocation import Allocation
     from megaconsa.errors import InputError
+    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export
 
     checkpoint = store.resolve(source)
@@ -48,16 +51,18 @@ def main(
         tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / "tokenizer"
         if not tokenizer.is_dir():
             raise InputError(f"the run's tokenizer {tokenizer} is not there any more; give its folder with --tokenizer")
-    weights = checkpoint.weights()
+    tokens = held_out_tokens(checkpoint, verify) if verify else None
     origin = {"run": checkpoint.state["config"]["run"]["dir"], "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
-    export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=getattr(torch, dtype), origin=origin)
+    precision = getattr(torch, dtype)
+    export(checkpoint.weights(), checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
     kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
-    console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}")
-    if verify:
-        from megaconsa.evaluation.export_check import logit_difference
-
-        difference = logit_difference(out, checkpoint, table, verify)
-        console.print(f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {verify} tokens")
+    console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
+    if tokens is not None:
+        difference = logit_difference(out, checkpoint, table, tokens)
+        console.print(
+            f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
+            markup=False,
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaconsa.console import console, run_tool
+from megaconsa.console import check_out, console, run_tool
 
 FAR = 0.05
 """Distance of the expected sparsity from the target beyond which a table is questionable."""
@@ -32,6 +32,7 @@ def main(
     from megaconsa.consa import hard_concrete
     from megaconsa.consa.allocation import Allocation, as_rows, cut_margin, threshold, top_k
     from megaconsa.errors import InputError
+    from megaconsa.reporting.terminal import text_map
 
     checkpoint = store.resolve(run)
     gates = checkpoint.gates()
@@ -40,7 +41,7 @@ def main(
             f"{run} did not learn an allocation: its configuration has allocation.source={_source(checkpoint.state)}"
         )
     if out == Path():
-        out = (run if (run / "config.yaml").exists() else checkpoint.path.parent.parent) / "allocation.json"
+        out = checkpoint.path.resolve().parent.parent / "allocation.json"
     section, heads = checkpoint.state["config"]["allocation"], checkpoint.shape.num_key_value_heads
     granularity, scope, sparsity = section["granularity"], section["scope"], section["sparsity"]
     log_alpha = gates["log_alpha"] if granularity == "kv_head" else gates["log_alpha"][:, 0]
@@ -59,6 +60,7 @@ def main(
             "cut_margin": None if math.isinf(margin) else margin,
         },
     )
+    check_out(out)
     expected = 1 - float(hard_concrete.probability_nonzero(gates["log_alpha"]).mean())
     if abs(expected - sparsity) > FAR:
         console.print(
@@ -67,11 +69,11 @@ def main(
             markup=False,
         )
     allocation.save(out)
-    for layer in reversed(range(allocation.num_layers)):
-        console.print(f"layer {layer:3d}  {''.join('F' if x else '.' for x in allocation.full[layer])}")
+    console.print(text_map(allocation))
     console.print(
         f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), window {allocation.window}, "
-        f"cut margin {margin:.3f} in log_alpha   (F full attention, . sliding window)"
+        f"cut margin {margin:.3f} in log_alpha",
+        markup=False,
     )
 
 

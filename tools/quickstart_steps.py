@@ -33,13 +33,13 @@ def run(*arguments: object) -> None:
 
 def try_export(exported: Path, train: Path) -> tuple[float, str]:
     """Difference of the export's logits from the checkpoint's, and a line the model writes."""
-    from megaconsa.evaluation.export_check import logit_difference
+    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.load import generate_line
 
     checkpoint = store.resolve(train)
     allocation = checkpoint.allocation
     assert allocation is not None
-    difference = logit_difference(exported, checkpoint, allocation, 256)
+    difference = logit_difference(exported, checkpoint, allocation, held_out_tokens(checkpoint, 256))
     return difference, PROMPT + generate_line(exported, PROMPT, 24).split("\n")[0]
 
 

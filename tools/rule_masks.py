@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megaconsa.console import run_tool
+from megaconsa.console import check_out, console, run_tool
 
 
 def main(
@@ -25,7 +25,6 @@ def main(
     Example: megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 --ratio 3 --out interleaved.json
     """
     from megaconsa.consa import rules
-    from megaconsa.console import console
     from megaconsa.errors import InputError
     from megaconsa.model.config import PRESETS
     from megaconsa.reporting.terminal import text_map
@@ -39,9 +38,10 @@ def main(
     assert layers is not None
     assert kv_heads is not None
     allocation = rules.build(rule, layers, kv_heads, window, sparsity, ratio)
+    check_out(out)
     allocation.save(out)
     console.print(text_map(allocation))
-    console.print(f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}")
+    console.print(f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}", markup=False)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ def _leave_signals_to_parent(worker: int) -> None:
     The trainer answers such a signal by saving, for which it needs the batches of the step it is in. The parent's own SIGTERM
     (its clean-up) still ends the worker.
     """
+    os.setpgid(0, 0)  # what is sent to the trainer's process group (Ctrl-C, timeout) does not reach it
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

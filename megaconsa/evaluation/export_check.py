@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
@@ -18,17 +19,21 @@ TOLERANCE = 1e-5
 """Largest difference of fp32 logits, as a share of the largest logit, that rounding explains."""
 
 
+def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
+    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at most one sequence."""
+    shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
+    return torch.from_numpy(shards[0][:length].astype("int64"))[None]
+
+
 @torch.no_grad()
-def logit_difference(folder: Path, checkpoint: Checkpoint, allocation: Allocation, length: int) -> float:
-    """Runs the export and megaconsa's own model (reference attention) in fp32 on the first `length` held-out tokens.
+def logit_difference(folder: Path, checkpoint: Checkpoint, allocation: Allocation, tokens: Tensor) -> float:
+    """Runs the export and megaconsa's own model (reference attention) in fp32 on `tokens` (B, S).
 
     The checkpoint's weights are first rounded to the precision of the export. Returns the largest absolute difference of the logits
     over the largest logit; raises RunError where it exceeds TOLERANCE.
     """
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))
-    shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
-    tokens = torch.from_numpy(shards[0][:length].astype("int64"))[None]
     model = Qwen3(checkpoint.shape, allocation, "reference", separate=False)
     weights = {name: value.to(dtype).float() for name, value in checkpoint.weights().items()}
     model.load_state_dict(weights, strict=not checkpoint.shape.tie_word_embeddings)

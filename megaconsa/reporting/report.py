@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from megaconsa import config as configuration
 from megaconsa.config import Config
 from megaconsa.consa.allocation import Allocation, as_rows, top_k
+from megaconsa.console import check_out
 from megaconsa.errors import InputError
 from megaconsa.model.flops import kv_cache_bytes, training_flops
 from megaconsa.reporting import plots
@@ -62,8 +63,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """Writes the page about a run or a folder that holds runs, and returns its path; out: None is `folder`/report.html."""
     runs = find_runs(folder)
     out = folder / "report.html" if out is None else out
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
+    check_out(out)
     page = render(folder.resolve().name, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")

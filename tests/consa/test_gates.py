@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.consa import gates, hard_concrete, philox
+from megaconsa.consa import hard_concrete, philox
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.consa.controller import DAMPED_PHI, DAMPED_RATE
-from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.controller import CONSTRAINT_BETAS, DAMPED_PHI, DAMPED_RATE, LOSS_BETAS
+from megaconsa.consa.gates import DECAY_SHARE, GRADIENT_CLIPPING, GateBank, GateSettings
 from megaconsa.errors import InputError
 
 LAYERS, HEADS, SEQUENCES = 3, 4, 6
@@ -30,6 +30,8 @@ KINDS = [
 VARIANTS = [replace(kind, controller=controller) for kind in KINDS for controller in ("damped", "paper")]
 
 Select = Callable[[int, Tensor], Tensor]
+Descent = tuple[Tensor, Tensor, float]
+Spied = Callable[[GateBank], list[Descent]]
 
 
 def name(settings: GateSettings) -> str:
@@ -83,52 +85,86 @@ def expected_sparsity(log_alpha: Tensor, settings: GateSettings) -> Tensor:
     return closed.mean(dim=1) if settings.scope == "per_layer" else closed.mean()[None]
 
 
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
+    """Lets a bank tell what it hands to its controller at each step: the loss's gradient, the penalty's, the learning rate."""
+
+    def spy(bank: GateBank) -> list[Descent]:
+        calls: list[Descent] = []
+        descend = bank.controller.descend
+
+        def record(loss_gradient: Tensor, penalty_gradient: Tensor, learning_rate: float) -> None:
+            calls.append((loss_gradient.clone(), penalty_gradient.clone(), learning_rate))
+            descend(loss_gradient, penalty_gradient, learning_rate)
+
+        monkeypatch.setattr(bank.controller, "descend", record)
+        return calls
+
+    return spy
+
+
 @variants
-def test_updates_equal_one_graph(settings: GateSettings) -> None:
-    """Loss, samples and penalty in one autograd graph with torch's own Adam, against micro-batches that accumulate into leaves."""
+@pytest.mark.parametrize("scale", [0.02, 0.5], ids=["small", "clipped"])
+def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Spied) -> None:
+    """Loss, samples and penalty in one autograd graph with torch's own Adams, against micro-batches that accumulate into leaves."""
     bank = spread(GateBank(settings))
+    calls = spied(bank)
     log_alpha = bank.log_alpha.detach().clone().requires_grad_()
-    adam = torch.optim.Adam([log_alpha], betas=gates.ADAM_BETAS)
+    paper = settings.controller == "paper"
+    betas = [(0.9, 0.999)] if paper else [LOSS_BETAS, CONSTRAINT_BETAS]
+    adams = [torch.optim.Adam([log_alpha], betas=pair) for pair in betas]
     constraints = LAYERS if settings.scope == "per_layer" else 1
-    factor = 1 if settings.controller == "paper" else log_alpha.numel() // constraints
+    factor = 1 if paper else log_alpha.numel() // constraints
     lambda_ = torch.zeros(constraints)
-    phi = torch.full((constraints,), 0.0 if settings.controller == "paper" else DAMPED_PHI)
-    ascent = torch.optim.Adam([lambda_, phi], lr=settings.learning_rate, maximize=True)
+    phi = torch.full((constraints,), 0.0 if paper else DAMPED_PHI)
+    ascent = torch.optim.Adam([lambda_, phi], betas=(0.9, 0.999), maximize=True)
     sequences = torch.arange(SEQUENCES)
+    norms = []
     for step in (0, 1, 2, 17, 19):  # the last two while the learning rate falls
         target = settings.sparsity * min(1.0, (step + 1) / 3)
         uniform = philox.uniform(9, step, sequences, LAYERS, settings.units)
         z = hard_concrete.sample(log_alpha, uniform)
         error = expected_sparsity(log_alpha, settings) - target
         penalty = factor * (lambda_ * error + phi * error**2).sum()
-        adam.zero_grad()
-        (loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences) + penalty).backward()  # noqa: B023
-        norm = torch.nn.utils.clip_grad_norm_([log_alpha], 1.0)
-        adam.param_groups[0]["lr"] = settings.rate(step)
-        adam.step()
+        whole = loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences, scale) + penalty  # noqa: B023
+        (penalty_gradient,) = torch.autograd.grad(penalty, log_alpha, retain_graph=True)
+        loss_gradient = torch.autograd.grad(whole, log_alpha)[0] - penalty_gradient
+        norm = float(loss_gradient.norm())
+        norms.append(norm)
+        loss_gradient /= max(1.0, norm / GRADIENT_CLIPPING)
+        for adam, gradient in zip(
+            adams, [loss_gradient + penalty_gradient] if paper else [loss_gradient, penalty_gradient], strict=True
+        ):
+            adam.param_groups[0]["lr"] = settings.rate(step)
+            log_alpha.grad = gradient
+            adam.step()
         error = expected_sparsity(log_alpha.detach(), settings) - target
-        if settings.controller == "paper":
+        if paper:
+            ascent.param_groups[0]["lr"] = settings.rate(step)
             lambda_.grad, phi.grad = error, error**2
             ascent.step()
         else:
             lambda_ += DAMPED_RATE * error
 
         bank.sample(step)
-        backward(bank, [[4, 1], [0], [5, 3, 2]])
+        backward(bank, [[4, 1], [0], [5, 3, 2]], scale)
         metrics = bank.update()
-        assert bank.log_alpha.grad is not None
-        torch.testing.assert_close(bank.log_alpha.grad, log_alpha.grad, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(bank.log_alpha, log_alpha, rtol=0, atol=2e-6)
-        torch.testing.assert_close(bank.controller.lambda_, lambda_, rtol=0, atol=2e-6)
-        torch.testing.assert_close(bank.controller.phi, phi, rtol=0, atol=2e-6)
-        assert metrics["gate_grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-        assert metrics["penalty"] == pytest.approx(penalty.item(), rel=1e-5, abs=1e-7)
+        torch.testing.assert_close(calls[-1][0], loss_gradient, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(calls[-1][1], penalty_gradient, rtol=1e-5, atol=2e-6)
+        assert calls[-1][2] == settings.rate(step)
+        torch.testing.assert_close(bank.log_alpha, log_alpha, rtol=0, atol=5e-6)
+        torch.testing.assert_close(bank.controller.lambda_, lambda_, rtol=0, atol=5e-6)
+        torch.testing.assert_close(bank.controller.phi, phi, rtol=0, atol=5e-6)
+        assert metrics["gate_grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["penalty"] == pytest.approx(penalty.item(), rel=1e-5, abs=1e-6)
+    assert (max(norms) < GRADIENT_CLIPPING) if scale == 0.02 else (min(norms) > GRADIENT_CLIPPING)
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=name)
-def test_without_a_loss_the_gradient_is_the_penaltys(settings: GateSettings) -> None:
+def test_without_a_loss_only_the_penalty_has_a_gradient(settings: GateSettings, spied: Spied) -> None:
     """units (lambda + 2 phi error) d error / d log_alpha, with d error = -p (1 - p) / units."""
     bank = spread(GateBank(settings))
+    calls = spied(bank)
     bank.controller.lambda_.copy_(torch.linspace(0.01, 0.02, len(bank.controller.lambda_)))
     bank.controller.phi.fill_(0.7)
     before = bank.log_alpha.detach().clone()
@@ -136,19 +172,43 @@ def test_without_a_loss_the_gradient_is_the_penaltys(settings: GateSettings) -> 
     p = torch.sigmoid(before - (2 / 3) * math.log(0.1 / 1.1))
     slope = bank.controller.lambda_ + 2 * 0.7 * error
     bank.sample(0)
-    assert bank.update()["gate_grad_norm"] < 1  # not clipped
-    assert bank.log_alpha.grad is not None
-    torch.testing.assert_close(bank.log_alpha.grad, -slope[:, None] * p * (1 - p), rtol=1e-5, atol=1e-8)
+    assert bank.update()["gate_grad_norm"] == 0
+    ((loss_gradient, penalty_gradient, _),) = calls
+    assert not loss_gradient.any()  # a norm of 0 must not become NaN by the clipping
+    torch.testing.assert_close(penalty_gradient, -slope[:, None] * p * (1 - p), rtol=1e-5, atol=1e-8)
+    assert bool(bank.log_alpha.isfinite().all())
 
 
-def test_gradient_is_clipped_apart_from_the_models() -> None:
-    bank = spread(GateBank(SETTINGS))
+@variants
+def test_only_the_losss_gradient_is_clipped(settings: GateSettings, spied: Spied) -> None:
+    bank = spread(GateBank(settings))
+    calls = spied(bank)
+    bank.controller.lambda_.fill_(1e4)
     bank.sample(0)
     backward(bank, [range(SEQUENCES)], scale=50.0)
     metrics = bank.update()
-    assert metrics["gate_grad_norm"] > 2
-    assert bank.log_alpha.grad is not None
-    assert float(bank.log_alpha.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+    ((loss_gradient, penalty_gradient, _),) = calls
+    assert metrics["gate_grad_norm"] > 2 * GRADIENT_CLIPPING
+    assert float(loss_gradient.norm()) == pytest.approx(GRADIENT_CLIPPING, rel=1e-5)
+    assert float(penalty_gradient.norm()) > 2 * GRADIENT_CLIPPING
+
+
+def test_clipping_keeps_the_direction_and_comes_after_the_sum_over_ranks(spied: Spied) -> None:
+    """Two ranks whose shares stay below the limit each, but not together."""
+    bank = spread(GateBank(SETTINGS))
+    calls, shares = spied(bank), []
+
+    def double(gradient: Tensor) -> None:
+        shares.append(gradient.clone())
+        gradient *= 1 + GRADIENT_CLIPPING / float(gradient.norm())
+
+    bank.sample(0)
+    backward(bank, [range(SEQUENCES)])
+    metrics = bank.update(double)
+    norm = float(shares[0].norm())
+    assert norm < GRADIENT_CLIPPING
+    assert metrics["gate_grad_norm"] == pytest.approx(norm + GRADIENT_CLIPPING, rel=1e-5)
+    torch.testing.assert_close(calls[0][0], shares[0] * (GRADIENT_CLIPPING / norm), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=name)
@@ -189,7 +249,7 @@ def test_state_restores_bitwise_the_same_next_steps(settings: GateSettings) -> N
 def test_state_of_another_kind_is_refused() -> None:
     paper = GateBank(replace(SETTINGS, controller="paper"))
     bank = GateBank(SETTINGS)
-    with pytest.raises(ValueError, match=r"controller\.lambda\.exp_avg"):
+    with pytest.raises(ValueError, match=r"ascent\.0\.exp_avg.*constraint\.0\.exp_avg"):
         bank.load_state(paper.state())
     with pytest.raises(ValueError, match="log_alpha"):
         bank.load_state({key: value for key, value in bank.state().items() if key != "log_alpha"})
@@ -301,10 +361,17 @@ def test_target_rises_linearly_over_the_warmup() -> None:
     assert replace(SETTINGS, warmup_steps=0).target(0) == 0.5
 
 
-def test_learning_rate_falls_to_zero_over_the_last_fifth() -> None:
-    rates = [SETTINGS.rate(step) for step in range(21)]
-    assert rates[:17] == [0.05] * 17
-    assert rates[17:] == pytest.approx([0.05 * 0.75, 0.05 * 0.5, 0.05 * 0.25, 0.0])
+def test_learning_rate_falls_to_zero_over_the_last_part() -> None:
+    decay = round(DECAY_SHARE * SETTINGS.steps)
+    assert 1 < decay < SETTINGS.steps / 2
+    rates = [SETTINGS.rate(step) for step in range(SETTINGS.steps + 1)]
+    assert rates[:-decay] == [0.05] * (SETTINGS.steps + 1 - decay)
+    assert rates[-decay:] == pytest.approx([0.05 * left / decay for left in range(decay)][::-1])
+    assert rates[-1] == 0
+
+
+def test_learning_rate_of_runs_too_short_to_decay() -> None:
+    assert [replace(SETTINGS, steps=1).rate(0), replace(SETTINGS, steps=4).rate(3)] == [0.05, 0.05]
 
 
 def test_an_impossible_sparsity_is_refused_at_once() -> None:

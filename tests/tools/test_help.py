@@ -1,0 +1,69 @@
+"""Every command explains itself at once, by either of its names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from megaconsa import cli
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(str(name) for name in typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+TOOLS = sorted(name for name in COMMANDS if name != "train")
+HEAVY = ("torch", "numpy", "transformers", "deepspeed", "streaming", "matplotlib", "pydantic")
+
+
+def test_every_tool_is_a_command() -> None:
+    scripts = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__", "quickstart_steps"}
+    assert {name.replace("-", "_") for name in TOOLS} == scripts
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, done: Callable[..., str]) -> None:
+    text = done(command, "--help")
+    assert "Example" in text
+    assert f"megaconsa {command} " in text or f"megaconsa {command}\n" in text.replace(" \n", "\n")
+
+
+def test_the_commands_are_listed_with_a_sentence_each(done: Callable[..., str]) -> None:
+    text = done("--help")
+    for command in COMMANDS:
+        assert any(line.strip("│ ").startswith(f"{command} ") for line in text.splitlines())
+
+
+def test_no_arguments_shows_the_commands(megaconsa: Callable[..., Any]) -> None:
+    outcome = megaconsa()
+    assert outcome.code == 2
+    assert "finalize-masks" in outcome.out + outcome.err
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    """So that --help and a refused argument answer at once."""
+    script = f"import json, sys; import megaconsa.cli; print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout) == []
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None:
+    """From another folder."""
+    script = ROOT / "tools" / f"{tool.replace('-', '_')}.py"
+    ended = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Example" in ended.stdout
+
+
+def test_script_of_a_tool_does_the_work(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    """The script's own folder comes first in its path: its neighbours must not hide what libraries import."""
+    script = ROOT / "tools" / "finalize_masks.py"
+    command: list[str | Path] = [sys.executable, script, finished("heads"), "--out", tmp_path / "allocation.json"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "allocation.json").is_file()
