@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -32,8 +31,6 @@ def train(config_path: Path, overrides: list[str]) -> int:
     mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline)
     try:
         trainer = build_trainer(inputs, mesh)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: trainer.request_stop())
         finished = trainer.run()
     finally:
         parallel.shut_down()

@@ -25,6 +25,7 @@ from megaconsa.parallel.mesh import Mesh
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.stop_signals import StopSignals
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.trainer import Progress, Trainer
 
@@ -115,6 +116,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "data": _describe_data(inputs.data),
     }
     callbacks: list[Callback] = [
+        StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),
         Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
