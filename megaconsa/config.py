@@ -9,10 +9,10 @@ import difflib
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from megaconsa.consa.allocation import Granularity, Scope, check_sparsity
 from megaconsa.errors import InputError
@@ -21,6 +21,14 @@ from megaconsa.model.config import PRESETS, ModelConfig
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError("a boolean does not fit")
+        return value
 
 
 class RunSection(Section):
@@ -169,10 +177,21 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _UniqueKeyLoader)
     except FileNotFoundError:
         raise InputError(f"configuration {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -187,7 +206,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def build(data: dict[str, Any]) -> Config:
     """Checks plain values and returns the typed configuration."""
     try:
-        config = Config.model_validate(data)
+        # A section whose fields are all commented out reads as null.
+        config = Config.model_validate({name: value for name, value in data.items() if value is not None})
     except ValidationError as error:
         raise InputError(_describe(error)) from None
     check(config)

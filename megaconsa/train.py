@@ -1,4 +1,7 @@
-"""One rank's entry: `python -m megaconsa.train CONFIG [section.field=value ...]`, alone or under torchrun, deepspeed or srun."""
+"""One rank's entry: python -m megaconsa.train CONFIG [section.field=value ...], alone or under torchrun, deepspeed or srun.
+
+Example: torchrun --nproc_per_node 8 -m megaconsa.train configs/qwen3_0p6b_learn.yaml run.dir=runs/a
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
     inputs = check_inputs(config)
     if inputs.resume is not None and inputs.resume.step == config.training.steps:
-        console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}")
+        console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
         return 0
     mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline)
     try:
@@ -36,11 +39,16 @@ def train(config_path: Path, overrides: list[str]) -> int:
         parallel.shut_down()
     if mesh.is_main:
         state = "finished" if finished else "stopped, the same command resumes it"
-        console.print(f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens")
+        console.print(
+            f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens", markup=False
+        )
     return 0 if finished else STOPPED
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not arguments or arguments[0].startswith("-"):
         raise InputError("give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]")
     return train(Path(arguments[0]), arguments[1:])

@@ -104,7 +104,7 @@ def test_shape_fields_override_the_preset() -> None:
         ({"run__seed": 2**32}, "run.seed=4294967296 is refused"),
         ({"run__seed": -1}, "run.seed=-1 is refused"),
         ({"checkpoint__keep": 0}, "checkpoint.keep=0 is refused"),
-        ({"training": None}, "training=None is refused"),
+        ({"training": None}, "field training is missing; give it in the file"),
         ({"training": [1]}, "training=[1] is refused"),
         ({"data__path": 7}, "data.path=7 is refused"),
         ({"training__betas": [0.9, 0.95, 0.99]}, "training.betas=[0.9, 0.95, 0.99] is refused"),
@@ -301,3 +301,19 @@ def test_differences_name_each_field_once() -> None:
 def test_differences_see_fields_that_one_side_lacks() -> None:
     assert differences({"a": {"b": 1}}, {"a": {}, "c": 2}) == ["a.b: 1 -> None", "c: None -> 2"]
     assert differences({"a": {"b": 1}}, {"a": 3}) == ["a: {'b': 1} -> 3"]
+
+
+def test_a_section_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training: {steps: 1}\ntraining: {steps: 2}\n")
+    with pytest.raises(InputError, match="training is given twice"):
+        load(path)
+
+
+def test_a_section_without_fields_takes_the_defaults() -> None:
+    assert build(changed(model=None)).model.preset == "tiny"
+
+
+@pytest.mark.parametrize("field", ["training__steps", "run__seed", "training__learning_rate", "attention__window"])
+def test_booleans_are_no_numbers(field: str) -> None:
+    assert "a boolean does not fit" in refusal(changed(**{field: True}))

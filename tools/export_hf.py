@@ -47,6 +47,9 @@ def main(
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
     if table is None:
         raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
+    trained = checkpoint.state["config"]["attention"]["window"]
+    if table.window != trained:
+        raise InputError(f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {trained}")
     if tokenizer is None:
         tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / "tokenizer"
         if not tokenizer.is_dir():

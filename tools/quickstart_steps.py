@@ -25,9 +25,16 @@ def run(*arguments: object) -> None:
     """Runs a megaconsa command in a process of its own, as a user would; a failure ends the quickstart with the same exit code."""
     words = [str(argument) for argument in arguments]
     console.print(f"$ megaconsa {shlex.join(words)}", style="dim", markup=False)
-    code = subprocess.run([sys.executable, "-m", "megaconsa.cli", *words]).returncode
-    if code:
+    process = subprocess.Popen([sys.executable, "-m", "megaconsa.cli", *words])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # the command was interrupted with us, and saves before it ends
+    if code == 2:
+        console.print("the quickstart was refused; remove its folder to start clean, or name another with --folder", markup=False)
+    elif code:
         console.print("the quickstart stopped; run it again to go on where it stopped", markup=False)
+    if code:
         sys.exit(code)
 
 

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 from megaconsa.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,33 @@ def save(
     folder = run / FOLDER
     final = folder / f"step_{state['step']}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, state, weights, moments, gates, allocation)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"checkpoint {final} could not be written: {error}") from None
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(folder)
+    # Only what is older than this one: a later folder can only be a damaged one that the run passed over.
+    committed = _committed(run)
+    for old in committed[committed.index(final) + keep :]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(
+    temporary: Path,
+    state: dict[str, Any],
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    gates: dict[str, Tensor] | None,
+    allocation: Allocation | None,
+) -> None:
+    """Writes all files of a checkpoint and waits until they are on the disk."""
     save_file(weights, temporary / "model.safetensors", {"format": "pt"})
     save_file(moments, temporary / "optimizer.safetensors", {"format": "pt"})
     if gates is not None:
@@ -120,19 +145,15 @@ def save(
     _write_json(temporary / "manifest.json", {"version": FORMAT_VERSION, "files": files})
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(folder)
-    # Only what is older than this one: a later folder can only be a damaged one that the run passed over.
-    committed = _committed(run)
-    for old in committed[committed.index(final) + keep :]:
-        shutil.rmtree(old)
-    return final
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that agrees with its manifest; says which ones it passed over."""
-    for path in _committed(run):
+    """The newest checkpoint of a run folder that agrees with its manifest; says which ones it passed over.
+
+    None where there is no checkpoint; InputError where there are some but none is usable: that is not a run to start again.
+    """
+    committed = _committed(run)
+    for path in committed:
         try:
             checkpoint = _open(path)
             faults = checkpoint.faults()
@@ -141,6 +162,11 @@ def newest(run: Path) -> Checkpoint | None:
         if not faults:
             return checkpoint
         logger.warning("checkpoint %s is passed over: %s", path, faults[0])
+    if committed:
+        raise InputError(
+            f"none of the {len(committed)} checkpoints in {run / FOLDER} is usable (of the oldest: {faults[0]}); "
+            "restore one, or remove that folder to start again"
+        )
     return None
 
 

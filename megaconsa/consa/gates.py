@@ -9,6 +9,7 @@ The bank lives beside the training engine, as fp32 tensors replicated on every r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,16 @@ class GateSettings:
     def target(self, step: int) -> float:
         """Target sparsity of an optimizer step (from 0): rises linearly from 0 over warmup_steps."""
         return self.sparsity * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.sparsity
+
+    @property
+    def shortest_warmup(self) -> float:
+        """Steps that log_alpha needs at its learning rate to come from `initial` to where P(z > 0) = 1 - sparsity."""
+        if self.sparsity == 1:
+            return math.inf
+        goal = math.log((1 - self.sparsity) / max(self.sparsity, 1e-9)) + hard_concrete.BETA * math.log(
+            -hard_concrete.GAMMA / hard_concrete.ZETA
+        )
+        return max(0.0, self.initial - goal) / self.learning_rate
 
     def rate(self, step: int) -> float:
         """Learning rate of log_alpha at an optimizer step (from 0)."""
@@ -156,9 +167,9 @@ class GateBank:
         s = self.settings
         return top_k(self._values(), s.sparsity, s.num_kv_heads, s.granularity, s.scope)
 
-    def allocation(self, origin: dict[str, Any] | None = None) -> Allocation:
+    def allocation(self) -> Allocation:
         s = self.settings
-        return Allocation(s.window, as_rows(self.full()), s.granularity, s.scope, s.sparsity, origin or {})
+        return Allocation(s.window, as_rows(self.full()), s.granularity, s.scope, s.sparsity)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs; the values are the bank's own, not copies."""

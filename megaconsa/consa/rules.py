@@ -20,6 +20,8 @@ def interleaved(num_layers: int, num_kv_heads: int, window: int, ratio: int) -> 
     """`ratio` sliding-window layers before each full one (ratio 3: S S S F S S S F ...)."""
     if ratio < 1:
         raise InputError(f"ratio={ratio} of the interleaved rule must be at least 1")
+    if ratio >= num_layers:
+        raise InputError(f"ratio={ratio} of the interleaved rule leaves none of {num_layers} layers full; use less, or all-swa")
     return _layers([layer % (ratio + 1) == ratio for layer in range(num_layers)], num_kv_heads, window, f"interleaved {ratio}:1")
 
 

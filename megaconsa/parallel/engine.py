@@ -61,11 +61,6 @@ class Engine:
         self._create_moments()
 
     @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one step on this rank."""
-        return int(self.engine.gradient_accumulation_steps())
-
-    @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return float(self.engine.get_global_grad_norm())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from megaconsa.parallel.mesh import Mesh
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.stop_signals import StopSignals
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.trainer import Progress, Trainer
@@ -63,8 +66,13 @@ def check_inputs(config: Config) -> Inputs:
     data = DatasetInfo.load(config.data.path)
     _check_data(config, shape, data)
     allocation = _allocation(config, shape)
-    _check_existing_run(config)
+    _check_folder(config.run.dir)
+    if config.logging.wandb and find_spec("wandb") is None:
+        raise InputError(
+            f"logging.wandb={config.logging.wandb} needs the package wandb; install it with pip install 'megaconsa[wandb]'"
+        )
     resume = store.newest(config.run.dir)
+    _check_existing_run(config, resume)
     if resume is not None and resume.state["data"] != _describe_data(data):
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
@@ -92,6 +100,14 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     stream, held_out = _streams(config, mesh)
     validation = Validation(held_out.fixed_batches(config.validation.sequences), config.validation.every)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
+    if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
+        logger.warning(
+            "gates.warmup_steps=%d is short: at gates.learning_rate=%g the gates need about %.0f steps to the target and will lag, then "
+            "overshoot it",
+            gates.settings.warmup_steps,
+            gates.settings.learning_rate,
+            gates.settings.shortest_warmup,
+        )
     heads = gates or inputs.allocation
     assert heads is not None
     engine = Engine(
@@ -103,11 +119,17 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         separate_documents=config.attention.separate_documents,
     )
     progress = _restore(inputs, engine, gates)
+    lock = [RunLock(config.run.dir)] if mesh.is_main else []
     if mesh.is_main:
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        (config.run.dir / CONFIG_NAME).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        temporary = config.run.dir / f"{CONFIG_NAME}.tmp"
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        temporary.replace(config.run.dir / CONFIG_NAME)
         if inputs.allocation is not None:
             inputs.allocation.save(config.run.dir / "allocation.json")
+        sequences = inputs.data.splits["train"].sequences
+        logger.info(
+            "%s sequences of data, %.2f epochs in this run", f"{sequences:,}", training.steps * training.global_batch / sequences
+        )
     description = {
         "learning": config.learning,
         "config": config.to_dict(),
@@ -116,6 +138,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "data": _describe_data(inputs.data),
     }
     callbacks: list[Callback] = [
+        *lock,
         StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),
@@ -197,7 +220,8 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None) -> Progress
         continues = source.state["data"] == _describe_data(inputs.data) and (
             source.state["config"]["run"]["seed"] == inputs.config.run.seed
         )
-        logger.info(
+        logger.log(
+            logging.INFO if continues else logging.WARNING,
             "weights%s from %s; the data order %s",
             "" if inputs.config.training.reset_optimizer else " and optimizer",
             source.path,
@@ -242,19 +266,26 @@ def _allocation(config: Config, shape: ModelConfig) -> Allocation | None:
     return allocation
 
 
-def _check_existing_run(config: Config) -> None:
-    """Refuses a run folder that was made with another configuration."""
-    path = config.run.dir / CONFIG_NAME
-    if config.run.dir.exists() and not config.run.dir.is_dir():
-        raise InputError(f"run.dir={config.run.dir} is not a folder")
-    if not path.exists():
-        return
-    try:
-        old = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        old = None
-    if not isinstance(old, dict):
-        raise InputError(f"{path} cannot be read; restore it or choose another run.dir")
+def _check_folder(run: Path) -> None:
+    """Refuses a run folder that cannot be made or written."""
+    nearest = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"run.dir={run} cannot be made: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"run.dir={run} cannot be written: no permission for {nearest}")
+
+
+def _check_existing_run(config: Config, resume: Checkpoint | None) -> None:
+    """Refuses a run folder that was made with another configuration: its checkpoint's, or its config.yaml's before there is one."""
+    if resume is not None:
+        old = resume.state["config"]
+    else:
+        try:
+            old = yaml.safe_load((config.run.dir / CONFIG_NAME).read_text())
+        except (OSError, yaml.YAMLError):
+            return
+        if not isinstance(old, dict):  # torn by a crash, and nothing was trained: it starts clean
+            return
     changed = [
         line for line in differences(old, config.to_dict()) if line.split(".")[0] not in FREE and line.split(":")[0] not in FREE
     ]
@@ -278,13 +309,4 @@ def _check_origin(config: Config, shape: ModelConfig, data: DatasetInfo, origin:
 
 def _describe_data(data: DatasetInfo) -> dict[str, Any]:
     """What identifies a data set in a checkpoint."""
-    return data.model_dump(mode="json")
-
-
-def run_folder(path: Path) -> Config:
-    """The configuration of an existing run; InputError where `path` is not one."""
-    from megaconsa import config as configuration
-
-    if not (path / CONFIG_NAME).exists():
-        raise InputError(f"{path} is not a run folder: it has no {CONFIG_NAME}")
-    return configuration.load(path / CONFIG_NAME)
+    return data.model_dump(mode="json", exclude={"source": {"names"}})

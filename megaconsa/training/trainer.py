@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from megaconsa.config import TrainingSection
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch
+from megaconsa.errors import RunError
 from megaconsa.model.flops import peak_flops, training_flops
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from megaconsa.training.callbacks.base import Callback
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 3
+"""Steps in a row whose gradients may be non-finite."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Trainer:
     stopping: bool = field(default=False, init=False)
     """The run saves and ends after the present step; all ranks agree on it."""
     _stop_requested: bool = field(default=False, init=False)
+    _skipped: int = field(default=0, init=False)
 
     def request_stop(self) -> None:
         """Asks this rank to stop after the present step (from a signal handler)."""
@@ -85,6 +91,7 @@ class Trainer:
         if self.gates:
             self.gates.sample(self.progress.step)
         loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate)
+        self._check_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
@@ -98,7 +105,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "loss": loss,
             "learning_rate": rate,
-            "grad_norm": self.engine.grad_norm,
+            "grad_norm": norm if math.isfinite(norm := self.engine.grad_norm) else None,
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(batches, seconds),
             "step_seconds": seconds,
@@ -107,10 +114,24 @@ class Trainer:
             **gate_metrics,
         }
 
+    def _check_step(self, loss: float) -> None:
+        """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
+        step = self.progress.step + 1
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of step {step} is {loss}; lower training.learning_rate, or go on from an earlier checkpoint"
+            )
+        self._skipped = 0 if self.engine.step_applied else self._skipped + 1
+        if self._skipped:
+            logger.warning("step %d was not applied: its gradient is not finite; weights and gates stay as they are", step)
+        if self._skipped == MOST_SKIPPED:
+            raise RunError(
+                f"the gradients of {MOST_SKIPPED} steps in a row, up to {step}, are not finite; lower training.learning_rate"
+            )
+
     def _update_gates(self) -> dict[str, Any]:
         assert self.gates is not None
         if not self.engine.step_applied:
-            logger.warning("step %d was not applied (gradient overflow); the gates stay as they are too", self.progress.step + 1)
             self.gates.discard()
             return {}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megaconsa.checkpoint import store
 from megaconsa.consa import rules
 from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 from megaconsa.model.config import ModelConfig
 
 SHAPE = ModelConfig(7, 4, 6, 2, 2, 1, head_dim=2)
@@ -198,12 +198,27 @@ def test_no_flipped_byte_of_the_manifest_stops_a_resume(tmp_path: Path) -> None:
     assert not failed
 
 
-def test_all_damaged_is_none(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    truncate(path / "model.safetensors")
+def test_all_damaged_is_refused_not_a_fresh_start(tmp_path: Path) -> None:
     assert store.newest(tmp_path) is None
     with pytest.raises(InputError, match="holds no usable checkpoint"):
         store.resolve(tmp_path)
+    path = save(tmp_path, 1)
+    truncate(path / "model.safetensors")
+    for read in (store.newest, store.resolve):
+        with pytest.raises(InputError, match="none of the 1 checkpoints"):
+            read(tmp_path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        save(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -216,7 +231,8 @@ def test_a_damaged_later_one_does_not_push_out_whole_ones(keep: int, tmp_path: P
     save(tmp_path, 3, keep=keep)
     assert newest_step(tmp_path) == 3
     shutil.rmtree(tmp_path / "checkpoints" / "step_3")
-    assert newest_step(tmp_path) == (2 if keep == 2 else None)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == (["step_2", "step_9"] if keep == 2 else ["step_9"])
 
 
 @pytest.mark.parametrize("moment", ["save_file", "_checksum", "_write_json", "_sync"])

@@ -138,3 +138,63 @@ def test_tools(refused: Any, make_config: MakeConfig, train: Any, tmp_path: Path
     assert not (tmp_path / "a.json").exists()
     assert "does not exist" in refused("export-hf", tmp_path / "none", "--out", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_two_processes_in_one_run_folder(make_config: MakeConfig, refused: Any, tmp_path: Path) -> None:
+    from megaconsa.training.callbacks.run_lock import RunLock
+
+    values = make_config()
+    lock = RunLock(Path(values["run"]["dir"]))
+    assert "is in use" in refused("train", write(values, tmp_path / "config.yaml"))
+    assert [path.name for path in Path(values["run"]["dir"]).iterdir()] == [".lock"]
+    lock.file.close()
+
+
+def test_no_usable_checkpoint_is_not_a_fresh_start(make_config: MakeConfig, refused: Any, train: Any, tmp_path: Path) -> None:
+    values = make_config()
+    train(values)
+    run = Path(values["run"]["dir"])
+    rows = (run / "metrics.jsonl").read_text()
+    for state in run.glob("checkpoints/step_*/state.json"):
+        state.write_text("{}")
+    assert "none of the 2 checkpoints" in refused("train", write(values, tmp_path / "config.yaml"))
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+def test_the_checkpoints_configuration_counts(make_config: MakeConfig, refused: Any, train: Any, tmp_path: Path) -> None:
+    """Without config.yaml, or with a torn one, a run is still not continued as another."""
+    values = make_config()
+    train(values)
+    (Path(values["run"]["dir"]) / "config.yaml").write_text("")
+    values["allocation"] = {"source": "rule", "rule": "dense"}
+    assert "allocation.source: learn -> rule" in refused("train", write(values, tmp_path / "config.yaml"))
+
+
+def test_a_torn_configuration_without_checkpoints_starts_clean(make_config: MakeConfig, train: Any) -> None:
+    values = make_config()
+    Path(values["run"]["dir"]).mkdir()
+    (Path(values["run"]["dir"]) / "config.yaml").write_text("run: {dir")
+    assert len(train(values)) == 6
+
+
+def test_run_folder_below_a_file(make_config: MakeConfig, refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    values = make_config(run={"dir": str(tmp_path / "file" / "run")})
+    assert "is not a folder" in refused("train", write(values, tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_diverged_run_ends_and_keeps_its_checkpoints(
+    precision: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    values = make_config(
+        training={"learning_rate": 1e30, "min_learning_rate": 1e29, "steps": 20, "precision": precision}, checkpoint={"every": 1}
+    )
+    monkeypatch.setattr(sys, "argv", ["megaconsa", "train", str(write(values, tmp_path / "config.yaml"))])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert "lower training.learning_rate" in capsys.readouterr().err
+    rows = (Path(values["run"]["dir"]) / "metrics.jsonl").read_text()
+    assert "Infinity" not in rows
+    assert "NaN" not in rows

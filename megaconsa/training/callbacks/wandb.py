@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaconsa.errors import InputError
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
 
 class WandB(Callback):
     def __init__(self, project: str, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise InputError(
-                f"logging.wandb={project} needs the package wandb; install it with pip install 'megaconsa[wandb]'"
-            ) from None
+        import wandb
+
         self.wandb, self.project, self.name, self.config = wandb, project, name, config
 
     def on_start(self, trainer: Trainer) -> None:
