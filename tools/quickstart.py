@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,21 +26,21 @@ def main(
     import time
 
     from megaconsa import configs
-    from megaconsa.tools import quickstart_steps as steps
+    from megaconsa.evaluation.quickstart import summary, try_export
 
     started = time.monotonic()
     yaml = Path(configs.__file__).parent
     data, learn, train = folder / "data", folder / "learn", folder / "train"
     allocation, exported = folder / "allocation.json", folder / "hf"
 
-    steps.say("Collect Python's own sources, train a tokenizer on them, pack them into shards")
-    steps.run("prepare-data", "python", "--out", data, "--train-tokenizer", 4096, "--sequence-length", 512)
-    steps.say("Stage 1: learn which KV heads keep full attention, together with the weights")
-    steps.run("train", yaml / "quickstart.yaml", f"run.dir={learn}", f"data.path={data}")
-    steps.say("Binarise the gates: half of each layer's KV heads keep full attention")
-    steps.run("finalize-masks", learn, "--out", allocation)
-    steps.say("Stage 2: train on with that allocation")
-    steps.run(
+    _say("Collect Python's own sources, train a tokenizer on them, pack them into shards")
+    _run("prepare-data", "python", "--out", data, "--train-tokenizer", 4096, "--sequence-length", 512)
+    _say("Stage 1: learn which KV heads keep full attention, together with the weights")
+    _run("train", yaml / "quickstart.yaml", f"run.dir={learn}", f"data.path={data}")
+    _say("Binarise the gates: half of each layer's KV heads keep full attention")
+    _run("finalize-masks", learn, "--out", allocation)
+    _say("Stage 2: train on with that allocation")
+    _run(
         "train",
         yaml / "quickstart_train.yaml",
         f"run.dir={train}",
@@ -45,16 +48,37 @@ def main(
         f"model.init_from={learn}",
         f"allocation.file={allocation}",
     )
-    steps.say("Hand the model over in Hugging Face format")
+    _say("Hand the model over in Hugging Face format")
     shutil.rmtree(exported, ignore_errors=True)  # made by an earlier quickstart in this folder; export-hf never overwrites
-    steps.run("export-hf", train, "--out", exported, "--dtype", "float32")
-    steps.say("Load it with transformers, compare its logits with the checkpoint's, let it write a line")
-    difference, line = steps.try_export(exported, train)
+    _run("export-hf", train, "--out", exported, "--dtype", "float32")
+    _say("Load it with transformers, compare its logits with the checkpoint's, let it write a line")
+    difference, line = try_export(exported, train)
     console.print(line, markup=False)
-    steps.say("Write the report")
-    steps.run("report", folder)
-    console.print(steps.summary(folder, difference))
+    _say("Write the report")
+    _run("report", folder)
+    console.print(summary(folder, difference))
     console.print(f"\n{time.monotonic() - started:.0f} s in all", markup=False)
+
+
+def _say(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+def _run(*arguments: object) -> None:
+    """Runs a megaconsa command in a process of its own, as a user would; a failure ends the quickstart with the same exit code."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"$ megaconsa {shlex.join(words)}", style="dim", markup=False)
+    process = subprocess.Popen([sys.executable, "-m", "megaconsa.cli", *words])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # the command was interrupted with us, and saves before it ends
+    if code == 2:
+        console.print("the quickstart was refused; remove its folder to start clean, or name another with --folder", markup=False)
+    elif code:
+        console.print("the quickstart stopped; run it again to go on where it stopped", markup=False)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ HEAVY = ("torch", "numpy", "transformers", "deepspeed", "streaming", "matplotlib
 
 
 def test_every_tool_is_a_command() -> None:
-    scripts = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__", "quickstart_steps"}
+    scripts = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
     assert {name.replace("-", "_") for name in TOOLS} == scripts
 
 

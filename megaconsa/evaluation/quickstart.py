@@ -1,47 +1,22 @@
-"""The pieces of the quickstart: running a command, trying the export, the closing table."""
+"""What the quickstart shows at its end: the export tried out, and a table of figures read back from what the run left."""
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from rich.table import Table
 
 from megaconsa.checkpoint import store
-from megaconsa.console import console
 from megaconsa.data.shards import DatasetInfo
+from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
+from megaconsa.huggingface.load import generate_line
 from megaconsa.reporting.metrics import read_metrics
 
 PROMPT = "def __init__(self"
 
 
-def say(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
-
-
-def run(*arguments: object) -> None:
-    """Runs a megaconsa command in a process of its own, as a user would; a failure ends the quickstart with the same exit code."""
-    words = [str(argument) for argument in arguments]
-    console.print(f"$ megaconsa {shlex.join(words)}", style="dim", markup=False)
-    process = subprocess.Popen([sys.executable, "-m", "megaconsa.cli", *words])
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        code = process.wait()  # the command was interrupted with us, and saves before it ends
-    if code == 2:
-        console.print("the quickstart was refused; remove its folder to start clean, or name another with --folder", markup=False)
-    elif code:
-        console.print("the quickstart stopped; run it again to go on where it stopped", markup=False)
-    if code:
-        sys.exit(code)
-
-
 def try_export(exported: Path, train: Path) -> tuple[float, str]:
     """Difference of the export's logits from the checkpoint's, and a line the model writes."""
-    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
-    from megaconsa.huggingface.load import generate_line
 
     checkpoint = store.resolve(train)
     allocation = checkpoint.allocation
