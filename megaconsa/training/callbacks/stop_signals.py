@@ -20,8 +20,8 @@ class StopSignals(Callback):
         self._install(trainer)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        # Again after every step: the LLVM inside Triton puts its own handlers in place whenever it compiles a kernel, and a signal
-        # that comes twice, as `timeout` sends it, then kills the process.
+        # Again after every step. On a GPU, a run that had just compiled its kernels died of a SIGTERM sent twice (as `timeout` does)
+        # in spite of the handler; most likely the LLVM inside Triton had put its one-shot handlers in place. This mends it.
         self._install(trainer)
 
     def on_finish(self, trainer: Trainer) -> None:
