@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from megaconsa.consa.allocation import Granularity, Scope, check_sparsity
+from megaconsa.consa import rules
+from megaconsa.consa.allocation import Allocation, Granularity, Scope, check_sparsity
 from megaconsa.errors import InputError
 from megaconsa.model.config import PRESETS, ModelConfig
 
@@ -171,6 +172,19 @@ class Config(Section):
         """The preset with the section's overrides applied."""
         overrides = {field.name: getattr(self.model, field.name) for field in dataclass_fields(ModelConfig)}
         return replace(PRESETS[self.model.preset], **{name: value for name, value in overrides.items() if value is not None})
+
+    def fixed_allocation(self) -> Allocation | None:
+        """The finished table that the configuration names, its shape checked; None while learning. Raises InputError."""
+        section, window, shape = self.allocation, self.attention.window, self.shape()
+        layers, kv_heads = shape.num_hidden_layers, shape.num_key_value_heads
+        if section.source == "learn":
+            return None
+        if section.source == "rule":
+            return rules.build(section.rule, layers, kv_heads, window, section.sparsity, section.ratio)
+        assert section.file is not None
+        allocation = Allocation.load(section.file)
+        allocation.check_shape(layers, kv_heads, f"allocation.file={section.file}")
+        return allocation
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to a run's config.yaml."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.errors import InputError
+from megaconsa.files import replace_text
 
 Granularity = Literal["kv_head", "layer"]
 Scope = Literal["per_layer", "global"]
@@ -121,10 +122,7 @@ class Allocation:
         )
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
+        replace_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Allocation:
@@ -185,7 +183,7 @@ def top_k(log_alpha: Tensor, sparsity: float, num_kv_heads: int, granularity: Gr
     values = log_alpha.detach().double().cpu()
     num_layers = values.shape[0]
     windowed = check_sparsity(sparsity, num_layers, num_kv_heads, granularity, scope)
-    rows = values if granularity == "kv_head" and scope == "per_layer" else values.reshape(1, -1)
+    rows = _constraints(values, scope)
     ranking = rows.argsort(dim=-1, descending=True, stable=True)
     full = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, ranking[:, : rows.shape[-1] - windowed], True)
     return _expand(full.reshape(values.shape), num_kv_heads)
@@ -200,11 +198,16 @@ def cut_margin(log_alpha: Tensor, sparsity: float, num_kv_heads: int, granularit
     """Smallest gap in log_alpha between the last unit kept full and the first made a window, over the constraints."""
     values = log_alpha.detach().double().cpu()
     windowed = check_sparsity(sparsity, values.shape[0], num_kv_heads, granularity, scope)
-    rows = values if granularity == "kv_head" and scope == "per_layer" else values.reshape(1, -1)
+    rows = _constraints(values, scope)
     if windowed in (0, rows.shape[-1]):
         return float("inf")
     ranked = rows.sort(dim=-1).values
     return float((ranked[:, windowed] - ranked[:, windowed - 1]).min())
+
+
+def _constraints(values: Tensor, scope: Scope) -> Tensor:
+    """The units' values with one row for each constraint."""
+    return values if scope == "per_layer" else values.reshape(1, -1)
 
 
 def _expand(full: Tensor, num_kv_heads: int) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from rich.table import Table
 
 from megaconsa.config import Config
-from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation, top_k
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
@@ -131,14 +130,11 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
 
 def planned_allocation(config: Config) -> Allocation:
     """The allocation of a run; while learning some table of the final sparsity, on which alone FLOPs and cache depend."""
+    fixed = config.fixed_allocation()
+    if fixed is not None:
+        return fixed
     wanted, shape = config.allocation, config.shape()
     layers, kv_heads, window = shape.num_hidden_layers, shape.num_key_value_heads, config.attention.window
-    if wanted.source == "rule":
-        return rules.build(wanted.rule, layers, kv_heads, window, wanted.sparsity, wanted.ratio)
-    if wanted.file is not None:
-        allocation = Allocation.load(wanted.file)
-        allocation.check_shape(layers, kv_heads, f"allocation.file={wanted.file}")
-        return allocation
     units = torch.zeros(layers) if wanted.granularity == "layer" else torch.zeros(layers, kv_heads)
     full = top_k(units, wanted.sparsity, kv_heads, wanted.granularity, wanted.scope)
     return Allocation(window, tuple(map(tuple, full.tolist())), wanted.granularity, wanted.scope, wanted.sparsity)

@@ -20,6 +20,7 @@ from megaconsa.config import Config
 from megaconsa.consa.allocation import Allocation, as_rows, top_k
 from megaconsa.console import check_out
 from megaconsa.errors import InputError
+from megaconsa.files import replace_text
 from megaconsa.model.flops import kv_cache_bytes, training_flops
 from megaconsa.reporting import plots
 from megaconsa.reporting.metrics import Row, last, read_metrics, series
@@ -64,11 +65,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     runs = find_runs(folder)
     out = folder / "report.html" if out is None else out
     check_out(out)
-    page = render(folder.resolve().name, runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    replace_text(out, render(folder.resolve().name, runs))
     return out
 
 

@@ -14,12 +14,12 @@ import yaml
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, differences
-from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError
+from megaconsa.files import replace_text
 from megaconsa.kernels import choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
@@ -65,7 +65,12 @@ def check_inputs(config: Config) -> Inputs:
         raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
     data = DatasetInfo.load(config.data.path)
     _check_data(config, shape, data)
-    allocation = _allocation(config, shape)
+    allocation = config.fixed_allocation()
+    if allocation is not None and allocation.window != config.attention.window:
+        raise InputError(
+            f"attention.window={config.attention.window}, but allocation.file={config.allocation.file} was made for a window of "
+            f"{allocation.window}"
+        )
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
         raise InputError(
@@ -121,9 +126,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     progress = _restore(inputs, engine, gates)
     lock = [RunLock(config.run.dir)] if mesh.is_main else []
     if mesh.is_main:
-        temporary = config.run.dir / f"{CONFIG_NAME}.tmp"
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        temporary.replace(config.run.dir / CONFIG_NAME)
+        replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
             inputs.allocation.save(config.run.dir / "allocation.json")
         sequences = inputs.data.splits["train"].sequences
@@ -247,23 +250,6 @@ def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
             f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, but the model has {shape.vocab_size}; "
             f"prepare it with the model's tokenizer, or set model.vocab_size={data.vocab_size} to train a model of its own"
         )
-
-
-def _allocation(config: Config, shape: ModelConfig) -> Allocation | None:
-    section, window = config.allocation, config.attention.window
-    if section.source == "learn":
-        return None
-    layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
-    if section.source == "rule":
-        return rules.build(section.rule, layers, heads, window, section.sparsity, section.ratio)
-    assert section.file is not None
-    allocation = Allocation.load(section.file)
-    allocation.check_shape(layers, heads, f"allocation.file={section.file}")
-    if allocation.window != window:
-        raise InputError(
-            f"attention.window={window}, but allocation.file={section.file} was made for a window of {allocation.window}"
-        )
-    return allocation
 
 
 def _check_folder(run: Path) -> None:

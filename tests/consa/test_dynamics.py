@@ -6,7 +6,6 @@ as the largest benefit. Per-layer and global heads in the shape of Qwen3-0.6B, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -38,14 +37,6 @@ class Course:
     """Share of the units kept full that are among the most beneficial ones of their constraint."""
     correlation: float
     """Of the ranks of benefit and log_alpha within a constraint."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(settings: GateSettings) -> Course:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megaconsa.checkpoint import store
 from megaconsa.consa import hard_concrete
 from megaconsa.consa.gates import GateBank
+from megaconsa.files import replace_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
@@ -56,6 +57,5 @@ def _write_gates(path: Path, step: int, gates: GateBank) -> None:
     """The newest gates for people and plots: log_alpha and P(z > 0), layers x units."""
     log_alpha = gates.log_alpha.detach().cpu()
     probability = hard_concrete.probability_nonzero(log_alpha)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step, "log_alpha": log_alpha.tolist(), "probability_full": probability.tolist()}))
-    temporary.replace(path)
+    content = {"step": step, "log_alpha": log_alpha.tolist(), "probability_full": probability.tolist()}
+    replace_text(path, json.dumps(content))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import IO
 
+from megaconsa.files import replace_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
@@ -41,6 +42,4 @@ def truncate(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    replace_text(path, "".join(line + "\n" for line in kept))
