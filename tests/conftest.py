@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: its kernels then run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SEQUENCE_LENGTH = 64
 VOCABULARY = 512
@@ -17,8 +23,6 @@ VOCABULARY = 512
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The tensors are small: more threads would only wait for each other, and for the other test process."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,0 +1,192 @@
+"""Launch configurations of the Triton kernels, chosen by device and shape: launch.json, and a file of the user's own.
+
+Both files nest architecture, pass and shape:
+
+    {"sm90": {"forward": {"16-bit/256": {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 2}}}}
+
+An architecture is `sm` and the compute capability; `default` serves whatever is not listed, and fits the smallest shared memory, 99 KiB.
+A pass is `forward` or `backward`. A shape is the width of an element (`16-bit` or `fp32`) and head_dim rounded up to a power of two;
+`/gated` behind it makes an entry for gated heads alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FILE_VARIABLE = "MEGACONSA_LAUNCH_FILE"
+"""Environment variable that names the user's file, whose entries win over the packaged ones."""
+
+ROWS = 128
+"""Statistics of queries are kept for a multiple of this many, which block_m divides in both passes."""
+
+
+class Launch(NamedTuple):
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    num_warps: int
+    num_stages: int
+    """Of the software pipeline that loads tiles ahead."""
+
+
+Table = dict[str, dict[str, dict[str, Launch]]]
+"""Launches by architecture, pass and shape."""
+
+HOPPER = {"forward": Launch(128, 128, 8, 3), "backward": Launch(64, 128, 8, 2)}
+"""The kernels written in Hopper's instructions divide exactly these tiles among their warps: no file changes them."""
+
+INTERPRETED = {"forward": Launch(64, 32, 4, 2), "backward": Launch(32, 32, 4, 1)}
+"""On a CPU, where warps and stages mean nothing and small tiles let small problems reach the edges of blocks."""
+
+_forced: dict[str, Launch] = {}
+
+
+def forward_launch(q: Tensor, *, gated: bool) -> Launch:
+    """How to launch the forward kernel for q (B, S, heads, D). Raises ValueError where the user's file is missing or damaged."""
+    return _forced.get("forward") or _launch("forward", q.device, q.dtype, q.shape[-1], gated)
+
+
+def backward_launch(q: Tensor, *, gated: bool) -> Launch:
+    """How to launch the backward kernel for q (B, S, heads, D). Raises ValueError where the user's file is missing or damaged."""
+    return _forced.get("backward") or _launch("backward", q.device, q.dtype, q.shape[-1], gated)
+
+
+@contextmanager
+def forced(forward: Launch, backward: Launch) -> Iterator[None]:
+    """Every launch inside is one of these two, in all threads: autograd runs backward passes in its own."""
+    _forced.update(forward=forward, backward=backward)
+    try:
+        yield
+    finally:
+        _forced.clear()
+
+
+# Called for every layer: what it looks up does not change while a process runs.
+@lru_cache(maxsize=1024)
+def _launch(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, gated: bool) -> Launch:
+    if device.type != "cuda":
+        return INTERPRETED[step]
+    return find(launches(), torch.cuda.get_device_capability(device), step, dtype, head_dim, gated=gated)
+
+
+def find(table: Table, capability: tuple[int, int], step: str, dtype: torch.dtype, head_dim: int, *, gated: bool) -> Launch:
+    """The launch of a pass (`forward` or `backward`); of the table's entries that serve it the most particular one."""
+    architecture, shape = architecture_key(capability), shape_key(dtype, head_dim)
+    if is_fixed(architecture, shape):
+        return HOPPER[step]
+    keys = (f"{shape}/gated", shape) if gated else (shape,)
+    for entries in (table.get(architecture, {}).get(step, {}), table["default"][step]):
+        for key in keys:
+            if key in entries:
+                return entries[key]
+    raise KeyError(f"no launch for {step} {shape}")
+
+
+def architecture_key(capability: tuple[int, int]) -> str:
+    """`sm90` for (9, 0)."""
+    return f"sm{capability[0]}{capability[1]}"
+
+
+def shape_key(dtype: torch.dtype, head_dim: int) -> str:
+    """`16-bit/128` for bf16 or fp16 heads of 65 to 128; kernels pad head_dim to a power of two."""
+    width = "fp32" if dtype.itemsize == 4 else "16-bit"
+    return f"{width}/{max(16, 1 << (head_dim - 1).bit_length())}"
+
+
+def is_fixed(architecture: str, shape: str) -> bool:
+    """Whether the Hopper kernels serve the shape, whose launches are not tunable."""
+    return architecture == "sm90" and shape in ("16-bit/64", "16-bit/128")
+
+
+@lru_cache(maxsize=1)
+def launches() -> Table:
+    """The packaged launches, and over them the user's, read once. Raises ValueError, one sentence, for a missing or damaged file."""
+    path = user_file()
+    return packaged() if path is None else merged(packaged(), read(path))
+
+
+def user_file() -> Path | None:
+    name = os.environ.get(FILE_VARIABLE)
+    return Path(name) if name else None
+
+
+def merged(table: Table, other: Table) -> Table:
+    """Both tables in one; where both have an entry, the other's."""
+    result: Table = {}
+    for source in (table, other):
+        for architecture, steps in source.items():
+            for step, entries in steps.items():
+                result.setdefault(architecture, {}).setdefault(step, {}).update(entries)
+    return result
+
+
+def packaged() -> Table:
+    return _parse(files(__package__).joinpath("launch.json").read_text(encoding="utf-8"))
+
+
+def read(path: Path) -> Table:
+    """The launches in a user's file. Raises ValueError, one sentence, where it cannot be read or an entry cannot be launched."""
+    mend = f"make it anew with megaconsa bench-attention --tune, or unset {FILE_VARIABLE}"
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the launch file {path} cannot be read ({error.strerror}); {mend}") from None
+    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+        raise ValueError(f"the launch file {path} is damaged: {error}; {mend}") from None
+
+
+def to_text(table: Table) -> str:
+    """The table as JSON, one launch a line."""
+    plain = {
+        architecture: {step: {shape: entries[shape]._asdict() for shape in sorted(entries)} for step, entries in steps.items()}
+        for architecture, steps in table.items()
+    }
+    return re.sub(r"\{([^{}]*)\}", lambda launch: "{" + " ".join(launch[1].split()) + "}", json.dumps(plain, indent=1)) + "\n"
+
+
+def _parse(text: str) -> Table:
+    table: Table = {}
+    for architecture, steps in _items(json.loads(text), r"sm\d{2,3}|default", "an architecture"):
+        table[architecture] = {}
+        for step, entries in _items(steps, "forward|backward", "a pass"):
+            table[architecture][step] = {}
+            for shape, values in _items(entries, r"(16-bit|fp32)/(16|32|64|128|256)(/gated)?", "a shape"):
+                where = f"{architecture} {step} {shape}"
+                if is_fixed(architecture, shape.removesuffix("/gated")):
+                    raise ValueError(f"{where} is fixed")
+                table[architecture][step][shape] = _parse_launch(values, where)
+    return table
+
+
+def _items(values: Any, pattern: str, kind: str) -> list[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r} stands where an object was expected")
+    for name in values:
+        if not re.fullmatch(pattern, name):
+            raise ValueError(f"{name!r} is not {kind}")
+    return list(values.items())
+
+
+def _parse_launch(values: Any, where: str) -> Launch:
+    if not isinstance(values, dict) or set(values) != set(Launch._fields):
+        raise ValueError(f"{where} must have {', '.join(Launch._fields)}")
+    if not all(type(value) is int and value > 0 for value in values.values()):
+        raise ValueError(f"{where} must hold positive whole numbers")
+    launch = Launch(**values)
+    for name, smallest, largest in (("block_m", 16, ROWS), ("block_n", 16, 1024), ("num_warps", 1, 32)):
+        value = values[name]
+        if value & (value - 1) or not smallest <= value <= largest:
+            raise ValueError(f"{where} has {name} {value}, not a power of two from {smallest} to {largest}")
+    return launch

@@ -1,0 +1,115 @@
+"""Properties that an attention kernel has on any device and in any precision, beside being near the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from attention_cases import FULL, Attention, Inputs, errors, run
+from torch import Tensor
+
+
+def _inside_nan(x: Tensor, before: int) -> Tensor:
+    """x as a view into a buffer of NaN, which a read beyond its tokens, heads or columns would bring in."""
+    buffer = x.new_full([extent + 2 * before for extent in x.shape], float("nan"))
+    return buffer[tuple(slice(before, before + extent) for extent in x.shape)].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads before tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens before batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns not contiguous": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "inside NaN, aligned": lambda x: _inside_nan(x, 8),
+    "inside NaN, not aligned": lambda x: _inside_nan(x, 1),
+}
+"""The same values at other addresses."""
+
+
+def exactly_the_visible_keys_weigh(attention: Attention, inputs: Inputs) -> None:
+    """With the identity for values the output is the attention: key i - W + 1 weighs, key i - W does not, to the last bit.
+
+    inputs: one sequence, one head, as many tokens as columns.
+    """
+    length = inputs.q.shape[1]
+    identity = torch.eye(length, device=inputs.q.device, dtype=inputs.q.dtype)[None, :, None]
+    gate = None if inputs.gate is None else inputs.gate.expand(1, 1)
+    out = attention(inputs.q, inputs.k, identity, inputs.windows, gate, inputs.documents, inputs.scale)
+    index = torch.arange(length, device=inputs.q.device)
+    distance = index[:, None] - index[None, :]
+    seen = (distance >= 0) & (distance < (inputs.windows[0] if gate is None or not gate.any() else length))
+    if inputs.documents is not None:
+        seen &= inputs.documents[0, :, None] == inputs.documents[0, None, :]
+    assert torch.equal(out[0, :, 0] > 0, seen)
+
+
+def blocks_that_nobody_sees_are_not_read(attention: Attention, inputs: Inputs, tokens: int) -> None:
+    """NaN would spoil a product even if its weights were masked to 0: the first and the last tokens never meet.
+
+    inputs: the two ends, of `tokens` each, lie further apart than a window and two tiles of any launch, or in other documents.
+    """
+    results = run(attention, inputs)
+    ends = slice(0, tokens), slice(-tokens, None)
+    for spoiled, kept in (ends, ends[::-1]):
+        broken = inputs.map(Tensor.clone)
+        for x in (broken.q, broken.k, broken.v, broken.upstream):
+            x[:, spoiled] = float("nan")
+        others = run(attention, broken)
+        for name in ("out", "k", "v"):
+            assert torch.equal(results[name][:, kept], others[name][:, kept])
+
+
+def other_rows_and_heads_change_nothing(attention: Attention, inputs: Inputs) -> None:
+    """inputs: two sequences, two KV heads; a gate is per sequence. Bitwise, the gate's gradient too."""
+    broken = inputs.map(Tensor.clone)
+    group = inputs.q.shape[2] // 2
+    for x, heads in ((broken.q, group), (broken.k, 1), (broken.v, 1), (broken.upstream, group)):
+        x[0, :, heads:] = float("nan")
+        x[1] = float("inf")
+    results, others = run(attention, inputs), run(attention, broken)
+    for name, heads in (("out", group), ("q", group), ("k", 1), ("v", 1)):
+        assert torch.equal(results[name][0, :, :heads], others[name][0, :, :heads])
+    if inputs.gate is not None:
+        assert torch.equal(results["gate"][0, 0], others["gate"][0, 0])
+
+
+def what_is_not_finite_stays_visible(attention: Attention, inputs: Inputs, name: str, value: float) -> None:
+    """A broken step must not end in plausible numbers, though dq may be summed as integers, which cannot hold NaN."""
+    token = inputs.q.shape[1] // 2
+    broken = inputs.map(Tensor.clone)
+    # An infinite key must draw weight: one that repels is nobody's.
+    getattr(broken, name)[0, token, 0, 3] = value * broken.q[0, token, 0, 3].sign() if name == "k" else value
+    results = run(attention, broken)
+    for result in ("q",) if name == "upstream" else ("q", "out"):
+        assert not results[result][0, token].isfinite().all(), result
+
+
+def an_outlier_costs_the_others_nothing(attention: Attention, inputs: Inputs, key: float, value: float, tolerance: float) -> None:
+    """The first token, a document of its own, gets far larger keys and values; the other tokens keep their precision."""
+    broken = inputs.map(Tensor.clone)
+    broken.k[:, 0] *= key
+    broken.v[:, 0] *= value
+    rest = replace(
+        broken.map(lambda x: x[:, 1:]), documents=None if inputs.documents is None else inputs.documents[:, 1:].contiguous()
+    )
+    results = {name: x if name == "gate" else x[:, 1:] for name, x in run(attention, broken).items()}
+    measured = errors(results, rest)
+    assert all(error <= tolerance for error in measured.values()), measured
+
+
+def uneven_upstream(inputs: Inputs, size: float) -> Inputs:
+    """Gradients of unlike size, a third of them zero: dq may be summed in units that depend on them."""
+    upstream = inputs.upstream * size
+    upstream[:, ::3] *= 1e-6
+    upstream[:, 1::3] = 0
+    return replace(inputs, upstream=upstream)
+
+
+def binarised_gates_equal_the_allocated_table(attention: Attention, inputs: Inputs) -> None:
+    """Invariant 4: z of 0 or 1 over one window, and a window for each head. inputs: fp32, gate (kv_heads,) of zeros and ones."""
+    assert inputs.gate is not None
+    windows = tuple(FULL if z else window for z, window in zip(inputs.gate.tolist(), inputs.windows, strict=True))
+    results = run(attention, inputs)
+    assert not results.pop("gate").any()
+    for name, other in run(attention, replace(inputs, windows=windows, gate=None)).items():
+        torch.testing.assert_close(results[name], other, rtol=1e-6, atol=1e-6)
