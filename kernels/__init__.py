@@ -1,12 +1,15 @@
 """Hybrid attention: full, sliding-window and gated KV heads behind one entry point, `hybrid_attention`.
 
 Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publishes a package of that name. Imports torch and
-triton only. `reference` is the slow truth; every other backend is tested against it.
+triton only, FlashAttention where it is installed. `reference` is the slow truth; every other backend is tested against it.
 """
 
 # Run from the repository root, transformers 5 imports this folder as top-level `kernels`, looking for that other package; it must
 # find nothing here rather than a second copy of our modules.
 if __name__ == "megaconsa.kernels":
-    from megaconsa.kernels.attention import choose_backend, hybrid_attention
+    from megaconsa.kernels.attention import hybrid_attention
+    from megaconsa.kernels.backends import Backend, Problem, choose_backend
+    from megaconsa.kernels.decode import decode_attention
+    from megaconsa.kernels.kv_cache import KVCache
 
-    __all__ = ["choose_backend", "hybrid_attention"]
+    __all__ = ["Backend", "KVCache", "Problem", "choose_backend", "decode_attention", "hybrid_attention"]

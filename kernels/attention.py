@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from megaconsa.kernels import reference, sdpa
-
-logger = logging.getLogger(__name__)
-
-BACKENDS = {"reference": reference.attention, "sdpa": sdpa.attention}
-"""What is available here; `triton` and `flash` are names of the contract that this version does not serve yet."""
+from megaconsa.kernels.backends import Problem, choose_backend
 
 
 def hybrid_attention(
@@ -31,44 +25,52 @@ def hybrid_attention(
 
     q: (B, S, heads, D); k and v: (B, S, kv_heads, D), heads a multiple of kv_heads.
     window: keys visible to a query, itself included: one number, or one per KV head. S or more is full attention.
-    gate: fp32 (kv_heads,) or (B, kv_heads) in [0, 1], or None. With it the output of a head is
-        z * full + (1 - z) * windowed (hard concrete gates of ConSA, arXiv 2606.18056).
+    gate: fp32 (kv_heads,) or (B, kv_heads) in [0, 1], or None (fp64 only with q in fp64). With it the output of a
+        head is z * full + (1 - z) * windowed (hard concrete gates of ConSA, arXiv 2606.18056).
     documents: int32 (B, S), non-decreasing ids of the documents packed into a sequence, or None; they do not see each other.
     scale: of the scores; 1 / sqrt(D) if None.
-    backend: auto, reference or sdpa.
+    backend: reference (explicit masks), sdpa (torch's), triton (one pass, gates included), flash (FlashAttention where installed),
+        or auto, which takes what is fastest of those that serve the call and logs it once.
 
-    Returns (B, S, heads, D) in q's precision, differentiable in q, k, v and gate. Raises ValueError for shapes that do not fit.
+    Returns (B, S, heads, D) in q's precision, differentiable in q, k, v and gate. Raises ValueError for shapes, precisions and
+    devices that do not fit, and for a backend that cannot serve the call.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     if k.shape != (batch, length, kv_heads, dim) or v.shape != k.shape or heads % kv_heads:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating-point precision, not {q.dtype}, {k.dtype} and {v.dtype}")
     windows = _windows(window, kv_heads)
     if gate is not None:
         if gate.shape not in ((kv_heads,), (batch, kv_heads)):
             raise ValueError(f"gate has shape {tuple(gate.shape)}, but must be ({kv_heads},) or ({batch}, {kv_heads})")
+        if gate.dtype != torch.float32 and not gate.dtype == q.dtype == torch.float64:
+            raise ValueError(f"gate is {gate.dtype}, but must be torch.float32")
         gate = gate.expand(batch, kv_heads)
-    if documents is not None and documents.shape != (batch, length):
-        raise ValueError(f"documents has shape {tuple(documents.shape)}, but must be ({batch}, {length})")
-    function = BACKENDS[_announced(backend)]
-    return function(q, k, v, windows, gate, documents, dim**-0.5 if scale is None else scale)
-
-
-def choose_backend(backend: str) -> str:
-    """The backend that will run; ValueError for one that is not here."""
-    if backend == "auto":
-        return "sdpa"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend} is not available; choose one of auto, {', '.join(BACKENDS)}")
-    return backend
-
-
-@lru_cache
-def _announced(backend: str) -> str:
-    """choose_backend, saying once what `auto` took."""
-    if backend == "auto":
-        logger.info("attention.backend=auto takes sdpa: torch's scaled_dot_product_attention, two calls for gated heads")
-    return choose_backend(backend)
+    if documents is not None:
+        if documents.shape != (batch, length):
+            raise ValueError(f"documents has shape {tuple(documents.shape)}, but must be ({batch}, {length})")
+        if documents.dtype != torch.int32:
+            raise ValueError(f"documents is {documents.dtype}, but must be torch.int32")
+    for name, tensor in (("k", k), ("v", v), ("gate", gate), ("documents", documents)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}")
+    scale = dim**-0.5 if scale is None else scale
+    problem = Problem(
+        device=q.device,
+        dtype=q.dtype,
+        batch=batch,
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        windows=windows,
+        gated=gate is not None,
+        packed=documents is not None,
+        scale=scale,
+    )
+    return choose_backend(backend, problem).attention(q, k, v, windows, gate, documents, scale)
 
 
 def _windows(window: int | Sequence[int] | Tensor, kv_heads: int) -> tuple[int, ...]:

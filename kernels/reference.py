@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from megaconsa.kernels.visibility import visible
+
+if TYPE_CHECKING:
+    from megaconsa.kernels.backends import Problem
+
+
+def refusal(problem: Problem) -> str | None:
+    """None: it serves everything that fits into memory."""
+    return None
 
 
 def attention(

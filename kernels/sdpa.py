@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megaconsa.kernels.gating import mix
 from megaconsa.kernels.visibility import visible
+
+if TYPE_CHECKING:
+    from megaconsa.kernels.backends import Problem
+
+
+def refusal(problem: Problem) -> str | None:
+    """None: torch has a kernel, or its own plain implementation, for everything."""
+    return None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
 ) -> Tensor:
     """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None."""
-    length, kv_heads = k.shape[1:3]
+    length = k.shape[1]
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, D)
     windows = tuple(min(window, length) for window in windows)
-    out = _by_window(q_, k_, v_, windows, documents, scale)
-    if gate is not None:
-        full = _attend(q_, k_, v_, length, documents, scale)
-        z = gate.repeat_interleave(q.shape[2] // kv_heads, dim=1)[:, :, None, None]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = torch.lerp(out.to(wide), full.to(wide), z.to(wide)).to(q.dtype)
-    return out.transpose(1, 2)
+    out = _by_window(q_, k_, v_, windows, documents, scale).transpose(1, 2)
+    if gate is None:
+        return out
+    return mix(_attend(q_, k_, v_, length, documents, scale).transpose(1, 2), out, gate)
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], documents: Tensor | None, scale: float) -> Tensor:

@@ -122,6 +122,10 @@ class TrainingSection(Section):
     reset_optimizer: bool = False
     """With model.init_from: take the weights only, not the optimizer's moments."""
 
+    def in_bf16(self, device_type: str) -> bool:
+        """Whether the model computes in bf16 on a device of this type (cuda or cpu)."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+
 
 class DataSection(Section):
     path: Path

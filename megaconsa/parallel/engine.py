@@ -38,7 +38,7 @@ class Engine:
         from deepspeed.pipe import PipelineModule
 
         self.shape, self.mesh = shape, mesh
-        bf16 = training.precision == "bf16" or (training.precision == "auto" and mesh.device.type == "cuda")
+        bf16 = training.in_bf16(mesh.device.type)
         self.precision = "bf16" if bf16 else "fp32"
         # DeepSpeed prints its settings and the table of layers.
         with contextlib.redirect_stdout(io.StringIO()):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megaconsa.checkpoint import store
@@ -20,7 +21,7 @@ from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
-from megaconsa.kernels import choose_backend
+from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
@@ -59,10 +60,6 @@ class Inputs:
 def check_inputs(config: Config) -> Inputs:
     """Reads and checks what the configuration points to; raises InputError. Writes nothing."""
     shape = config.shape()
-    try:
-        choose_backend(config.attention.backend)
-    except ValueError as error:
-        raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
     data = DatasetInfo.load(config.data.path)
     _check_data(config, shape, data)
     allocation = config.fixed_allocation()
@@ -71,6 +68,7 @@ def check_inputs(config: Config) -> Inputs:
             f"attention.window={config.attention.window}, but allocation.file={config.allocation.file} was made for a window of "
             f"{allocation.window}"
         )
+    _check_backend(config, shape, allocation)
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
         raise InputError(
@@ -250,6 +248,35 @@ def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
             f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, but the model has {shape.vocab_size}; "
             f"prepare it with the model's tokenizer, or set model.vocab_size={data.vocab_size} to train a model of its own"
         )
+
+
+def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | None) -> None:
+    """Refuses an attention backend that cannot serve some layer of the run on this machine."""
+    window, length, kv_heads = config.attention.window, config.training.sequence_length, shape.num_key_value_heads
+    if allocation is None:
+        # Validation runs the binarised table, whose rows may mix windows.
+        kinds = {((window,) * kv_heads, True), ((length,) + (window,) * (kv_heads - 1), False)}
+    else:
+        kinds = {(allocation.windows(layer), False) for layer in range(shape.num_hidden_layers)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for windows, gated in sorted(kinds):
+        problem = Problem(
+            device=device,
+            dtype=torch.bfloat16 if config.training.in_bf16(device.type) else torch.float32,
+            batch=config.training.micro_batch,
+            length=length,
+            heads=shape.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=shape.head_dim,
+            windows=windows,
+            gated=gated,
+            packed=config.attention.separate_documents,
+            scale=shape.head_dim**-0.5,
+        )
+        try:
+            choose_backend(config.attention.backend, problem)
+        except ValueError as error:
+            raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
 
 
 def _check_folder(run: Path) -> None:

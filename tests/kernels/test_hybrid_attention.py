@@ -6,7 +6,6 @@ or 1 are not compared: a backend may return 0 there, which is the clamp's deriva
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import attention, choose_backend, hybrid_attention
+from megaconsa.kernels import hybrid_attention
 
 LENGTH = 9
 FAST = ["sdpa"]
@@ -268,7 +267,13 @@ def test_output_has_the_precision_of_q(backend: str, dtype: torch.dtype) -> None
         ({}, {"gate": torch.tensor(0.5)}, "gate has shape"),
         ({}, {"documents": torch.zeros(2, 7)}, r"documents has shape \(2, 7\), but must be \(2, 8\)"),
         ({}, {"documents": torch.zeros(8)}, "documents has shape"),
-        ({}, {"backend": "cudnn"}, "backend cudnn is not available"),
+        ({}, {"backend": "cudnn"}, "backend cudnn is unknown"),
+        ({}, {"gate": torch.ones(2, dtype=torch.float64)}, "gate is torch.float64, but must be torch.float32"),
+        ({}, {"gate": torch.ones(2, device="meta")}, "gate is on meta, but q is on cpu"),
+        ({}, {"documents": torch.zeros(2, 8, dtype=torch.int64)}, "documents is torch.int64, but must be torch.int32"),
+        ({}, {"v": torch.zeros(2, 8, 2, 4, dtype=torch.bfloat16)}, "must have one floating-point precision"),
+        ({}, {name: torch.zeros(2, 8, 4 if name == "q" else 2, 4, dtype=torch.int32) for name in "qkv"}, "floating-point"),
+        ({}, {"k": torch.zeros(2, 8, 2, 4, device="meta")}, "k is on meta, but q is on cpu"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
@@ -277,15 +282,4 @@ def test_arguments_that_do_not_fit_are_refused(
     fitting = {"q": (2, 8, 4, 4), "k": (2, 8, 2, 4), "v": (2, 8, 2, 4)}
     tensors = {name: torch.zeros(shapes.get(name, shape)) for name, shape in fitting.items()}
     with pytest.raises(ValueError, match=message):
-        hybrid_attention(**tensors, **({"window": 4} | arguments))  # type: ignore[arg-type]
-
-
-def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
-    attention._announced.cache_clear()
-    x = torch.zeros(1, 4, 2, 4)
-    with caplog.at_level(logging.INFO, logger="megaconsa.kernels"):
-        for _ in range(3):
-            hybrid_attention(x, x, x, window=2)
-        hybrid_attention(x, x, x, window=2, backend="reference")
-    assert [record.getMessage().startswith("attention.backend=auto takes sdpa") for record in caplog.records] == [True]
-    assert choose_backend("auto") == "sdpa"
+        hybrid_attention(**(tensors | {"window": 4} | arguments))  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""The FlashAttention packages behind one pair of functions, which write into tensors that the caller owns.
+
+flash-attn-4 (`flash_attn.cute`) runs on Hopper and Blackwell, flash-attn 2 on the other GPUs. Both are used by their functions below
+the public ones, as these neither take buffers to write to nor leave the backward pass to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], None]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], None]
+
+
+@dataclass(frozen=True)
+class Library:
+    """Causal attention over heads of one kind. q, out, dout, dq: (B, S, heads, D); k, v, dk, dv: (B, S, kv_heads, D), all with
+    contiguous rows and any strides; lse: fp32 (B, heads, S), contiguous. A window of None is full attention.
+    """
+
+    forward: Forward
+    """(q, k, v, out, lse, window, scale) writes out and lse."""
+    backward: Backward
+    """(dout, q, k, v, out, lse, dq, dk, dv, window, scale) writes dq, dk and dv."""
+
+
+def find(device: torch.device) -> Library:
+    """The library of the GPU; ImportError where it is not installed."""
+    return _flash_attn_4() if _is_for_4(_capability(device)) else _flash_attn_2()
+
+
+@torch.compiler.assume_constant_result
+def head_dim_limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
+    """The largest of the head dimensions (multiples of 8) that the GPU's library serves, and single ones beyond."""
+    return (128, (256,)) if _capability(device) in (10, 11) else (256, ())
+
+
+@torch.compiler.assume_constant_result
+def missing(device: torch.device) -> str | None:
+    """Why there is no FlashAttention for this GPU, as `cause; mend`, or None."""
+    capability = _capability(device)
+    if capability < 8:
+        return "flash needs a GPU of compute capability 8.0 (Ampere) or newer; take triton or sdpa"
+    name, command = (
+        ("flash-attn-4", "pip install --pre flash-attn-4") if _is_for_4(capability) else ("flash-attn", "pip install flash-attn")
+    )
+    try:
+        find(device)
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        return f"flash needs the package {name} on this GPU ({' '.join(str(error).split())}); install it with {command}"
+    return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _is_for_4(capability: int) -> bool:
+    return capability in (9, 10, 11)
+
+
+@lru_cache
+def _flash_attn_4() -> Library:
+    interface: ModuleType = import_module("flash_attn.cute.interface")
+
+    def bounds(window: int | None) -> dict[str, int | None]:
+        left, right = (None, None) if window is None else (window - 1, 0)
+        return {"window_size_left": left, "window_size_right": right}
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
+        interface._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, out=out, lse=lse, **bounds(window))
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None,
+        scale: float,
+    ) -> None:
+        interface._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            softmax_scale=scale,
+            causal=True,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **bounds(window),
+        )
+
+    return Library(forward, backward)
+
+
+@lru_cache
+def _flash_attn_2() -> Library:
+    interface: ModuleType = import_module("flash_attn.flash_attn_interface")
+
+    def options(window: int | None, scale: float) -> dict[str, object]:
+        left, right = (-1, -1) if window is None else (window - 1, 0)
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size_left": left,
+            "window_size_right": right,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
+        result = interface._flash_attn_forward(q, k, v, return_softmax=False, **options(window, scale))
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None,
+        scale: float,
+    ) -> None:
+        interface._flash_attn_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **options(window, scale),
+        )
+
+    return Library(forward, backward)

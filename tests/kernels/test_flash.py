@@ -1,0 +1,183 @@
+"""What the flash backend adds to FlashAttention: runs of heads, shared buffers, registered operators, gates.
+
+The packages run on GPUs only. In their place stands the textbook's forward and backward pass in torch, under the same signatures;
+test_flash_cuda.py runs the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megaconsa.consa.allocation import FULL_WINDOW
+from megaconsa.kernels import flash, flash_library, reference
+from megaconsa.kernels.flash_library import Library
+from megaconsa.kernels.visibility import visible
+
+
+def log_weights(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:
+    """Scores (B, heads, S, S), minus infinity where a key is not visible."""
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    mask = visible(q.shape[1], window or q.shape[1], None, q.device)
+    return torch.einsum("bihd,bjhd->bhij", q, keys).mul(scale).masked_fill(~mask, float("-inf"))
+
+
+def textbook_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
+    scores = log_weights(q, k, window, scale)
+    values = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    lse.copy_(scores.logsumexp(-1))
+    out.copy_(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), values))
+
+
+def textbook_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    window: int | None,
+    scale: float,
+) -> None:
+    """From the saved out and lse, as the packages do it, and with what they ask of the layout."""
+    assert 0 not in dout.stride()
+    assert lse.is_contiguous()
+    group = q.shape[2] // k.shape[2]
+    weights = (log_weights(q, k, window, scale) - lse[..., None]).exp()
+    dweights = torch.einsum("bihd,bjhd->bhij", dout, v.repeat_interleave(group, dim=2))
+    dscores = weights * (dweights - (dout * out).sum(-1).transpose(1, 2)[..., None]) * scale
+    dq.copy_(torch.einsum("bhij,bjhd->bihd", dscores, k.repeat_interleave(group, dim=2)))
+    dk.copy_(torch.einsum("bhij,bihd->bjhd", dscores, q).unflatten(2, (-1, group)).sum(3))
+    dv.copy_(torch.einsum("bhij,bihd->bjhd", weights, dout).unflatten(2, (-1, group)).sum(3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _textbook() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_library, "find", lambda device: Library(textbook_forward, textbook_backward))
+        yield
+
+
+def draw(batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, length, heads, dim, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (kv_heads * group, kv_heads, kv_heads)
+    ]
+
+
+def check_equals_reference(shape: tuple[int, int, int, int, int], windows: tuple[int, ...], gate: Tensor | None = None) -> None:
+    leaves = draw(*shape) if gate is None else [*draw(*shape), gate.clone().requires_grad_()]
+    z = None if gate is None else leaves[3]
+    dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for attention in (flash.attention, reference.attention):
+        out = attention(*leaves[:3], windows, z, None, 0.4)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    for result, truth in zip(*results, strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_order_of_heads_equals_the_reference(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 9), (1, 6), (1, 3), (1, 5)))
+    kinds = st.sampled_from([1, 3, 9, FULL_WINDOW])
+    windows = data.draw(st.tuples(*[kinds] * shape[2]))
+    check_equals_reference(shape, windows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("windows", [(3, 3), (3, FULL_WINDOW)])
+def test_gated_heads_equal_the_reference(windows: tuple[int, int]) -> None:
+    check_equals_reference((2, 9, 2, 2, 4), windows, torch.tensor([[0.3, 0.9], [0.01, 0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ((9, FULL_WINDOW, 8, 12), [(None, 0, 4)]),
+        ((3, 3, 3, 3), [(3, 0, 4)]),
+        ((FULL_WINDOW, FULL_WINDOW, 3, 3), [(None, 0, 2), (3, 2, 4)]),
+        ((3, FULL_WINDOW, 3, 5), [(3, 0, 1), (None, 1, 2), (3, 2, 3), (5, 3, 4)]),
+    ],
+)
+def test_runs_are_as_long_as_they_can_be(windows: tuple[int, ...], expected: list[tuple[int | None, int, int]]) -> None:
+    found = list(flash.runs(windows, 8, 2))
+    assert [(run.window, run.kv.start, run.kv.stop) for run in found] == expected
+    assert [(run.q.start, run.q.stop) for run in found] == [(2 * start, 2 * stop) for _, start, stop in expected]
+
+
+def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy beside the library's own work: two calls a pass, each argument a view, of the caller's tensors where it has them."""
+    q, k, v = draw(2, 8, 4, 2, 4)
+    storages: dict[str, list[list[int]]] = {"forward": [], "backward": []}
+
+    def seen(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Tensor | float | None) -> None:
+            storages[name].append([x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)])
+            function(*arguments)
+
+        return call
+
+    library = Library(seen("forward", textbook_forward), seen("backward", textbook_backward))
+    monkeypatch.setattr(flash_library, "find", lambda device: library)
+    out = flash.attention(q, k, v, (FULL_WINDOW, FULL_WINDOW, 3, 3), None, None, 0.5)
+    torch.autograd.grad(out, (q, k, v), torch.randn(out.shape))
+    inputs = [x.untyped_storage().data_ptr() for x in (q, k, v)]
+    for calls in storages.values():
+        assert len(calls) == 2
+        assert calls[0] == calls[1]
+    assert storages["forward"][0][:4] == [*inputs, out.untyped_storage().data_ptr()]
+    assert storages["backward"][0][1:5] == storages["forward"][0][:4]
+
+
+def test_operators_are_registered_rightly() -> None:
+    """Schema, fake implementation, autograd and tracing, by torch's own checks."""
+    q, k, v = draw(2, 7, 3, 2, 4)
+    windows = [3, FULL_WINDOW, 3]
+    torch.library.opcheck(torch.ops.megaconsa.flash_attention.default, (q, k, v, windows, 0.5))
+    leaves = [x.detach() for x in (q, k, v)]
+    out, lse = flash.forward(*leaves, windows, 0.5)
+    arguments = (torch.randn(out.shape), *leaves, out, lse, windows, 0.5)
+    torch.library.opcheck(torch.ops.megaconsa.flash_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_and_recomputes_to_the_same(gated: bool) -> None:
+    leaves = draw(2, 8, 2, 2, 4)
+    gate = torch.tensor([[0.3, 0.9], [0.1, 0.6]]) if gated else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash.attention(q, k, v, (FULL_WINDOW, 3), gate, None, 0.5)
+
+    results = []
+    torch._dynamo.reset()
+    for function in (
+        run,
+        torch.compile(run, fullgraph=True, backend="aot_eager"),
+        lambda *arguments: checkpoint(run, *arguments, use_reentrant=False),
+    ):
+        out = function(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+def test_a_broadcast_gradient_is_understood() -> None:
+    """That of a sum has strides of 0, which the packages do not take."""
+    leaves = draw(1, 6, 2, 1, 4)
+    results = []
+    for attention in (flash.attention, reference.attention):
+        out = attention(*leaves, (2, FULL_WINDOW), None, None, 0.5)
+        results.append(torch.autograd.grad(out.sum(), leaves))
+    for result, truth in zip(*results, strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
