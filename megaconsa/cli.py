@@ -10,6 +10,7 @@ import typer
 
 from megaconsa.console import guarded
 from megaconsa.tools import (
+    bench_attention,
     export_hf,
     finalize_masks,
     plan,
@@ -57,6 +58,7 @@ for name, tool in {
     "export-hf": export_hf,
     "plan": plan,
     "report": report,
+    "bench-attention": bench_attention,
     "quickstart": quickstart,
 }.items():
     app.command(name)(tool.main)
