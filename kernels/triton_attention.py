@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -73,17 +74,36 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, lse_full, difference, difference_unit) as in `forward_kernel`; the last three are empty without a gate."""
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
     out, lse, lse_full, difference, difference_unit = _outputs(q, gate is not None)
     if out.numel() == 0:
         return out, lse, lse_full, difference, difference_unit
+    with _on(q.device):
+        _launch_forward(q, k, v, tuple(windows), gate, starts, scale, out, lse, lse_full, difference, difference_unit)
+    return out, lse, lse_full, difference, difference_unit
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    lse_full: Tensor,
+    difference: Tensor,
+    difference_unit: Tensor,
+) -> None:
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
     q, k, v = (addressable(x) for x in (q, k, v))
     launch = forward_launch(q, gated=gate is not None)
     block_d = triton.next_power_of_2(dim)
     padded = lse.shape[2]
     tiles = padded // launch.block_m
-    window_tensor, order = _schedule(tuple(windows), gate, batch, length, q.device)
+    window_tensor, order = _schedule(windows, gate, batch, length, q.device)
     section = section_size(batch * kv_heads, 2 * length * dim * q.element_size(), _cache_bytes(q.device))
     arguments = (
         lse,
@@ -135,7 +155,6 @@ def forward(
             **constants,
             num_stages=launch.num_stages,
         )
-    return out, lse, lse_full, difference, difference_unit
 
 
 @forward.register_fake
@@ -181,12 +200,54 @@ def backward(
     difference_unit: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dz); dz is fp32 (B, kv_heads), empty without a gate, and 0 for gates at exactly 0 or 1."""
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q, k, v = (addressable(x) for x in (q, k, v))
     d_q, d_k, d_v, d_gate = _gradients(q, k, gate is not None)
     if q.numel() == 0:
         return d_q, d_k.zero_(), d_v.zero_(), d_gate.zero_()
+    with _on(q.device):
+        _launch_backward(
+            d_out,
+            q,
+            k,
+            v,
+            tuple(windows),
+            gate,
+            ends,
+            scale,
+            out,
+            lse,
+            lse_full,
+            difference,
+            difference_unit,
+            d_q,
+            d_k,
+            d_v,
+            d_gate,
+        )
+    return d_q, d_k, d_v, d_gate
+
+
+def _launch_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    ends: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    lse_full: Tensor,
+    difference: Tensor,
+    difference_unit: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_gate: Tensor,
+) -> None:
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q, k, v = (addressable(x) for x in (q, k, v))
     launch = backward_launch(q, gated=gate is not None)
     block_d = triton.next_power_of_2(dim)
     group = heads // kv_heads
@@ -246,7 +307,7 @@ def backward(
         UNIT_BITS=62 if exact else 30,
     )
     tiles = triton.cdiv(length, launch.block_n)
-    window_tensor, order = _schedule(tuple(windows), gate, batch, length, q.device)
+    window_tensor, order = _schedule(windows, gate, batch, length, q.device)
     # Queries and gradients of the output are read, and the sums of dq read and written, all along a tile of keys.
     pair_bytes = group * length * dim * (2 * q.element_size() + units.element_size())
     section = section_size(batch * kv_heads, pair_bytes, _cache_bytes(q.device))
@@ -321,7 +382,6 @@ def backward(
     )
     if gate is not None:
         torch.sum(parts, dim=-1, out=d_gate)
-    return d_q, d_k, d_v, d_gate
 
 
 @backward.register_fake
@@ -361,6 +421,11 @@ def _autograd(ctx, d_out, *_):  # type: ignore[no-untyped-def]
 
 
 forward.register_autograd(_autograd, setup_context=_save)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _has_hopper_kernels(q: Tensor, block_d: int) -> bool:

@@ -93,7 +93,7 @@ def prepare_kernel(
         gate = tl.load(gates + row * kv_heads + head // GROUP)
         part = 0.0
         if (gate > 0.0) & (gate < 1.0):
-            change_unit = tl.load(difference_unit + line.to(tl.int64) * padded + queries)
+            change_unit = tl.load(difference_unit + line.to(tl.int64) * padded + queries, mask=queries < length, other=0.0)
             change = from_fixed_point(tl.load(difference + offsets, mask=valid, other=0.0), change_unit)
             product_change = tl.sum(upstream * change, 1)
             part = tl.sum(product_change, 0)

@@ -79,11 +79,11 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one query head.
 
-    out, difference: (B, S, heads, HEAD_DIM). lse, lse_full, difference_unit: fp32 (B, heads, padded), zeros from S to `padded`, a
-    multiple of every tile size. `lse`, base 2, is that of the softmax whose keys the window (or, at a gate of 1, everything) lets
-    through; lse_full, difference (full minus windowed output, as `in_fixed_point` keeps it) and its unit are written for gates inside
-    (0, 1) only. gates: fp32 (B, kv_heads). windows: int32 (kv_heads,), at most S. starts: int32 (B, S), first position of each
-    token's document. `scale` includes log2(e).
+    out, difference: (B, S, heads, HEAD_DIM). lse, lse_full, difference_unit: fp32 (B, heads, padded), where `padded` is a multiple of
+    every tile size; the first two are 0 from S on. `lse`, base 2, is that of the softmax whose keys the window (or, at a gate of 1,
+    everything) lets through; lse_full, difference (full minus windowed output, as `in_fixed_point` keeps it) and its unit are written
+    for gates inside (0, 1) only. gates: fp32 (B, kv_heads). windows: int32 (kv_heads,), at most S. starts: int32 (B, S), first
+    position of each token's document. `scale` includes log2(e).
     """
     tile, row, kv_head, member = tile_of_program(tl.program_id(0), order, batch, kv_heads, tiles, section, GROUP)
     head = kv_head * GROUP + member

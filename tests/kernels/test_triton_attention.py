@@ -56,6 +56,13 @@ def test_lengths(length: int, packed: bool, gate: tuple[float, ...] | None) -> N
     check(attention, draw(Case(length, (5, FULL), gate, documents, batch=2)), TOLERANCE)
 
 
+@pytest.mark.parametrize("length", [1, 7, 65, 130])
+def test_16_bits(length: int) -> None:
+    """The interpreter multiplies fp16 rightly: what only 16-bit inputs do, such as the fixed point of dz and its sums of dq."""
+    case = Case(length, (20, FULL, 9), (0.3, 0.001, 1.0), random_documents(length, batch=2), batch=2, group=2)
+    check(attention, draw(case, "cpu", torch.float16), 1e-3)
+
+
 @pytest.mark.parametrize(
     "case",
     [
