@@ -6,7 +6,7 @@ Both files nest architecture, pass and shape:
 
 An architecture is `sm` and the compute capability; `default` serves whatever is not listed, and fits the smallest shared memory, 99 KiB.
 A pass is `forward` or `backward`. A shape is the width of an element (`16-bit` or `fp32`) and head_dim rounded up to a power of two;
-`/gated` behind it makes an entry for gated heads alone.
+`/gated` behind it makes an entry for gated heads alone. What the Hopper kernels serve (sm90, 16-bit/64 and /128) has no entry: see HOPPER.
 """
 
 from __future__ import annotations
@@ -138,19 +138,25 @@ def packaged() -> Table:
 
 def read(path: Path) -> Table:
     """The launches in a user's file. Raises ValueError, one sentence, where it cannot be read or an entry cannot be launched."""
-    mend = f"make it anew with megaconsa bench-attention --tune, or unset {FILE_VARIABLE}"
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
+        mend = f"make it with megaconsa bench-attention --tune, or unset {FILE_VARIABLE}"
         raise ValueError(f"the launch file {path} cannot be read ({error.strerror}); {mend}") from None
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise ValueError(f"the launch file {path} is damaged: {error}; {mend}") from None
+        raise ValueError(f"the launch file {path} is damaged: {error}; correct or delete it, or unset {FILE_VARIABLE}") from None
 
 
 def to_text(table: Table) -> str:
     """The table as JSON, one launch a line."""
+
+    def order(shape: str) -> list[str]:
+        return [part.zfill(3) for part in shape.split("/")]
+
     plain = {
-        architecture: {step: {shape: entries[shape]._asdict() for shape in sorted(entries)} for step, entries in steps.items()}
+        architecture: {
+            step: {shape: entries[shape]._asdict() for shape in sorted(entries, key=order)} for step, entries in steps.items()
+        }
         for architecture, steps in table.items()
     }
     return re.sub(r"\{([^{}]*)\}", lambda launch: "{" + " ".join(launch[1].split()) + "}", json.dumps(plain, indent=1)) + "\n"

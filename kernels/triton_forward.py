@@ -56,10 +56,12 @@ def in_fixed_point(values, dtype: tl.constexpr):
     """
     # A maximum drops NaN, a sum keeps it.
     unit = tl.max(tl.abs(values), 1) * (1.0 / 32767.0) + tl.sum(values, 1) * 0.0
+    # The other branch must stand under `else`: the compiler goes on behind a `return`.
     if dtype == tl.float32:
         return unit, values
-    whole = tl.floor(values / tl.where(unit == 0.0, 1.0, unit)[:, None] + 0.5).to(tl.int16)
-    return unit, whole.to(dtype, bitcast=True)
+    else:
+        whole = tl.floor(values / tl.where(unit == 0.0, 1.0, unit)[:, None] + 0.5).to(tl.int16)
+        return unit, whole.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -67,7 +69,8 @@ def from_fixed_point(kept, unit):
     """What `in_fixed_point` kept, in fp32."""
     if kept.dtype == tl.float32:
         return kept
-    return kept.to(tl.int16, bitcast=True).to(tl.float32) * unit[:, None]
+    else:
+        return kept.to(tl.int16, bitcast=True).to(tl.float32) * unit[:, None]
 
 
 @triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section"])

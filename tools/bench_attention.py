@@ -63,10 +63,10 @@ def main(
     shape = Shape(batch, length, heads, kv_heads, head_dim, window, dtypes[dtype], device)
     if tune and (case or out is not None):
         raise InputError("--tune does not go with --case or --out: it measures cases of its own and writes the launch file")
-    console.print(f"{device_name(device)}: {dtype}, batch {batch}, length {length}, {heads} / {kv_heads} heads of {head_dim}")
     if tune:
         _tune(shape)
         return
+    console.print(f"{device_name(device)}: {dtype}, batch {batch}, length {length}, {heads} / {kv_heads} heads of {head_dim}")
     if not gpu:
         console.print("No GPU: these figures say nothing about the kernels, which run on GPUs alone.")
     benchmark = run_benchmark(shape, case or [], contestants(device), lambda checked: console.print(errors_table(checked)))
