@@ -220,7 +220,9 @@ def hopper_forward_kernel(
                 + first
                 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout))
             )
-            gl.store(difference_unit + rows, unit)
+            gl.store(
+                difference_unit + rows, gl.where(first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout)) < length, unit, 0.0)
+            )
             block_barrier()
             query.store(whole.to(dtype, bitcast=True))
             fence_async_shared()
@@ -228,6 +230,7 @@ def hopper_forward_kernel(
             store_tile(difference_desc, [row, head, first, 0], q_tile)
             tma.store_wait(0)
             result = windowed + gate * change
+        result += gate - gate  # a NaN gate is in no range above, and must not pass for 0
     block_barrier()
     query.store(result.to(dtype))
     fence_async_shared()

@@ -33,6 +33,8 @@ BOUND_KEYS, BOUND_BLOCKS = 64, 16
 
 def refusal(problem: Problem) -> str | None:
     """Why these kernels cannot serve the problem, or None."""
+    if torch.version.hip:
+        return "triton's kernels here are for NVIDIA GPUs; take sdpa"
     if problem.device.type != "cuda" and not INTERPRETED:
         return "triton needs a CUDA GPU; take sdpa on this device"
     if problem.dtype not in DTYPES:
@@ -447,7 +449,10 @@ def _schedule(
 
 @lru_cache(maxsize=1024)
 def _on_device(windows: tuple[int, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The windows, and the pairs by falling window; kept, since copying them to a GPU waits for it."""
+    """The windows, and the pairs by falling window; kept, since copying them to a GPU waits for it.
+
+    For the same reason call the operator once before capturing a CUDA graph with new windows or a new batch size.
+    """
     heads = sorted(range(len(windows)), key=lambda head: -windows[head])
     order = [row * len(windows) + head for head in heads for row in range(batch)]
     return (

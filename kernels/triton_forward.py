@@ -171,7 +171,8 @@ def forward_kernel(
             windowed += tl.load(out + offsets, mask=stored, other=0.0).to(tl.float32)
             change = acc / total[:, None] - windowed
             unit, kept = in_fixed_point(change, difference.dtype.element_ty)
-            tl.store(difference_unit + statistics, unit)
+            tl.store(difference_unit + statistics, tl.where(inside, unit, 0.0))
             tl.store(difference + offsets, kept, mask=stored)
             result = windowed + gate * change
+        result += gate - gate  # a NaN gate is in no range above, and must not pass for 0
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=stored)

@@ -63,6 +63,22 @@ def test_16_bits(length: int) -> None:
     check(attention, draw(case, "cpu", torch.float16), 1e-3)
 
 
+@pytest.mark.parametrize("case", [Case(20, (20,), (0.4,)), Case(65, (5,), (0.4,), ((64, 1),))], ids=["short", "late document"])
+def test_rows_of_padding_that_see_no_key(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of queries longer than those of keys: their softmax has no sum, and must leave the gradients alone."""
+    monkeypatch.setattr(triton_attention, "forward_launch", lambda q, gated: Launch(128, 32, 4, 1))
+    monkeypatch.setattr(triton_attention, "backward_launch", lambda q, gated: Launch(64, 64, 4, 1))
+    check(attention, draw(case, "cpu", torch.float16), 1e-3)
+
+
+def test_a_nan_gate_stays_visible() -> None:
+    inputs = draw(Case(20, (7, 7), (0.4, float("nan"))))
+    results = run(attention, inputs)
+    assert results["out"][:, :, 0].isfinite().all()
+    assert results["out"][:, :, 1].isnan().all()
+    assert results["gate"][1].isnan()
+
+
 @pytest.mark.parametrize(
     "case",
     [
