@@ -81,6 +81,16 @@ def _launch(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     return find(launches(), torch.cuda.get_device_capability(device), step, dtype, head_dim, gated=gated)
 
 
+def on_hopper(q: Tensor) -> bool:
+    """Whether the kernels written in Hopper's instructions serve q (B, S, heads, D)."""
+    return q.is_cuda and _on_hopper(q.device, q.dtype, q.shape[-1])
+
+
+@lru_cache(maxsize=1024)
+def _on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return is_fixed(architecture_key(torch.cuda.get_device_capability(device)), shape_key(dtype, head_dim))
+
+
 def find(table: Table, capability: tuple[int, int], step: str, dtype: torch.dtype, head_dim: int, *, gated: bool) -> Launch:
     """The launch of a pass (`forward` or `backward`); of the table's entries that serve it the most particular one."""
     architecture, shape = architecture_key(capability), shape_key(dtype, head_dim)

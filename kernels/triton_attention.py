@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaconsa.kernels.hopper_backward import hopper_backward_kernel
 from megaconsa.kernels.hopper_forward import hopper_forward_kernel
-from megaconsa.kernels.launch import backward_launch, forward_launch
+from megaconsa.kernels.launch import backward_launch, forward_launch, on_hopper
 from megaconsa.kernels.triton_backward import backward_kernel, bound_kernel, finish_kernel, prepare_kernel
 from megaconsa.kernels.triton_descriptors import addressable, head_blocks, hopper_head_blocks, hopper_matrix_blocks
 from megaconsa.kernels.triton_forward import forward_kernel
@@ -133,7 +133,7 @@ def _launch_forward(
         "num_warps": launch.num_warps,
     }
     grid = (tiles * batch * heads,)
-    if _has_hopper_kernels(q, block_d):
+    if on_hopper(q):
         out_descriptor = hopper_head_blocks(out, launch.block_m, block_d)
         hopper_forward_kernel[grid](
             hopper_head_blocks(q, launch.block_m, block_d),
@@ -259,7 +259,7 @@ def _launch_backward(
     padded = lse.shape[2]
     rows = 4 if gate is None else 8
     row_tiles = padded // PREPARED_ROWS
-    on_hopper = _has_hopper_kernels(q, block_d)
+    hopper = on_hopper(q)
     statistics = lse.new_empty((batch * heads * rows, padded))
     units = q.new_empty((batch * heads * padded, block_d), dtype=torch.int64 if exact else torch.int32)
     bound_parts = triton.cdiv(length, BOUND_KEYS * BOUND_BLOCKS)
@@ -338,7 +338,7 @@ def _launch_backward(
         "num_warps": launch.num_warps,
     }
     grid = (tiles * batch * kv_heads,)
-    if on_hopper:
+    if hopper:
         hopper_backward_kernel[grid](
             hopper_head_blocks(q, launch.block_m, block_d),
             hopper_head_blocks(k, launch.block_n, block_d),
@@ -380,7 +380,7 @@ def _launch_backward(
         BLOCK_D=block_d,
         BLOCK_M=PREPARED_ROWS,
         ROWS=rows,
-        REGISTER_ORDER=on_hopper,
+        REGISTER_ORDER=hopper,
     )
     if gate is not None:
         torch.sum(parts, dim=-1, out=d_gate)
@@ -428,10 +428,6 @@ forward.register_autograd(_autograd, setup_context=_save)
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _has_hopper_kernels(q: Tensor, block_d: int) -> bool:
-    return q.is_cuda and q.element_size() == 2 and block_d in (64, 128) and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def _schedule(

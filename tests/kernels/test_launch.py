@@ -252,6 +252,7 @@ SMALL_COMMAND = ("--batch", "1", "--length", "200", "--heads", "2", "--kv-heads"
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tune_needs_a_file_a_sound_one_and_a_shape_to_tune(
     bench: Callable[..., tuple[int, str, str]], user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +269,7 @@ def test_tune_needs_a_file_a_sound_one_and_a_shape_to_tune(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_tune_writes_what_it_found(
     bench: Callable[..., tuple[int, str, str]], user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch, dtype: str
