@@ -193,6 +193,7 @@ def hopper_backward_kernel(
             for tile_of_head in range(from_tile, until_tile):
                 start = begin + tile_of_head * BLOCK_M
                 stage = i % STAGES
+                # 0, which the compiler cannot know: it would keep the addresses of these tiles in registers, and spill.
                 nothing = i >> 30
                 key = k_tile.index(nothing).reshape([BLOCK_N, BLOCK_D])
                 value = v_tile.index(nothing).reshape([BLOCK_N, BLOCK_D])

@@ -215,14 +215,9 @@ def hopper_forward_kernel(
             # `triton_forward.in_fixed_point`, in Gluon.
             unit = gl.max(gl.abs(change), 1) * (1.0 / 32767.0) + gl.sum(change, 1) * 0.0
             whole = gl.floor(change / gl.where(unit == 0.0, 1.0, unit)[:, None] + 0.5).to(gl.int16)
-            rows = (
-                (row.to(gl.int64) * kv_heads * GROUP + head) * padded
-                + first
-                + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout))
-            )
-            gl.store(
-                difference_unit + rows, gl.where(first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout)) < length, unit, 0.0)
-            )
+            rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout))
+            units = difference_unit + (row.to(gl.int64) * kv_heads * GROUP + head) * padded
+            gl.store(units + rows, gl.where(rows < length, unit, 0.0))
             block_barrier()
             query.store(whole.to(dtype, bitcast=True))
             fence_async_shared()

@@ -27,7 +27,7 @@ from torch import Tensor
 FILE_VARIABLE = "MEGACONSA_LAUNCH_FILE"
 """Environment variable that names the user's file, whose entries win over the packaged ones."""
 
-ROWS = 128
+PADDING = 128
 """Statistics of queries are kept for a multiple of this many, which block_m divides in both passes."""
 
 
@@ -201,7 +201,7 @@ def _parse_launch(values: Any, where: str) -> Launch:
     if not all(type(value) is int and value > 0 for value in values.values()):
         raise ValueError(f"{where} must hold positive whole numbers")
     launch = Launch(**values)
-    for name, smallest, largest in (("block_m", 16, ROWS), ("block_n", 16, 1024), ("num_warps", 1, 32)):
+    for name, smallest, largest in (("block_m", 16, PADDING), ("block_n", 16, 1024), ("num_warps", 1, 32)):
         value = values[name]
         if value & (value - 1) or not smallest <= value <= largest:
             raise ValueError(f"{where} has {name} {value}, not a power of two from {smallest} to {largest}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaconsa.kernels.hopper_backward import hopper_backward_kernel
 from megaconsa.kernels.hopper_forward import hopper_forward_kernel
-from megaconsa.kernels.launch import backward_launch, forward_launch, on_hopper
+from megaconsa.kernels.launch import PADDING, backward_launch, forward_launch, on_hopper
 from megaconsa.kernels.triton_backward import backward_kernel, bound_kernel, finish_kernel, prepare_kernel
 from megaconsa.kernels.triton_descriptors import addressable, head_blocks, hopper_head_blocks, hopper_matrix_blocks
 from megaconsa.kernels.triton_forward import forward_kernel
@@ -23,8 +23,6 @@ from megaconsa.kernels.triton_schedule import order_kernel, section_size
 if TYPE_CHECKING:
     from megaconsa.kernels.backends import Problem
 
-PADDING = 128
-"""Statistics of queries are kept for a multiple of this many, which every tile size divides."""
 PREPARED_ROWS = 64
 """Queries of a program of the two small kernels around the backward pass; Hopper's kernel wants 64."""
 BOUND_KEYS, BOUND_BLOCKS = 64, 16
