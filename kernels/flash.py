@@ -31,10 +31,9 @@ def refusal(problem: Problem) -> str | None:
         return missing
     if problem.dtype not in DTYPES:
         return f"flash computes in bf16 and fp16, not {problem.dtype}; set training.precision=bf16, or take triton or sdpa"
-    largest, beyond = flash_library.head_dim_limits(problem.device)
-    if problem.head_dim % 8 or (problem.head_dim > largest and problem.head_dim not in beyond):
-        served = ", ".join(["multiples of 8", f"{largest} at most", *(f"or {dim}" for dim in beyond)])
-        return f"flash serves other head_dims on this GPU ({served}) than {problem.head_dim}; take triton or sdpa"
+    served = flash_library.served_head_dims(problem.device)
+    if problem.head_dim not in served:
+        return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
     if problem.packed:
         return (
             "flash does not hide packed documents from each other; take triton or sdpa, or set attention.separate_documents=false"

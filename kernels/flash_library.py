@@ -37,9 +37,16 @@ def find(device: torch.device) -> Library:
 
 
 @torch.compiler.assume_constant_result
-def head_dim_limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
-    """The largest of the head dimensions (multiples of 8) that the GPU's library serves, and single ones beyond."""
-    return (128, (256,)) if _capability(device) in (10, 11) else (256, ())
+def served_head_dims(device: torch.device) -> tuple[int, ...]:
+    """The head dimensions for which the GPU's library is taken.
+
+    flash-attn-4 takes more than it gets right: on Hopper dq is silently wrong where head_dim is no multiple of 32 (measured with
+    4.0.0b36 at 16 and 80; Dao-AILab/flash-attention#2896), and on Blackwell gradients at 256 were (NVIDIA/TransformerEngine#3216).
+    """
+    capability = _capability(device)
+    if not _is_for_4(capability):
+        return tuple(range(8, 257, 8))
+    return (32, 64, 96, 128, 256) if capability == 9 else (32, 64, 96, 128)
 
 
 @torch.compiler.assume_constant_result

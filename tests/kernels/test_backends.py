@@ -41,10 +41,10 @@ def _no_choice_is_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A Hopper GPU with flash-attn-4, or without it; nothing is run on it."""
+    """A GPU with FlashAttention, or without it; nothing is run on it."""
     missing = None if request.param else NOT_INSTALLED
     monkeypatch.setattr(flash_library, "missing", lambda device: missing)
-    monkeypatch.setattr(flash_library, "head_dim_limits", lambda device: (256, ()))
+    monkeypatch.setattr(flash_library, "served_head_dims", lambda device: (72, 128))
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_auto_says_once_what_it_takes_and_why(problem: Problem, said: str, caplo
         (True, "flash", CPU, "flash needs a CUDA GPU; take sdpa"),
         (False, "flash", GPU, "flash-attn-4 on this GPU; install it"),
         (True, "flash", replace(GPU, dtype=torch.float32), "bf16 and fp16, not torch.float32; set training.precision=bf16"),
-        (True, "flash", replace(GPU, head_dim=20), "multiples of 8, 256 at most"),
-        (True, "flash", replace(GPU, head_dim=264), "than 264; take triton or sdpa"),
+        (True, "flash", replace(GPU, head_dim=20), "head_dim 20 on this GPU"),
+        (True, "flash", replace(GPU, head_dim=264), "head_dim 264 on this GPU; take triton or sdpa"),
         (True, "flash", replace(GPU, packed=True), "packed documents from each other; take triton or sdpa"),
     ],
     indirect=["library"],

@@ -181,3 +181,14 @@ def test_a_broadcast_gradient_is_understood() -> None:
         results.append(torch.autograd.grad(out.sum(), leaves))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_flash_attn_4_is_not_taken_where_its_gradients_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def served(capability: int) -> tuple[int, ...]:
+        monkeypatch.setattr(flash_library, "_capability", lambda device: capability)
+        return flash_library.served_head_dims(torch.device("cuda"))
+
+    assert not {16, 80} & set(served(9))
+    assert 256 in served(9)
+    assert 256 not in served(10)
+    assert {16, 80, 256} <= set(served(8))

@@ -72,7 +72,7 @@ def test_equals_the_reference(dtype: torch.dtype, length: int, table: str) -> No
     check(dtype, length, 2, 128, TABLES[table], gated=False)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 256])
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_any_group_and_head_dim(group: int, dim: int) -> None:
     skip_if_refused(torch.bfloat16, dim)
