@@ -19,6 +19,9 @@ from megaconsa.consa.allocation import Allocation, Granularity, Scope, check_spa
 from megaconsa.errors import InputError
 from megaconsa.model.config import PRESETS, ModelConfig
 
+PipelineSchedule = Literal["1f1b", "dualpipev"]
+"""Order of the pipeline's forward and backward passes."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -92,9 +95,13 @@ class GatesSection(Section):
 
 class ParallelSection(Section):
     tensor: int = Field(1, ge=1)
+    """Ranks over which heads, MLP and vocabulary are divided."""
     pipeline: int = Field(1, ge=1)
+    """Ranks over which the layers are divided."""
     sequence: bool = True
-    """Sequence parallelism of the norms where tensor > 1."""
+    """Divide norms and residual stream along the sequence where tensor > 1."""
+    schedule: PipelineSchedule = "1f1b"
+    """1f1b: one stage a rank; dualpipev: two, one from each end of the model."""
 
 
 class TrainingSection(Section):
@@ -262,7 +269,7 @@ def check(config: Config) -> None:
         raise InputError(
             f"training.sequence_length={training.sequence_length} exceeds model.max_position_embeddings={shape.max_position_embeddings}"
         )
-    _check_parallel(config.parallel, shape)
+    _check_parallel(config.parallel, shape, training.sequence_length)
     if training.global_batch % training.micro_batch:
         raise InputError(
             f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch}"
@@ -288,15 +295,29 @@ def check(config: Config) -> None:
     _check_allocation(config, shape)
 
 
-def _check_parallel(parallel: ParallelSection, shape: ModelConfig) -> None:
-    if parallel.tensor > shape.num_key_value_heads:
+def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_length: int) -> None:
+    tensor, pipeline, kv_heads = parallel.tensor, parallel.pipeline, shape.num_key_value_heads
+    if tensor > kv_heads:
         raise InputError(
-            f"parallel.tensor={parallel.tensor} exceeds the model's {shape.num_key_value_heads} KV heads, which are not split further; "
-            f"use {shape.num_key_value_heads} or less"
+            f"parallel.tensor={tensor} exceeds the model's {kv_heads} KV heads, which are not split further; use {kv_heads} or less"
         )
-    for name in ("tensor", "pipeline"):
-        if getattr(parallel, name) > 1:
-            raise InputError(f"parallel.{name}={getattr(parallel, name)} is not available in this version; use 1")
+    for name, size in (("num_key_value_heads", kv_heads), ("intermediate_size", shape.intermediate_size)):
+        if size % tensor:
+            raise InputError(f"parallel.tensor={tensor} does not divide model.{name}={size}; use a number that does")
+    if parallel.sequence and sequence_length % tensor:
+        raise InputError(
+            f"training.sequence_length={sequence_length} must be a multiple of parallel.tensor={tensor} to be divided over its ranks; "
+            "or set parallel.sequence=false"
+        )
+    if parallel.schedule == "dualpipev" and pipeline == 1:
+        raise InputError("parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b")
+    # Embedding and first layer stay together, and so do final norm and output head.
+    stages_of_a_rank, pieces = 2 if parallel.schedule == "dualpipev" else 1, shape.num_hidden_layers + 1
+    if stages_of_a_rank * pipeline > pieces:
+        raise InputError(
+            f"parallel.pipeline={pipeline} with parallel.schedule={parallel.schedule} needs {stages_of_a_rank * pipeline} stages, but "
+            f"{shape.num_hidden_layers} layers and the output head make at most {pieces}; use {pieces // stages_of_a_rank} or less"
+        )
 
 
 def _check_allocation(config: Config, shape: ModelConfig) -> None:

@@ -117,6 +117,30 @@ def test_shape_fields_override_the_preset() -> None:
         ({"attention__window": 33}, "attention.window=33 must lie between 1 and training.sequence_length=32"),
         ({"model__max_position_embeddings": 31}, "training.sequence_length=32 exceeds model.max_position_embeddings=31"),
         ({"parallel__tensor": 5}, "parallel.tensor=5 exceeds the model's 4 KV heads, which are not split further; use 4 or less"),
+        ({"parallel__tensor": 3}, "parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does"),
+        (
+            {"parallel__tensor": 4, "model__intermediate_size": 90},
+            "parallel.tensor=4 does not divide model.intermediate_size=90; use a number that does",
+        ),
+        (
+            {"parallel__tensor": 2, "training__sequence_length": 33},
+            "training.sequence_length=33 must be a multiple of parallel.tensor=2 to be divided over its ranks; or set "
+            "parallel.sequence=false",
+        ),
+        (
+            {"parallel__pipeline": 6},
+            "parallel.pipeline=6 with parallel.schedule=1f1b needs 6 stages, but 4 layers and the output head",
+        ),
+        (
+            {"parallel": {"pipeline": 3, "schedule": "dualpipev"}},
+            "parallel.pipeline=3 with parallel.schedule=dualpipev needs 6 stages, but 4 layers and the output head make at most 5; "
+            "use 2 or less",
+        ),
+        (
+            {"parallel": {"schedule": "dualpipev"}},
+            "parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b",
+        ),
+        ({"parallel__schedule": "gpipe"}, "parallel.schedule='gpipe' is refused: input should be '1f1b' or 'dualpipev'"),
         ({"training__micro_batch": 3}, "training.global_batch=4 must be a multiple of training.micro_batch=3"),
         ({"training__micro_batch": 8}, "training.global_batch=4 must be a multiple of training.micro_batch=8"),
         ({"training__warmup_steps": 11}, "training.warmup_steps=11 and training.decay_steps=0 do not fit into training.steps=10"),
@@ -146,11 +170,6 @@ def test_warmup_and_decay_must_fit_together() -> None:
     assert "training.warmup_steps=5 and training.decay_steps=6 do not fit" in refusal(changed(**fields, training__warmup_steps=5))
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline"])
-def test_parallel_modes_of_later_versions_are_refused(name: str) -> None:
-    assert f"parallel.{name}=2 is not available in this version; use 1" in refusal(changed(**{f"parallel__{name}": 2}))
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -158,6 +177,11 @@ def test_parallel_modes_of_later_versions_are_refused(name: str) -> None:
         {"attention__window": 32},
         {"model__max_position_embeddings": 32},
         {"training__warmup_steps": 10},
+        {"parallel__tensor": 4},
+        {"parallel": {"tensor": 2, "sequence": False}, "training__sequence_length": 33},
+        {"training__sequence_length": 33},
+        {"parallel__pipeline": 5},
+        {"parallel": {"pipeline": 2, "schedule": "dualpipev"}},
         {"training__min_learning_rate": 0.001},
         {"training__micro_batch": 4},
         {"gates__warmup_steps": 9},

@@ -15,19 +15,20 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run.")] = 1,
     device: Annotated[str, typer.Option(help="Kind of GPU, for its bf16 peak.")] = "h100",
-    mfu: Annotated[float, typer.Option(help="Share of that peak the run is expected to reach.")] = 0.4,
+    mfu: Annotated[float, typer.Option(help="Share of that peak a GPU is expected to reach while it has work.")] = 0.4,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in the KV cache; default: the training length.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with bytes and FLOPs unrounded.")] = False,
 ) -> None:
-    """Reckon parameters, memory, FLOPs, KV cache and time of a run, without GPU or data.
+    """Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or data.
 
-    Example: megaconsa plan configs/qwen3_0p6b_learn.yaml training.micro_batch=4 --gpus 8 --context 131072
+    Example: megaconsa plan configs/qwen3_0p6b_learn.yaml parallel.pipeline=2 --gpus 8 --context 131072
     """
     from json import dumps
 
     from megaconsa.config import load
     from megaconsa.console import console
-    from megaconsa.reporting.plan import make_plan, plan_table
+    from megaconsa.reporting.plan import make_plan
+    from megaconsa.reporting.plan_table import plan_table
 
     plan = make_plan(load(config, overrides), gpus, device, mfu, context)
     if json:

@@ -66,8 +66,30 @@ class Allocation:
 
     def full_heads_first(self, layer: int) -> tuple[int, ...]:
         """Original indices of the KV heads of `layer`, full-attention heads first, otherwise in order."""
+        return self.head_order(layer, 1)
+
+    def head_order(self, layer: int, ranks: int) -> tuple[int, ...]:
+        """Original indices of the KV heads of `layer` in the order in which they lie over `ranks` equal contiguous parts.
+
+        Each part has as equal a number of full heads as the counts allow, full heads first, otherwise in order. Full heads that are
+        left over go to one rank each, from layer to layer in turn: the ranks' totals over any run of layers differ by at most one.
+        Raises ValueError where the ranks cannot share the heads equally.
+        """
         row = self.full[layer]
-        return tuple(sorted(range(len(row)), key=lambda head: not row[head]))
+        if len(row) % ranks:
+            raise ValueError(f"{len(row)} KV heads do not divide into {ranks} equal parts")
+        # The first rank that takes one more: the one after the last that did.
+        turn = sum(map(sum, self.full[:layer])) % ranks
+        full = [head for head, is_full in enumerate(row) if is_full]
+        windowed = [head for head, is_full in enumerate(row) if not is_full]
+        each, left_over = divmod(len(full), ranks)
+        order: list[int] = []
+        for rank in range(ranks):
+            count = each + ((rank - turn) % ranks < left_over)
+            rest = len(row) // ranks - count
+            order += full[:count] + windowed[:rest]
+            full, windowed = full[count:], windowed[rest:]
+        return tuple(order)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -30,16 +30,22 @@ class ParameterCount:
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Counts the weights of a Qwen3 model: q, k, v, o, gate, up, down, two norms and the norms of q and k in each layer."""
-    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    linear = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size
-    norms = 2 * hidden + 2 * model.head_dim
-    embedding = model.vocab_size * hidden
+    linear, norms = block_parameters(model)
+    embedding = model.vocab_size * model.hidden_size
     return ParameterCount(
-        total=model.num_hidden_layers * (linear + norms) + hidden + embedding * (1 if model.tie_word_embeddings else 2),
+        total=model.num_hidden_layers * (linear + norms)
+        + model.hidden_size
+        + embedding * (1 if model.tie_word_embeddings else 2),
         embedding=embedding,
         matmul=model.num_hidden_layers * linear + embedding,
     )
+
+
+def block_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Numbers of weights in one layer: of its matrices, and of its norms."""
+    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    return 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size, 2 * hidden + 2 * model.head_dim
 
 
 def visible_pairs(length: int, window: int) -> int:
@@ -58,20 +64,29 @@ def attention_pairs(lengths: Lengths, window: int) -> int:
 def training_flops(model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths) -> int:
     """FLOPs of one forward and backward pass over `token_count` tokens in documents of `lengths`.
 
-    Each weight of a matrix product costs 2 forward and 4 backward per token. A (query, key) pair costs a query head 2 * head_dim
-    for Q K^T and as much for P V, and twice that backward. Recomputation is not counted: it is the implementation's cost, not the
-    model's. allocation: None counts every head as full, which is also how a learning step is counted.
+    The backward pass costs twice the forward one (`forward_flops`). Recomputation is not counted: it is the implementation's cost,
+    not the model's. allocation: None counts every head as full, which is also how a learning step is counted.
     """
-    per_pair = 12 * model.head_dim * model.queries_per_kv_head
-    return 6 * parameter_count(model).matmul * token_count + per_pair * _pairs_of_kv_heads(model, allocation, lengths)
+    return 3 * sum(forward_flops(model, allocation, token_count, lengths))
 
 
-def _pairs_of_kv_heads(model: ModelConfig, allocation: Allocation | None, lengths: Lengths) -> int:
-    """Visible pairs summed over all KV heads of all layers."""
+def forward_flops(model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths) -> list[int]:
+    """FLOPs of one forward pass through each block, and last through the output head; arguments as of `training_flops`.
+
+    Each weight of a matrix product costs 2 per token.
+    """
     tokens = lengths if isinstance(lengths, np.ndarray) else np.array(list(lengths), dtype=np.int64)
-    full, windowed = _head_counts(model, allocation)
-    pairs = full * attention_pairs(tokens, FULL_WINDOW)
-    return pairs + windowed * attention_pairs(tokens, allocation.window) if allocation and windowed else pairs
+    full = kv_head_flops(model, FULL_WINDOW, tokens)
+    windowed = kv_head_flops(model, allocation.window, tokens) if allocation else 0
+    linear, _ = block_parameters(model)
+    full_heads = [sum(row) for row in allocation.full] if allocation else [model.num_key_value_heads] * model.num_hidden_layers
+    blocks = [2 * linear * token_count + count * full + (model.num_key_value_heads - count) * windowed for count in full_heads]
+    return [*blocks, 2 * model.vocab_size * model.hidden_size * token_count]
+
+
+def kv_head_flops(model: ModelConfig, window: int, lengths: Lengths) -> int:
+    """FLOPs of one KV head's attention forward: each (query, key) pair costs a query head 2 * head_dim for Q K^T, as much for P V."""
+    return 4 * model.head_dim * model.queries_per_kv_head * attention_pairs(lengths, window)
 
 
 def _head_counts(model: ModelConfig, allocation: Allocation | None) -> tuple[int, int]:

@@ -1,28 +1,33 @@
-"""What a configuration will cost, from shapes alone: parameters, memory, FLOPs, KV cache, time. It needs no GPU and no data."""
+"""What a configuration will cost, from shapes alone: parameters, memory, FLOPs, KV cache, time. It needs no GPU and no data.
+
+With several GPUs it also says what their ranks wait for: the pipeline's bubble, stages and tensor ranks of unequal cost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from megaconsa.config import Config
-from megaconsa.consa.allocation import Allocation, top_k
+from megaconsa.config import Config, PipelineSchedule
+from megaconsa.consa.allocation import FULL_WINDOW, Allocation, top_k
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.flops import kv_cache_bytes, parameter_count, peak_flops, training_flops
+from megaconsa.model.flops import block_parameters, kv_cache_bytes, kv_head_flops, parameter_count, peak_flops, training_flops
+from megaconsa.parallel.stages import cut, layer_costs
+from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.vocabulary import CHUNK_BYTES, rows
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the end of a micro-batch's forward pass, which is about the peak."""
+    """Bytes on one GPU when it keeps the most activations, which is about the peak; the same on every tensor and data rank."""
 
     weights: int
     gradients: int
-    """fp32, accumulated over micro-batches; every data rank holds all of them."""
+    """fp32, accumulated over micro-batches; every data rank holds those of all its weights."""
     optimizer: int
     """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
     activations: int
@@ -31,8 +36,35 @@ class Memory:
     activations_checkpointed: int
     """Activations with checkpointing."""
     logits: int
-    """What the fused cross-entropy needs: a chunk of logits, and the gradients of the head and of its input."""
+    """Where the pipeline ends, what the fused cross-entropy needs: a chunk of logits, the gradients of the head and of its input."""
     total: int
+
+
+@dataclass(frozen=True)
+class PipelineRank:
+    """What one rank of the pipeline holds and does."""
+
+    layers: list[tuple[int, int]]
+    """For each of its stages the first of the pipeline's layers and the one after the last: 0 embedding, 1 to L the model's
+    layers, L + 1 final norm, L + 2 output head."""
+    in_flight: list[int]
+    """For each of its stages the micro-batches whose activations it keeps at the peak."""
+    cost_share: float
+    """Part of the model's FLOPs."""
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class TensorBalance:
+    """How evenly attention lies over the tensor ranks, which wait for each other in every layer; while learning all heads cost alike."""
+
+    full_heads: list[int]
+    """KV heads with full attention on each rank, over all layers."""
+    imbalance: float
+    """FLOPs of each layer's busiest rank over those of the mean rank, all layers together."""
+    full_heads_unpermuted: list[int]
+    """The same had the heads stayed in the model's order."""
+    imbalance_unpermuted: float
 
 
 @dataclass(frozen=True)
@@ -59,10 +91,23 @@ class Plan:
     embedding_parameters: int
     matmul_parameters: int
     gpus: int
+    tensor_ranks: int
+    pipeline_ranks: int
     data_ranks: int
+    schedule: PipelineSchedule
     accumulation: int
     """Micro-batches a data rank runs for each step."""
+    bubble: float
+    """Share of a step in which the pipeline fills or drains."""
+    pipeline: list[PipelineRank]
+    """By pipeline rank."""
+    pipeline_imbalance: float
+    """FLOPs of the busiest pipeline rank over those of the mean one."""
+    tensor_balance: TensorBalance
+    efficiency: float
+    """Share of a step in which the mean GPU computes: what the bubble and both imbalances leave."""
     memory: Memory
+    """Of the fullest pipeline rank."""
     context: int
     dense: Cost
     allocation: Cost
@@ -73,8 +118,9 @@ class Plan:
     device: str
     peak_flops: float
     mfu: float
+    """Share of the peak while a GPU has work."""
     tokens_per_second: float
-    """Of all GPUs together, at `mfu`; a learning run is reckoned as dense."""
+    """Of all GPUs together, at `mfu` and `efficiency`; a learning run is reckoned as dense."""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,10 +128,10 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int | None = None) -> Plan:
-    """Reckons a run of `config` on `gpus` devices at `mfu`; context (tokens) of the KV cache: None is the training length.
+    """Reckons a run of `config` on `gpus` devices, one process each, at `mfu`.
 
-    Raises InputError for a device whose peak is unknown, an MFU outside (0, 1], a batch that the data ranks cannot share, and
-    an allocation that does not fit.
+    context: tokens of the KV cache; None is the training length. Raises InputError for a device whose peak is unknown, an MFU outside
+    (0, 1], GPUs or a batch that the ranks cannot share, and an allocation that does not fit.
     """
     peak = peak_flops(device)
     if peak is None:
@@ -93,15 +139,31 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
     if not 0 < mfu <= 1:
         raise InputError(f"--mfu {mfu:g} must lie between 0 and 1; 0.4 is common")
     shape, training = config.shape(), config.training
-    data_ranks = _data_ranks(config, gpus)
+    topology = Topology.of(config, gpus)
     allocation = planned_allocation(config)
+    trained = None if config.learning else allocation
     length = training.sequence_length
     context = length if context is None else context
     dense = _cost(shape, None, length, context)
     hybrid = _cost(shape, allocation, length, context)
     count = parameter_count(shape)
     tokens_per_step = training.global_batch * length
-    tokens_per_second = gpus * peak * mfu / (dense if config.learning else hybrid).flops_per_token
+    costs = layer_costs(shape, trained, length)
+    bounds = cut(costs, topology.stages)
+    layers = [[(bounds[stage], bounds[stage + 1]) for stage in topology.stages_of(rank)] for rank in range(topology.pipeline)]
+    pipeline = [
+        PipelineRank(
+            layers=held,
+            in_flight=list(topology.in_flight(rank)),
+            cost_share=_busiest(costs, [held]) / sum(costs),
+            memory=_memory(config, shape, topology, held, topology.in_flight(rank)),
+        )
+        for rank, held in enumerate(layers)
+    ]
+    tensor_costs = _costs_of_busiest(shape, trained, length, topology.tensor)
+    busiest = _busiest(tensor_costs, layers) * topology.pipeline / sum(costs)
+    efficiency = (1 - topology.bubble) / busiest
+    tokens_per_second = gpus * peak * mfu * efficiency / (dense if config.learning else hybrid).flops_per_token
     return Plan(
         model=config.model.preset,
         source=config.allocation.source if config.allocation.source != "rule" else config.allocation.rule,
@@ -111,9 +173,17 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
         embedding_parameters=count.embedding,
         matmul_parameters=count.matmul,
         gpus=gpus,
-        data_ranks=data_ranks,
-        accumulation=training.global_batch // (training.micro_batch * data_ranks),
-        memory=_memory(config, shape, data_ranks),
+        tensor_ranks=topology.tensor,
+        pipeline_ranks=topology.pipeline,
+        data_ranks=topology.data,
+        schedule=topology.schedule,
+        accumulation=topology.accumulation,
+        bubble=topology.bubble,
+        pipeline=pipeline,
+        pipeline_imbalance=_busiest(costs, layers) * topology.pipeline / sum(costs),
+        tensor_balance=_tensor_balance(shape, trained, length, topology.tensor),
+        efficiency=efficiency,
+        memory=max((rank.memory for rank in pipeline), key=lambda memory: memory.total),
         context=context,
         dense=dense,
         allocation=hybrid,
@@ -140,28 +210,22 @@ def planned_allocation(config: Config) -> Allocation:
     return Allocation(window, tuple(map(tuple, full.tolist())), wanted.granularity, wanted.scope, wanted.sparsity)
 
 
-def activation_values(model: ModelConfig, learning: bool) -> int:
-    """Values that one layer keeps of one token for the backward pass.
+def activation_values(model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False) -> int:
+    """Values that one layer keeps of one token for the backward pass, on each of `tensor` ranks.
 
     Inputs of the two norms and their outputs (4 hidden); q and k before their norms and after rotation, v and the attention's
     output (3 of the queries' width, 3 of the keys'); gate before and after silu, up, and the product (4 intermediate).
-    The gated kernel also keeps the difference of its two outputs (one queries' width).
+    The gated kernel also keeps the difference of its two outputs (one queries' width). Tensor ranks divide all but the residual
+    stream; with `sequence` the inputs of the norms too, whose outputs are gathered before they are kept.
     """
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    return 4 * model.hidden_size + (4 if learning else 3) * queries + 3 * keys + 4 * model.intermediate_size
+    divided = (4 if learning else 3) * queries + 3 * keys + 4 * model.intermediate_size
+    return 2 * residual_values(model, tensor, sequence) + 2 * model.hidden_size + divided // tensor
 
 
-def _data_ranks(config: Config, gpus: int) -> int:
-    training, split = config.training, config.parallel.tensor * config.parallel.pipeline
-    if gpus % split:
-        raise InputError(f"--gpus {gpus} must be a multiple of parallel.tensor x parallel.pipeline = {split}")
-    sequences = training.micro_batch * gpus // split
-    if training.global_batch % sequences:
-        raise InputError(
-            f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch x data ranks = "
-            f"{training.micro_batch} x {gpus // split} with --gpus {gpus}"
-        )
-    return gpus // split
+def residual_values(model: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
+    """Values of one token's residual stream on each of `tensor` ranks; with `sequence` each holds a stretch of the tokens."""
+    return -(-model.hidden_size // tensor) if sequence else model.hidden_size
 
 
 def _cost(model: ModelConfig, allocation: Allocation | None, length: int, context: int) -> Cost:
@@ -174,98 +238,90 @@ def _cost(model: ModelConfig, allocation: Allocation | None, length: int, contex
     return Cost(flops / length, 1 - linear / flops, growth, cache)
 
 
-def _memory(config: Config, shape: ModelConfig, data_ranks: int) -> Memory:
-    """Tensor and pipeline ranks share weights evenly; a first pipeline stage has as many layers in flight as one GPU alone."""
-    training, parallel = config.training, config.parallel
+def _busiest(costs: Sequence[float], layers: Sequence[Sequence[tuple[int, int]]]) -> float:
+    """Largest cost of a pipeline rank; layers: of each rank the bounds of its stages."""
+    return max(sum(sum(costs[start:stop]) for start, stop in held) for held in layers)
+
+
+def _costs_of_busiest(
+    shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int, permuted: bool = True
+) -> list[float]:
+    """`layer_costs` as if every tensor rank had as much to do as the busiest one of each layer."""
+    costs: list[float] = list(layer_costs(shape, allocation, length))
+    if allocation is not None:
+        full, windowed = (kv_head_flops(shape, window, [length]) for window in (FULL_WINDOW, allocation.window))
+        for layer in range(shape.num_hidden_layers):
+            heads = _full_heads(allocation, layer, tensor, permuted)
+            costs[1 + layer] += (full - windowed) * (max(heads) * tensor - sum(heads))
+    return costs
+
+
+def _full_heads(allocation: Allocation, layer: int, tensor: int, permuted: bool) -> list[int]:
+    """Full heads of one layer on each tensor rank."""
+    order = allocation.head_order(layer, tensor) if permuted else range(allocation.num_kv_heads)
+    full = [allocation.full[layer][head] for head in order]
+    each = len(full) // tensor
+    return [sum(full[rank * each : (rank + 1) * each]) for rank in range(tensor)]
+
+
+def _tensor_balance(shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int) -> TensorBalance:
+    mean = sum(layer_costs(shape, allocation, length))
+    layers = range(shape.num_hidden_layers)
+    counts, imbalances = [], []
+    for permuted in (True, False):
+        if allocation is None:
+            counts.append([shape.num_hidden_layers * shape.num_key_value_heads // tensor] * tensor)
+        else:
+            heads = [_full_heads(allocation, layer, tensor, permuted) for layer in layers]
+            counts.append([sum(of_rank) for of_rank in zip(*heads, strict=True)])
+        imbalances.append(sum(_costs_of_busiest(shape, allocation, length, tensor, permuted)) / mean)
+    return TensorBalance(counts[0], imbalances[0], counts[1], imbalances[1])
+
+
+def _memory(
+    config: Config, shape: ModelConfig, topology: Topology, layers: Sequence[tuple[int, int]], in_flight: Sequence[int]
+) -> Memory:
+    """Of the pipeline rank that holds these stages, given by their bounds, with so many micro-batches in flight in each."""
+    training = config.training
+    divided = topology.tensor, config.parallel.sequence and topology.tensor > 1
     value = 4 if training.precision == "fp32" else 2
-    weights = -(-parameter_count(shape).total // (parallel.tensor * parallel.pipeline))
+    weights = _weights(shape, layers, topology.tensor)
     tokens = training.micro_batch * training.sequence_length
-    layer = value * tokens * activation_values(shape, config.learning) // parallel.tensor
-    inputs = value * tokens * shape.hidden_size
-    kept = shape.num_hidden_layers * layer
-    checkpointed = shape.num_hidden_layers * inputs + layer
-    activations = checkpointed if training.activation_checkpointing else kept
+    layer = value * tokens * activation_values(shape, config.learning, *divided)
+    inputs = value * tokens * residual_values(shape, *divided)
+    blocks = [len(range(max(start, 1), min(stop, shape.num_hidden_layers + 1))) for start, stop in layers]
+    held = sum(count * passes for count, passes in zip(blocks, in_flight, strict=True))
+    kept, checkpointed = held * layer, held * inputs + (layer if held else 0)
     parts = {
         "weights": value * weights,
         "gradients": 4 * weights,
-        "optimizer": -(-12 * weights // data_ranks),
-        "activations": activations,
-        "logits": _logit_bytes(shape, tokens, value) // parallel.tensor,
+        "optimizer": -(-12 * weights // topology.data),
+        "activations": checkpointed if training.activation_checkpointing else kept,
+        "logits": _logit_bytes(shape, tokens, value, topology.tensor) if layers[-1][1] == shape.num_hidden_layers + 3 else 0,
     }
     return Memory(**parts, activations_kept=kept, activations_checkpointed=checkpointed, total=sum(parts.values()))
 
 
-def _logit_bytes(shape: ModelConfig, tokens: int, value: int) -> int:
+def _weights(shape: ModelConfig, layers: Sequence[tuple[int, int]], tensor: int) -> int:
+    """Weights on one tensor rank of these stages. A tied embedding counts once where both its places are on this rank."""
+    linear, norms = block_parameters(shape)
+    embedding = rows(shape.vocab_size, tensor) * shape.hidden_size
+    of_layer = [embedding, *[linear // tensor + norms] * shape.num_hidden_layers, shape.hidden_size, embedding]
+    held = [layer for start, stop in layers for layer in range(start, stop)]
+    both = shape.tie_word_embeddings and held[0] == 0 and held[-1] == len(of_layer) - 1
+    return sum(of_layer[layer] for layer in held) - both * embedding
+
+
+def _logit_bytes(shape: ModelConfig, tokens: int, value: int, tensor: int) -> int:
     """A chunk of logits, the head's gradient in fp32 and again in the weights' precision, and the gradient of the hidden states.
 
-    The chunk is Liger's (fused_linear_cross_entropy): about as large as the hidden states, its tokens a power of two.
+    On one rank the chunk is Liger's (fused_linear_cross_entropy): about as large as the hidden states, its tokens a power of two.
+    Over tensor ranks it is that of `megaconsa.parallel.vocabulary`, in fp32 and again in the weights' precision.
     """
-    share = -(-tokens // -(-shape.vocab_size // shape.hidden_size))
-    chunk = min(tokens, 1 << (share - 1).bit_length())
-    return (
-        value * chunk * shape.vocab_size + (4 + value) * shape.vocab_size * shape.hidden_size + value * tokens * shape.hidden_size
-    )
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan for a terminal: one row a quantity, dense beside the allocation where the two differ."""
-    name = f"{plan.source}, {plan.sparsity:.0%} windowed, W={plan.window}"
-    table = Table("", "dense", name, box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
-    memory = plan.memory
-
-    def section(title: str) -> None:
-        table.add_row("")
-        table.add_row(f"[bold]{title}")
-
-    def compare(label: str, cost: Callable[[Cost], float], show: Callable[[Any], str]) -> None:
-        a, b = cost(plan.dense), cost(plan.allocation)
-        table.add_row(label, show(a), f"{show(b)}  ({b / a - 1:+.1%})")
-
-    table.add_row(f"[bold]Model {plan.model}")
-    table.add_row("  parameters", f"{plan.parameters:,}")
-    table.add_row("  of these embedding", f"{plan.embedding_parameters:,}")
-    table.add_row("  multiplying each token", f"{plan.matmul_parameters:,}")
-    section("FLOPs")
-    compare("  per token (training)", lambda cost: cost.flops_per_token, _flops)
-    table.add_row("  of these attention", f"{plan.dense.attention_share:.1%}", f"{plan.allocation.attention_share:.1%}")
-    section("KV cache, bf16")
-    compare("  one more token adds", lambda cost: cost.kv_cache_bytes_per_token, _bytes)
-    compare(f"  sequence of {plan.context:,} tokens", lambda cost: cost.kv_cache_bytes, _bytes)
-    section("Memory of each GPU")
-    table.add_row("  weights", _bytes(memory.weights))
-    table.add_row("  fp32 gradients", _bytes(memory.gradients))
-    table.add_row("  fp32 weights, moments", _bytes(memory.optimizer))
-    table.add_row(
-        "  activations",
-        _bytes(memory.activations),
-        f"[dim]checkpointed {_bytes(memory.activations_checkpointed)}, kept {_bytes(memory.activations_kept)}",
-    )
-    table.add_row("  logits (fused loss)", _bytes(memory.logits))
-    table.add_row("  [bold]total", f"[bold]{_bytes(memory.total)}")
-    section(f"Run on {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}")
-    table.add_row(
-        "  tokens a step", f"{plan.tokens_per_step:,}", f"[dim]{plan.accumulation} micro-batches x {plan.data_ranks} data ranks"
-    )
-    table.add_row("  tokens", f"{plan.tokens:,}", f"[dim]{plan.steps:,} steps")
-    basis = "counted as dense" if plan.source == "learn" else "with this allocation"
-    assumed = f"[dim]{basis}, {plan.mfu:.0%} of {plan.peak_flops / 1e12:.0f} TFLOP/s ({plan.device})"
-    table.add_row("  tokens/s", f"{plan.tokens_per_second:,.0f}", assumed)
-    table.add_row("  time", _duration(plan.seconds))
-    return table
-
-
-def _bytes(size: int) -> str:
-    power = min(max(size.bit_length() - 1, 0) // 10, 4)
-    return f"{size / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def _flops(count: float) -> str:
-    return f"{count / 1e9:.2f} GFLOP" if count >= 1e9 else f"{count / 1e6:.2f} MFLOP"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    vocabulary = rows(shape.vocab_size, tensor)
+    if tensor > 1:
+        chunk = (4 + value) * min(tokens, max(1, CHUNK_BYTES // (4 * vocabulary))) * vocabulary
+    else:
+        share = -(-tokens // -(-vocabulary // shape.hidden_size))
+        chunk = value * min(tokens, 1 << (share - 1).bit_length()) * vocabulary
+    return chunk + (4 + value) * vocabulary * shape.hidden_size + value * tokens * shape.hidden_size

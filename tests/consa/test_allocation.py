@@ -46,6 +46,50 @@ def test_properties() -> None:
     assert torch.tensor(FULL_WINDOW, dtype=torch.int32) == FULL_WINDOW
 
 
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[Allocation, int]:
+    """A table and a number of ranks that can share its KV heads."""
+    ranks, each, layers = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    row = st.lists(st.booleans(), min_size=ranks * each, max_size=ranks * each)
+    return Allocation(64, as_rows(draw(st.lists(row, min_size=layers, max_size=layers)))), ranks
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(tables())
+def test_head_order_deals_full_heads_evenly(case: tuple[Allocation, int]) -> None:
+    table, ranks = case
+    each = table.num_kv_heads // ranks
+    totals = [0] * ranks
+    for layer, row in enumerate(table.full):
+        order = table.head_order(layer, ranks)
+        assert sorted(order) == list(range(table.num_kv_heads))
+        parts = [order[rank * each : (rank + 1) * each] for rank in range(ranks)]
+        for part in parts:
+            assert list(part) == sorted(part, key=lambda head: (not row[head], head))  # full heads first, otherwise in order
+        counts = [sum(row[head] for head in part) for part in parts]
+        assert max(counts) - min(counts) <= 1
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        # Level over the layers so far, and so over those of any pipeline stage too.
+        assert max(totals) - min(totals) <= 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(tables())
+def test_head_order_of_one_rank_is_full_heads_first(case: tuple[Allocation, int]) -> None:
+    table, _ = case
+    for layer, row in enumerate(table.full):
+        expected = [head for head in range(len(row)) if row[head]] + [head for head in range(len(row)) if not row[head]]
+        assert table.head_order(layer, 1) == table.full_heads_first(layer) == tuple(expected)
+
+
+def test_head_order_example() -> None:
+    """Three full heads on two ranks: one more to each in turn."""
+    table = Allocation(64, ((True, True, True, False),) * 2)
+    assert [table.head_order(layer, 2) for layer in range(2)] == [(0, 1, 2, 3), (0, 3, 1, 2)]
+    with pytest.raises(ValueError, match="4 KV heads do not divide into 3 equal parts"):
+        table.head_order(0, 3)
+
+
 def test_file_round_trip_leaves_nothing_beside(tmp_path: Path) -> None:
     path = tmp_path / "new" / "allocation.json"
     TABLE.save(path)

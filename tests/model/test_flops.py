@@ -11,7 +11,16 @@ import torch
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.rules import all_swa, dense, head_share
 from megaconsa.model.config import PRESETS, ModelConfig
-from megaconsa.model.flops import attention_pairs, kv_cache_bytes, parameter_count, peak_flops, training_flops, visible_pairs
+from megaconsa.model.flops import (
+    attention_pairs,
+    forward_flops,
+    kv_cache_bytes,
+    kv_head_flops,
+    parameter_count,
+    peak_flops,
+    training_flops,
+    visible_pairs,
+)
 from megaconsa.model.qwen3 import Qwen3
 
 LARGE = PRESETS["qwen3-0.6b"]
@@ -49,6 +58,20 @@ def test_training_flops_count_every_product() -> None:
             window = allocation.windows(layer)[query_head // 2]
             multiplications += sum(2 * int(mask(length, window).sum()) * 8 for length in lengths)
     assert training_flops(SMALL, allocation, sum(lengths), lengths) == 6 * multiplications
+
+
+def test_forward_flops_of_each_layer() -> None:
+    """Blocks one by one, then the head; their weights from the model itself."""
+    allocation = Allocation(4, ((True, False), (False, False), (True, True)))
+    lengths = [5, 1, 10]
+    block = sum(weight.numel() for weight in Qwen3(SMALL, allocation).model.layers[0].parameters() if weight.dim() == 2)
+    expected = [2 * sum(lengths) * block] * 3
+    for layer in range(3):
+        for window in allocation.windows(layer):
+            pairs = sum(int(mask(length, window).sum()) for length in lengths)
+            assert kv_head_flops(SMALL, window, lengths) == 2 * 2 * 2 * 8 * pairs
+            expected[layer] += 2 * 2 * 2 * 8 * pairs
+    assert forward_flops(SMALL, allocation, sum(lengths), iter(lengths)) == [*expected, 2 * sum(lengths) * 50 * 16]
 
 
 def test_dense_table_equals_none_and_a_long_window_is_full() -> None:

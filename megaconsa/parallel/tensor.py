@@ -1,0 +1,116 @@
+"""Tensor parallelism: what the ranks of a tensor group exchange around the parts of the model that each computes alone.
+
+Attention's heads, the MLP's columns and the vocabulary are divided over the group (Megatron-LM, arXiv 1909.08053). Without sequence
+parallelism the residual stream is whole on every rank; with it (arXiv 2205.05198) each rank holds a stretch of the sequence there, so
+that norms and residual additions are divided too. The traffic is the same: an all-reduce is a reduce-scatter and an all-gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This rank's place in its tensor group. size 1 is one process: nothing is exchanged."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    """torch.distributed's group of the `size` ranks."""
+    sequence: bool = False
+    """Outside of enter and leave each rank holds S / size consecutive tokens of every sequence."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """From the residual stream to a divided part: (B, S or S / size, ...) to (B, S, ...), whole on every rank."""
+        if self.size == 1:
+            return x
+        return _Gather.apply(x, self) if self.sequence else _Copy.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Back: sums (B, S, ...) over the ranks; each gets all of it, or its stretch of the sequence."""
+        if self.size == 1:
+            return x
+        return _Scatter.apply(x, self) if self.sequence else _Reduce.apply(x, self)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in place; without a gradient."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """The largest of the ranks, in place; without a gradient."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor of this shape, in the order of ranks."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return parts
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """(B, S / size, ...) to (B, S, ...)."""
+        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        return gathered.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+
+    def scatter_sequence(self, x: Tensor) -> Tensor:
+        """(B, S, ...) to (B, S / size, ...): this rank's stretch of the sum over the ranks."""
+        stretches = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        own = torch.empty_like(stretches[0])
+        dist.reduce_scatter_tensor(own, stretches.flatten(0, 1), group=self.group)
+        return own
+
+
+# Each exchange and its transpose. Contiguous tensors only: a collective reads memory, not strides.
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor = tensor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.tensor.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
+        return tensor.sum(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor = tensor
+        return tensor.gather_sequence(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.tensor.scatter_sequence(gradient), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor = tensor
+        return tensor.scatter_sequence(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.tensor.gather_sequence(gradient), None
