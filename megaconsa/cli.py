@@ -11,6 +11,7 @@ import typer
 from megaconsa.console import guarded
 from megaconsa.tools import (
     bench_attention,
+    bench_training,
     export_hf,
     finalize_masks,
     plan,
@@ -59,6 +60,7 @@ for name, tool in {
     "plan": plan,
     "report": report,
     "bench-attention": bench_attention,
+    "bench-training": bench_training,
     "quickstart": quickstart,
 }.items():
     app.command(name)(tool.main)

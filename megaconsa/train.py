@@ -31,7 +31,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     if inputs.resume is not None and inputs.resume.step == config.training.steps:
         console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
         return 0
-    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline)
+    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
     try:
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()

@@ -167,22 +167,26 @@ class BatchStream:
         finally:
             del rows  # ends the workers now: left to the garbage collector, torch waits five seconds for each
 
-    def fixed_batches(self, count: int) -> list[Batch]:
+    def fixed_batches(self, count: int, least: int = 1) -> list[Batch]:
         """This rank's micro-batches of the first `count` sequences in stored order, or of all if there are fewer.
 
-        All ranks get equally many. Where the number does not divide, the last rows repeat a sequence with all labels -100,
-        so that a token-weighted mean is the same for every topology. Read at once, in this process: for validation.
+        All ranks get equally many, `least` or more. Where the number does not divide, the last rows repeat a sequence with all labels
+        -100, so that a token-weighted mean is the same for every topology. Read at once, in this process: for validation.
         """
         count = min(count, len(self.shards))
-        if count < self.micro_batch:
-            raise InputError(f"{count} sequences for evaluation are less than one micro batch of {self.micro_batch}, use more")
-        group = self.micro_batch * self.data_ranks
         batches = []
-        for place in self._places(-(-count // group) * group):
+        for place in self._places(self.fixed_count(count, least) * self.micro_batch * self.data_ranks):
             batch = self._batch(self.shards.rows(np.where(place < count, place, 0)), place)
             batch.labels[torch.from_numpy(place >= count)] = IGNORED
             batches.append(batch)
         return batches
+
+    def fixed_count(self, count: int, least: int = 1) -> int:
+        """How many micro-batches `fixed_batches` gives each rank."""
+        count = min(count, len(self.shards))
+        if count < self.micro_batch:
+            raise InputError(f"{count} sequences for evaluation are less than one micro batch of {self.micro_batch}, use more")
+        return max(least, -(-count // (self.micro_batch * self.data_ranks)))
 
     def _places(self, sequences: int) -> list[np.ndarray]:
         """For each micro-step the (B,) places of this rank's rows among so many sequences."""

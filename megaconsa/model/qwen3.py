@@ -40,8 +40,14 @@ class Block(nn.Module):
         """x: (B, S, hidden). documents: (B, S) int32, index at which each position's document starts; sequences: (B,) int64."""
         # A document's start is its id and its origin at once: positions restart with each document.
         positions = torch.arange(documents.shape[1], device=documents.device) - documents
-        x = x + self.self_attn(self.input_layernorm(x), positions, documents if self.separate else None, sequences)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attend(self.input_layernorm(x), positions, documents if self.separate else None, sequences)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    def attend(self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor) -> Tensor:
+        return self.self_attn(x, positions, documents, sequences)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 class Decoder(nn.Module):
@@ -70,3 +76,17 @@ class Qwen3(nn.Module):
         for block in self.model.layers:
             x = block(x, documents, sequences)
         return self.lm_head(self.model.norm(x))
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every weight's canonical name and shape; a tied output head has none of its own."""
+    with torch.device("meta"):
+        model = Qwen3(config, _NoHeads())
+    return {name: weight.shape for name, weight in model.named_parameters()}
+
+
+class _NoHeads:
+    """In place of an allocation where nothing is computed."""
+
+    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
+        raise NotImplementedError

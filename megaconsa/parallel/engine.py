@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megaconsa.config import TrainingSection
+from megaconsa.consa.allocation import Allocation
 from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
+from megaconsa.model.qwen3 import weight_shapes
 from megaconsa.parallel.mesh import Mesh
-from megaconsa.parallel.pipeline import Carry, canonical_name, layer_specs
+from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index, layer_specs
+from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
+from megaconsa.parallel.stages import cut, layer_costs
+from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.weights import DistributedWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's states of a parameter, by torch's names."""
@@ -28,36 +36,45 @@ class Engine:
         self,
         shape: ModelConfig,
         training: TrainingSection,
+        topology: Topology,
         heads: HeadSelector,
         mesh: Mesh,
         *,
         backend: str = "auto",
         separate_documents: bool = True,
     ) -> None:
+        """heads: an Allocation, or a GateBank while learning."""
         import deepspeed
-        from deepspeed.pipe import PipelineModule
+
+        from megaconsa.parallel.pipeline_module import CostCutModule, DualPipeCostCutModule
 
         self.shape, self.mesh = shape, mesh
         bf16 = training.in_bf16(mesh.device.type)
         self.precision = "bf16" if bf16 else "fp32"
+        allocation = heads if isinstance(heads, Allocation) else None
+        sharding = Sharding(shape, allocation, mesh.tensor.rank, mesh.tensor.size)
         # DeepSpeed prints its settings and the table of layers.
         with contextlib.redirect_stdout(io.StringIO()):
-            module = PipelineModule(
-                layers=layer_specs(shape, heads, backend, separate_documents),
+            module = (DualPipeCostCutModule if topology.schedule == "dualpipev" else CostCutModule)(
+                layers=layer_specs(sharding, mesh.tensor, heads, backend, separate_documents),
+                bounds=cut(layer_costs(shape, allocation, training.sequence_length), topology.stages),
                 topology=mesh.topology,
                 loss_fn=lambda loss, _: loss,
-                partition_method="uniform",
                 activation_checkpoint_interval=int(training.activation_checkpointing),
                 checkpointable_layers=["BlockLayer"],
             )
+            parameters = {
+                canonical_name(name, shape.num_hidden_layers): parameter for name, parameter in module.named_parameters()
+            }
+            module.tensor_sums = _mark(parameters, mesh)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=_adamw(module, training, fused=mesh.device.type == "cuda"),
-                config=_deepspeed_config(training, mesh, bf16),
+                config=_deepspeed_config(training, topology, bf16),
             )
-        self.parameters: dict[str, nn.Parameter] = {
-            canonical_name(name, shape.num_hidden_layers): parameter for name, parameter in self.engine.module.named_parameters()
-        }
+        shapes = weight_shapes(shape)
+        owners = {name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes}
+        self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
         self._create_moments()
 
     @property
@@ -71,52 +88,57 @@ class Engine:
         return bool(self.engine.was_step_applied())
 
     def train_step(self, batches: Sequence[Carry], learning_rate: float) -> float:
-        """One optimizer step over this rank's micro-batches; returns the global batch's loss in nats per labelled token."""
+        """One optimizer step; returns the global batch's loss in nats per labelled token.
+
+        batches: this rank's micro-batches where the pipeline begins (Mesh.reads_data); not looked at elsewhere.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.engine.train_batch(_pairs(batches))
+        loss = self.engine.train_batch(self._pairs(batches))
         self.engine.module.train()
         return float(loss)
 
-    def evaluate(self, batches: Sequence[Carry]) -> float:
-        """Loss of held-out micro-batches, in nats per labelled token; the weights stay as they are."""
-        loss = self.engine.eval_batch(_pairs(batches), num_micro_batches=len(batches))
+    def evaluate(self, batches: Sequence[Carry], count: int) -> float:
+        """Loss of `count` held-out micro-batches, in nats per labelled token; the weights stay as they are. batches: as above."""
+        # DualPipeV finds a micro-batch's second half by the engine's own count, whatever it is told here.
+        training_count, self.engine.micro_batches = self.engine.micro_batches, count
+        loss = self.engine.eval_batch(self._pairs(batches), num_micro_batches=count)
+        self.engine.micro_batches = training_count
         # eval_batch leaves the module in evaluation mode.
         self.engine.module.train()
         return float(loss)
 
     def initialize(self, seed: int) -> None:
         """Fresh weights."""
-        for name, parameter in self.parameters.items():
-            self._set(name, initial_weight(name, parameter.shape, self.shape, seed))
+        for name in self.distributed.parameters:
+            self._set(name, initial_weight(name, self.distributed.shapes[name], self.shape, seed))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """fp32 master weights by canonical name, on the CPU."""
+        """fp32 master weights by canonical name, whole: on the main rank; the others must run through it too."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.parameters.items():
-            yield name, safe_get_full_fp32_param(parameter).cpu()
+        return self.distributed.gather(safe_get_full_fp32_param)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Sets master and engine weights from fp32 tensors; raises KeyError or RuntimeError where names or shapes differ."""
-        for name in self.parameters:
+        """Sets master and engine weights from whole fp32 tensors; raises KeyError or RuntimeError where names or shapes differ."""
+        for name in self.distributed.parameters:
             self._set(name, weights[name])
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Adam's moments on the CPU, named `exp_avg/<canonical name>`."""
+        """Adam's moments, named `exp_avg/<canonical name>`, as `weights` gives them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENTS:
-            for name, parameter in self.parameters.items():
-                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).cpu()
+            for name, value in self.distributed.gather(partial(safe_get_full_optimizer_state, optim_state_key=moment)):
+                yield f"{moment}/{name}", value
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """Sets Adam's moments and its count of steps."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for moment in MOMENTS:
-            for name, parameter in self.parameters.items():
-                safe_set_full_optimizer_state(parameter, moments[f"{moment}/{name}"].to(self.mesh.device), moment)
+            for name, parameter in self.distributed.parameters.items():
+                safe_set_full_optimizer_state(parameter, self.distributed.part(name, moments[f"{moment}/{name}"]), moment)
         for state in self.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
 
@@ -125,15 +147,17 @@ class Engine:
         """Steps that Adam has counted (its bias correction depends on them)."""
         return int(next(iter(self.optimizer.optimizer.state.values()))["step"])
 
-    def _set(self, name: str, value: Tensor) -> None:
+    def _set(self, name: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        parameter = self.parameters[name]
-        if value.shape != parameter.shape:
-            raise RuntimeError(f"{name} has shape {tuple(value.shape)}, but the model needs {tuple(parameter.shape)}")
-        value = value.to(self.mesh.device, torch.float32)
-        safe_set_full_fp32_param(parameter, value)
-        parameter.data.copy_(value)
+        parameter, part = self.distributed.parameters[name], self.distributed.part(name, whole)
+        safe_set_full_fp32_param(parameter, part)
+        parameter.data.copy_(part)
+
+    def _pairs(self, batches: Sequence[Carry]) -> Iterator[tuple[Any, Tensor]]:
+        """As the pipeline engine takes micro-batches: inputs, and labels it must be given but that travel in the inputs here."""
+        nothing = torch.empty(0)
+        return ((batch, nothing) for batch in batches) if self.mesh.reads_data else repeat(((), nothing))
 
     def _create_moments(self) -> None:
         """Creates Adam's state, which it would create in its first step, so that a checkpoint can be loaded before that."""
@@ -145,9 +169,16 @@ class Engine:
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _pairs(batches: Sequence[Carry]) -> Iterator[tuple[Carry, Tensor]]:
-    """As the pipeline engine takes micro-batches: inputs, and labels it must be given but that travel in the inputs here."""
-    return iter([(batch, batch[1]) for batch in batches])
+def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tensor, Any]]:
+    """Tells DeepSpeed's norm which weights are parts; returns the whole ones whose gradients are, with the ranks to sum them over."""
+    sums: list[tuple[Tensor, Any]] = []
+    for name, parameter in parameters.items():
+        if is_divided(name):
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        elif mesh.tensor.size > 1 and (mesh.tensor.sequence or sums_over_heads(name)):
+            # With sequence parallelism every norm has met this rank's tokens only.
+            sums.append((parameter, mesh.tensor.group))
+    return sums
 
 
 def _adamw(module: nn.Module, training: TrainingSection, fused: bool) -> torch.optim.Optimizer:
@@ -159,10 +190,10 @@ def _adamw(module: nn.Module, training: TrainingSection, fused: bool) -> torch.o
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, eps=1e-8, fused=fused)
 
 
-def _deepspeed_config(training: TrainingSection, mesh: Mesh, bf16: bool) -> dict[str, Any]:
+def _deepspeed_config(training: TrainingSection, topology: Topology, bf16: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": training.global_batch // (training.micro_batch * mesh.data_ranks),
+        "gradient_accumulation_steps": topology.accumulation,
         "gradient_clipping": training.gradient_clipping,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},

@@ -11,23 +11,42 @@ from typing import Any
 import torch
 
 from megaconsa.errors import InputError
+from megaconsa.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. `topology` is DeepSpeed's, in the order pipe, data, model (the last changes fastest)."""
+    """Where this process stands: its rank in the world and on each axis.
+
+    World ranks count pipeline x data x tensor, the last fastest: rank = (pipeline_rank * data_ranks + data_rank) * tensor_ranks +
+    tensor_rank. The ranks of a tensor group, which talk most, are neighbours; those of a pipeline are farthest apart.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     topology: Any
+    """The same for DeepSpeed, whose axes are called pipe, data and model."""
+    pipeline_rank: int
+    pipeline_ranks: int
     data_rank: int
     data_ranks: int
+    tensor: TensorParallel
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes logs and shared files."""
         return self.rank == 0
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether batches enter the pipeline here; every rank of a tensor group reads the same ones."""
+        return self.pipeline_rank == 0
+
+    @property
+    def counts_data(self) -> bool:
+        """Whether this rank stands for its batches where they are counted once."""
+        return self.reads_data and self.tensor.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all ranks, in place."""
@@ -36,8 +55,11 @@ class Mesh:
         return tensor
 
 
-def initialize(tensor: int = 1, pipeline: int = 1) -> Mesh:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) that torchrun, deepspeed or srun describe; alone it is a world of one."""
+def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True) -> Mesh:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) that torchrun, deepspeed or srun describe; alone it is a world of one.
+
+    tensor, pipeline: ranks on these axes, the rest of the world is data parallel; sequence: sequence parallelism where tensor > 1.
+    """
     local_rank = _complete_environment()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
@@ -59,11 +81,32 @@ def initialize(tensor: int = 1, pipeline: int = 1) -> Mesh:
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     world_size = torch.distributed.get_world_size()
     if world_size % (tensor * pipeline):
-        raise InputError(f"{world_size} processes cannot be divided by parallel.tensor={tensor} x parallel.pipeline={pipeline}")
+        raise InputError(
+            f"{world_size} processes cannot be divided by parallel.tensor={tensor} x parallel.pipeline={pipeline}; "
+            f"start a multiple of {tensor * pipeline}, or lower one of them"
+        )
     data_ranks = world_size // (tensor * pipeline)
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data_ranks)
     rank = torch.distributed.get_rank()
-    return Mesh(rank, world_size, device, topology, topology.get_coord(rank).data, data_ranks)
+    place = topology.get_coord(rank)
+    group = _own_group(topology.get_axis_comm_lists("model"), rank) if tensor > 1 else None
+    return Mesh(
+        rank,
+        world_size,
+        device,
+        topology,
+        place.pipe,
+        pipeline,
+        place.data,
+        data_ranks,
+        TensorParallel(place.model, tensor, group, sequence and tensor > 1),
+    )
+
+
+def _own_group(groups: list[list[int]], rank: int) -> Any:
+    """Creates every group, as all ranks must, and returns the one that holds `rank`."""
+    created = {tuple(ranks): torch.distributed.new_group(ranks) for ranks in groups}
+    return next(group for ranks, group in created.items() if rank in ranks)
 
 
 def shut_down() -> None:

@@ -12,25 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaconsa.model import loss
 from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.loss import summed_cross_entropy
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.qwen3 import Block
+from megaconsa.parallel import vocabulary
+from megaconsa.parallel.sharding import OwnHeads, Sharding
+from megaconsa.parallel.tensor import TensorParallel
 
 Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """(hidden (B, S, hidden) or tokens (B, S); labels (B, S); documents (B, S); sequences (B,); normaliser (2,))"""
 
 
 class EmbeddingLayer(nn.Embedding):
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+        super().__init__(vocabulary.rows(config.vocab_size, tensor.size), config.hidden_size)
+        self.tensor = tensor
+
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        return super().forward(carry[0]), *carry[1:]
+        return self.tensor.leave(vocabulary.lookup(carry[0], self.weight, self.tensor)), *carry[1:]
 
 
 class BlockLayer(Block):
+    """A block of this rank's heads and columns, and the exchanges around them."""
+
+    def __init__(
+        self, sharding: Sharding, layer: int, heads: HeadSelector, backend: str, separate: bool, tensor: TensorParallel
+    ) -> None:
+        super().__init__(sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate)
+        self.tensor = tensor
+
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry
         return super().forward(hidden, documents, sequences), labels, documents, sequences, normalizer
+
+    def attend(self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor) -> Tensor:
+        return self.tensor.leave(super().attend(self.tensor.enter(x), positions, documents, sequences))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.tensor.leave(super().feed_forward(self.tensor.enter(x)))
 
 
 class NormLayer(RMSNorm):
@@ -39,11 +60,15 @@ class NormLayer(RMSNorm):
 
 
 class HeadLayer(nn.Linear):
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+        super().__init__(config.hidden_size, vocabulary.rows(config.vocab_size, tensor.size), bias=False)
+        self.loss = partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)
+
     def forward(self, carry: Carry) -> Tensor:  # type: ignore[override]
-        return head_loss(self, carry)
+        return self.loss(self, carry)
 
 
-def head_loss(head: nn.Module, carry: Carry) -> Tensor:
+def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorParallel) -> Tensor:
     """Cross-entropy of a micro-batch, scaled so that DeepSpeed's mean over micro-batches is the mean over all labelled tokens.
 
     It is the last layer, not the pipeline's loss function: DeepSpeed's BF16 optimizer drops the gradients of parameters that are
@@ -52,7 +77,11 @@ def head_loss(head: nn.Module, carry: Carry) -> Tensor:
     hidden, labels, _, _, normalizer = carry
     labelled_tokens, micro_batches = normalizer.unbind()
     assert isinstance(head.weight, Tensor)
-    return summed_cross_entropy(hidden, head.weight, labels) * (micro_batches / labelled_tokens)
+    if tensor.size == 1:
+        total = loss.summed_cross_entropy(hidden, head.weight, labels)
+    else:
+        total = vocabulary.summed_cross_entropy(tensor.enter(hidden), head.weight, labels, tensor, vocab_size)
+    return total * (micro_batches / labelled_tokens)
 
 
 def normalizer(labelled_tokens: int, micro_batches: int) -> Tensor:
@@ -60,19 +89,22 @@ def normalizer(labelled_tokens: int, micro_batches: int) -> Tensor:
     return torch.tensor([labelled_tokens, micro_batches])
 
 
-def layer_specs(config: ModelConfig, heads: HeadSelector, backend: str, separate_documents: bool) -> list[Any]:
+def layer_specs(
+    sharding: Sharding, tensor: TensorParallel, heads: HeadSelector, backend: str, separate_documents: bool
+) -> list[Any]:
     """Embedding, blocks, final norm, head with loss."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    embedding = (EmbeddingLayer, config.vocab_size, config.hidden_size)
+    config = sharding.config
     blocks = [
-        LayerSpec(BlockLayer, config, layer, heads, backend, separate_documents) for layer in range(config.num_hidden_layers)
+        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tensor)
+        for layer in range(config.num_hidden_layers)
     ]
     norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
     if config.tie_word_embeddings:
-        tied = partial(TiedLayerSpec, "embed_tokens", *embedding)
-        return [tied(), *blocks, norm, tied(forward_fn=head_loss)]
-    return [LayerSpec(*embedding), *blocks, norm, LayerSpec(HeadLayer, config.hidden_size, config.vocab_size, bias=False)]
+        tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tensor)
+        return [tied(), *blocks, norm, tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor))]
+    return [LayerSpec(EmbeddingLayer, config, tensor), *blocks, norm, LayerSpec(HeadLayer, config, tensor)]
 
 
 def canonical_name(name: str, num_layers: int) -> str:
@@ -86,3 +118,10 @@ def canonical_name(name: str, num_layers: int) -> str:
     if position <= num_layers:
         return f"model.layers.{position - 1}.{rest}"
     return f"model.norm.{rest}" if position == num_layers + 1 else f"lm_head.{rest}"
+
+
+def layer_index(name: str, num_layers: int) -> int:
+    """Where in the pipeline a canonical weight stands; a tied embedding at its first place."""
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2]) + 1
+    return {"model.embed_tokens.weight": 0, "model.norm.weight": num_layers + 1, "lm_head.weight": num_layers + 2}[name]

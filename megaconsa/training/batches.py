@@ -15,8 +15,8 @@ from megaconsa.parallel.pipeline import Carry, normalizer
 
 
 def labelled_tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
-    """Tokens that count in the loss, over all data ranks."""
-    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    """Tokens that count in the loss, over all data ranks; known on every rank."""
+    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches) if mesh.counts_data else 0
     return int(mesh.sum(torch.tensor(own, device=mesh.device)))
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from megaconsa.config import Config, differences
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.data.shards import DatasetInfo
-from megaconsa.data.stream import BatchStream
+from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
+from megaconsa.parallel.sharding import Sharding
+from megaconsa.parallel.topology import Topology
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.metrics_file import MetricsFile
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 FREE = {"logging", "checkpoint", "validation", "run.dir", "data.workers", "data.path", "attention.backend"}
 """Sections and fields that may change on resume: they do not change what is computed, the backend but for rounding."""
+NOTHING: list[Batch] = []
+"""Batches of a rank where the pipeline does not begin."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
 
@@ -95,13 +100,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     """Builds the run on every rank, from its newest checkpoint, the one it is initialised from, or fresh weights."""
     config, shape = inputs.config, inputs.shape
     training = config.training
-    if training.global_batch % (training.micro_batch * mesh.data_ranks):
-        raise InputError(
-            f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch} "
-            f"times {mesh.data_ranks} data-parallel ranks"
-        )
+    topology = Topology.of(config, mesh.world_size)
     stream, held_out = _streams(config, mesh)
-    validation = Validation(held_out.fixed_batches(config.validation.sequences), config.validation.every)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
     if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
         logger.warning(
@@ -116,6 +116,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     engine = Engine(
         shape,
         training,
+        topology,
         heads,
         mesh,
         backend=config.attention.backend,
@@ -141,12 +142,20 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     callbacks: list[Callback] = [
         *lock,
         StopSignals(),
-        validation,
+        _validation(config, topology, mesh, held_out),
         *(_reporters(config) if mesh.is_main else []),
         Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
     ]
-    steps = stream.steps(progress.sequences)
+    steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+
+
+def _validation(config: Config, topology: Topology, mesh: Mesh, held_out: BatchStream) -> Validation:
+    wanted = config.validation.sequences
+    # DualPipeV runs no fewer micro-batches than it has stages.
+    least = topology.stages if topology.schedule == "dualpipev" else 1
+    batches = held_out.fixed_batches(wanted, least) if mesh.reads_data else NOTHING
+    return Validation(batches, held_out.fixed_count(wanted, least), config.validation.every)
 
 
 def _reporters(config: Config) -> list[Callback]:
@@ -252,12 +261,19 @@ def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
 
 def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | None) -> None:
     """Refuses an attention backend that cannot serve some layer of the run on this machine."""
-    window, length, kv_heads = config.attention.window, config.training.sequence_length, shape.num_key_value_heads
+    ranks = config.parallel.tensor
+    window, length, kv_heads = config.attention.window, config.training.sequence_length, shape.num_key_value_heads // ranks
     if allocation is None:
         # Validation runs the binarised table, whose rows may mix windows.
         kinds = {((window,) * kv_heads, True), ((length,) + (window,) * (kv_heads - 1), False)}
     else:
-        kinds = {(allocation.windows(layer), False) for layer in range(shape.num_hidden_layers)}
+        shardings = [Sharding(shape, allocation, rank, ranks) for rank in range(ranks)]
+        layers = range(shape.num_hidden_layers)
+        kinds = {
+            (tuple(allocation.windows(layer)[head] for head in sharding.own_heads(layer)), False)
+            for sharding in shardings
+            for layer in layers
+        }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for windows, gated in sorted(kinds):
         problem = Problem(
@@ -265,7 +281,7 @@ def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | 
             dtype=torch.bfloat16 if config.training.in_bf16(device.type) else torch.float32,
             batch=config.training.micro_batch,
             length=length,
-            heads=shape.num_attention_heads,
+            heads=shape.num_attention_heads // ranks,
             kv_heads=kv_heads,
             head_dim=shape.head_dim,
             windows=windows,

@@ -52,7 +52,7 @@ class Trainer:
     mesh: Mesh
     engine: Engine
     steps: Iterator[list[Batch]]
-    """This rank's micro-batches, step by step, from the place where `progress` stands."""
+    """This rank's micro-batches, step by step, from the place where `progress` stands; empty where the pipeline does not begin."""
     gates: GateBank | None
     allocation: Allocation | None
     progress: Progress
@@ -142,12 +142,13 @@ class Trainer:
         return self.gates.update(reduce)
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
-        """Share of the device's dense bf16 peak that this rank's own batches used; None where the peak is not known."""
+        """Share of the dense bf16 peak of the ranks that these batches went through; None where the peak is not known."""
         peak = peak_flops(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
-        if peak is None:
+        if peak is None or not batches:
             return None
         lengths = document_lengths(batches)
-        return training_flops(self.engine.shape, self.allocation, int(lengths.sum()), lengths) / seconds / peak
+        flops = training_flops(self.engine.shape, self.allocation, int(lengths.sum()), lengths)
+        return flops / seconds / (peak * self.mesh.tensor.size * self.mesh.pipeline_ranks)
 
     def _memory(self) -> float:
         """Largest memory so far in GiB: allocated on the GPU, or resident on a CPU."""

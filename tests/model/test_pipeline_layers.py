@@ -16,7 +16,9 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.loss import IGNORED, summed_cross_entropy
 from megaconsa.model.qwen3 import Qwen3
-from megaconsa.parallel.pipeline import canonical_name, layer_specs, normalizer
+from megaconsa.parallel.pipeline import canonical_name, layer_index, layer_specs, normalizer
+from megaconsa.parallel.sharding import Sharding
+from megaconsa.parallel.tensor import TensorParallel
 
 SHAPE = ModelConfig(61, 24, 40, 11, 6, 2, head_dim=8, initializer_range=0.3)
 TABLE = Allocation(4, tuple((layer % 2 == 0, layer % 3 == 0) for layer in range(11)))
@@ -25,12 +27,15 @@ tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untie
 
 
 def build_layers(shape: ModelConfig, separate: bool = True) -> tuple[nn.Module, list[Callable[[Any], Any]]]:
-    """Modules named and called as DeepSpeed's PipelineModule does: by index, and one for all specs of a tied key."""
+    """Modules named and called as DeepSpeed's PipelineModule does: by index, and one for all specs of a tied key.
+
+    For one process, which reorders heads too: full ones first.
+    """
     from deepspeed.pipe import TiedLayerSpec
 
     module, functions = nn.Module(), []
     module.tied_modules = nn.ModuleDict()
-    for index, spec in enumerate(layer_specs(shape, TABLE, "auto", separate)):
+    for index, spec in enumerate(layer_specs(Sharding(shape, TABLE), TensorParallel(), TABLE, "auto", separate)):
         if isinstance(spec, TiedLayerSpec):
             if spec.key not in module.tied_modules:
                 module.tied_modules[spec.key] = spec.build()
@@ -48,6 +53,7 @@ def test_canonical_names_are_those_of_the_whole_model(tied: bool) -> None:
     shape = replace(SHAPE, tie_word_embeddings=tied)
     module, _ = build_layers(shape)
     names = {canonical_name(name, shape.num_hidden_layers): weight.shape for name, weight in module.named_parameters()}
+    assert {layer_index(name, shape.num_hidden_layers) for name in names} == set(range(13 if tied else 14))
     assert len(names) == len(list(module.parameters()))
     assert names == {name: weight.shape for name, weight in Qwen3(shape, TABLE).named_parameters()}
 
@@ -66,9 +72,10 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
     module, functions = build_layers(shape, separate)
     whole = Qwen3(shape, TABLE, separate=separate)
     pipelined = {canonical_name(name, shape.num_hidden_layers): weight for name, weight in module.named_parameters()}
-    for named in (pipelined, dict(whole.named_parameters())):
-        for name, weight in named.items():
-            weight.data.copy_(initial_weight(name, weight.shape, shape, 0))
+    sharding = Sharding(shape, TABLE)
+    for name, weight in whole.named_parameters():
+        weight.data.copy_(initial_weight(name, weight.shape, shape, 0))
+        pipelined[name].data.copy_(sharding.split(name, weight.data))
 
     carry: Any = (tokens, labels, documents, sequences, normalizer(3 * labelled, 4))
     integers = carry[1:]
@@ -91,7 +98,9 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
     for name, weight in whole.named_parameters():
         assert weight.grad is not None
         scale = float(weight.grad.abs().max())
-        torch.testing.assert_close(pipelined[name].grad, weight.grad, rtol=0, atol=1e-5 * scale)
+        gradient = pipelined[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(sharding.join(name, [gradient]), weight.grad, rtol=0, atol=1e-5 * scale)
 
 
 def test_normalizer_carries_both_counts_as_integers() -> None:

@@ -11,9 +11,9 @@ from megaconsa.training.trainer import Trainer
 
 
 class Validation(Callback):
-    def __init__(self, batches: list[Batch], every: int) -> None:
-        """batches: this rank's share of the held-out sequences, the same at every evaluation."""
-        self.batches, self.every = batches, every
+    def __init__(self, batches: list[Batch], count: int, every: int) -> None:
+        """batches: this data rank's `count` held-out micro-batches, always the same; none where the pipeline does not begin."""
+        self.batches, self.count, self.every = batches, count, every
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         due = self.every and trainer.progress.step % self.every == 0
@@ -22,6 +22,6 @@ class Validation(Callback):
 
     def evaluate(self, trainer: Trainer) -> float:
         """Mean loss in nats per labelled token of the held-out sequences."""
-        count = labelled_tokens(self.batches, trainer.mesh)
+        labelled = labelled_tokens(self.batches, trainer.mesh)
         with trainer.gates.binarized() if trainer.gates else nullcontext():
-            return trainer.engine.evaluate(carries(self.batches, count, trainer.mesh))
+            return trainer.engine.evaluate(carries(self.batches, labelled, trainer.mesh), self.count)

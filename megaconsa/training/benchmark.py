@@ -1,0 +1,37 @@
+"""One rank of `megaconsa bench-training`: a run's steps, without validation, checkpoints or logs.
+
+Started by the tool as python -m megaconsa.training.benchmark CONFIG OUT [section.field=value ...]; OUT gets the rows of metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megaconsa import config as configuration
+from megaconsa.console import guarded
+from megaconsa.files import replace_text
+from megaconsa.parallel import mesh as parallel
+from megaconsa.training.setup import build_trainer, check_inputs
+
+
+def main(config_path: Path, out: Path, overrides: list[str]) -> None:
+    config = configuration.load(config_path, overrides)
+    inputs = check_inputs(config)
+    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+    try:
+        trainer = build_trainer(inputs, mesh)
+        rows = [trainer.step() for _ in range(config.training.steps)]
+        memory = torch.tensor(rows[-1]["memory_gib"], device=mesh.device)
+        torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
+    finally:
+        parallel.shut_down()
+    if mesh.is_main:
+        replace_text(out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}))
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

@@ -1,0 +1,107 @@
+"""What tensor ranks exchange, and the divided vocabulary, against the whole computation: three gloo processes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing
+from torch import distributed as dist
+
+from megaconsa.model import loss
+from megaconsa.parallel import vocabulary
+from megaconsa.parallel.tensor import TensorParallel
+
+VOCABULARY, HIDDEN, BATCH, LENGTH = 61, 8, 2, 12
+
+
+def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> None:
+    """Calls check on every rank of a tensor group; a failure there fails here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_rank, (check, size, sequence, port), nprocs=size)  # type: ignore[no-untyped-call]
+
+
+def _rank(rank: int, check: Callable[[TensorParallel], None], size: int, sequence: bool, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    try:
+        check(TensorParallel(rank, size, dist.group.WORLD, sequence))
+    finally:
+        dist.destroy_process_group()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stretch(x: Tensor, tensor: TensorParallel) -> Tensor:
+    """What this rank holds of the residual stream."""
+    return x.chunk(tensor.size, dim=1)[tensor.rank] if tensor.sequence else x
+
+
+def check_block(tensor: TensorParallel) -> None:
+    """A hidden layer divided by columns and rows; a norm's weight before it meets only this rank's tokens."""
+    x, scale = draw(BATCH, LENGTH, HIDDEN), draw(HIDDEN, seed=1).requires_grad_()
+    up, down = draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_(), draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_()
+    upstream = draw(BATCH, LENGTH, HIDDEN, seed=4)
+    whole_x = x.clone().requires_grad_()
+    whole = whole_x + torch.tanh((whole_x * scale) @ up) @ down
+    truth = torch.autograd.grad((whole * upstream).sum(), (whole_x, scale, up, down))
+
+    own_x = stretch(x, tensor).clone().requires_grad_()
+    own_scale = scale.detach().clone().requires_grad_()
+    own_up = up.detach().chunk(tensor.size, 1)[tensor.rank].clone().requires_grad_()
+    own_down = down.detach().chunk(tensor.size, 0)[tensor.rank].clone().requires_grad_()
+    out = own_x + tensor.leave(torch.tanh(tensor.enter(own_x * own_scale) @ own_up) @ own_down)
+    torch.testing.assert_close(out, stretch(whole, tensor))
+    d_x, d_scale, d_up, d_down = torch.autograd.grad(
+        (out * stretch(upstream, tensor)).sum(), (own_x, own_scale, own_up, own_down)
+    )
+    torch.testing.assert_close(d_x, stretch(truth[0], tensor))
+    torch.testing.assert_close(tensor.sum(d_scale) if tensor.sequence else d_scale, truth[1])
+    torch.testing.assert_close(d_up, truth[2].chunk(tensor.size, 1)[tensor.rank])
+    torch.testing.assert_close(d_down, truth[3].chunk(tensor.size, 0)[tensor.rank])
+
+
+def check_vocabulary(tensor: TensorParallel) -> None:
+    """Embedding and loss; 61 rows leave two of padding, which hold what must not count."""
+    vocabulary.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)  # five tokens: the last chunk is short
+    weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
+    labels[0, 3:7] = labels[1, -1] = loss.IGNORED
+    embedded = torch.nn.functional.embedding(tokens, weight)
+    whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
+    (truth,) = torch.autograd.grad(whole, weight)
+
+    rows = vocabulary.rows(VOCABULARY, tensor.size)
+    padded = torch.cat((weight.detach(), torch.full((rows * tensor.size - VOCABULARY, HIDDEN), 3.0)))
+    own = padded[tensor.rank * rows : (tensor.rank + 1) * rows].clone().requires_grad_()
+    hidden = tensor.leave(vocabulary.lookup(tokens, own, tensor))
+    torch.testing.assert_close(hidden, stretch(embedded, tensor))
+    total = 0.1 * vocabulary.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, tensor, VOCABULARY)
+    torch.testing.assert_close(total, whole)
+    (gradient,) = torch.autograd.grad(total, own)
+    expected = torch.cat((truth, torch.zeros(rows * tensor.size - VOCABULARY, HIDDEN)))
+    torch.testing.assert_close(gradient, expected[tensor.rank * rows : (tensor.rank + 1) * rows], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            vocabulary.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, tensor, VOCABULARY) * 0.1, whole
+        )
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "whole"])
+@pytest.mark.parametrize(("check", "size"), [(check_block, 3), (check_vocabulary, 3)], ids=["block", "vocabulary"])
+def test_equals_one_process(check: Any, size: int, sequence: bool) -> None:
+    run(check, size, sequence)
+
+
+def test_one_rank_exchanges_nothing() -> None:
+    x = draw(BATCH, LENGTH, HIDDEN)
+    alone = TensorParallel()
+    assert alone.enter(x) is alone.leave(x) is alone.sum(x) is x

@@ -1,0 +1,51 @@
+"""`megaconsa bench-training` on two CPU processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megaconsa.errors import InputError
+from megaconsa.reporting.benchmark_training import Layout
+from megaconsa.tools import bench_training
+
+
+@pytest.fixture
+def configuration(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config()))
+    return path
+
+
+def test_each_topology_stands_beside_one_process(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    bench_training.main(configuration, topology=["data=2"], steps=3, skip=1, out=out)
+    one, two = json.loads(out.read_text())["measurements"]
+    assert (one["layout"], one["speedup"], one["loss_deviation"]) == ({"tensor": 1, "pipeline": 1, "data": 1}, 1, 0)
+    assert two["layout"]["data"] == 2
+    assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
+    assert two["tokens_per_second"] == pytest.approx(4 * 64 / two["step_seconds"])
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["loss_deviation"] < 1e-5
+    printed = capsys.readouterr().out
+    assert "data=2" in printed
+    assert "speed-up" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "config.yaml"]
+
+
+@pytest.mark.parametrize("text", ["tensor", "tensor=0", "tensor=x", "model=2", "tensor=2,tensor=2", ""])
+def test_a_topology_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="topology"):
+        Layout.parse(text)
+
+
+def test_what_cannot_run_is_refused_before_anything_runs(configuration: Path) -> None:
+    with pytest.raises(InputError, match="micro-batches"):
+        bench_training.main(configuration, topology=["pipeline=2,data=2"], steps=3, skip=1)
+    with pytest.raises(InputError, match="--skip"):
+        bench_training.main(configuration, steps=3, skip=3)

@@ -1,0 +1,93 @@
+"""`megaconsa bench-training`: a configuration's speed at several topologies, each beside one process on the same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaconsa.console import check_out, console, run_tool
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. Default: one process alone."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each.")] = 20,
+    skip: Annotated[int, typer.Option(min=0, help="First steps that are not timed.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Train some steps at each topology, without saving anything, and compare tokens per second and losses with one process.
+
+    Every topology gets the same global batches. The processes run on this machine, one for each GPU (or on the CPU).
+
+    Example: megaconsa bench-training configs/qwen3_1p7b_learn.yaml --topology tensor=2 --topology pipeline=2 --topology data=2
+    """
+    from datetime import UTC, datetime
+    from json import dumps
+    from tempfile import TemporaryDirectory
+
+    from megaconsa.config import load
+    from megaconsa.errors import InputError
+    from megaconsa.files import replace_text
+    from megaconsa.parallel.topology import Topology
+    from megaconsa.reporting.benchmark_training import Layout, measure, training_table
+
+    if skip >= steps:
+        raise InputError(f"--skip {skip} must be less than --steps {steps}, or nothing is timed")
+    if out is not None:
+        check_out(out)
+    layouts = [Layout(), *(Layout.parse(text) for text in topology or [])]
+    schedule = [f"training.steps={steps}", "training.warmup_steps=0", "training.decay_steps=0", "training.schedule=cosine"]
+    schedule.append(f"gates.warmup_steps={steps - 1}")  # the run's own would not fit
+    fields = {
+        layout: [*(overrides or []), *schedule, f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+        for layout in layouts
+    }
+    for layout in layouts:
+        Topology.of(load(config, fields[layout]), layout.processes)
+    results = {}
+    measurements = []
+    with TemporaryDirectory() as folder:
+        for number, layout in enumerate(layouts):
+            console.print(f"{layout}: {steps} steps", markup=False)
+            run = Path(folder) / str(number)
+            results[layout] = _run(config, [*fields[layout], f"run.dir={run}"], layout.processes, Path(folder) / f"{number}.json")
+            measurements.append(measure(layout, results[layout], skip, results[layouts[0]]))
+    console.print(training_table(measurements))
+    if out is not None:
+        content = {
+            "config": str(config),
+            "overrides": overrides or [],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps": steps,
+            "skip": skip,
+            "measurements": [measurement.to_dict() for measurement in measurements],
+        }
+        replace_text(out, dumps(content, indent=1) + "\n")
+        console.print(f"wrote {out}", markup=False)
+
+
+def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str, object]:
+    """Trains in fresh processes and returns what they measured; RunError with the end of their output where they fail."""
+    import json
+    import subprocess
+    import sys
+
+    from megaconsa.errors import RunError
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, "-m", "megaconsa.training.benchmark", str(config), str(out), *fields]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{processes} processes failed:\n{done.stderr[-3000:]}")
+    result: dict[str, object] = json.loads(out.read_text())
+    return result
+
+
+if __name__ == "__main__":
+    run_tool(main)
