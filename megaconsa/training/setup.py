@@ -102,6 +102,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     training = config.training
     topology = Topology.of(config, mesh.world_size)
     stream, held_out = _streams(config, mesh)
+    validation = _validation(config, topology, mesh, held_out)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
     if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
         logger.warning(
@@ -142,7 +143,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     callbacks: list[Callback] = [
         *lock,
         StopSignals(),
-        _validation(config, topology, mesh, held_out),
+        validation,
         *(_reporters(config) if mesh.is_main else []),
         Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
     ]
