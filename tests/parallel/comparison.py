@@ -1,0 +1,122 @@
+"""Runs a topology in fresh processes, and says in what a run differs from another."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaconsa.checkpoint import store
+from megaconsa.checkpoint.store import Checkpoint
+from megaconsa.reporting.metrics import read_metrics
+
+TOLERANCE = 1e-5
+"""Largest ||a - b|| / ||b|| of a tensor or of a number in the metrics: sums in another order, in fp32."""
+LAUNCH_SECONDS = 300
+CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
+DIFFERENCES = {"penalty", "cut_margin"}
+"""Differences of nearly equal numbers: their relative rounding has no bound. What they are made of is compared itself."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    size: float
+    """||a - b|| / ||b||; inf where names or shapes differ."""
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.size:.1e}  {self.place}"
+
+
+def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Trains all jobs (see worker.py) in `processes` fresh ranks; AssertionError with the ranks' last words where one fails."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    # Left behind by tests that train in this process.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {name: value for name, value in inherited.items() if not name.startswith("MASTER_")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    with subprocess.Popen(
+        [*command, str(Path(__file__).with_name("worker.py")), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # so that ranks which wait for each other for ever can be ended with their launcher
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=LAUNCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = f"{process.communicate()[0]}\nended after {LAUNCH_SECONDS} seconds"
+    assert process.returncode == 0, output[-4000:]
+
+
+def checkpoint(run: Path, step: int) -> Checkpoint:
+    return store.resolve(run / store.FOLDER / f"step_{step}")
+
+
+def tensors(saved: Checkpoint) -> dict[str, Tensor]:
+    """Weights, Adam's moments, and the gates' values, multipliers and moments."""
+    gates = {f"gates/{name}": value for name, value in (saved.gates() or {}).items()}
+    return saved.weights() | saved.moments() | gates
+
+
+def differences(run: Path, reference: Path, steps: tuple[int, ...]) -> list[Difference]:
+    """Everything in which a run's metrics and its checkpoints of `steps` are farther from the reference than rounding; worst first."""
+    found = list(_of_metrics(read_metrics(run / "metrics.jsonl"), read_metrics(reference / "metrics.jsonl")))
+    for step in steps:
+        own, theirs = checkpoint(run, step), checkpoint(reference, step)
+        for name in ("tokens", "sequences", "optimizer_steps"):
+            if own.state[name] != theirs.state[name]:
+                found.append(Difference(math.inf, f"step {step} {name}: {own.state[name]}, not {theirs.state[name]}"))
+        if own.allocation != theirs.allocation:
+            found.append(Difference(math.inf, f"step {step} allocation.json"))
+        found += _of_tensors(tensors(own), tensors(theirs), f"step {step} ")
+    return sorted((each for each in found if not each.size <= TOLERANCE), key=lambda each: -each.size)
+
+
+def _of_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str) -> Iterator[Difference]:
+    if own.keys() != theirs.keys():
+        yield Difference(math.inf, f"{prefix}names {sorted(own.keys() ^ theirs.keys())}")
+    for name in own.keys() & theirs.keys():
+        a, b = own[name], theirs[name]
+        if a.shape != b.shape:
+            yield Difference(math.inf, f"{prefix}{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+        else:
+            yield Difference(relative(a, b), prefix + name)
+
+
+def _of_metrics(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[Difference]:
+    if [row["step"] for row in own] != [row["step"] for row in theirs]:
+        yield Difference(math.inf, f"{len(own)} rows of metrics, not {len(theirs)}")
+    for a, b in zip(own, theirs, strict=False):
+        values = dict(_numbers(a))
+        for name, value in _numbers(b):
+            size = relative(values[name], value) if name in values else math.inf
+            yield Difference(size, f"row {b['step']} {name}")
+
+
+def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The row's numbers and lists of numbers, nested ones under both names."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{name}.")
+        elif name not in CLOCK | DIFFERENCES:
+            yield prefix + name, torch.tensor(value, dtype=torch.float64)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, and 0 where both are 0."""
+    difference = torch.linalg.vector_norm(a.double() - b.double())
+    return float(difference / torch.linalg.vector_norm(b.double())) if difference != 0 else 0.0

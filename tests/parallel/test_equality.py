@@ -1,0 +1,294 @@
+"""Every topology trains as one process does: losses, gradient norm, gradients after clipping, weights, moments, gates, multipliers.
+
+A topology is launched once, in fresh processes, and trains all of `CASES` there, a few steps of each. One process has trained them
+before, once for all topologies. What is compared, to ||a - b|| / ||b|| <= 1e-5 each: every row of metrics, and every tensor of the
+checkpoints after the first and the last step. After one step Adam's first moment is (1 - beta1) times the gradient that it was given:
+so this compares the gradients after clipping, tensor by tensor, which weights cannot do: Adam hardly looks at a gradient's size.
+
+`pytest tests/parallel -m slow` runs the topologies that add nothing but combinations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from comparison import checkpoint, differences, launch, relative
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.data.packing import IGNORED
+from megaconsa.data.prepare import prepare
+from megaconsa.data.stream import BatchStream
+from megaconsa.model.initialize import initial_weight
+from megaconsa.reporting.metrics import read_metrics
+
+STEPS = 5
+CLIPPING = 0.05
+"""Less than any gradient norm of these runs, so that every step is clipped."""
+TABLE = Allocation(
+    8,
+    (
+        (True, True, False, False),  # full heads all on one side: in the model's own order the second tensor rank would have none
+        (False, False, True, True),
+        (True, False, False, False),
+        (True, True, False, True),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, whatever the topology."""
+
+    name: str
+    sections: dict[str, dict[str, Any]]
+    initialised_from: str | None = None
+    """The case whose end, in one process, is where this one begins: weights and moments are loaded instead of made."""
+
+
+LEARN = {"allocation": {"source": "learn"}}
+TRAIN = {"allocation": {"source": "file"}}
+RECOMPUTED = {"training": {"activation_checkpointing": True}}
+UNTIED = {"tie_word_embeddings": False}
+PADDED = {"vocab_size": 515}
+"""Not a multiple of two tensor ranks."""
+LEARN_TIED = Case("learn-tied", LEARN)
+CASES = (
+    LEARN_TIED,
+    Case("learn-untied-recomputed", LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}}),
+    Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED}),
+    Case("train-untied", TRAIN | {"model": UNTIED}),
+    Case("train-after-learn", TRAIN, initialised_from="learn-tied"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a topology: a case, and what is broken on purpose (worker.py)."""
+
+    name: str
+    case: Case
+    precision: str = "fp32"
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A topology, and how it stands in the configuration."""
+
+    name: str
+    processes: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+
+DP2 = Layout("dp2", 2)
+TP2 = Layout("tp2", 2, {"tensor": 2, "sequence": False})
+TP2_SEQUENCE = Layout("tp2-sequence", 2, {"tensor": 2, "sequence": True})
+PP2 = Layout("pp2", 2, {"pipeline": 2})
+PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
+COMBINATIONS = (
+    Layout("tp2-dp2", 4, {"tensor": 2}),
+    Layout("tp4", 4, {"tensor": 4}),
+    Layout("pp4", 4, {"pipeline": 4}),
+    Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),
+    Layout("tp2-pp2-dp2", 8, {"tensor": 2, "pipeline": 2}),
+)
+TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
+PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, whose documents are three lines each: a sequence holds several, and micro-batches differ in labels."""
+    folder = tmp_path_factory.mktemp("topologies")
+    lines = [
+        line for module in (argparse, tarfile) for line in Path(str(module.__file__)).read_text().splitlines() if line.strip()
+    ]
+    documents = ["\n".join(lines[start : start + 3]) for start in range(0, len(lines), 3)]
+    source = folder / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    prepare([str(source)], folder / "data", train_tokenizer=512, sequence_length=64, validation_share=0.1)
+    return folder
+
+
+class Runs:
+    """Makes the configurations of all cases, and trains each in this process once."""
+
+    def __init__(self, folder: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> None:
+        self.folder, self.make_config, self.train = folder, make_config, train
+
+    def values(self, case: Case, run: Path, precision: str = "fp32", parallel: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Plain values of a case's run."""
+        values = self.make_config(
+            run={"dir": str(run)},
+            # Weights large enough that attention and gates matter to the loss from the start.
+            model={"initializer_range": 0.15},
+            gates={"initial": 0.5},
+            parallel=parallel or {},
+            training={
+                "steps": STEPS,
+                "micro_batch": 2,
+                "global_batch": 8,
+                "gradient_clipping": CLIPPING,
+                # Adam's first step moves every weight by the learning rate, also where the gradient is rounding and nothing else
+                # (1e-10 beside 1e-4): those few weights are all that this adds to the difference, and the next gradients follow.
+                "learning_rate": 3e-4,
+                "precision": precision,
+                # Where only change is looked at, it must come from gradients.
+                "weight_decay": 0.1 if precision == "fp32" else 0.0,
+            },
+            data={"path": str(self.folder / "data")},
+            checkpoint={"every": 1, "keep": STEPS},
+        )
+        for section, fields in case.sections.items():
+            values[section] |= fields
+        if values["allocation"]["source"] == "file":
+            path = self.folder / "allocation.json"
+            TABLE.save(path)
+            values["allocation"]["file"] = str(path)
+        if case.initialised_from:
+            (origin,) = (other for other in CASES if other.name == case.initialised_from)
+            values["model"]["init_from"] = str(self.reference(origin, precision))
+        return values
+
+    def reference(self, case: Case, precision: str = "fp32") -> Path:
+        """The finished run of one process."""
+        run = self.folder / f"one-{case.name}-{precision}"
+        if not run.exists():
+            self.train(self.values(case, run, precision))
+        return run
+
+    def launch(self, layout: Layout, jobs: Sequence[Job]) -> dict[str, Path]:
+        """Trains all jobs in one launch of the layout; returns the run of each name."""
+        done = {job.name: self.folder / f"{layout.name}-{job.name}-{job.precision}" for job in jobs}
+        listed = [
+            {"config": self.values(job.case, done[job.name], job.precision, layout.parallel), "fault": job.fault} for job in jobs
+        ]
+        launch(layout.processes, listed, self.folder)
+        return done
+
+
+@pytest.fixture
+def runs(workspace: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> Runs:
+    return Runs(workspace, make_config, train)
+
+
+def check_equal(runs: Runs, layout: Layout, faults: Mapping[str, tuple[Case, str]] = MappingProxyType({})) -> dict[str, Path]:
+    """Launches all cases and compares them; `faults` (name: case and fault) run along and are left to the caller."""
+    jobs = [Job(case.name, case) for case in CASES] + [Job(name, case, fault=fault) for name, (case, fault) in faults.items()]
+    done = runs.launch(layout, jobs)
+    found = []
+    for case in CASES:
+        run = done[case.name]
+        found += [f"{case.name}: {each}" for each in differences(run, runs.reference(case), (1, STEPS))]
+        if case.initialised_from is None:
+            check_clipping(run)
+    assert not found, "\n".join(found[:30])
+    return done
+
+
+def check_clipping(run: Path) -> None:
+    """The first step's gradient had a larger norm than CLIPPING, and that norm when Adam got it."""
+    saved = checkpoint(run, 1)
+    first_moments = [value.double() for name, value in saved.moments().items() if name.startswith("exp_avg/")]
+    beta1 = saved.state["config"]["training"]["betas"][0]
+    given = math.sqrt(sum(float(value.square().sum()) for value in first_moments)) / (1 - beta1)
+    assert read_metrics(run / "metrics.jsonl")[0]["grad_norm"] > 2 * CLIPPING
+    assert given == pytest.approx(CLIPPING, rel=1e-4)
+
+
+def test_documents_and_clipping_are_in_play(runs: Runs) -> None:
+    """What all topologies are compared with: several documents in a sequence, a clipped gradient, gates of all kinds."""
+    run = runs.reference(LEARN_TIED)
+    check_clipping(run)
+    stream = BatchStream(runs.folder / "data", seed=0, global_batch=8, micro_batch=2)
+    batches = next(stream.steps())
+    assert all((batch.documents > 0).any() for batch in batches)
+    assert len({int((batch.labels != IGNORED).sum()) for batch in batches}) > 1
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert 0 < row["sampled_sparsity"] < 1
+    assert row["gate_grad_norm"] > 0
+
+
+def test_data_parallel_and_one_process_takes_over(runs: Runs) -> None:
+    done = check_equal(runs, DP2)
+    run = done[LEARN_TIED.name]
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")  # as if it had been killed after step 2
+    runs.train(runs.values(LEARN_TIED, run))
+    assert not (found := differences(run, runs.reference(LEARN_TIED), (STEPS,))), "\n".join(map(str, found))
+
+
+def test_tensor_parallel(runs: Runs) -> None:
+    done = check_equal(runs, TP2, {"fault": (LEARN_TIED, "sums_over_heads")})
+    check_found(runs, done["fault"], LEARN_TIED, ("q_norm", "k_norm"))
+
+
+def test_tensor_and_sequence_parallel(runs: Runs) -> None:
+    check_equal(runs, TP2_SEQUENCE)
+
+
+def test_pipeline_parallel(runs: Runs) -> None:
+    done = check_equal(runs, PP2, {"fault": (LEARN_TIED, "tied_weights")})
+    check_found(runs, done["fault"], LEARN_TIED, ("embed_tokens",))
+
+
+def test_dualpipev(runs: Runs) -> None:
+    check_equal(runs, PP2_DUALPIPEV)
+
+
+def test_tensor_and_pipeline_parallel(runs: Runs) -> None:
+    check_equal(runs, TP2_PP2)
+
+
+def test_pipeline_and_data_parallel(runs: Runs) -> None:
+    check_equal(runs, PP2_DP2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMBINATIONS, ids=lambda layout: layout.name)
+def test_combinations(runs: Runs, layout: Layout) -> None:
+    check_equal(runs, layout)
+
+
+def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> None:
+    """A run with a broken gradient is told from a sound one, and its worst gradients are the broken ones."""
+    found = differences(run, runs.reference(case), (1, STEPS))
+    assert any("grad_norm" in each.place for each in found)
+    gradients = [each for each in found if "step 1 exp_avg/" in each.place]
+    wrong = [each for each in gradients if any(name in each.place for name in broken)]
+    # The others differ too, by the factor of clipping alone: the norm is of all gradients.
+    assert wrong
+    assert min(each.size for each in wrong) > 10 * max(each.size for each in gradients if each not in wrong)
+
+
+@pytest.mark.parametrize("layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name)
+def test_bf16(runs: Runs, layout: Layout) -> None:
+    """In bf16 DeepSpeed trains with another optimizer class, which drops the gradients of weights used where it does not look."""
+    cases = [case for case in CASES if case.name in ("learn-tied", "train-untied")]
+    done = runs.launch(layout, [Job(case.name, case, precision="bf16") for case in cases])
+    for case in cases:
+        run, reference = done[case.name], runs.reference(case, "bf16")
+        own, theirs = (read_metrics(path / "metrics.jsonl") for path in (run, reference))
+        assert [row["loss"] for row in own] == pytest.approx([row["loss"] for row in theirs], rel=0.01)
+        first, last, truth = checkpoint(run, 1), checkpoint(run, STEPS), checkpoint(reference, 1)
+        shape = first.shape
+        seed = first.state["config"]["run"]["seed"]
+        beginning = {name: initial_weight(name, torch.Size(size), shape, seed) for name, size in first.weight_shapes().items()}
+        for name, before in beginning.items():
+            after_one, after_all = first.weights()[name], last.weights()[name]
+            assert not torch.equal(before, after_one), name
+            assert not torch.equal(after_one, after_all), name
+            gradient = f"exp_avg/{name}"
+            # Rounded to 8 bits in other places; a dropped part of a sum would be far beyond this.
+            assert relative(first.moments()[gradient], truth.moments()[gradient]) < 0.1, name

@@ -1,0 +1,57 @@
+"""One rank that trains several configurations of one topology, one after the other: torchrun ... worker.py JOBS.json
+
+JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS}. All of them have the same numbers of ranks:
+DeepSpeed keeps the topology in globals, so that another one needs fresh processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megaconsa.config import build
+from megaconsa.parallel import mesh
+from megaconsa.training.setup import build_trainer, check_inputs
+
+
+def without_sums_over_heads() -> Any:
+    """Gradients of the norms of q and k stay those of this rank's heads."""
+    return patch("megaconsa.parallel.engine.sums_over_heads", lambda name: False)
+
+
+def without_exchange_of_tied_weights() -> Any:
+    """A tied embedding keeps the gradient of the use that its own stage makes of it."""
+    from megaconsa.parallel.pipeline_module import CostCutModule
+
+    return patch.object(CostCutModule, "get_tied_weights_and_groups", lambda self: list(self.tensor_sums))
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "sums_over_heads": without_sums_over_heads,
+    "tied_weights": without_exchange_of_tied_weights,
+}
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("megaconsa").setLevel(logging.WARNING)
+    try:
+        for job in jobs:
+            config = build(job["config"])
+            place = mesh.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+            with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
+                assert build_trainer(check_inputs(config), place).run()
+    finally:
+        mesh.shut_down()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
