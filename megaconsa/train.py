@@ -25,7 +25,8 @@ def train(config_path: Path, overrides: list[str]) -> int:
     _log_to_console()
     # Imported after the configuration is known to be good: torch and DeepSpeed take seconds.
     from megaconsa.parallel import mesh as parallel
-    from megaconsa.training.setup import build_trainer, check_inputs
+    from megaconsa.training.inputs import check_inputs
+    from megaconsa.training.setup import build_trainer
 
     inputs = check_inputs(config)
     if inputs.resume is not None and inputs.resume.step == config.training.steps:

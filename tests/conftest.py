@@ -82,7 +82,8 @@ def train() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
     from megaconsa.config import build
     from megaconsa.parallel import mesh
     from megaconsa.reporting.metrics import read_metrics
-    from megaconsa.training.setup import build_trainer, check_inputs
+    from megaconsa.training.inputs import check_inputs
+    from megaconsa.training.setup import build_trainer
 
     logging.getLogger("megaconsa").setLevel(logging.WARNING)
 

@@ -15,7 +15,8 @@ from megaconsa import config as configuration
 from megaconsa.console import guarded
 from megaconsa.files import replace_text
 from megaconsa.parallel import mesh as parallel
-from megaconsa.training.setup import build_trainer, check_inputs
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
 
 
 def main(config_path: Path, out: Path, overrides: list[str]) -> None:

@@ -19,7 +19,8 @@ import torch
 
 from megaconsa.config import build
 from megaconsa.parallel import mesh
-from megaconsa.training.setup import build_trainer, check_inputs
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
 
 
 def without_sums_over_heads() -> Any:

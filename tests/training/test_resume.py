@@ -14,7 +14,8 @@ from megaconsa.config import build
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.setup import build_trainer, check_inputs
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
 
 CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
