@@ -21,24 +21,42 @@ STOPPED = 75
 
 def train(config_path: Path, overrides: list[str]) -> int:
     """Runs or resumes a training run; returns the exit code. Raises InputError for what is refused."""
-    config = configuration.load(config_path, overrides)
     _log_to_console()
-    # Imported after the configuration is known to be good: torch and DeepSpeed take seconds.
-    from megaconsa.parallel import mesh as parallel
+    # Alone it is looked at before anything is imported: torch and DeepSpeed take seconds. Of many ranks one is to refuse it.
+    alone = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1"
+    config = configuration.load(config_path, overrides) if alone else None
+    from megaconsa.parallel.world import join, leave
     from megaconsa.training.inputs import check_inputs
+
+    world = join()
+    config = config or world.agreed(lambda: configuration.load(config_path, overrides))
+    inputs = world.agreed(lambda: check_inputs(config, world.size))
+    if inputs.resume is not None and inputs.resume.step == config.training.steps:
+        if world.is_main:
+            console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
+        leave()
+        return 0
+    from megaconsa.parallel.mesh import initialize
+    from megaconsa.training import failures
     from megaconsa.training.setup import build_trainer
 
-    inputs = check_inputs(config)
-    if inputs.resume is not None and inputs.resume.step == config.training.steps:
-        console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
-        return 0
-    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+    trainer = None
     try:
+        mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
-    finally:
-        parallel.shut_down()
-    if mesh.is_main:
+    except InputError:
+        raise  # agreed by all ranks, and nothing was begun
+    except Exception as error:
+        code = failures.report(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
+        if world.size == 1:
+            return code
+        # At once: both leaving the group and the interpreter's own end can wait for, or abort over, ranks that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    leave()
+    if world.is_main:
         state = "finished" if finished else "stopped, the same command resumes it"
         console.print(
             f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens", markup=False
@@ -50,18 +68,20 @@ def _main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    # DeepSpeed's launcher puts it first, unless told not to; it also sets LOCAL_RANK.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     if not arguments or arguments[0].startswith("-"):
         raise InputError("give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]")
     return train(Path(arguments[0]), arguments[1:])
 
 
 def _log_to_console() -> None:
-    """INFO of megaconsa on the main rank, warnings elsewhere; libraries only speak up when something is wrong."""
+    """INFO of megaconsa on the main rank, errors elsewhere: all ranks warn of the same. Libraries only speak up when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     # torch deprecates collectives that DeepSpeed calls; nothing a user of this could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.getLogger("megaconsa").setLevel(logging.INFO if main else logging.WARNING)
+    logging.getLogger("megaconsa").setLevel(logging.INFO if main else logging.ERROR)
 
 
 if __name__ == "__main__":

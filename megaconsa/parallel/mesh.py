@@ -1,17 +1,16 @@
-"""Processes and their places: the world, this rank's device, the axes (pipeline, data, tensor) and its rank on each."""
+"""The axes of a world of processes (pipeline, data, tensor), this rank's place on each, and its groups."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megaconsa.errors import InputError
 from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.world import World, join
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class Mesh:
     tensor_rank. The ranks of a tensor group, which talk most, are neighbours; those of a pipeline are farthest apart.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
+    world: World
     topology: Any
     """The same for DeepSpeed, whose axes are called pipe, data and model."""
     pipeline_rank: int
@@ -34,9 +31,12 @@ class Mesh:
     tensor: TensorParallel
 
     @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
     def is_main(self) -> bool:
-        """Whether this rank writes logs and shared files."""
-        return self.rank == 0
+        return self.world.is_main
 
     @property
     def reads_data(self) -> bool:
@@ -50,50 +50,36 @@ class Mesh:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all ranks, in place."""
-        if self.world_size > 1:
+        if self.world.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True) -> Mesh:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) that torchrun, deepspeed or srun describe; alone it is a world of one.
+def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None) -> Mesh:
+    """Divides the processes of the launch into ranks of each axis; joins them first where `world` is not given.
 
-    tensor, pipeline: ranks on these axes, the rest of the world is data parallel; sequence: sequence parallelism where tensor > 1.
+    tensor, pipeline: ranks on these axes; the rest of the world is data parallel, and Topology.of has checked that it divides.
+    sequence: sequence parallelism where tensor > 1.
     """
-    local_rank = _complete_environment()
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    world = world or join()
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
+    if world.device.type == "cpu":
         # It would be compiled at start-up, for more than a minute, to speed up all-reduces that a CPU run does not wait for.
         __compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if not torch.distributed.is_initialized():
-        # Begun here and only joined by DeepSpeed, which cannot say which device NCCL is to use.
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    world_size = torch.distributed.get_world_size()
-    if world_size % (tensor * pipeline):
-        raise InputError(
-            f"{world_size} processes cannot be divided by parallel.tensor={tensor} x parallel.pipeline={pipeline}; "
-            f"start a multiple of {tensor * pipeline}, or lower one of them"
-        )
-    data_ranks = world_size // (tensor * pipeline)
+    # Joins what stands already: DeepSpeed itself could not tell NCCL which device to use.
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+    data_ranks = world.size // (tensor * pipeline)
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data_ranks)
-    rank = torch.distributed.get_rank()
-    place = topology.get_coord(rank)
-    group = _own_group(topology.get_axis_comm_lists("model"), rank) if tensor > 1 else None
+    place = topology.get_coord(world.rank)
+    group = _own_group(topology.get_axis_comm_lists("model"), world.rank) if tensor > 1 else None
     return Mesh(
-        rank,
-        world_size,
-        device,
+        world,
         topology,
         place.pipe,
         pipeline,
@@ -107,23 +93,3 @@ def _own_group(groups: list[list[int]], rank: int) -> Any:
     """Creates every group, as all ranks must, and returns the one that holds `rank`."""
     created = {tuple(ranks): torch.distributed.new_group(ranks) for ranks in groups}
     return next(group for ranks, group in created.items() if rank in ranks)
-
-
-def shut_down() -> None:
-    """Leaves the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _complete_environment() -> int:
-    """Fills in what torch.distributed reads and a lone process or srun does not set; returns the local rank."""
-    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    under_srun = "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
-    for name, source in slurm.items():
-        os.environ.setdefault(name, os.environ.get(source, "0") if under_srun else ("1" if name == "WORLD_SIZE" else "0"))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    return int(os.environ["LOCAL_RANK"])

@@ -14,22 +14,24 @@ import torch
 from megaconsa import config as configuration
 from megaconsa.console import guarded
 from megaconsa.files import replace_text
-from megaconsa.parallel import mesh as parallel
+from megaconsa.parallel.mesh import initialize
+from megaconsa.parallel.world import join, leave
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 
 
 def main(config_path: Path, out: Path, overrides: list[str]) -> None:
     config = configuration.load(config_path, overrides)
-    inputs = check_inputs(config)
-    mesh = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+    world = join()
     try:
+        inputs = world.agreed(lambda: check_inputs(config, world.size))
+        mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         rows = [trainer.step() for _ in range(config.training.steps)]
         memory = torch.tensor(rows[-1]["memory_gib"], device=mesh.device)
         torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
     finally:
-        parallel.shut_down()
+        leave()
     if mesh.is_main:
         replace_text(out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}))
 

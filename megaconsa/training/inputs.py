@@ -20,6 +20,7 @@ from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
+from megaconsa.parallel.topology import Topology
 
 CONFIG_NAME = "config.yaml"
 FREE = {"logging", "checkpoint", "validation", "run.dir", "data.workers", "data.path", "attention.backend"}
@@ -35,6 +36,7 @@ class Inputs:
     config: Config
     shape: ModelConfig
     data: DatasetInfo
+    topology: Topology
     allocation: Allocation | None
     """None while learning."""
     resume: Checkpoint | None
@@ -43,9 +45,10 @@ class Inputs:
     """What model.init_from names; not read again once the run has a checkpoint of its own."""
 
 
-def check_inputs(config: Config) -> Inputs:
-    """Reads and checks what the configuration points to; raises InputError. Writes nothing."""
+def check_inputs(config: Config, processes: int = 1) -> Inputs:
+    """Reads and checks what the configuration points to, for so many processes; raises InputError. Writes nothing."""
     shape = config.shape()
+    topology = Topology.of(config, processes)
     data = DatasetInfo.load(config.data.path)
     _check_data(config, shape, data)
     allocation = config.fixed_allocation()
@@ -70,11 +73,12 @@ def check_inputs(config: Config) -> Inputs:
         raise InputError(
             f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
         )
+    _check_precision(config, resume)
     origin = None
     if config.model.init_from is not None and resume is None:
         origin = store.resolve(config.model.init_from)
         _check_origin(config, shape, data, origin)
-    return Inputs(config, shape, data, allocation, resume, origin)
+    return Inputs(config, shape, data, topology, allocation, resume, origin)
 
 
 def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
@@ -152,6 +156,15 @@ def _check_existing_run(config: Config, resume: Checkpoint | None) -> None:
     if changed:
         raise InputError(
             f"run.dir={config.run.dir} was made with another configuration ({'; '.join(changed)}); choose another run.dir"
+        )
+
+
+def _check_precision(config: Config, resume: Checkpoint | None) -> None:
+    precision = "bf16" if config.training.in_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+    if resume is not None and resume.state["precision"] != precision:
+        raise InputError(
+            f"run {config.run.dir} was trained in {resume.state['precision']}, but training.precision={config.training.precision} means "
+            f"{precision} on this device; go on where it began, or use another run.dir"
         )
 
 

@@ -11,7 +11,6 @@ import yaml
 from megaconsa.config import Config
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.data.stream import Batch, BatchStream
-from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
@@ -33,14 +32,17 @@ NOTHING: list[Batch] = []
 
 
 def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
-    """Builds the run on every rank, from its newest checkpoint, the one it is initialised from, or fresh weights."""
+    """Builds the run on every rank, from its newest checkpoint, the one it is initialised from, or fresh weights.
+
+    InputError, on all ranks together, where data cannot be opened or the run folder is in use.
+    """
     config, shape = inputs.config, inputs.shape
-    training = config.training
-    topology = Topology.of(config, mesh.world_size)
-    stream, held_out = _streams(config, mesh)
-    validation = _validation(config, topology, mesh, held_out)
+    training, topology = config.training, inputs.topology
+    stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh))
+    validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
+    lock = mesh.world.agreed(lambda: [RunLock(config.run.dir)] if mesh.is_main else [])
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
-    if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
+    if gates and mesh.is_main and gates.settings.warmup_steps < gates.settings.shortest_warmup:
         logger.warning(
             "gates.warmup_steps=%d is short: at gates.learning_rate=%g the gates need about %.0f steps to the target and will lag, then "
             "overshoot it",
@@ -60,7 +62,6 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         separate_documents=config.attention.separate_documents,
     )
     progress = _restore(inputs, engine, gates)
-    lock = [RunLock(config.run.dir)] if mesh.is_main else []
     if mesh.is_main:
         replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
@@ -151,11 +152,6 @@ def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
 
 def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None) -> Progress:
     """Loads weights, moments and gates; returns where the run stands."""
-    if inputs.resume is not None and inputs.resume.state["precision"] != engine.precision:
-        raise InputError(
-            f"run {inputs.config.run.dir} was trained in {inputs.resume.state['precision']}, but training.precision="
-            f"{inputs.config.training.precision} means {engine.precision} on this device; go on where it began, or use another run.dir"
-        )
     source = inputs.resume or inputs.origin
     if source is None:
         engine.initialize(inputs.config.run.seed)

@@ -272,10 +272,26 @@ def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> N
     assert min(each.size for each in wrong) > 10 * max(each.size for each in gradients if each not in wrong)
 
 
-@pytest.mark.parametrize("layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name)
+IN_BF16 = pytest.mark.parametrize("layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name)
+
+
+@IN_BF16
 def test_bf16(runs: Runs, layout: Layout) -> None:
+    check_bf16(runs, layout, [case for case in CASES if case.name in ("learn-tied", "train-untied")])
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@IN_BF16
+def test_bf16_on_gpus(runs: Runs, layout: Layout) -> None:
+    kernels = {"head_dim": 32}  # which the Triton kernels serve
+    check_bf16(
+        runs, layout, [Case("learn-gpu", LEARN | {"model": kernels}), Case("train-gpu", TRAIN | {"model": UNTIED | kernels})]
+    )
+
+
+def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> None:
     """In bf16 DeepSpeed trains with another optimizer class, which drops the gradients of weights used where it does not look."""
-    cases = [case for case in CASES if case.name in ("learn-tied", "train-untied")]
     done = runs.launch(layout, [Job(case.name, case, precision="bf16") for case in cases])
     for case in cases:
         run, reference = done[case.name], runs.reference(case, "bf16")

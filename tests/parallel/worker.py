@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from megaconsa.config import build
-from megaconsa.parallel import mesh
+from megaconsa.parallel import mesh, world
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 
@@ -48,10 +48,11 @@ def main(jobs: list[dict[str, Any]]) -> None:
         for job in jobs:
             config = build(job["config"])
             place = mesh.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+            inputs = check_inputs(config, place.world.size)
             with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
-                assert build_trainer(check_inputs(config), place).run()
+                assert build_trainer(inputs, place).run()
     finally:
-        mesh.shut_down()
+        world.leave()
 
 
 if __name__ == "__main__":
