@@ -17,7 +17,7 @@ from megaconsa import config as configuration
 from megaconsa.cli import app
 from megaconsa.config import Config
 from megaconsa.model.config import PRESETS
-from megaconsa.training import setup
+from megaconsa.training import inputs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,7 +150,7 @@ def test_choices_stand_in_the_configuration_page() -> None:
 
 def test_what_may_change_on_resume_stands_in_the_training_page() -> None:
     paragraph = (ROOT / "docs" / "training.md").read_text().split("## Resuming")[1].split("\n## ")[0]
-    for name in setup.FREE:
+    for name in inputs.FREE:
         assert f"`{name}`" in paragraph
 
 
