@@ -153,6 +153,8 @@ class CheckpointSection(Section):
     """Steps between two checkpoints; 0 saves only at the end."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none for that."""
 
 
 class LoggingSection(Section):

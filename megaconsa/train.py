@@ -30,7 +30,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
     world = join()
     config = config or world.agreed(lambda: configuration.load(config_path, overrides))
-    inputs = world.agreed(lambda: check_inputs(config, world.size))
+    inputs = check_inputs(config, world)
     if inputs.resume is not None and inputs.resume.step == config.training.steps:
         if world.is_main:
             console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)

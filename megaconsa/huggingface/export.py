@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
 
 @torch.no_grad()
 def export(
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     model: ModelConfig,
     allocation: Allocation,
     out: Path,
@@ -87,7 +87,7 @@ def export(
         _write_weights(folder, weights, dtype)
 
 
-def reorder_heads(weights: dict[str, Tensor], model: ModelConfig, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def reorder_heads(weights: Mapping[str, Tensor], model: ModelConfig, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Moves the KV heads of each layer, with their query heads; the function of the model stays the same.
 
     orders[layer][i] is the present index of the KV head that comes to place i. Rows of q, k and v and columns of o are copied,
@@ -113,7 +113,7 @@ def _rows(order: Sequence[int], size: int) -> Tensor:
     return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
 
 
-def _check_weights(weights: dict[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
+def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
     """Raises InputError unless the weights are those of the model, finite, and within the range of `dtype`."""
     shapes = parameter_shapes(model)
     for problem, names in (("lack", shapes.keys() - weights.keys()), ("have the unknown", weights.keys() - shapes.keys())):
@@ -192,7 +192,7 @@ def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, spec
     return fields | {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Safetensors in `dtype`, in one file or in shards with an index; one shard at a time is converted in memory."""
     sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)

@@ -114,7 +114,7 @@ class Engine:
             self._set(name, initial_weight(name, self.distributed.shapes[name], self.shape, seed))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """fp32 master weights by canonical name, whole: on the main rank; the others must run through it too."""
+        """fp32 master weights by canonical name, whole, each on one rank; every rank must run through it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self.distributed.gather(safe_get_full_fp32_param)

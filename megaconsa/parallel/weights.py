@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,30 @@ class DistributedWeights:
     sharding: Sharding
     mesh: Mesh
 
-    def gather(self, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole fp32 tensor, on the CPU, of every weight: on the main rank. The others get nothing, but must run through it.
+    @cached_property
+    def keepers(self) -> dict[str, tuple[int, int]]:
+        """Of each weight the (data, tensor) rank that gets it whole, among those of its owner: all of them about as many bytes."""
+        ranks = [(data, tensor) for data in range(self.mesh.data_ranks) for tensor in range(self.mesh.tensor.size)]
+        load = {(stage, rank): 0 for stage in range(self.mesh.pipeline_ranks) for rank in ranks}
+        keepers = {}
+        for name in sorted(self.shapes, key=lambda name: (-self.shapes[name].numel(), name)):
+            lightest = min(ranks, key=lambda rank: load[self.owners[name], rank])
+            load[self.owners[name], lightest] += self.shapes[name].numel()
+            keepers[name] = lightest
+        return keepers
 
-        read: this rank's fp32 part of a weight or of a moment of it; called on all data ranks together, over which ZeRO-1 shards it.
+    def gather(self, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole fp32 tensor, on the device, of the weights that this rank keeps; over all ranks each weight once.
+
+        Every rank must run through it. read: this rank's fp32 part of a weight or of a moment of it; called on all data ranks
+        together, over which ZeRO-1 shards it.
         """
         mesh = self.mesh
         for name, owner in self.owners.items():
-            whole = None
             if mesh.pipeline_rank == owner:
-                whole = self.sharding.join(name, mesh.tensor.parts(read(self.parameters[name])))
-            if owner != 0 and mesh.data_rank == mesh.tensor.rank == 0:
-                if whole is not None:
-                    torch.distributed.send(whole.contiguous(), 0)
-                elif mesh.is_main:
-                    whole = torch.empty(self.shapes[name], device=mesh.device)
-                    torch.distributed.recv(whole, mesh.topology.get_rank(pipe=owner, data=0, model=0))
-            if mesh.is_main:
-                assert whole is not None
-                yield name, whole.cpu()
+                parts = mesh.tensor.parts(read(self.parameters[name]))
+                if self.keepers[name] == (mesh.data_rank, mesh.tensor.rank):
+                    yield name, self.sharding.join(name, parts)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's fp32 part of a whole tensor; RuntimeError where its shape is not the weight's."""

@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -16,6 +17,8 @@ from torch import distributed as dist
 from megaconsa.errors import InputError
 
 Result = TypeVar("Result")
+BACKGROUND_TIMEOUT = timedelta(hours=2)
+"""For ranks that wait until the slowest has written its part of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    background: Any
+    """torch.distributed's group of all ranks on gloo, for threads beside the training; None in a world of one."""
     launch: str
     """When it began, as a name that sorts by time and is the same on every rank: 20261124T112233."""
 
@@ -39,6 +44,8 @@ class World:
         Otherwise all ranks end together: the main one with InputError of what was said, each sentence once, the others without a word
         and exit code 2.
         """
+        if self.size == 1:
+            return check()
         result, refusal = None, None
         try:
             result = check()
@@ -47,15 +54,46 @@ class World:
         refusals: list[str | None] = [None] * self.size
         dist.all_gather_object(refusals, refusal)
         said = {text: [rank for rank, own in enumerate(refusals) if own == text] for text in refusals if text is not None}
-        if not said:
-            return result  # type: ignore[return-value]
+        if said:
+            self._refuse("; ".join(text + self._named(ranks) for text, ranks in said.items()))
+        return result  # type: ignore[return-value]
+
+    def from_main(self, find: Callable[[], Result]) -> Result:
+        """The result of `find`, called on the main rank alone, on every rank. What it refuses ends all ranks as `agreed` does."""
+        if self.size == 1:
+            return find()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = find()
+            except InputError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, 0)
+        if answer[1] is not None:
+            self._refuse(answer[1])
+        result: Result = answer[0]
+        return result
+
+    def exchange_in_background(self, value: Any) -> list[Any]:
+        """One value of each rank, in the order of ranks, on every rank. For one thread beside the training, which must not meet its
+        collectives."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.background)
+        return values
+
+    def _refuse(self, said: str) -> NoReturn:
         leave()
-        if not self.is_main:
-            raise SystemExit(2)
-        raise InputError("; ".join(text + self._named(ranks) for text, ranks in said.items()))
+        if self.is_main:
+            raise InputError(said)
+        raise SystemExit(2)
 
     def _named(self, ranks: list[int]) -> str:
         return "" if len(ranks) == self.size else f" (on rank {', '.join(map(str, ranks))} of {self.size})"
+
+
+ALONE = World(0, 1, torch.device("cpu"), None, "")
+"""This process by itself."""
 
 
 def join() -> World:
@@ -70,7 +108,9 @@ def join() -> World:
     began = torch.tensor(int(time.time()), device=device)
     dist.broadcast(began, 0)
     launch = time.strftime("%Y%m%dT%H%M%S", time.localtime(int(began)))
-    return World(dist.get_rank(), dist.get_world_size(), device, launch)
+    size = dist.get_world_size()
+    background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if size > 1 else None
+    return World(dist.get_rank(), size, device, background, launch)
 
 
 def leave() -> None:

@@ -24,7 +24,7 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
     config = configuration.load(config_path, overrides)
     world = join()
     try:
-        inputs = world.agreed(lambda: check_inputs(config, world.size))
+        inputs = check_inputs(config, world)
         mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         rows = [trainer.step() for _ in range(config.training.steps)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,16 @@ from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.world import ALONE, World
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-FREE = {"logging", "checkpoint", "validation", "run.dir", "data.workers", "data.path", "attention.backend"}
-"""Sections and fields that may change on resume: they do not change what is computed, the backend but for rounding."""
+FREE = {
+    *("parallel", "validation", "checkpoint", "logging"),
+    *("run.dir", "attention.backend", "training.micro_batch", "training.activation_checkpointing", "data.path", "data.workers"),
+}
+"""Sections and fields that may change on resume: they change nothing of what is learned but for rounding."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
 
@@ -39,14 +46,35 @@ class Inputs:
     topology: Topology
     allocation: Allocation | None
     """None while learning."""
-    resume: Checkpoint | None
-    """The run's own newest checkpoint."""
-    origin: Checkpoint | None
+    found: list[Path] = field(default_factory=list)
+    """The run's own checkpoints, newest first."""
+    resume: Checkpoint | None = None
+    """The newest of them that is whole."""
+    origin: Checkpoint | None = None
     """What model.init_from names; not read again once the run has a checkpoint of its own."""
 
 
-def check_inputs(config: Config, processes: int = 1) -> Inputs:
-    """Reads and checks what the configuration points to, for so many processes; raises InputError. Writes nothing."""
+def check_inputs(config: Config, world: World = ALONE) -> Inputs:
+    """Reads and checks what the configuration points to; writes nothing. All ranks of the world call it, and refuse together.
+
+    Raises InputError. Only the main rank checks every byte of checkpoints: a rank each would read them as often.
+    """
+    inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size))
+    found, resume = world.from_main(lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir))))
+    if resume is not None:
+        return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, store.read(resume))))
+    world.agreed(lambda: _check_begun_run(config))
+    if (init_from := config.model.init_from) is None:
+        return inputs
+    origin = world.from_main(lambda: store.resolve(init_from).path)
+    return world.agreed(lambda: replace(inputs, origin=_check_origin(inputs, store.read(origin))))
+
+
+def _path(checkpoint: Checkpoint | None) -> Path | None:
+    return None if checkpoint is None else checkpoint.path
+
+
+def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     shape = config.shape()
     topology = Topology.of(config, processes)
     data = DatasetInfo.load(config.data.path)
@@ -63,22 +91,7 @@ def check_inputs(config: Config, processes: int = 1) -> Inputs:
         raise InputError(
             f"logging.wandb={config.logging.wandb} needs the package wandb; install it with pip install 'megaconsa[wandb]'"
         )
-    resume = store.newest(config.run.dir)
-    _check_existing_run(config, resume)
-    if resume is not None and resume.state["data"] != describe_data(data):
-        raise InputError(
-            f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
-        )
-    if resume is not None and resume.allocation is not None and resume.allocation.full != (allocation and allocation.full):
-        raise InputError(
-            f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
-        )
-    _check_precision(config, resume)
-    origin = None
-    if config.model.init_from is not None and resume is None:
-        origin = store.resolve(config.model.init_from)
-        _check_origin(config, shape, data, origin)
-    return Inputs(config, shape, data, topology, allocation, resume, origin)
+    return Inputs(config, shape, data, topology, allocation)
 
 
 def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
@@ -139,37 +152,57 @@ def _check_folder(run: Path) -> None:
         raise InputError(f"run.dir={run} cannot be written: no permission for {nearest}")
 
 
-def _check_existing_run(config: Config, resume: Checkpoint | None) -> None:
-    """Refuses a run folder that was made with another configuration: its checkpoint's, or its config.yaml's before there is one."""
-    if resume is not None:
-        old = resume.state["config"]
-    else:
-        try:
-            old = yaml.safe_load((config.run.dir / CONFIG_NAME).read_text())
-        except (OSError, yaml.YAMLError):
-            return
-        if not isinstance(old, dict):  # torn by a crash, and nothing was trained: it starts clean
-            return
-    changed = [
-        line for line in differences(old, config.to_dict()) if line.split(".")[0] not in FREE and line.split(":")[0] not in FREE
-    ]
+def _check_begun_run(config: Config) -> None:
+    """Refuses a run folder without a checkpoint that was begun with another configuration."""
+    try:
+        old = yaml.safe_load((config.run.dir / CONFIG_NAME).read_text())
+    except (OSError, yaml.YAMLError):
+        return
+    if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean
+        _check_same_run(config, old)
+
+
+def _check_same_run(config: Config, old: dict[str, Any]) -> list[str]:
+    """Refuses a configuration that would train on as another run; returns the changes that are harmless."""
+    changed: list[str] = []
+    harmless: list[str] = []
+    for line in differences(old, config.to_dict()):
+        name = line.split(":")[0]
+        (harmless if name in FREE or name.split(".")[0] in FREE else changed).append(line)
     if changed:
         raise InputError(
-            f"run.dir={config.run.dir} was made with another configuration ({'; '.join(changed)}); choose another run.dir"
+            f"run.dir={config.run.dir} was made with another configuration ({'; '.join(changed)}); choose another run.dir, with "
+            f"model.init_from={config.run.dir} to go on from its newest checkpoint"
         )
+    return harmless
 
 
-def _check_precision(config: Config, resume: Checkpoint | None) -> None:
+def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
+    """Refuses to go on from the run's own checkpoint with anything that would make it another run."""
+    config, allocation = inputs.config, inputs.allocation
+    if harmless := _check_same_run(config, resume.state["config"]):
+        logger.info("goes on with %s", "; ".join(harmless))
+    if resume.state["data"] != describe_data(inputs.data):
+        raise InputError(
+            f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
+        )
+    if resume.allocation is not None and resume.allocation.full != (allocation and allocation.full):
+        raise InputError(
+            f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
+        )
     precision = "bf16" if config.training.in_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
-    if resume is not None and resume.state["precision"] != precision:
+    if resume.state["precision"] != precision:
         raise InputError(
             f"run {config.run.dir} was trained in {resume.state['precision']}, but training.precision={config.training.precision} means "
             f"{precision} on this device; go on where it began, or use another run.dir"
         )
+    return resume
 
 
-def _check_origin(config: Config, shape: ModelConfig, data: DatasetInfo, origin: Checkpoint) -> None:
-    changed = differences(origin.state["shape"], asdict(shape))
+def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
+    """Refuses to begin from a checkpoint of another model or tokenizer."""
+    config, data = inputs.config, inputs.data
+    changed = differences(origin.state["shape"], asdict(inputs.shape))
     if changed:
         raise InputError(f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})")
     theirs = origin.state["data"]["tokenizer_fingerprint"]
@@ -178,6 +211,7 @@ def _check_origin(config: Config, shape: ModelConfig, data: DatasetInfo, origin:
             f"data {config.data.path} was tokenised with another vocabulary (fingerprint {data.tokenizer_fingerprint}) than "
             f"model.init_from={config.model.init_from} was trained on ({theirs})"
         )
+    return origin
 
 
 def describe_data(data: DatasetInfo) -> dict[str, Any]:

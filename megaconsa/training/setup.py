@@ -6,16 +6,21 @@ import logging
 from dataclasses import asdict
 from itertools import repeat
 
+import torch
 import yaml
 
+from megaconsa.checkpoint import store
+from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.data.stream import Batch, BatchStream
+from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.world import World
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.metrics_file import MetricsFile
@@ -40,7 +45,9 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     training, topology = config.training, inputs.topology
     stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh))
     validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
-    lock = mesh.world.agreed(lambda: [RunLock(config.run.dir)] if mesh.is_main else [])
+    lock = mesh.world.agreed(lambda: [_lock(inputs)] if mesh.is_main else [])
+    # Nothing in a step draws from torch's own generators; whatever a library may draw follows from the seed too.
+    torch.manual_seed(config.run.seed)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
     if gates and mesh.is_main and gates.settings.warmup_steps < gates.settings.shortest_warmup:
         logger.warning(
@@ -61,7 +68,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         backend=config.attention.backend,
         separate_documents=config.attention.separate_documents,
     )
-    progress = _restore(inputs, engine, gates)
+    progress = _restore(inputs, engine, gates, mesh.world)
     if mesh.is_main:
         replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
@@ -82,10 +89,18 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),
-        Checkpointing(config.run.dir, config.checkpoint.every, config.checkpoint.keep, description),
+        Checkpointing(config.run.dir, config.checkpoint, mesh.world, description),
     ]
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+
+
+def _lock(inputs: Inputs) -> RunLock:
+    run = inputs.config.run.dir
+    lock = RunLock(run)
+    if store.committed(run) != inputs.found:
+        raise InputError(f"another process trained in run.dir={run} a moment ago; run the command again")
+    return lock
 
 
 def _validation(config: Config, topology: Topology, mesh: Mesh, held_out: BatchStream) -> Validation:
@@ -150,30 +165,41 @@ def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
     )
 
 
-def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None) -> Progress:
-    """Loads weights, moments and gates; returns where the run stands."""
+def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: World) -> Progress:
+    """Loads weights, moments, gates and random states; returns where the run stands."""
     source = inputs.resume or inputs.origin
     if source is None:
         engine.initialize(inputs.config.run.seed)
         return Progress()
-    engine.load_weights(source.weights())
-    if inputs.resume is not None or not inputs.config.training.reset_optimizer:
-        engine.load_moments(source.moments(), source.state["optimizer_steps"])
-    if inputs.resume is None:
-        continues = source.state["data"] == describe_data(inputs.data) and (
-            source.state["config"]["run"]["seed"] == inputs.config.run.seed
-        )
-        logger.log(
-            logging.INFO if continues else logging.WARNING,
-            "weights%s from %s; the data order %s",
-            "" if inputs.config.training.reset_optimizer else " and optimizer",
-            source.path,
-            "continues" if continues else "starts anew (other data or seed)",
-        )
-        return Progress(sequences=source.state["sequences"] if continues else 0)
+    with source.in_use():
+        engine.load_weights(source.weights())
+        if inputs.resume is not None or not inputs.config.training.reset_optimizer:
+            engine.load_moments(source.moments(), source.state["optimizer_steps"])
+        if inputs.resume is not None:
+            return _resume(source, gates, world)
+    continues = source.state["data"] == describe_data(inputs.data) and (
+        source.state["config"]["run"]["seed"] == inputs.config.run.seed
+    )
+    logger.log(
+        logging.INFO if continues else logging.WARNING,
+        "weights%s from %s; the data order %s",
+        "" if inputs.config.training.reset_optimizer else " and optimizer",
+        source.path,
+        "continues" if continues else "starts anew (other data or seed)",
+    )
+    return Progress(sequences=source.state["sequences"] if continues else 0)
+
+
+def _resume(source: Checkpoint, gates: GateBank | None, world: World) -> Progress:
     if gates is not None:
         state = source.gates()
         assert state is not None
         gates.load_state(state)
+    random = source.random_states()
+    # Of another number of ranks there is no state to go on from.
+    if {name.partition("/")[0] for name in random} == {str(rank) for rank in range(world.size)}:
+        torch.set_rng_state(random[f"{world.rank}/cpu"])
+        if world.device.type == "cuda" and f"{world.rank}/cuda" in random:
+            torch.cuda.set_rng_state(random[f"{world.rank}/cuda"], world.device)
     logger.info("resumes at step %d from %s", source.step, source.path)
     return Progress(source.step, source.state["tokens"], source.state["sequences"])

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.checkpoint import store
+from megaconsa.checkpoint import store, writer
+from megaconsa.checkpoint.writer import Snapshot, Writer
 from megaconsa.consa import rules
 from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.errors import InputError, RunError
+from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
 
 SHAPE = ModelConfig(7, 4, 6, 2, 2, 1, head_dim=2)
@@ -33,9 +34,15 @@ def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def save(run: Path, step: int, keep: int = 2, **changed: Any) -> Path:
     weights, moments = tensors(step)
     state = {"step": step, "tokens": 512 * step, "shape": asdict(SHAPE), "config": {"run": {"dir": str(run)}}}
-    return store.save(
-        run, state, weights=weights, moments=moments, **({"gates": None, "allocation": TABLE, "keep": keep} | changed)
-    )
+    settings = {"gates": None, "allocation": TABLE} | changed
+    of_run = Writer(run, keep)
+    of_run.clean()
+    of_run.begin(Snapshot(step, weights, moments, {"cpu": torch.get_rng_state()}, state, **settings))
+    result = of_run.wait()
+    assert result is not None
+    if result.error is not None:
+        raise OSError(result.error)
+    return run / store.FOLDER / f"step_{step}"
 
 
 def kept(run: Path) -> list[str]:
@@ -96,6 +103,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
         "model.safetensors",
         "optimizer.safetensors",
         "gates.safetensors",
+        "random.safetensors",
         "allocation.json",
         "state.json",
         "manifest.json",
@@ -215,8 +223,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(RunError, match="No space left on device"):
+    monkeypatch.setattr(writer, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
@@ -235,29 +243,6 @@ def test_a_damaged_later_one_does_not_push_out_whole_ones(keep: int, tmp_path: P
     assert left == (["step_2", "step_9"] if keep == 2 else ["step_9"])
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_checksum", "_write_json", "_sync"])
-def test_an_interrupted_save_costs_no_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at the second call of each of its parts: the left-over is ignored, and overwritten when the step is saved again."""
-    save(tmp_path, 1)
-    whole, calls = getattr(store, moment), []
-
-    def killed(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, moment, killed)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2)
-    assert kept(tmp_path) == [".step_2.tmp", "step_1"]
-    assert newest_step(tmp_path) == 1
-    save(tmp_path, 2)
-    assert kept(tmp_path) == ["step_1", "step_2"]
-    assert newest_step(tmp_path) == 2
-
-
 def test_what_a_dead_save_left_does_not_get_into_the_next(tmp_path: Path) -> None:
     leftover = tmp_path / "checkpoints" / ".step_2.tmp"
     leftover.mkdir(parents=True)
@@ -268,8 +253,8 @@ def test_what_a_dead_save_left_does_not_get_into_the_next(tmp_path: Path) -> Non
 
 def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = store._sync, Path.rename
-    monkeypatch.setattr(store, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = writer._sync, Path.rename
+    monkeypatch.setattr(writer, "_sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to)))
     names = {path.name for path in save(tmp_path, 2).iterdir()}
     named = events.index("-> step_2")

@@ -69,7 +69,7 @@ def checkpoint(run: Path, step: int) -> Checkpoint:
 def tensors(saved: Checkpoint) -> dict[str, Tensor]:
     """Weights, Adam's moments, and the gates' values, multipliers and moments."""
     gates = {f"gates/{name}": value for name, value in (saved.gates() or {}).items()}
-    return saved.weights() | saved.moments() | gates
+    return dict(saved.weights()) | dict(saved.moments()) | gates
 
 
 def differences(run: Path, reference: Path, steps: tuple[int, ...]) -> list[Difference]:

@@ -48,7 +48,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
         for job in jobs:
             config = build(job["config"])
             place = mesh.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-            inputs = check_inputs(config, place.world.size)
+            inputs = check_inputs(config, place.world)
             with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
                 assert build_trainer(inputs, place).run()
     finally:

@@ -29,7 +29,7 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
     """Against megaconsa's own model, by transformers alone; generating tells that the cache works."""
     checkpoint = store.resolve(run)
     model = Qwen3(checkpoint.shape, table, "reference", separate=False)
-    model.load_state_dict(checkpoint.weights(), strict=False)
+    model.load_state_dict(dict(checkpoint.weights()), strict=False)
     tokens = torch.from_numpy(TokenShards(data, "validation")[1][:SEQUENCE_LENGTH].astype("int64"))[None]
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True)
     expected, logits = model(tokens), exported(tokens).logits

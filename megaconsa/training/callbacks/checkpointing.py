@@ -1,56 +1,113 @@
-"""Checkpoints every so many steps, at the end, and before a run stops on a signal."""
+"""Checkpoints every so many steps, at the end, and before a run stops on a signal; written while training goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from megaconsa.checkpoint import store
+from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
+from megaconsa.config import CheckpointSection
 from megaconsa.consa import hard_concrete
 from megaconsa.consa.gates import GateBank
+from megaconsa.errors import RunError
 from megaconsa.files import replace_text
+from megaconsa.parallel.world import World
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
+LAST_WAIT_SECONDS = 60.0
+"""For a write under way when an error ends the run: the others may be gone, and then it never ends."""
+LONG_WAIT_SECONDS = 1.0
+"""A wait for the write before that is worth a line in the log."""
+
 
 class Checkpointing(Callback):
-    def __init__(self, run: Path, every: int, keep: int, description: dict[str, Any]) -> None:
+    def __init__(self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]) -> None:
         """description: what state.json says beside the trainer's progress (configuration, shape, data)."""
-        self.run, self.every, self.keep, self.description = run, every, keep, description
+        self.run, self.every, self.description = run, section.every, description
+        self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.exchange_in_background)
+        self.staging = Staging()
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.mesh.is_main:
+            self.writer.clean()
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         step = trainer.progress.step
-        if (self.every and step % self.every == 0) or step == trainer.training.steps or trainer.stopping:
-            self.save(trainer)
+        self._report(trainer, self.writer.poll())
+        last = step == trainer.training.steps or trainer.stopping
+        if last or (self.every and step % self.every == 0):
+            self.save(trainer, row)
+        if last:
+            result = self.writer.wait()
+            if result is not None and result.error is not None:
+                raise RunError(
+                    f"the checkpoint of step {step} could not be written: {result.error}; older ones in {self.run} are whole"
+                )
 
-    def save(self, trainer: Trainer) -> None:
-        main = trainer.mesh.is_main
-        # Gathering the shards takes part of every rank; writing is the main one's.
-        weights, moments = _collect(trainer.engine.weights(), main), _collect(trainer.engine.moments(), main)
-        if not main:
-            return
-        state = {**asdict(trainer.progress), "optimizer_steps": trainer.engine.optimizer_steps, **self.description}
-        store.save(
-            self.run,
-            state,
-            weights=weights,
-            moments=moments,
-            gates=trainer.gates.state() if trainer.gates else None,
-            allocation=trainer.allocation,
-            keep=self.keep,
+    def on_finish(self, trainer: Trainer) -> None:
+        self._report(trainer, self.writer.wait(LAST_WAIT_SECONDS))
+
+    def save(self, trainer: Trainer, row: Row) -> None:
+        """Copies the training state to host memory and begins to write it."""
+        started = time.monotonic()
+        if (before := self.writer.wait()) is not None:
+            self._report(trainer, before)
+            if (waited := time.monotonic() - started) > LONG_WAIT_SECONDS:
+                logger.warning(
+                    "step %d waited %.0f s until the checkpoint of step %d was written, which took %.0f s; raise checkpoint.every",
+                    trainer.progress.step,
+                    waited,
+                    before.step,
+                    before.seconds,
+                )
+        engine, main = trainer.engine, trainer.mesh.is_main
+        gates = trainer.gates if main else None
+        weights, moments = self.staging.copy(engine.weights()), self.staging.copy(engine.moments())
+        losses: Row = {name: row[name] for name in ("loss", "validation_loss") if name in row}
+        state: dict[str, Any] = {
+            **asdict(trainer.progress),
+            **losses,
+            "optimizer_steps": engine.optimizer_steps,
+            **self.description,
+        }
+        snapshot = Snapshot(
+            trainer.progress.step,
+            weights,
+            moments,
+            _random_states(trainer.mesh.device),
+            state if main else None,
+            {name: value.detach().cpu().clone() for name, value in gates.state().items()} if gates else None,
+            trainer.allocation if main else None,
         )
-        if trainer.gates:
-            _write_gates(self.run / "gates.json", trainer.progress.step, trainer.gates)
+        self.writer.begin(snapshot, time.monotonic() - started)
+        if gates:
+            try:
+                _write_gates(self.run / "gates.json", trainer.progress.step, gates)
+            except OSError as error:
+                logger.error("%s could not be written: %s", self.run / "gates.json", error.strerror)
+
+    def _report(self, trainer: Trainer, result: Result | None) -> None:
+        if result is not None and result.error is not None and trainer.mesh.is_main:
+            logger.error(
+                "the checkpoint of step %d could not be written: %s; training goes on, older checkpoints are whole, and the next one "
+                "is tried as usual",
+                result.step,
+                result.error,
+            )
 
 
-def _collect(tensors: Iterator[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Runs through all of them, keeping them only where asked: other ranks need no copy of the model in host memory."""
-    return {name: value for name, value in tensors if keep}
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def _write_gates(path: Path, step: int, gates: GateBank) -> None:

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import logging
+import os
+import socket
+import time
 from pathlib import Path
 
 from megaconsa.errors import InputError
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
+NAME = ".lock"
+
 
 class RunLock(Callback):
-    """Makes the folder and holds a lock in it from construction to the end of the run; the kernel drops it if the process dies."""
+    """Makes the folder and holds a lock in it from construction to the end of the run.
+
+    The kernel drops the lock when the process dies, so that what a killed run leaves in the file (host, pid, time) locks nobody out.
+    """
 
     def __init__(self, run: Path) -> None:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            self.file = (run / ".lock").open("w")
+            self.file = (run / NAME).open("a+")
         except OSError as error:
             raise InputError(f"run.dir={run} cannot be written: {error.strerror}") from None
+        self.file.seek(0)
+        holder = _describe(self.file.read())
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.file.close()
-            raise InputError(
-                f"run.dir={run} is in use: another process trains in it; wait for it or choose another run.dir"
-            ) from None
+            raise InputError(f"run.dir={run} is in use: {holder} trains in it; wait for it or choose another run.dir") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): make sure that no second process trains in it", run, error.strerror)
+        if holder is not None:
+            logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, holder)
+        self.file.truncate(0)
+        self.file.write(
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        )
+        self.file.flush()
 
     def on_finish(self, trainer: Trainer) -> None:
+        self.file.truncate(0)
         self.file.close()
+
+
+def _describe(content: str) -> str | None:
+    """Who wrote the lock; None where nobody did, or has finished since."""
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
+    except (ValueError, KeyError, TypeError):
+        return None if not content else "another process"
