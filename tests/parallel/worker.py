@@ -1,7 +1,8 @@
 """One rank that trains several configurations of one topology, one after the other: torchrun ... worker.py JOBS.json
 
-JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS}. All of them have the same numbers of ranks:
-DeepSpeed keeps the topology in globals, so that another one needs fresh processes.
+JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS, "stop": null or the step after which the
+run stops as if by a signal}. All of them have the same numbers of ranks: DeepSpeed keeps the topology in globals, so that another one
+needs fresh processes. A run that goes on from its own checkpoint must hold its tensors to the last bit before it trains.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from unittest.mock import patch
 
 import torch
 
+from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.parallel import mesh, world
+from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
+from megaconsa.training.trainer import Trainer
 
 
 def without_sums_over_heads() -> Any:
@@ -41,6 +45,25 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        if row["step"] == self.step - 1:
+            trainer.request_stop()
+
+
+def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
+    """What the ranks hold, gathered, is what was saved; over all ranks each tensor is looked at once."""
+    own = dict(trainer.engine.weights()) | dict(trainer.engine.moments())
+    whole = dict(saved.weights()) | dict(saved.moments())
+    for name, tensor in own.items():
+        assert torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)), name
+    seen = trainer.mesh.sum(torch.tensor(len(own)))
+    assert int(seen) == len(whole)
+
+
 def main(jobs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("megaconsa").setLevel(logging.WARNING)
@@ -50,7 +73,12 @@ def main(jobs: list[dict[str, Any]]) -> None:
             place = mesh.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
             inputs = check_inputs(config, place.world)
             with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
-                assert build_trainer(inputs, place).run()
+                trainer = build_trainer(inputs, place)
+                if inputs.resume is not None:
+                    check_loaded(trainer, inputs.resume)
+                if job["stop"]:
+                    trainer.callbacks = [*trainer.callbacks, StopAfter(job["stop"])]
+                assert trainer.run() == (job["stop"] is None)
     finally:
         world.leave()
 

@@ -1,0 +1,71 @@
+"""A run stops in one topology and goes on in another: its tensors to the last bit, its losses up to rounding.
+
+worker.py compares what the ranks hold after loading with what was saved.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from comparison import CLOCK, checkpoint
+from topologies import CASES, DP2, LEARN_TIED, ONE, PP2, PP2_DP2, PP2_DUALPIPEV, TP2_PP2, TP2_SEQUENCE, Case, Job, Layout, Runs
+
+from megaconsa.reporting.metrics import read_metrics
+
+TRAIN_UNTIED = next(case for case in CASES if case.name == "train-untied")
+OTHERS = (ONE, TP2_SEQUENCE, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
+
+
+def contents(run: Path, step: int) -> dict[str, bytes]:
+    saved = checkpoint(run, step).path
+    return {path.name: path.read_bytes() for path in [*saved.glob("*.safetensors"), *saved.glob("allocation.json")]}
+
+
+@pytest.mark.parametrize("layout", [ONE, TP2_PP2], ids=lambda layout: layout.name)
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
+    """20 steps, and 7 steps and 13."""
+    cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
+    whole = runs.launch(layout, [Job(f"{name}-whole", case, steps=20) for name, case in cases.items()])
+    runs.launch(layout, [Job(f"{name}-stopped", case, steps=20, stop=7) for name, case in cases.items()])
+    stopped = runs.launch(layout, [Job(f"{name}-stopped", case, steps=20) for name, case in cases.items()])
+    for name in cases:
+        one, two = whole[f"{name}-whole"], stopped[f"{name}-stopped"]
+        rows = [
+            [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(run / "metrics.jsonl")]
+            for run in (one, two)
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 20
+        assert contents(one, 20) == contents(two, 20)
+        # Where the next batch begins, which is a function of this and the seed.
+        assert checkpoint(one, 20).state["sequences"] == checkpoint(two, 20).state["sequences"] == 160
+
+
+def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str, Path]:
+    """Launches jobs that each go on from a copy of a run."""
+    for job in jobs:
+        shutil.copytree(start, runs.run_of(layout, job))
+    return runs.launch(layout, jobs)
+
+
+@pytest.mark.parametrize("case", [LEARN_TIED, TRAIN_UNTIED], ids=lambda case: case.name)
+def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, case: Case) -> None:
+    """5 steps in TP2 x PP2, 5 in the other; and 5 steps, 3 in the other, 2 in TP2 x PP2 again."""
+    done = runs.launch(
+        TP2_PP2, [Job(f"{case.name}-undisturbed", case, steps=10), Job(f"{case.name}-left", case, steps=10, stop=5)]
+    )
+    losses = [row["loss"] for row in read_metrics(done[f"{case.name}-undisturbed"] / "metrics.jsonl")]
+    returning = []
+    for layout in OTHERS:
+        name = f"{case.name}-{layout.name}"
+        jobs = [Job(f"{name}-stays", case, steps=10), Job(f"{name}-returns", case, steps=10, stop=8)]
+        runs_there = go_on(runs, done[f"{case.name}-left"], layout, jobs)
+        stayed = read_metrics(runs_there[f"{name}-stays"] / "metrics.jsonl")
+        assert [row["loss"] for row in stayed] == pytest.approx(losses, rel=1e-5)
+        back = Job(f"{name}-returns", case, steps=10)
+        shutil.copytree(runs_there[f"{name}-returns"], runs.run_of(TP2_PP2, back))
+        returning.append(back)
+    for run in runs.launch(TP2_PP2, returning).values():
+        assert [row["loss"] for row in read_metrics(run / "metrics.jsonl")] == pytest.approx(losses, rel=1e-5)

@@ -1,0 +1,157 @@
+"""What is trained in the tests of topologies, how it is divided, and the runs that come of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comparison import launch
+
+from megaconsa.consa.allocation import Allocation
+
+STEPS = 5
+CLIPPING = 0.05
+"""Less than any gradient norm of these runs, so that every step is clipped."""
+TABLE = Allocation(
+    8,
+    (
+        (True, True, False, False),  # full heads all on one side: in the model's own order the second tensor rank would have none
+        (False, False, True, True),
+        (True, False, False, False),
+        (True, True, False, True),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, whatever the topology."""
+
+    name: str
+    sections: dict[str, dict[str, Any]]
+    initialised_from: str | None = None
+    """The case whose end, in one process, is where this one begins: weights and moments are loaded instead of made."""
+
+
+LEARN = {"allocation": {"source": "learn"}}
+TRAIN = {"allocation": {"source": "file"}}
+RECOMPUTED = {"training": {"activation_checkpointing": True}}
+UNTIED = {"tie_word_embeddings": False}
+PADDED = {"vocab_size": 515}
+"""Not a multiple of two tensor ranks."""
+LEARN_TIED = Case("learn-tied", LEARN)
+CASES = (
+    LEARN_TIED,
+    Case("learn-untied-recomputed", LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}}),
+    Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED}),
+    Case("train-untied", TRAIN | {"model": UNTIED}),
+    Case("train-after-learn", TRAIN, initialised_from="learn-tied"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a topology: a case, what is broken on purpose, and where it stops (worker.py)."""
+
+    name: str
+    case: Case
+    precision: str = "fp32"
+    fault: str | None = None
+    steps: int = STEPS
+    stop: int | None = None
+    """A job of a name that was stopped goes on when it is launched again."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A topology, and how it stands in the configuration."""
+
+    name: str
+    processes: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+
+ONE = Layout("one", 1)
+DP2 = Layout("dp2", 2)
+TP2 = Layout("tp2", 2, {"tensor": 2, "sequence": False})
+TP2_SEQUENCE = Layout("tp2-sequence", 2, {"tensor": 2, "sequence": True})
+PP2 = Layout("pp2", 2, {"pipeline": 2})
+PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
+COMBINATIONS = (
+    Layout("tp2-dp2", 4, {"tensor": 2}),
+    Layout("tp4", 4, {"tensor": 4}),
+    Layout("pp4", 4, {"pipeline": 4}),
+    Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),
+    Layout("tp2-pp2-dp2", 8, {"tensor": 2, "pipeline": 2}),
+)
+TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
+PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
+
+
+class Runs:
+    """Makes the configurations of all cases, and trains each in this process once."""
+
+    def __init__(self, folder: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> None:
+        self.folder, self.make_config, self.train = folder, make_config, train
+
+    def values(
+        self, case: Case, run: Path, precision: str = "fp32", parallel: dict[str, Any] | None = None, steps: int = STEPS
+    ) -> dict[str, Any]:
+        """Plain values of a case's run."""
+        values = self.make_config(
+            run={"dir": str(run)},
+            # Weights large enough that attention and gates matter to the loss from the start.
+            model={"initializer_range": 0.15},
+            gates={"initial": 0.5},
+            parallel=parallel or {},
+            training={
+                "steps": steps,
+                "micro_batch": 2,
+                "global_batch": 8,
+                "gradient_clipping": CLIPPING,
+                # Adam's first step moves every weight by the learning rate, also where the gradient is rounding and nothing else
+                # (1e-10 beside 1e-4): those few weights are all that this adds to the difference, and the next gradients follow.
+                "learning_rate": 3e-4,
+                "precision": precision,
+                # Where only change is looked at, it must come from gradients.
+                "weight_decay": 0.1 if precision == "fp32" else 0.0,
+            },
+            data={"path": str(self.folder / "data")},
+            checkpoint={"every": 1, "keep": STEPS},
+        )
+        for section, fields in case.sections.items():
+            values[section] |= fields
+        if values["allocation"]["source"] == "file":
+            path = self.folder / "allocation.json"
+            TABLE.save(path)
+            values["allocation"]["file"] = str(path)
+        if case.initialised_from:
+            (origin,) = (other for other in CASES if other.name == case.initialised_from)
+            values["model"]["init_from"] = str(self.reference(origin, precision))
+        return values
+
+    def reference(self, case: Case, precision: str = "fp32") -> Path:
+        """The finished run of one process."""
+        run = self.folder / f"one-{case.name}-{precision}"
+        if not run.exists():
+            self.train(self.values(case, run, precision))
+        return run
+
+    def run_of(self, layout: Layout, job: Job) -> Path:
+        return self.folder / f"{layout.name}-{job.name}-{job.precision}"
+
+    def launch(self, layout: Layout, jobs: Sequence[Job]) -> dict[str, Path]:
+        """Trains all jobs in one launch of the layout; returns the run of each name."""
+        done = {job.name: self.run_of(layout, job) for job in jobs}
+        listed = [
+            {
+                "config": self.values(job.case, self.run_of(layout, job), job.precision, layout.parallel, job.steps),
+                "fault": job.fault,
+                "stop": job.stop,
+            }
+            for job in jobs
+        ]
+        launch(layout.processes, listed, self.folder)
+        return done
