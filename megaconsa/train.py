@@ -30,24 +30,25 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
     world = join()
     config = config or world.agreed(lambda: configuration.load(config_path, overrides))
-    inputs = check_inputs(config, world)
-    if inputs.resume is not None and inputs.resume.step == config.training.steps:
-        if world.is_main:
-            console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
-        leave()
-        return 0
-    from megaconsa.parallel.mesh import initialize
-    from megaconsa.training import failures
-    from megaconsa.training.setup import build_trainer
-
     trainer = None
     try:
+        inputs = check_inputs(config, world)
+        if inputs.resume is not None and inputs.resume.step == config.training.steps:
+            if world.is_main:
+                console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
+            leave()
+            return 0
+        from megaconsa.parallel.mesh import initialize
+        from megaconsa.training.setup import build_trainer
+
         mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
     except InputError:
         raise  # agreed by all ranks, and nothing was begun
     except Exception as error:
+        from megaconsa.training import failures
+
         code = failures.report(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
         if world.size == 1:
             return code

@@ -73,7 +73,7 @@ def main(
 
 
 def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str, object]:
-    """Trains in fresh processes and returns what they measured; RunError with the end of their output where they fail."""
+    """Trains in fresh processes and returns what they measured; RunError with the first failing rank's error where they fail."""
     import json
     import subprocess
     import sys
@@ -84,7 +84,8 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     command = [*launcher, "-m", "megaconsa.training.benchmark", str(config), str(out), *fields]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{processes} processes failed:\n{done.stderr[-3000:]}")
+        said = [path.read_text() for path in out.parent.glob("failures/*/first.txt")] or [done.stderr[-3000:]]
+        raise RunError(f"{processes} processes failed:\n{said[0]}")
     result: dict[str, object] = json.loads(out.read_text())
     return result
 

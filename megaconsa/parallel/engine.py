@@ -18,6 +18,7 @@ from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes
+from megaconsa.parallel.mends import mend_bf16
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index, layer_specs
 from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
@@ -72,6 +73,8 @@ class Engine:
                 optimizer=_adamw(module, training, fused=mesh.device.type == "cuda"),
                 config=_deepspeed_config(training, topology, bf16),
             )
+        if bf16:
+            mend_bf16(self.engine)
         shapes = weight_shapes(shape)
         owners = {name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes}
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
@@ -200,6 +203,10 @@ def _deepspeed_config(training: TrainingSection, topology: Topology, bf16: bool)
         "steps_per_print": None,
     }
     if bf16:
-        # Without the second line gradients accumulate in bf16.
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Without the second and third, gradients accumulate in bf16 and are rounded to it when they are summed over data ranks.
+        settings |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
     return settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed.pipe import DualPipeVModule, PipelineModule
 from torch import Tensor
 
@@ -20,6 +21,10 @@ class CostCutModule(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.bounds
         self._set_bounds(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # otherwise torch warns, on every rank, of a broadcast that autograd does not know
+            super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
         """What DeepSpeed sums once a step, over which ranks: tied weights over their stages, and the `tensor_sums`."""

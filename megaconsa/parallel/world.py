@@ -18,7 +18,7 @@ from megaconsa.errors import InputError
 
 Result = TypeVar("Result")
 BACKGROUND_TIMEOUT = timedelta(hours=2)
-"""For ranks that wait until the slowest has written its part of a checkpoint."""
+"""For ranks that wait until one of them has read, or the slowest has written, a large checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class World:
     size: int
     device: torch.device
     background: Any
-    """torch.distributed's group of all ranks on gloo, for threads beside the training; None in a world of one."""
+    """torch.distributed's group of all ranks on gloo, patient, for start-up and for threads beside the training; None if alone."""
     launch: str
     """When it began, as a name that sorts by time and is the same on every rank: 20261124T112233."""
 
@@ -52,7 +52,7 @@ class World:
         except InputError as error:
             refusal = str(error)
         refusals: list[str | None] = [None] * self.size
-        dist.all_gather_object(refusals, refusal)
+        dist.all_gather_object(refusals, refusal, group=self.background)
         said = {text: [rank for rank, own in enumerate(refusals) if own == text] for text in refusals if text is not None}
         if said:
             self._refuse("; ".join(text + self._named(ranks) for text, ranks in said.items()))
@@ -68,7 +68,7 @@ class World:
                 answer[0] = find()
             except InputError as error:
                 answer[1] = str(error)
-        dist.broadcast_object_list(answer, 0)
+        dist.broadcast_object_list(answer, 0, group=self.background)
         if answer[1] is not None:
             self._refuse(answer[1])
         result: Result = answer[0]
@@ -102,7 +102,10 @@ def join() -> World:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        _check_device(local_rank)
         torch.cuda.set_device(device)
+        # DeepSpeed's pipeline sends one tensor at a time; that this is no batch is nothing a user could mend.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     began = torch.tensor(int(time.time()), device=device)
@@ -111,6 +114,14 @@ def join() -> World:
     size = dist.get_world_size()
     background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if size > 1 else None
     return World(dist.get_rank(), size, device, background, launch)
+
+
+def _check_device(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this process sees {torch.cuda.device_count()}; start as many processes a node as it "
+            "has GPUs"
+        )
 
 
 def leave() -> None:
@@ -131,6 +142,8 @@ def _complete_environment() -> int:
     elif "SLURM_STEP_ID" in environment:  # a task of srun, not of a shell that it started
         for name, slurm in {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}.items():
             environment[name] = environment[f"SLURM_{slurm}"]
+        if torch.cuda.device_count() == 1:  # each task sees its own only (--gpus-per-task=1)
+            environment["LOCAL_RANK"] = "0"
         environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
         # The same on all nodes, and another for each job and step of a node. Below the range the kernel takes for connections.
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])

@@ -27,7 +27,7 @@ class Memory:
 
     weights: int
     gradients: int
-    """fp32, accumulated over micro-batches; every data rank holds those of all its weights."""
+    """fp32, accumulated over micro-batches, and in bf16 those of the present one; every data rank holds those of all its weights."""
     optimizer: int
     """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
     activations: int
@@ -294,7 +294,7 @@ def _memory(
     kept, checkpointed = held * layer, held * inputs + (layer if held else 0)
     parts = {
         "weights": value * weights,
-        "gradients": 4 * weights,
+        "gradients": (4 + (value if value == 2 else 0)) * weights,
         "optimizer": -(-12 * weights // topology.data),
         "activations": checkpointed if training.activation_checkpointing else kept,
         "logits": _logit_bytes(shape, tokens, value, topology.tensor) if layers[-1][1] == shape.num_hidden_layers + 3 else 0,

@@ -36,7 +36,7 @@ def plan_table(plan: Plan) -> Table:
     compare(f"  sequence of {plan.context:,} tokens", lambda cost: cost.kv_cache_bytes, _bytes)
     section("Memory of each GPU" if plan.pipeline_ranks == 1 else "Memory of the fullest GPU")
     table.add_row("  weights", _bytes(memory.weights))
-    table.add_row("  fp32 gradients", _bytes(memory.gradients))
+    table.add_row("  gradients", _bytes(memory.gradients))
     table.add_row("  fp32 weights, moments", _bytes(memory.optimizer))
     table.add_row(
         "  activations",

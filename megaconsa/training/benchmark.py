@@ -6,6 +6,7 @@ Started by the tool as python -m megaconsa.training.benchmark CONFIG OUT [sectio
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 
 from megaconsa import config as configuration
 from megaconsa.console import guarded
+from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.parallel.mesh import initialize
 from megaconsa.parallel.world import join, leave
+from megaconsa.training import failures
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 
@@ -30,8 +33,13 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
         rows = [trainer.step() for _ in range(config.training.steps)]
         memory = torch.tensor(rows[-1]["memory_gib"], device=mesh.device)
         torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
-    finally:
-        leave()
+    except InputError:
+        raise  # agreed by all ranks
+    except Exception as error:
+        failures.report(error, out.parent, world, None)
+        sys.stderr.flush()
+        os._exit(1)  # leaving the group could wait for ranks that are stuck
+    leave()
     if mesh.is_main:
         replace_text(out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}))
 

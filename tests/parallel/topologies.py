@@ -42,6 +42,15 @@ UNTIED = {"tie_word_embeddings": False}
 PADDED = {"vocab_size": 515}
 """Not a multiple of two tensor ranks."""
 LEARN_TIED = Case("learn-tied", LEARN)
+HEAD_ALONE = Case(
+    "head-alone",
+    LEARN
+    | {
+        # A vocabulary that outweighs the layers, so that the last stage of two holds the final norm and the head only.
+        "model": {"num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2},
+        "training": {"gradient_clipping": 0.0},
+    },
+)
 CASES = (
     LEARN_TIED,
     Case("learn-untied-recomputed", LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}}),

@@ -50,7 +50,7 @@ def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["accumulation"] == 2
     memory, parameters = plan["memory"], plan["parameters"]
     assert memory["weights"] == 2 * parameters
-    assert memory["gradients"] == 4 * parameters
+    assert memory["gradients"] == 6 * parameters
     assert memory["optimizer"] == 12 * parameters // 8
     assert memory["total"] == sum(memory[part] for part in ("weights", "gradients", "optimizer", "activations", "logits"))
     assert memory["activations"] == memory["activations_kept"] > 10 * memory["activations_checkpointed"]
@@ -169,7 +169,7 @@ def test_pipeline_ranks(settings: Path) -> None:
     assert [rank.memory.logits > 0 for rank in plan.pipeline] == [False, False, False, True]
     assert plan.memory == max((rank.memory for rank in plan.pipeline), key=lambda memory: memory.total)
     for rank in plan.pipeline:
-        assert rank.memory.gradients == 2 * rank.memory.weights
+        assert rank.memory.gradients == 3 * rank.memory.weights
         assert rank.memory.optimizer == 6 * rank.memory.weights // 2
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 from megaconsa.reporting.benchmark_training import Layout
 from megaconsa.tools import bench_training
 
@@ -49,3 +49,18 @@ def test_what_cannot_run_is_refused_before_anything_runs(configuration: Path) ->
         bench_training.main(configuration, topology=["pipeline=2,data=2"], steps=3, skip=1)
     with pytest.raises(InputError, match="--skip"):
         bench_training.main(configuration, steps=3, skip=3)
+
+
+def test_the_failing_rank_is_heard(configuration: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank of the started processes fails: a module that Python imports at its start plants the error."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from megaconsa.training.trainer import Trainer\n"
+        "    def step(self):\n"
+        "        raise RuntimeError('CUDA out of memory, planted')\n"
+        "    Trainer.step = step\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RunError, match=r"rank 1 of 2.*\n(?s:.*)CUDA out of memory, planted"):
+        bench_training.main(configuration, topology=["data=2"], steps=3, skip=1)
