@@ -12,6 +12,7 @@ from megaconsa.console import guarded
 from megaconsa.tools import (
     bench_attention,
     bench_training,
+    checkpoints,
     export_hf,
     finalize_masks,
     plan,
@@ -19,6 +20,7 @@ from megaconsa.tools import (
     quickstart,
     report,
     rule_masks,
+    verify,
     verify_data,
 )
 
@@ -57,6 +59,8 @@ for name, tool in {
     "finalize-masks": finalize_masks,
     "rule-masks": rule_masks,
     "export-hf": export_hf,
+    "checkpoints": checkpoints,
+    "verify": verify,
     "plan": plan,
     "report": report,
     "bench-attention": bench_attention,

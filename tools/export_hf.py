@@ -22,6 +22,9 @@ def main(
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"], typer.Option(help="Precision of the exported weights.")
     ] = "bfloat16",
+    average: Annotated[
+        int, typer.Option(min=1, help="Export the mean of the weights of this many newest checkpoints of the run.")
+    ] = 1,
     verify: Annotated[
         int,
         typer.Option(
@@ -34,16 +37,22 @@ def main(
     Example:
 
         megaconsa export-hf runs/quickstart/train --out runs/quickstart/hf --dtype float32 --verify 256
+
+        megaconsa export-hf runs/quickstart/train --average 2 --out runs/quickstart/hf_mean
     """
+    from contextlib import ExitStack
+
     import torch
 
     from megaconsa.checkpoint import store
+    from megaconsa.checkpoint.tensor_files import MeanTensors
     from megaconsa.consa.allocation import Allocation
     from megaconsa.errors import InputError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export
 
-    checkpoint = store.resolve(source)
+    checkpoints = store.newest_of(source, average) if average > 1 else [store.resolve(source)]
+    checkpoint = checkpoints[0]
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
     if table is None:
         raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
@@ -56,12 +65,18 @@ def main(
             raise InputError(f"the run's tokenizer {tokenizer} is not there any more; give its folder with --tokenizer")
     tokens = held_out_tokens(checkpoint, verify) if verify else None
     origin = {"run": checkpoint.state["config"]["run"]["dir"], "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
+    if average > 1:
+        origin["averaged_steps"] = [each.step for each in checkpoints]
     precision = getattr(torch, dtype)
-    export(checkpoint.weights(), checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
+    with ExitStack() as reading:
+        for each in checkpoints:
+            reading.enter_context(each.in_use())
+        weights = MeanTensors([each.weights() for each in checkpoints]) if average > 1 else checkpoint.weights()
+        export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
+        difference = logit_difference(out, checkpoint.shape, weights, table, tokens) if tokens is not None else None
     kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
     console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
     if tokens is not None:
-        difference = logit_difference(out, checkpoint, table, tokens)
         console.print(
             f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
             markup=False,

@@ -92,15 +92,20 @@ class Checkpoint:
         weights = self.weights()
         return {name: weights.shape(name) for name in weights}
 
-    def faults(self, advance: Callable[[int], None] = lambda count: None) -> list[str]:
-        """What does not agree with the manifest: missing files, sizes, checksums. advance is told of bytes as they are read."""
+    def faults(self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True) -> list[str]:
+        """What does not agree with the manifest: missing files, sizes, checksums. advance is told of bytes as they are read.
+
+        checksums: False reads no file.
+        """
 
         def fault(name: str) -> str | None:
             path, entry = self.path / name, self.manifest["files"][name]
             try:
                 if path.stat().st_size != entry["bytes"]:
                     return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-                return None if checksum(path, advance) == entry["xxh3_64"] else f"{path} does not match its checksum"
+                if not checksums or checksum(path, advance) == entry["xxh3_64"]:
+                    return None
+                return f"{path} does not match its checksum"
             except FileNotFoundError:
                 return f"{path} is missing"
             except OSError as error:
@@ -156,6 +161,14 @@ def resolve(path: Path) -> Checkpoint:
     if faults := checkpoint.faults():
         raise InputError(f"checkpoint is damaged: {faults[0]}")
     return checkpoint
+
+
+def newest_of(run: Path, count: int) -> list[Checkpoint]:
+    """The `count` newest checkpoints of a run folder, all of them whole; InputError where there are fewer."""
+    paths = committed(run)[:count]
+    if len(paths) < count:
+        raise InputError(f"{run} holds {len(paths)} checkpoints, not {count}; give a run folder that kept more, or ask for fewer")
+    return [resolve(path) for path in paths]
 
 
 def committed(run: Path) -> list[Path]:

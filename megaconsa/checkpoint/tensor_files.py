@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,3 +30,20 @@ class TensorFiles(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the tensor."""
         return tuple(self._places[name].get_slice(name).get_shape())
+
+
+class MeanTensors(Mapping[str, Tensor]):
+    """The mean of equally named tensors, each computed in fp64 when it is asked for and given in fp32."""
+
+    def __init__(self, sources: Sequence[Mapping[str, Tensor]]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = sum((source[name].double() for source in self._sources[1:]), self._sources[0][name].double())
+        return (total / len(self._sources)).to(torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources[0])
+
+    def __len__(self) -> int:
+        return len(self._sources[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.data.stream import TokenShards
 from megaconsa.errors import RunError
 from megaconsa.huggingface.load import compare_logits
+from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
 
 TOLERANCE = 1e-5
@@ -26,17 +28,20 @@ def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def logit_difference(folder: Path, checkpoint: Checkpoint, allocation: Allocation, tokens: Tensor) -> float:
+def logit_difference(
+    folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], allocation: Allocation, tokens: Tensor
+) -> float:
     """Runs the export and megaconsa's own model (reference attention) in fp32 on `tokens` (B, S).
 
-    The checkpoint's weights are first rounded to the precision of the export. Returns the largest absolute difference of the logits
+    `weights`, those of the checkpoint, are first rounded to the precision of the export.
+    Returns the largest absolute difference of the logits
     over the largest logit; raises RunError where it exceeds TOLERANCE.
     """
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))
-    model = Qwen3(checkpoint.shape, allocation, "reference", separate=False)
-    weights = {name: value.to(dtype).float() for name, value in checkpoint.weights().items()}
-    model.load_state_dict(weights, strict=not checkpoint.shape.tie_word_embeddings)
+    model = Qwen3(shape, allocation, "reference", separate=False)
+    rounded = {name: value.to(dtype).float() for name, value in weights.items()}
+    model.load_state_dict(rounded, strict=not shape.tie_word_embeddings)
     difference = compare_logits(folder, tokens, model(tokens))
     if not difference <= TOLERANCE:
         raise RunError(

@@ -1,0 +1,226 @@
+"""Writing behind training: what stays, what waits for what, and what a failed write costs."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaconsa.checkpoint import store, writer
+from megaconsa.checkpoint.writer import Snapshot, Staging, Writer
+from megaconsa.config import build
+from megaconsa.errors import InputError, RunError
+from megaconsa.parallel import mesh
+from megaconsa.reporting.metrics import read_metrics
+from megaconsa.training.callbacks.base import Callback, Row
+from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.run_lock import RunLock
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
+from megaconsa.training.trainer import Trainer
+
+MakeConfig = Callable[..., dict[str, Any]]
+
+
+def snapshot(step: int) -> Snapshot:
+    weights = {"model.norm.weight": torch.full((4,), float(step))}
+    return Snapshot(step, weights, {f"exp_avg/{name}": value for name, value in weights.items()}, {}, {"step": step})
+
+
+def kept(run: Path) -> list[int]:
+    return [store.read(path).step for path in store.committed(run)]
+
+
+def save(of_run: Writer, step: int) -> None:
+    of_run.begin(snapshot(step))
+    result = of_run.wait()
+    assert result is not None
+    assert (result.step, result.error) == (step, None)
+
+
+def test_every_so_many_stay_for_ever(tmp_path: Path) -> None:
+    of_run = Writer(tmp_path, keep=2, keep_every=20)
+    for step in range(5, 60, 5):
+        save(of_run, step)
+    assert kept(tmp_path) == [55, 50, 40, 20]
+
+
+def test_one_that_is_read_stays_until_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of_run = Writer(tmp_path, keep=1)
+    save(of_run, 1)
+    with store.resolve(tmp_path).in_use(), caplog.at_level(logging.INFO, "megaconsa"):
+        save(of_run, 2)
+        assert kept(tmp_path) == [2, 1]
+        assert "it is being read" in caplog.text
+    save(of_run, 3)
+    assert kept(tmp_path) == [3]
+
+
+def test_begin_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_write, save_file = threading.Event(), writer.save_file
+    monkeypatch.setattr(writer, "save_file", lambda *arguments: may_write.wait(60) and save_file(*arguments))
+    of_run = Writer(tmp_path, keep=1)
+    of_run.begin(snapshot(1))
+    assert of_run.poll() is None
+    assert of_run.wait(0.01) is None
+    assert kept(tmp_path) == []
+    may_write.set()
+    assert of_run.wait() is not None
+    assert kept(tmp_path) == [1]
+    assert of_run.wait() is None
+
+
+def test_what_is_staged_does_not_follow_the_training(tmp_path: Path) -> None:
+    staging, trained = Staging(), torch.ones(3)
+    first = staging.copy([("weight", trained)])
+    trained += 1
+    assert first["weight"].tolist() == [1, 1, 1]
+    again = staging.copy([("weight", trained)])
+    assert again["weight"].tolist() == [2, 2, 2]
+    assert again["weight"].data_ptr() == first["weight"].data_ptr()  # memory for one checkpoint, whatever their number
+
+
+def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks as two threads."""
+    barrier, shares = threading.Barrier(2), [None, None]
+
+    def exchange_of(rank: int) -> Callable[[Any], list[Any]]:
+        def exchange(value: Any) -> list[Any]:
+            shares[rank] = value
+            barrier.wait(60)
+            together = list(shares)
+            barrier.wait(60)
+            return together
+
+        return exchange
+
+    ranks = [Writer(tmp_path, 2, rank=rank, ranks=2, exchange=exchange_of(rank)) for rank in range(2)]
+    other = Snapshot(1, {"lm_head.weight": torch.ones(2)}, {}, {"cpu": torch.get_rng_state()})
+
+    def write() -> list[str | None]:
+        for each, share in zip(ranks, (snapshot(1), other), strict=True):
+            each.begin(share)
+        results = [each.wait() for each in ranks]
+        return [result.error for result in results if result]
+
+    assert write() == [None, None]
+    saved = store.resolve(tmp_path)
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} <= saved.manifest["files"].keys()
+    assert sorted(saved.weights()) == ["lm_head.weight", "model.norm.weight"]
+
+    def full(tensors: Any, path: Path, *_: Any) -> None:
+        if "00002-of" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "_entry", lambda path: {})
+    assert write() == ["rank 1: No space left on device"] * 2
+    assert kept(tmp_path) == [1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+class At(Callback):
+    """Calls functions after steps."""
+
+    def __init__(self, actions: dict[int, Callable[[], Any]]) -> None:
+        self.actions = actions
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        self.actions.get(row["step"], lambda: None)()
+
+
+def trainer_with(values: dict[str, Any], actions: dict[int, Callable[[], Any]]) -> Trainer:
+    trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
+    trainer.callbacks = [At(actions), *trainer.callbacks]
+    return trainer
+
+
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    small_disk: Path, make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(make_config(run={"dir": str(tmp_path / "whole")}))
+    values = make_config(run={"dir": str(small_disk / "run")})
+    assert trainer_with(values, {3: lambda: fill(small_disk), 5: (small_disk / "filler").unlink}).run()
+    assert "checkpoint of step 4 could not be written" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert kept(small_disk / "run") == [6, 2]
+    assert [row["loss"] for row in read_metrics(small_disk / "run" / "metrics.jsonl")] == [row["loss"] for row in whole]
+
+
+def test_rows_of_metrics_wait_for_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = MetricsFile(small_disk)
+    nobody: Any = None  # the trainer is asked for nothing
+    rows = [{"step": step, "note": "x" * 1000} for step in range(1, 21)]
+    for row in rows:
+        if row["step"] == 5:
+            fill(small_disk)
+        if row["step"] == 15:
+            (small_disk / "filler").unlink()
+        metrics.on_step(nobody, row)
+        assert read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]  # whole rows only
+    assert caplog.text.count("its rows wait in memory") == 1
+    assert read_metrics(metrics.path) == rows
+
+
+def test_a_disk_that_stays_full_ends_the_run_at_its_last_save(small_disk: Path, make_config: MakeConfig, train: Any) -> None:
+    values = make_config(run={"dir": str(small_disk / "run")})
+    with pytest.raises(RunError, match=r"checkpoint of step 6 could not be written: .*No space left on device.*older ones"):
+        trainer_with(values, {3: lambda: fill(small_disk)}).run()
+    assert kept(small_disk / "run") == [2]
+    (small_disk / "filler").unlink()
+    assert len(train(values)) == 6
+
+
+def test_a_folder_that_turns_read_only(small_disk: Path, make_config: MakeConfig, train: Any) -> None:
+    values = make_config(run={"dir": str(small_disk / "run")})
+    folder = small_disk / "run" / "checkpoints"
+
+    def hide() -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)
+
+    try:
+        with pytest.raises(RunError, match="step 6 could not be written: Read-only file system"):
+            trainer_with(values, {3: hide}).run()
+        values["run"]["dir"] = str(folder / "run")
+        with pytest.raises(InputError, match="cannot be written: no permission"):
+            check_inputs(build(values))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    values["run"]["dir"] = str(small_disk / "run")
+    assert len(train(values)) == 6
+
+
+def test_a_lock_names_its_holder_and_a_dead_ones_is_void(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = RunLock(tmp_path)
+    with pytest.raises(InputError, match=rf"run.dir={tmp_path} is in use: process \d+ on \S+, since .*, trains in it"):
+        RunLock(tmp_path)
+    first.file.close()  # as when the process is killed: the kernel drops the lock, the words stay
+    with caplog.at_level(logging.INFO, "megaconsa"):
+        RunLock(tmp_path).file.close()
+    assert "ended without a word; its lock is void" in caplog.text
