@@ -79,11 +79,11 @@ class Sharding:
         if kind not in DIVIDED:
             return parts[0]
         dimension = DIVIDED[kind]
-        whole = torch.cat(parts, dimension)
+        whole = torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
         if kind in BY_VOCABULARY:
             return whole[: self.config.vocab_size]
-        if kind in BY_HEAD:
-            original = torch.tensor(self.head_orders[_layer(name)], device=whole.device).argsort()
+        if kind in BY_HEAD and (order := self.head_orders[_layer(name)]) != tuple(range(len(order))):
+            original = torch.tensor(order, device=whole.device).argsort()
             groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
             return groups.index_select(dimension, original).flatten(dimension, dimension + 1)
         return whole

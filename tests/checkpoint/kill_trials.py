@@ -2,7 +2,7 @@
 
 python tests/checkpoint/kill_trials.py --trials 100
 
-A trial is a run of a few steps that saves after every second one. It is killed one to three times at random moments, from start-up to
+A trial is a run of 40 steps that saves after every second one. It is killed one to three times at random moments, from start-up to
 its end. Then a longer run is killed inside of its saves, at every moment in turn: before, during and after each file, around the renames
 and while an old checkpoint is removed. After each kill every checkpoint must agree with its manifest and none that was committed may be
 gone; at the end metrics and checkpoint must be those of the run that was never killed, bit for bit.
@@ -35,7 +35,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
 
-STEPS, EVERY, KEEP = 12, 2, 2
+STEPS, EVERY, KEEP = 40, 2, 2
 CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
 
 

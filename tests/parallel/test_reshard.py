@@ -50,7 +50,7 @@ def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str,
     return runs.launch(layout, jobs)
 
 
-@pytest.mark.parametrize("case", [LEARN_TIED, TRAIN_UNTIED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LEARN_TIED, pytest.param(TRAIN_UNTIED, marks=pytest.mark.slow)], ids=lambda case: case.name)
 def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, case: Case) -> None:
     """5 steps in TP2 x PP2, 5 in the other; and 5 steps, 3 in the other, 2 in TP2 x PP2 again."""
     done = runs.launch(
