@@ -43,6 +43,17 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
         assert checkpoint(one, 20).state["sequences"] == checkpoint(two, 20).state["sequences"] == 160
 
 
+@pytest.mark.slow
+def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
+    """In bf16 with three data ranks: a checkpoint holds one of the copies, so that a run that goes on would differ."""
+    case = Case("tied-12", LEARN_TIED.sections | {"training": {"global_batch": 12}})
+    layout = Layout("pp2-dp3", 6, {"pipeline": 2})
+    whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8)])["tied-12-whole"]
+    runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8, stop=3)])
+    stopped = runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8)])["tied-12-stopped"]
+    assert contents(whole, 8) == contents(stopped, 8)
+
+
 def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str, Path]:
     """Launches jobs that each go on from a copy of a run."""
     for job in jobs:
