@@ -23,7 +23,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ class Checkpoint:
     def in_use(self) -> Iterator[None]:
         """Within it a run that removes old checkpoints leaves this one."""
         with (self.path / MANIFEST).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def _tensors(self, kind: str) -> TensorFiles:
@@ -134,7 +135,8 @@ def newest(run: Path) -> Checkpoint | None:
     for path in paths:
         try:
             checkpoint = read(path)
-            faults = checkpoint.faults()
+            with checkpoint.in_use():
+                faults = checkpoint.faults()
         except InputError as error:
             faults = [str(error)]
         if not faults:

@@ -6,6 +6,7 @@ of each rank writes it and syncs it to the disk. When all have, the main rank's 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -14,13 +15,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from megaconsa.consa.allocation import Allocation
 
 logger = logging.getLogger(__name__)
 
+VISIBLE_SECONDS = 20
+"""For a file that another node wrote to be seen here; attribute caches of NFS last a few seconds."""
 LIBRARIES = ("megaconsa", "torch", "deepspeed", "mosaicml-streaming", "safetensors")
 
 
@@ -87,6 +90,8 @@ class Writer:
     """Checkpoints whose step is a multiple of this stay for ever; 0 keeps none for that."""
     rank: int = 0
     ranks: int = 1
+    launch: str = ""
+    """A name that all ranks share with nobody before or after them."""
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
     """Takes one value of each rank, all in the order of ranks, to every rank; called from a thread of the writer's own."""
     _thread: threading.Thread | None = None
@@ -128,7 +133,9 @@ class Writer:
 
     def _write_together(self, snapshot: Snapshot, stall: float, started: float) -> str | None:
         """Writes this rank's files and commits with the others; returns what went wrong."""
-        temporary = self.run / FOLDER / f".step_{snapshot.step}.tmp"
+        # Of this launch alone: ranks of one before whose main rank was killed may still be writing.
+        launch = f".{self.launch}" if self.launch else ""
+        temporary = self.run / FOLDER / f".step_{snapshot.step}{launch}.tmp"
         files: dict[str, dict[str, Any]] = {}
         error = None
         try:
@@ -137,7 +144,7 @@ class Writer:
             for kind, tensors in (("model", snapshot.weights), ("optimizer", snapshot.moments)):
                 if tensors:
                     files |= _write_tensors(temporary / f"{kind}{suffix}.safetensors", tensors)
-        except (OSError, SafetensorError) as failed:
+        except Exception as failed:  # whatever it is: the other ranks wait for an answer
             error = _describe(failed)
         shares = self.exchange((files, snapshot.random, error))
         errors = [f"rank {rank}: {share[2]}" if self.ranks > 1 else share[2] for rank, share in enumerate(shares) if share[2]]
@@ -145,7 +152,7 @@ class Writer:
         if self.rank == 0 and error is None:
             try:
                 self._commit(temporary, snapshot, shares, {"stall_seconds": stall, "write_seconds": time.monotonic() - started})
-            except (OSError, SafetensorError) as failed:
+            except Exception as failed:
                 error = _describe(failed)
         if self.rank == 0 and error is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -155,7 +162,9 @@ class Writer:
     def _commit(self, temporary: Path, snapshot: Snapshot, shares: list[Any], timings: dict[str, float]) -> None:
         """Adds what is not any rank's own, and makes the folder a checkpoint."""
         files: dict[str, dict[str, Any]] = {}
-        for share, _, _ in shares:
+        for rank, (share, _, _) in enumerate(shares):
+            for name, entry in share.items():
+                _await(temporary / name, entry["bytes"], rank)
             files |= share
         random = {f"{rank}/{device}": state for rank, share in enumerate(shares) for device, state in share[1].items()}
         files |= _write_tensors(temporary / "random.safetensors", random)
@@ -194,6 +203,16 @@ class Writer:
                 logger.warning("checkpoint %s could not be removed: %s", path, error)
 
 
+def _await(path: Path, size: int, rank: int) -> None:
+    """Waits until another rank's file is seen here too, as it is at once on one machine and soon on a shared file system."""
+    for _ in range(VISIBLE_SECONDS * 10):
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == size:
+                return
+        time.sleep(0.1)
+    raise OSError(f"rank 0 does not see {path}, which rank {rank} wrote; run.dir must be on a file system that all nodes share")
+
+
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     save_file(tensors, path, {"format": "pt"})
     return _entry(path)
@@ -219,12 +238,10 @@ def _remove(path: Path) -> None:
 
 def _is_in_use(path: Path) -> bool:
     try:
-        with (path / MANIFEST).open() as file:
+        with (path / MANIFEST).open("r+") as file:  # NFS locks exclusively only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no manifest, or no locks on this file system
-        return False
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
     return False
 
 
@@ -238,4 +255,4 @@ def _sync(path: Path) -> None:
 
 
 def _describe(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

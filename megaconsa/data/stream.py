@@ -5,8 +5,10 @@ streaming's format and shuffle are used, its iteration is not: docs/data.md says
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,8 @@ from megaconsa.errors import InputError
 
 SHUFFLE_SHARDS = 8
 """Sequences of about this many shards are mixed with one another at any time."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
 LOADED_SHARDS = 12
 """Shards that a process holds in memory (8 MiB each). More than the shuffle mixes, so that an epoch loads each shard once."""
 
@@ -238,6 +242,11 @@ def _leave_signals_to_parent(worker: int) -> None:
     The trainer answers such a signal by saving, for which it needs the batches of the step it is in. The parent's own SIGTERM
     (its clean-up) still ends the worker.
     """
+    if sys.platform == "linux":
+        # Blocked on a full pipe it would not notice that a killed parent is gone.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)
     os.setpgid(0, 0)  # what is sent to the trainer's process group (Ctrl-C, timeout) does not reach it
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

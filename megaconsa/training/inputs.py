@@ -23,6 +23,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
+from megaconsa.training.callbacks.run_lock import refuse_if_held
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def check_inputs(config: Config, world: World = ALONE) -> Inputs:
     Raises InputError. Only the main rank checks every byte of checkpoints: a rank each would read them as often.
     """
     inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size))
+    world.from_main(lambda: refuse_if_held(config.run.dir))
     found, resume = world.from_main(lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir))))
     if resume is not None:
         return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, store.read(resume))))
@@ -182,6 +184,11 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
     config, allocation = inputs.config, inputs.allocation
     if harmless := _check_same_run(config, resume.state["config"]):
         logger.info("goes on with %s", "; ".join(harmless))
+    if changed := differences(resume.state["shape"], asdict(inputs.shape)):
+        raise InputError(
+            f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): the preset {config.model.preset} has changed; "
+            "give the old values in section model, or use another run.dir"
+        )
     if resume.state["data"] != describe_data(inputs.data):
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from itertools import repeat
 
@@ -100,6 +101,13 @@ def _lock(inputs: Inputs) -> RunLock:
     lock = RunLock(run)
     if store.committed(run) != inputs.found:
         raise InputError(f"another process trained in run.dir={run} a moment ago; run the command again")
+    if inputs.resume is not None:
+        for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:
+            # Passed over once: it must neither count among those to keep nor be gone on from by a later start.
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            logger.warning("checkpoint %s is put aside as %s", damaged, aside.name)
     return lock
 
 

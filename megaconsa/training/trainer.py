@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,10 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_step(self, row)
         finally:
-            for callback in self.callbacks:
-                callback.on_finish(self)
+            # All of them, whatever one raises; the first, which holds the folder's lock, last.
+            with ExitStack() as finishing:
+                for callback in self.callbacks:
+                    finishing.callback(callback.on_finish, self)
         return self.progress.step == self.training.steps
 
     def step(self) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def configure(values: dict[str, Any], folder: Path, name: str, steps: int) -> Pa
         "run": {"dir": str(folder / name)},
         "training": values["training"] | {"steps": steps},
         "checkpoint": {"every": EVERY, "keep": KEEP},
+        "data": values["data"] | {"workers": 1},  # which must not outlive the run with its lock
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -224,3 +224,32 @@ def test_a_lock_names_its_holder_and_a_dead_ones_is_void(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO, "megaconsa"):
         RunLock(tmp_path).file.close()
     assert "ended without a word; its lock is void" in caplog.text
+
+
+def test_what_was_passed_over_is_put_aside(make_config: MakeConfig, train: Any) -> None:
+    """Otherwise it would count among the checkpoints to keep, and whole ones would go for it."""
+    values = make_config(training={"steps": 8})
+    run = Path(values["run"]["dir"])
+    trainer = trainer_with(values, {})
+    trainer.callbacks = [*trainer.callbacks, At({5: trainer.request_stop})]
+    assert not trainer.run()
+    model = run / "checkpoints" / "step_6" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    train(values)
+    assert kept(run) == [8, 6]
+    assert (run / "checkpoints" / "step_6.damaged").is_dir()
+
+
+def test_a_folder_that_ranks_do_not_share_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "VISIBLE_SECONDS", 1)
+
+    def exchange(value: Any) -> list[Any]:
+        elsewhere = ({"model-00002-of-00002.safetensors": {"bytes": 8, "xxh3_64": "0"}}, {}, None)
+        return [value, elsewhere] if isinstance(value, tuple) else [value, None]
+
+    of_run = Writer(tmp_path, keep=1, ranks=2, exchange=exchange)
+    of_run.begin(snapshot(1))
+    result = of_run.wait()
+    assert result is not None
+    assert "which rank 1 wrote; run.dir must be on a file system that all nodes share" in str(result.error)
+    assert kept(tmp_path) == []

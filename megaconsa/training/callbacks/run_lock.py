@@ -42,6 +42,8 @@ class RunLock(Callback):
             logger.warning("%s cannot be locked (%s): make sure that no second process trains in it", run, error.strerror)
         if holder is not None:
             logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, holder)
+        # Processes that read data ahead are forks of this one and may outlive it for a while: they must not hold on to the lock.
+        os.register_at_fork(after_in_child=self.file.close)
         self.file.truncate(0)
         self.file.write(
             json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -51,6 +53,20 @@ class RunLock(Callback):
     def on_finish(self, trainer: Trainer) -> None:
         self.file.truncate(0)
         self.file.close()
+
+
+def refuse_if_held(run: Path) -> None:
+    """InputError where another process trains in the folder; writes nothing, so that it can be asked before all else."""
+    try:
+        with (run / NAME).open() as file:
+            content = file.read()
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"run.dir={run} is in use: {_describe(content)} trains in it; wait for it or choose another run.dir"
+        ) from None
+    except OSError:
+        return
 
 
 def _describe(content: str) -> str | None:

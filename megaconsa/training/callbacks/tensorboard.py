@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -9,6 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 from megaconsa.consa import hard_concrete
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 PICTURE_EVERY = 50
 """Steps between two pictures of the gates."""
@@ -24,16 +27,27 @@ class TensorBoard(Callback):
         self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        assert self.writer is not None
+        if self.writer is None:
+            return
+        try:
+            self._write(self.writer, trainer, row)
+        except OSError as error:  # raised by its thread, some steps ago
+            logger.error("TensorBoard's events cannot be written: %s; there are none from here on", error.strerror)
+            self.writer = None
+
+    def _write(self, writer: SummaryWriter, trainer: Trainer, row: Row) -> None:
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
-                self.writer.add_scalar(name, value, row["step"])
+                writer.add_scalar(name, value, row["step"])
         if trainer.gates and row["step"] % PICTURE_EVERY == 0:
             table = hard_concrete.probability_nonzero(trainer.gates.log_alpha.detach()).cpu()
             # Layer 0 at the bottom, as in the report.
             picture = table.flip(0).repeat_interleave(16, 0).repeat_interleave(16, 1)
-            self.writer.add_image("probability_full", picture, row["step"], dataformats="HW")
+            writer.add_image("probability_full", picture, row["step"], dataformats="HW")
 
     def on_finish(self, trainer: Trainer) -> None:
         if self.writer is not None:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as error:
+                logger.error("TensorBoard's last events could not be written: %s", error.strerror)
