@@ -113,7 +113,8 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             cache.append(k, v)
-    assert torch.equal(cache.keys, before)
+    # As bits: a slot that no token has filled yet may hold anything, NaN too.
+    assert torch.equal(cache.keys.view(torch.int32), before.view(torch.int32))
     assert cache.length == int(cache.position) == 18
     with torch.no_grad():
         cache.append(learned, values[:, :1])
