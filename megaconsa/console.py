@@ -97,6 +97,14 @@ def check_out(path: Path) -> None:
             raise InputError(f"out={path} cannot be written: {parent} is not a folder")
 
 
+def end_on(faults: list[str]) -> None:
+    """Prints what a check has found, a line each to stderr, and ends the command with exit code 1 if that is anything."""
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        raise typer.Exit(1)
+
+
 def guarded(function: Callable[[], Any]) -> None:
     """Runs a command; an error meant for the user ends it with its sentence on stderr, and exit code 2 if the input was refused."""
     try:

@@ -49,13 +49,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     except Exception as error:
         from megaconsa.training import failures
 
-        code = failures.report(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
-        if world.size == 1:
-            return code
-        # At once: both leaving the group and the interpreter's own end can wait for, or abort over, ranks that are gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return failures.end(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
     leave()
     if world.is_main:
         state = "finished" if finished else "stopped, the same command resumes it"

@@ -73,14 +73,14 @@ def main(
             reading.enter_context(each.in_use())
         weights = MeanTensors([each.weights() for each in checkpoints]) if average > 1 else checkpoint.weights()
         export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
-        difference = logit_difference(out, checkpoint.shape, weights, table, tokens) if tokens is not None else None
-    kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
-    console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
-    if tokens is not None:
-        console.print(
-            f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
-            markup=False,
-        )
+        kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
+        console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
+        if tokens is not None:
+            difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
+            console.print(
+                f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
+                markup=False,
+            )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megaconsa.console import console, progress, run_tool
+from megaconsa.console import console, end_on, progress, run_tool
 
 
 def main(
@@ -37,10 +36,7 @@ def main(
             continue
         with progress(f"verifying {path.name}", saved.bytes, "bytes") as task:
             faults += saved.faults(task.advance)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
-        raise typer.Exit(1)
+    end_on(faults)
     console.print(f"{source}: {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}, every file as it was written", markup=False)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megaconsa.console import console, progress, run_tool
+from megaconsa.console import console, end_on, progress, run_tool
 
 
 def main(path: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that prepare-data made")]) -> None:
@@ -22,10 +21,7 @@ def main(path: Annotated[Path, typer.Argument(metavar="DATA", help="A folder tha
 
     with progress("verifying", None, "shards") as task:
         faults = verify(path, task)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
-        raise typer.Exit(1)
+    end_on(faults)
     console.print(f"{path}: all shards are intact", markup=False)
 
 

@@ -134,9 +134,7 @@ def newest(run: Path) -> Checkpoint | None:
     paths = committed(run)
     for path in paths:
         try:
-            checkpoint = read(path)
-            with checkpoint.in_use():
-                faults = checkpoint.faults()
+            checkpoint, faults = _examine(path)
         except InputError as error:
             faults = [str(error)]
         if not faults:
@@ -159,10 +157,17 @@ def resolve(path: Path) -> Checkpoint:
         if checkpoint is None:
             raise InputError(f"{path} holds no usable checkpoint; give a run folder that has one, or a checkpoint folder")
         return checkpoint
-    checkpoint = read(path)
-    if faults := checkpoint.faults():
+    checkpoint, faults = _examine(path)
+    if faults:
         raise InputError(f"checkpoint is damaged: {faults[0]}")
     return checkpoint
+
+
+def _examine(path: Path) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint and its faults; it stays while its files are read. InputError as of `read`."""
+    checkpoint = read(path)
+    with checkpoint.in_use():
+        return checkpoint, checkpoint.faults()
 
 
 def newest_of(run: Path, count: int) -> list[Checkpoint]:

@@ -29,10 +29,10 @@ from megaconsa.errors import InputError
 
 SHUFFLE_SHARDS = 8
 """Sequences of about this many shards are mixed with one another at any time."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
 LOADED_SHARDS = 12
 """Shards that a process holds in memory (8 MiB each). More than the shuffle mixes, so that an epoch loads each shard once."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
 
 
 class TokenShards(Dataset[np.ndarray]):

@@ -33,9 +33,8 @@ def logit_difference(
 ) -> float:
     """Runs the export and megaconsa's own model (reference attention) in fp32 on `tokens` (B, S).
 
-    `weights`, those of the checkpoint, are first rounded to the precision of the export.
-    Returns the largest absolute difference of the logits
-    over the largest logit; raises RunError where it exceeds TOLERANCE.
+    `weights`, those of the checkpoint, are first rounded to the precision of the export. Returns the largest absolute difference of
+    the logits over the largest logit; raises RunError where it exceeds TOLERANCE.
     """
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 
 def mend_bf16(engine: Any) -> None:
@@ -16,7 +15,7 @@ def mend_bf16(engine: Any) -> None:
         schedule.ReduceTiedGrads: lambda engine: None,
         schedule.ReduceGrads: _reduce_over_data_then_stages,
     }
-    engine.optimizer.get_grads_for_norm = _NonemptyGradients(engine.optimizer)
+    engine.optimizer.get_grads_for_norm = _never_empty(engine.optimizer)
 
 
 def _reduce_over_data_then_stages(engine: Any) -> None:
@@ -26,16 +25,15 @@ def _reduce_over_data_then_stages(engine: Any) -> None:
     engine._exec_reduce_tied_grads()
 
 
-class _NonemptyGradients:
-    """`get_grads_for_norm` stacks the norms of the gradients that it finds, also where there are none: on a rank other than the
-    first of its tensor group whose stage holds the final norm and a tied head only."""
+def _never_empty(optimizer: Any) -> Callable[..., Any]:
+    """`get_grads_for_norm` is stacked also where it finds no gradient: on a rank other than the first of its tensor group whose stage
+    holds the final norm and a tied head only."""
+    original = optimizer.get_grads_for_norm
 
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer, self.original = optimizer, optimizer.get_grads_for_norm
-
-    def __call__(self, for_clipping: bool = False) -> Any:
-        found = self.original(for_clipping)
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        found = original(for_clipping)
         if for_clipping or found[0]:
             return found
-        zero: Tensor = self.optimizer.fp32_groups_gradients_flat[0].new_zeros(1)
-        return [zero], found[1]
+        return [optimizer.fp32_groups_gradients_flat[0].new_zeros(1)], found[1]
+
+    return get_grads_for_norm

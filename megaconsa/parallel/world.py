@@ -17,6 +17,8 @@ from torch import distributed as dist
 from megaconsa.errors import InputError
 
 Result = TypeVar("Result")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torch.distributed and DeepSpeed read of the environment."""
 BACKGROUND_TIMEOUT = timedelta(hours=2)
 """For ranks that wait until one of them has read, or the slowest has written, a large checkpoint."""
 
@@ -46,13 +48,8 @@ class World:
         """
         if self.size == 1:
             return check()
-        result, refusal = None, None
-        try:
-            result = check()
-        except InputError as error:
-            refusal = str(error)
-        refusals: list[str | None] = [None] * self.size
-        dist.all_gather_object(refusals, refusal, group=self.background)
+        result, refusal = _attempt(check)
+        refusals: list[str | None] = self.exchange(refusal)
         said = {text: [rank for rank, own in enumerate(refusals) if own == text] for text in refusals if text is not None}
         if said:
             self._refuse("; ".join(text + self._named(ranks) for text, ranks in said.items()))
@@ -62,21 +59,15 @@ class World:
         """The result of `find`, called on the main rank alone, on every rank. What it refuses ends all ranks as `agreed` does."""
         if self.size == 1:
             return find()
-        answer: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                answer[0] = find()
-            except InputError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, 0, group=self.background)
-        if answer[1] is not None:
-            self._refuse(answer[1])
-        result: Result = answer[0]
-        return result
+        result, refusal = self.exchange(_attempt(find) if self.is_main else None)[0]
+        if refusal is not None:
+            self._refuse(refusal)
+        found: Result = result
+        return found
 
-    def exchange_in_background(self, value: Any) -> list[Any]:
-        """One value of each rank, in the order of ranks, on every rank. For one thread beside the training, which must not meet its
-        collectives."""
+    def exchange(self, value: Any) -> list[Any]:
+        """One value of each rank, in the order of ranks, on every rank. It meets none of the training's collectives: for start-up, and
+        from then on for one thread beside the training."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.background)
@@ -94,6 +85,14 @@ class World:
 
 ALONE = World(0, 1, torch.device("cpu"), None, "")
 """This process by itself."""
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """The result, or what was refused."""
+    try:
+        return function(), None
+    except InputError as error:
+        return None, str(error)
 
 
 def join() -> World:
@@ -134,7 +133,7 @@ def _complete_environment() -> int:
     """Fills in what torch.distributed reads and a lone process or srun does not set; returns the local rank."""
     environment = os.environ
     if "RANK" in environment:
-        missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        missing = [name for name in VARIABLES if name not in environment]
         if missing:
             raise InputError(
                 f"RANK is set, but {', '.join(missing)} is not; start with torchrun, deepspeed or srun, or unset RANK"
@@ -154,7 +153,7 @@ def _complete_environment() -> int:
             "WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": free_port(),
         }
     return int(environment["LOCAL_RANK"])
 
@@ -167,7 +166,8 @@ def first_host(nodes: str) -> str:
     return prefix + re.split("[-,\\]]", rest, maxsplit=1)[0]
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -6,7 +6,6 @@ Started by the tool as python -m megaconsa.training.benchmark CONFIG OUT [sectio
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -36,9 +35,7 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
     except InputError:
         raise  # agreed by all ranks
     except Exception as error:
-        failures.report(error, out.parent, world, None)
-        sys.stderr.flush()
-        os._exit(1)  # leaving the group could wait for ranks that are stuck
+        sys.exit(failures.end(error, out.parent, world, None))
     leave()
     if mesh.is_main:
         replace_text(out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}))

@@ -15,10 +15,23 @@ from megaconsa.parallel.world import World
 
 FOLDER = "failures"
 FIRST = "first.txt"
+FAILED = 1
+"""Exit code."""
 
 
-def report(error: Exception, run: Path, world: World, step: int | None) -> int:
-    """Writes RUN/failures/LAUNCH/rank_N.txt, linked as first.txt if it is the first of its launch; returns the exit code.
+def end(error: Exception, run: Path, world: World, step: int | None) -> int:
+    """Reports the error, and ends the process where there are others; a lone one gets its exit code."""
+    _report(error, run, world, step)
+    if world.size > 1:
+        # At once: both leaving the group and the interpreter's own end can wait for, or abort over, ranks that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)
+    return FAILED
+
+
+def _report(error: Exception, run: Path, world: World, step: int | None) -> None:
+    """Writes RUN/failures/LAUNCH/rank_N.txt, linked as first.txt if it is the first of its launch.
 
     The first to fail prints its error whole. The others fail because it is gone, which their line says, and more would bury the cause.
     To be called before the rank leaves its group: until then no other can have failed for its sake.
@@ -38,7 +51,6 @@ def report(error: Exception, run: Path, world: World, step: int | None) -> int:
         print(cause if world.size == 1 and meant_for_user else f"{where}:\n{cause}", file=sys.stderr)
     elif cause not in leader:
         print(f"{where} failed after another rank: {summary}; see {path.with_name(FIRST)}", file=sys.stderr)
-    return 1
 
 
 def _claim(path: Path) -> str | None:

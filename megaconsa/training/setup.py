@@ -50,7 +50,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     # Nothing in a step draws from torch's own generators; whatever a library may draw follows from the seed too.
     torch.manual_seed(config.run.seed)
     gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
-    if gates and mesh.is_main and gates.settings.warmup_steps < gates.settings.shortest_warmup:
+    if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
         logger.warning(
             "gates.warmup_steps=%d is short: at gates.learning_rate=%g the gates need about %.0f steps to the target and will lag, then "
             "overshoot it",
@@ -100,6 +100,7 @@ def _lock(inputs: Inputs) -> RunLock:
     run = inputs.config.run.dir
     lock = RunLock(run)
     if store.committed(run) != inputs.found:
+        lock.release()
         raise InputError(f"another process trained in run.dir={run} a moment ago; run the command again")
     if inputs.resume is not None:
         for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:

@@ -33,9 +33,7 @@ class Checkpointing(Callback):
     def __init__(self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]) -> None:
         """description: what state.json says beside the trainer's progress (configuration, shape, data)."""
         self.run, self.every, self.description = run, section.every, description
-        self.writer = Writer(
-            run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange_in_background
-        )
+        self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange)
         self.staging = Staging()
 
     def on_start(self, trainer: Trainer) -> None:

@@ -37,7 +37,7 @@ class RunLock(Callback):
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
-            raise InputError(f"run.dir={run} is in use: {holder} trains in it; wait for it or choose another run.dir") from None
+            raise _in_use(run, holder) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): make sure that no second process trains in it", run, error.strerror)
         if holder is not None:
@@ -51,6 +51,9 @@ class RunLock(Callback):
         self.file.flush()
 
     def on_finish(self, trainer: Trainer) -> None:
+        self.release()
+
+    def release(self) -> None:
         self.file.truncate(0)
         self.file.close()
 
@@ -62,11 +65,15 @@ def refuse_if_held(run: Path) -> None:
             content = file.read()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
-            f"run.dir={run} is in use: {_describe(content)} trains in it; wait for it or choose another run.dir"
-        ) from None
+        raise _in_use(run, _describe(content)) from None
     except OSError:
         return
+
+
+def _in_use(run: Path, holder: str | None) -> InputError:
+    return InputError(
+        f"run.dir={run} is in use: {holder or 'another process'} trains in it; wait for it or choose another run.dir"
+    )
 
 
 def _describe(content: str) -> str | None:
