@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from megaconsa.errors import InputError
 
 Row = dict[str, Any]
+CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
+"""Fields that the machine decides; the others of a row are a function of the configuration."""
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -36,6 +38,11 @@ def read_metrics(path: Path) -> list[Row]:
         elif number < len(lines):
             raise InputError(f"metrics {path}: line {number} is not a JSON object with a step; remove it")
     return rows
+
+
+def computed(rows: Sequence[Row]) -> list[Row]:
+    """The rows without the fields of `CLOCK`: the same for two runs that compute the same."""
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
 def series(rows: Sequence[Row], name: str, x: str = "step") -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -32,11 +32,11 @@ import yaml
 
 from megaconsa.checkpoint import store, writer
 from megaconsa.consa.allocation import Allocation
-from megaconsa.reporting.metrics import read_metrics
+from megaconsa.parallel.world import VARIABLES
+from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.train import train
 
 STEPS, EVERY, KEEP = 40, 2, 2
-CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
 
 
 class Killed(AssertionError):
@@ -102,7 +102,7 @@ def start(config: Path, moments: Moments | None = None, record: Path | None = No
     try:
         os.dup2(os.open(config.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in VARIABLES:
             os.environ.pop(name, None)
         if moments is not None:
             moments.install()
@@ -139,9 +139,7 @@ def check_whole(run: Path, before: set[str]) -> int:
 
 def compare(run: Path, reference: Path) -> None:
     def rows(folder: Path) -> list[dict[str, Any]]:
-        return [
-            {name: value for name, value in row.items() if name not in CLOCK} for row in read_metrics(folder / "metrics.jsonl")
-        ]
+        return computed(read_metrics(folder / "metrics.jsonl"))
 
     if rows(run) != rows(reference):
         raise Killed("metrics differ from those of the run that was never killed")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.reporting.metrics import read_metrics
+from megaconsa.parallel.world import VARIABLES
+from megaconsa.reporting.metrics import CLOCK, read_metrics
 
 TOLERANCE = 1e-5
 """Largest ||a - b|| / ||b|| of a tensor or of a number in the metrics: sums in another order, in fp32."""
 LAUNCH_SECONDS = 300
-CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
 DIFFERENCES = {"penalty", "cut_margin"}
 """Differences of nearly equal numbers: their relative rounding has no bound. What they are made of is compared itself."""
 
@@ -43,15 +43,14 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     # Left behind by tests that train in this process.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = {name: value for name, value in inherited.items() if not name.startswith("MASTER_")} | {"OMP_NUM_THREADS": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with subprocess.Popen(
         [*command, str(Path(__file__).with_name("worker.py")), str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=inherited | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,  # so that ranks which wait for each other for ever can be ended with their launcher
     ) as process:
         try:

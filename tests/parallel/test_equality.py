@@ -35,6 +35,7 @@ from topologies import (
     TP2_PP2,
     TP2_SEQUENCE,
     TRAIN,
+    TRAIN_UNTIED,
     UNTIED,
     Case,
     Job,
@@ -142,7 +143,7 @@ IN_BF16 = pytest.mark.parametrize("layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda
 
 @IN_BF16
 def test_bf16(runs: Runs, layout: Layout) -> None:
-    check_bf16(runs, layout, [case for case in CASES if case.name in ("learn-tied", "train-untied")])
+    check_bf16(runs, layout, [LEARN_TIED, TRAIN_UNTIED])
 
 
 def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:

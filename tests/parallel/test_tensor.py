@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +13,17 @@ from torch import distributed as dist
 from megaconsa.model import loss
 from megaconsa.parallel import vocabulary
 from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.world import free_port
 
 VOCABULARY, HIDDEN, BATCH, LENGTH = 61, 8, 2, 12
 
 
 def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> None:
     """Calls check on every rank of a tensor group; a failure there fails here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (check, size, sequence, port), nprocs=size)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(_rank, (check, size, sequence, free_port()), nprocs=size)  # type: ignore[no-untyped-call]
 
 
-def _rank(rank: int, check: Callable[[TensorParallel], None], size: int, sequence: bool, port: int) -> None:
+def _rank(rank: int, check: Callable[[TensorParallel], None], size: int, sequence: bool, port: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     try:

@@ -16,7 +16,6 @@ SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
 }
-TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -29,15 +28,15 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_alone(environment: dict[str, str]) -> None:
     assert world._complete_environment() == 0
-    assert [environment[name] for name in TORCH[:4]] == ["0", "1", "0", "127.0.0.1"]
+    assert [environment[name] for name in world.VARIABLES[:4]] == ["0", "1", "0", "127.0.0.1"]
 
 
 def test_a_task_of_srun(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     environment |= SLURM
     assert world._complete_environment() == 1
-    assert [environment[name] for name in TORCH[:4]] == ["3", "6", "1", "node07"]
+    assert [environment[name] for name in world.VARIABLES[:4]] == ["3", "6", "1", "node07"]
     assert 10_000 <= int(environment["MASTER_PORT"]) < 30_000
-    for name in TORCH:
+    for name in world.VARIABLES:
         del environment[name]
     environment |= {"MASTER_ADDR": "head", "MASTER_PORT": "7"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -46,7 +45,7 @@ def test_a_task_of_srun(environment: dict[str, str], monkeypatch: pytest.MonkeyP
 
 
 def test_a_shell_that_srun_started_may_run_torchrun(environment: dict[str, str]) -> None:
-    environment |= SLURM | dict.fromkeys(TORCH, "1")
+    environment |= SLURM | dict.fromkeys(world.VARIABLES, "1")
     assert world._complete_environment() == 1
     assert environment["WORLD_SIZE"] == "1"
 

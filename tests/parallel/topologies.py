@@ -42,6 +42,7 @@ UNTIED = {"tie_word_embeddings": False}
 PADDED = {"vocab_size": 515}
 """Not a multiple of two tensor ranks."""
 LEARN_TIED = Case("learn-tied", LEARN)
+TRAIN_UNTIED = Case("train-untied", TRAIN | {"model": UNTIED})
 HEAD_ALONE = Case(
     "head-alone",
     LEARN
@@ -55,7 +56,7 @@ CASES = (
     LEARN_TIED,
     Case("learn-untied-recomputed", LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}}),
     Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED}),
-    Case("train-untied", TRAIN | {"model": UNTIED}),
+    TRAIN_UNTIED,
     Case("train-after-learn", TRAIN, initialised_from="learn-tied"),
 )
 
@@ -88,6 +89,8 @@ TP2 = Layout("tp2", 2, {"tensor": 2, "sequence": False})
 TP2_SEQUENCE = Layout("tp2-sequence", 2, {"tensor": 2, "sequence": True})
 PP2 = Layout("pp2", 2, {"pipeline": 2})
 PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
+TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
+PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
 COMBINATIONS = (
     Layout("tp2-dp2", 4, {"tensor": 2}),
     Layout("tp4", 4, {"tensor": 4}),
@@ -95,8 +98,6 @@ COMBINATIONS = (
     Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),
     Layout("tp2-pp2-dp2", 8, {"tensor": 2, "pipeline": 2}),
 )
-TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
-PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
 
 
 class Runs:

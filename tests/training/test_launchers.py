@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megaconsa.parallel.world import first_host
+from megaconsa.parallel.world import VARIABLES, first_host, free_port
 from megaconsa.reporting.metrics import read_metrics
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -35,8 +34,7 @@ sys.exit(_main(sys.argv[1:]))
 
 def environment(**variables: str) -> dict[str, str]:
     """Without what tests that trained in this process have left behind."""
-    left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in left} | {"OMP_NUM_THREADS": "1"} | variables
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"} | variables
 
 
 def torchrun(config: Path) -> None:
@@ -64,12 +62,6 @@ def srun(config: Path, command: Sequence[str] = TRAIN) -> list[tuple[int, str]]:
         for rank in ("0", "1")
     ]
     return [(task.returncode, output[1]) for task, output in [(task, task.communicate(timeout=120)) for task in tasks]]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:

@@ -12,13 +12,12 @@ import pytest
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.parallel import mesh
-from megaconsa.reporting.metrics import read_metrics
+from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
 
-CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
 RULE = {"source": "rule", "rule": "head-share", "sparsity": 0.5}
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -48,10 +47,6 @@ def interrupted(values: dict[str, Any], callback: Callback) -> None:
             trainer.run()
     else:
         assert not trainer.run()
-
-
-def computed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
 def contents(run: str) -> dict[str, bytes]:
