@@ -1,8 +1,14 @@
-"""Writing a file so that a reader sees the old content or the new, never a part."""
+"""Writing a file or a folder so that a reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megaconsa.errors import InputError
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -11,3 +17,25 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises InputError where `out` is there already and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be written: {error.strerror}") from None
+    try:
+        yield folder
+        folder.replace(out)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise

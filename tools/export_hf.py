@@ -20,8 +20,9 @@ def main(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; that of the run's data if not given.")] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"], typer.Option(help="Precision of the exported weights.")
-    ] = "bfloat16",
+        Literal["bfloat16", "float32", "float16"] | None,
+        typer.Option(help="Precision of the exported weights; bfloat16, or that of an import, if not given."),
+    ] = None,
     average: Annotated[
         int, typer.Option(min=1, help="Export the mean of the weights of this many newest checkpoints of the run.")
     ] = 1,
@@ -45,36 +46,48 @@ def main(
     import torch
 
     from megaconsa.checkpoint import store
-    from megaconsa.checkpoint.tensor_files import MeanTensors
     from megaconsa.consa.allocation import Allocation
+    from megaconsa.consa.rules import dense
+    from megaconsa.data.shards import TOKENIZER
     from megaconsa.errors import InputError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export
+    from megaconsa.tensor_files import MeanTensors
 
     checkpoints = store.newest_of(source, average) if average > 1 else [store.resolve(source)]
     checkpoint = checkpoints[0]
+    imported = checkpoint.imported
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
+    if table is None and imported:
+        shape = checkpoint.shape
+        table = dense(shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings)
     if table is None:
         raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
-    trained = checkpoint.state["config"]["attention"]["window"]
+    trained = table.window if imported else checkpoint.state["config"]["attention"]["window"]
     if table.window != trained:
         raise InputError(f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {trained}")
-    if tokenizer is None:
-        tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / "tokenizer"
+    if imported and verify:
+        raise InputError(f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on")
+    if tokenizer is None and imported:
+        tokenizer = checkpoint.path / TOKENIZER if (checkpoint.path / TOKENIZER).is_dir() else None
+    elif tokenizer is None:
+        tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / TOKENIZER
         if not tokenizer.is_dir():
             raise InputError(f"the run's tokenizer {tokenizer} is not there any more; give its folder with --tokenizer")
     tokens = held_out_tokens(checkpoint, verify) if verify else None
-    origin = {"run": checkpoint.state["config"]["run"]["dir"], "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
+    begun = imported["folder"] if imported else checkpoint.state["config"]["run"]["dir"]
+    origin = {"run": begun, "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
     if average > 1:
         origin["averaged_steps"] = [each.step for each in checkpoints]
-    precision = getattr(torch, dtype)
+    name = dtype or (imported["dtype"] if imported else "bfloat16")
+    precision = getattr(torch, name)
     with ExitStack() as reading:
         for each in checkpoints:
             reading.enter_context(each.in_use())
         weights = MeanTensors([each.weights() for each in checkpoints]) if average > 1 else checkpoint.weights()
         export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
         kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
-        console.print(f"{out}: {kind}, {dtype}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
+        console.print(f"{out}: {kind}, {name}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
         if tokens is not None:
             difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
             console.print(

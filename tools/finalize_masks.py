@@ -36,6 +36,8 @@ def main(
 
     checkpoint = store.resolve(run)
     gates = checkpoint.gates()
+    if checkpoint.imported:
+        raise InputError(f"{run} was imported and has learned no allocation; train with model.init_from={run} first")
     if gates is None:
         raise InputError(
             f"{run} did not learn an allocation: its configuration has allocation.source={_source(checkpoint.state)}"

@@ -32,10 +32,10 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaconsa.checkpoint.tensor_files import TensorFiles
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
+from megaconsa.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """Where the weights came from and in which precision, if by import-hf: then nothing but weights is held (imported.py)."""
+        imported: dict[str, Any] | None = self.state.get("imported")
+        return imported
 
     @property
     def shape(self) -> ModelConfig:

@@ -172,19 +172,19 @@ class Writer:
             files |= _write_tensors(temporary / "gates.safetensors", snapshot.gates)
         if snapshot.allocation is not None:
             snapshot.allocation.save(temporary / "allocation.json")
-            files |= _entry(temporary / "allocation.json")
+            files |= file_entry(temporary / "allocation.json")
         libraries = {name: version(name) for name in LIBRARIES}
-        _write_json(temporary / "state.json", {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries})
-        files |= _entry(temporary / "state.json")
+        write_json(temporary / "state.json", {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries})
+        files |= file_entry(temporary / "state.json")
         written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timings}
-        _write_json(temporary / MANIFEST, {"version": FORMAT_VERSION, "files": dict(sorted(files.items())), "written": written})
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        write_json(temporary / MANIFEST, {"version": FORMAT_VERSION, "files": dict(sorted(files.items())), "written": written})
+        sync(temporary / MANIFEST)
+        sync(temporary)
         final = temporary.with_name(f"step_{snapshot.step}")
         if final.exists():  # a damaged one, which the run passed over
             _remove(final)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
@@ -215,16 +215,16 @@ def _await(path: Path, size: int, rank: int) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     save_file(tensors, path, {"format": "pt"})
-    return _entry(path)
+    return file_entry(path)
 
 
-def _entry(path: Path) -> dict[str, dict[str, Any]]:
+def file_entry(path: Path) -> dict[str, dict[str, Any]]:
     """The manifest's line on a file, which is on the disk when this returns."""
-    _sync(path)
+    sync(path)
     return {path.name: {"bytes": path.stat().st_size, "xxh3_64": checksum(path)}}
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -245,7 +245,7 @@ def _is_in_use(path: Path) -> bool:
     return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file's or folder's content is on the disk: a rename may otherwise survive a crash that its data does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,14 @@ from transformers import AutoTokenizer
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
+from megaconsa.files import check_new_folder, new_folder
 from megaconsa.huggingface.model_card import model_card
 from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import ModelConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_BYTES = 5 * 10**9
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,8 +58,7 @@ def export(
     The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
     allocation or the tokenizer do not fit the model, or `out` exists and is not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
+    check_new_folder(out)
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype} cannot be exported; use {', '.join(map(str, DTYPES))}")
     allocation.check_shape(model.num_hidden_layers, model.num_key_value_heads, "the allocation")
@@ -70,7 +69,7 @@ def export(
     _check_weights(weights, model, dtype)
     special_tokens = _special_tokens(tokenizer, model) if tokenizer else {}
 
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         if not allocation.is_layer_wise:
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
             weights = reorder_heads(
@@ -95,17 +94,16 @@ def reorder_heads(weights: Mapping[str, Tensor], model: ModelConfig, orders: Seq
     """
     moved = dict(weights)
     for layer, order in enumerate(orders):
-        kv_rows = _rows(order, model.head_dim)
-        query_rows = _rows(order, model.head_dim * model.queries_per_kv_head)
-        for projection, dimension, index in (
-            ("q_proj", 0, query_rows),
-            ("k_proj", 0, kv_rows),
-            ("v_proj", 0, kv_rows),
-            ("o_proj", 1, query_rows),
-        ):
+        for projection in ATTENTION_PROJECTIONS:
             name = f"model.layers.{layer}.self_attn.{projection}.weight"
-            moved[name] = weights[name].index_select(dimension, index.to(weights[name].device))
+            moved[name] = reorder_weight(name, weights[name], model, order)
     return moved
+
+
+def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequence[int]) -> Tensor:
+    """A projection of attention with its KV heads, or their query heads, in another order, as in `reorder_heads`."""
+    heads = 1 if ".k_proj." in name or ".v_proj." in name else model.queries_per_kv_head
+    return tensor.index_select(1 if ".o_proj." in name else 0, _rows(order, model.head_dim * heads).to(tensor.device))
 
 
 def _rows(order: Sequence[int], size: int) -> Tensor:
@@ -144,22 +142,6 @@ def _special_tokens(tokenizer: Path, model: ModelConfig) -> dict[str, int]:
         raise InputError(f"tokenizer={tokenizer} has a token {largest}, but the model's vocab_size is {model.vocab_size}")
     ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"out={out} cannot be written: {error.strerror}") from None
-    try:
-        yield folder
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
 
 
 def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, special_tokens: dict[str, int]) -> dict[str, Any]:

@@ -213,7 +213,11 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
     if changed:
         raise InputError(f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})")
     theirs = origin.state["data"]["tokenizer_fingerprint"]
-    if theirs != data.tokenizer_fingerprint:
+    if theirs is None:
+        logger.warning(
+            "model.init_from=%s was imported without a tokenizer: nothing tells whether the data's is its own", origin.path
+        )
+    elif theirs != data.tokenizer_fingerprint:
         raise InputError(
             f"data {config.data.path} was tokenised with another vocabulary (fingerprint {data.tokenizer_fingerprint}) than "
             f"model.init_from={config.model.init_from} was trained on ({theirs})"

@@ -182,17 +182,23 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
         return Progress()
     with source.in_use():
         engine.load_weights(source.weights())
-        if inputs.resume is not None or not inputs.config.training.reset_optimizer:
+        takes_moments = inputs.resume is not None or not (inputs.config.training.reset_optimizer or source.imported)
+        if takes_moments:
             engine.load_moments(source.moments(), source.state["optimizer_steps"])
         if inputs.resume is not None:
             return _resume(source, gates, world)
+    if source.imported:
+        logger.info(
+            "weights from %s, imported from %s; optimizer and data order start anew", source.path, source.imported["folder"]
+        )
+        return Progress()
     continues = source.state["data"] == describe_data(inputs.data) and (
         source.state["config"]["run"]["seed"] == inputs.config.run.seed
     )
     logger.log(
         logging.INFO if continues else logging.WARNING,
         "weights%s from %s; the data order %s",
-        "" if inputs.config.training.reset_optimizer else " and optimizer",
+        " and optimizer" if takes_moments else "",
         source.path,
         "continues" if continues else "starts anew (other data or seed)",
     )

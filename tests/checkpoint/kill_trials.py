@@ -86,7 +86,7 @@ class Moments:
         first, second = (lambda path, *_: path), (lambda _, path, *__: path)
         for target, name, path_of, torn in (
             (writer, "save_file", second, True),
-            (writer, "_write_json", first, True),
+            (writer, "write_json", first, True),
             (Allocation, "save", second, True),
             (Path, "rename", first, False),
             (writer.shutil, "rmtree", first, False),

@@ -253,8 +253,8 @@ def test_what_a_dead_save_left_does_not_get_into_the_next(tmp_path: Path) -> Non
 
 def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = writer._sync, Path.rename
-    monkeypatch.setattr(writer, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = writer.sync, Path.rename
+    monkeypatch.setattr(writer, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to)))
     names = {path.name for path in save(tmp_path, 2).iterdir()}
     named = events.index("-> step_2")

@@ -119,7 +119,7 @@ def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, 
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "save_file", full)
-    monkeypatch.setattr(writer, "_entry", lambda path: {})
+    monkeypatch.setattr(writer, "file_entry", lambda path: {})
     assert write() == ["rank 1: No space left on device"] * 2
     assert kept(tmp_path) == [1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]

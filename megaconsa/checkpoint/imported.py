@@ -1,0 +1,68 @@
+"""A checkpoint of weights that came from elsewhere: no optimizer, gates or data, in the precision they came in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaconsa.checkpoint.store import FORMAT_VERSION, MANIFEST
+from megaconsa.checkpoint.writer import file_entry, sync, write_json
+from megaconsa.consa.allocation import Allocation
+from megaconsa.errors import RunError
+from megaconsa.files import new_folder
+from megaconsa.model.config import ModelConfig
+from megaconsa.tensor_files import write_tensors
+
+
+def write(
+    out: Path,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    *,
+    allocation: Allocation | None,
+    fingerprint: str | None,
+    origin: dict[str, Any],
+    add_files: Callable[[Path], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Makes the checkpoint folder `out`, which appears when it is whole and on the disk; memory holds one tensor at a time.
+
+    shapes: of every weight by canonical name; read gives them, whole and in original head order. fingerprint: of the tokenizer.
+    add_files puts further files into the folder. advance is told of bytes as they are written. RunError where the disk fails; then
+    nothing is left behind.
+    """
+    started = time.monotonic()
+    try:
+        with new_folder(out) as folder:
+            write_tensors(folder / "model.safetensors", shapes, dtype, read, advance)
+            if allocation is not None:
+                allocation.save(folder / "allocation.json")
+            add_files(folder)
+            state = {
+                "version": FORMAT_VERSION,
+                "step": 0,
+                "tokens": 0,
+                "sequences": 0,
+                "shape": asdict(shape),
+                "data": {"tokenizer_fingerprint": fingerprint},
+                "imported": {**origin, "dtype": str(dtype).removeprefix("torch.")},
+            }
+            write_json(folder / "state.json", state)
+            files: dict[str, Any] = {}
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                (entry,) = file_entry(path).values()
+                files[str(path.relative_to(folder))] = entry
+            written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.monotonic() - started, 2)}
+            write_json(folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written})
+            sync(folder / MANIFEST)
+        sync(out.parent)
+    except OSError as error:
+        raise RunError(f"out={out} could not be written: {error.strerror or error}") from error

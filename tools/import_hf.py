@@ -1,0 +1,80 @@
+"""`megaconsa import-hf`: a Hugging Face Qwen3 folder as a checkpoint to train from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaconsa.console import console, run_tool
+
+
+def main(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with config.json and safetensors of a dense Qwen3, or an export of export-hf.")
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
+) -> None:
+    """Import published Qwen3 weights; runs start from the result with model.init_from, in any topology.
+
+    Weights keep their precision. The tokenizer comes along, for prepare-data --tokenizer OUT/tokenizer.
+
+    Example:
+
+        megaconsa import-hf Qwen3-0.6B/ --out runs/qwen3_0p6b/import
+
+        megaconsa train configs/qwen3_0p6b_learn.yaml model.init_from=runs/qwen3_0p6b/import
+    """
+    import shutil
+
+    from megaconsa.checkpoint import imported
+    from megaconsa.console import progress
+    from megaconsa.data.shards import TOKENIZER
+    from megaconsa.data.tokenizer import Tokenizer
+    from megaconsa.errors import InputError
+    from megaconsa.files import check_new_folder
+    from megaconsa.huggingface.export import TOKENIZER_FILES
+    from megaconsa.huggingface.source import open_source
+
+    check_new_folder(out)
+    source = open_source(folder)
+    tokenizer = Tokenizer.load(folder) if source.has_tokenizer else None
+    if tokenizer and tokenizer.vocab_size > source.shape.vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but vocab_size={source.shape.vocab_size} in config.json"
+        )
+    nearest = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < source.bytes:
+        raise InputError(f"out={out} needs {source.bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free there")
+
+    def add_tokenizer(made: Path) -> None:
+        if tokenizer:
+            (made / TOKENIZER).mkdir()
+            for name in TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, made / TOKENIZER / name)
+
+    with progress("importing", source.bytes, "bytes") as task:
+        imported.write(
+            out,
+            source.shape,
+            source.dtype,
+            source.shapes,
+            source.read,
+            allocation=source.allocation,
+            fingerprint=tokenizer.fingerprint if tokenizer else None,
+            origin={"folder": str(folder), "model_type": source.model_type},
+            add_files=add_tokenizer,
+            advance=task.advance,
+        )
+    console.print(
+        f"{out}: {source.bytes // source.dtype.itemsize:,} parameters in {str(source.dtype).removeprefix('torch.')}"
+        f"{'' if tokenizer else ', without a tokenizer'}",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
