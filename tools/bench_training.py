@@ -57,18 +57,21 @@ def main(
             console.print(f"{layout}: {steps} steps", markup=False)
             run = Path(folder) / str(number)
             results[layout] = _run(config, [*fields[layout], f"run.dir={run}"], layout.processes, Path(folder) / f"{number}.json")
-            measurements.append(measure(layout, results[layout], skip, results[layouts[0]]))
+            measured = measure(layout, results[layout], skip, results[layouts[0]])
+            measurements.append(measured)
+            console.print(f"{layout}: {measured.tokens_per_second:,.0f} tokens/s", markup=False)
+            if out is not None:  # at once: what is measured outlives a time limit
+                content = {
+                    "config": str(config),
+                    "overrides": overrides or [],
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "steps": steps,
+                    "skip": skip,
+                    "measurements": [measurement.to_dict() for measurement in measurements],
+                }
+                replace_text(out, dumps(content, indent=1) + "\n")
     console.print(training_table(measurements))
     if out is not None:
-        content = {
-            "config": str(config),
-            "overrides": overrides or [],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "steps": steps,
-            "skip": skip,
-            "measurements": [measurement.to_dict() for measurement in measurements],
-        }
-        replace_text(out, dumps(content, indent=1) + "\n")
         console.print(f"wrote {out}", markup=False)
 
 
