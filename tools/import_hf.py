@@ -34,7 +34,7 @@ def main(
     from megaconsa.data.tokenizer import Tokenizer
     from megaconsa.errors import InputError
     from megaconsa.files import check_new_folder
-    from megaconsa.huggingface.export import TOKENIZER_FILES
+    from megaconsa.huggingface.export import copy_tokenizer
     from megaconsa.huggingface.source import open_source
 
     check_new_folder(out)
@@ -52,9 +52,7 @@ def main(
     def add_tokenizer(made: Path) -> None:
         if tokenizer:
             (made / TOKENIZER).mkdir()
-            for name in TOKENIZER_FILES:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, made / TOKENIZER / name)
+            copy_tokenizer(folder, made / TOKENIZER)
 
     with progress("importing", source.bytes, "bytes") as task:
         imported.write(

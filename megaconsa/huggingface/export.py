@@ -20,7 +20,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, new_folder
 from megaconsa.huggingface.model_card import model_card
-from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
+from megaconsa.huggingface.names import name_difference, parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import ModelConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,13 +77,19 @@ def export(
             )
         _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
         _write_json(folder / "generation_config.json", special_tokens | {"transformers_version": transformers.__version__})
-        for name in TOKENIZER_FILES:
-            if tokenizer and (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, folder / name)
+        if tokenizer:
+            copy_tokenizer(tokenizer, folder)
         allocation.save(folder / "allocation.json")
         card = model_card(model, allocation, dtype, has_tokenizer=tokenizer is not None, origin=origin)
         (folder / "README.md").write_text(card)
         _write_weights(folder, weights, dtype)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer folder that transformers reads, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def reorder_heads(weights: Mapping[str, Tensor], model: ModelConfig, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -114,10 +120,8 @@ def _rows(order: Sequence[int], size: int) -> Tensor:
 def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
     """Raises InputError unless the weights are those of the model, finite, and within the range of `dtype`."""
     shapes = parameter_shapes(model)
-    for problem, names in (("lack", shapes.keys() - weights.keys()), ("have the unknown", weights.keys() - shapes.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the weights {problem} {min(names)}{more}; they do not belong to this model configuration")
+    if difference := name_difference(weights.keys(), model):
+        raise InputError(f"the weights {difference}; they do not belong to this model configuration")
     for name, shape in shapes.items():
         tensor = weights[name]
         if tuple(tensor.shape) != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from megaconsa.model.config import ModelConfig
@@ -34,6 +35,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def name_difference(names: Set[str], config: ModelConfig) -> str | None:
+    """What is wrong with the names of a model's weights, as "lack NAME and 3 more" or "have the unknown NAME"; None if nothing is."""
+    expected = parameter_shapes(config).keys()
+    for problem, wrong in (("lack", expected - names), ("have the unknown", names - expected)):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            return f"{problem} {min(wrong)}{more}"
+    return None
 
 
 def qwen3_config_fields(config: ModelConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.huggingface.export import reorder_weight
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig
-from megaconsa.huggingface.names import parameter_shapes
+from megaconsa.huggingface.names import name_difference, parameter_shapes
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import DTYPES, TensorFiles
 
@@ -166,16 +166,14 @@ def _files(path: Path) -> TensorFiles:
 def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.dtype:
     """Refuses weights that are not the model's; returns their precision."""
     shapes = parameter_shapes(shape)
-    extra = set(files) - shapes.keys()
-    if shape.tie_word_embeddings and HEAD in extra and EMBEDDING in files:
+    names = set(files)
+    if shape.tie_word_embeddings and HEAD in names and EMBEDDING in names:
         # Some folders store the tied output layer a second time.
         if files.shape(HEAD) != files.shape(EMBEDDING) or not torch.equal(files[HEAD], files[EMBEDDING]):
             raise InputError(f"{path}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}")
-        extra.remove(HEAD)
-    for problem, names in (("lack", shapes.keys() - set(files)), ("have the unknown", extra)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path}: the weights {problem} {min(names)}{more}; they do not belong to config.json")
+        names.remove(HEAD)
+    if difference := name_difference(names, shape):
+        raise InputError(f"{path}: the weights {difference}; they do not belong to config.json")
     for name, expected in shapes.items():
         if files.shape(name) != expected:
             raise InputError(f"{path}: {name} has shape {files.shape(name)}, but config.json asks for {expected}")

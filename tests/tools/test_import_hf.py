@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.data.stream import BatchStream
-from megaconsa.huggingface.export import TOKENIZER_FILES
+from megaconsa.huggingface.export import TOKENIZER_FILES, copy_tokenizer
 
 VOCABULARY = 512  # of small_data
 SEQUENCE_LENGTH = 64
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 Done = Callable[..., str]
 Refused = Callable[..., str]
@@ -37,12 +36,6 @@ def save_qwen3(folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.bf
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
-
-
-def add_tokenizer(folder: Path, data: Path) -> None:
-    for name in TOKENIZER:
-        if (data / "tokenizer" / name).exists():
-            (folder / name).write_bytes((data / "tokenizer" / name).read_bytes())
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -64,7 +57,7 @@ def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, small_data: Path, tmp_path: Path) -> None:
     folder = save_qwen3(tmp_path / "hf", tied=tied, dtype=dtype, shard=shard)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "5GB")
-    add_tokenizer(folder, small_data)
+    copy_tokenizer(small_data / "tokenizer", folder)
     done("import-hf", folder, "--out", tmp_path / "import")
     assert_same_bytes(store.resolve(tmp_path / "import").weights(), tensors(folder))
     done("verify", tmp_path / "import")
@@ -81,15 +74,16 @@ def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, smal
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("rule", [["head-share"], ["interleaved", "--ratio", "1"]], ids=["head-wise", "layer-wise"])
-def test_exports_come_back(rule: list[str], done: Done, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "full",
+    [[[False, True, False, True], [True, False, False, True]] * 2, [[False] * 4, [True] * 4] * 2],
+    ids=["head-wise", "layer-wise"],
+)
+def test_exports_come_back(full: list[list[bool]], done: Done, tmp_path: Path) -> None:
     """Heads in their original order, and the table; exported again, the same folder."""
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
     table = {"version": 1, "num_layers": 4, "num_kv_heads": 4, "window": 8, "scope": "per_layer", "target_sparsity": 0.5}
-    full = [[False, True, False, True], [True, False, False, True]] * 2
-    if rule[0] == "interleaved":
-        full = [[False] * 4, [True] * 4] * 2
     table |= {"granularity": "kv_head", "full": full}
     (tmp_path / "table.json").write_text(json.dumps(table))
     done("export-hf", tmp_path / "import", "--out", tmp_path / "export", "--allocation", tmp_path / "table.json")
@@ -124,7 +118,7 @@ def test_the_first_loss_is_that_of_transformers(
 ) -> None:
     """While learning too: where the window reaches over the sequence, gates change nothing."""
     folder = save_qwen3(tmp_path / "hf")
-    add_tokenizer(folder, small_data)
+    copy_tokenizer(small_data / "tokenizer", folder)
     done("import-hf", folder, "--out", tmp_path / "import")
     allocation = {"source": "learn"} if source == "learn" else {"source": "rule", "rule": "dense"}
     values = make_config(
@@ -150,8 +144,8 @@ def test_the_first_loss_is_that_of_transformers(
     (batch,) = next(iter(stream.steps(0)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(batch.tokens.long()).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.long().flatten())
+        logits = model(batch.tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
