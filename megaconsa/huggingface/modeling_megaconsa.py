@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -27,8 +27,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, POSITIONS = "full_attention", "sliding_attention", "positions"
 MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+# transformers 5.24 renamed the argument in all layers of a model.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
 
 
 class MegaconsaConfig(Qwen3Config):
@@ -94,28 +96,30 @@ def head_groups(config: MegaconsaConfig) -> list[list[HeadGroup]]:
     ]
 
 
-def split_cache(cache: DynamicCache | None, config: MegaconsaConfig) -> DynamicCache:
+def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
     """Lays out an empty cache (or a new one, for None) with a cache layer per head group, in place.
 
     A cache that has this layout already is returned as it is, filled or not. Raises ValueError for any other.
     """
     if cache is None:
         cache = DynamicCache()
-    if type(cache) is not DynamicCache or cache.offloading:
+    sliding = [group.kind == SLIDING for layer in head_groups(config) for group in layer]
+    if not cache.offloading and [layer.is_sliding for layer in cache.layers] == sliding:
+        return cache
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
             f"{type(cache).__name__} is not supported, nor is offloading: sliding and full heads of a layer are cached apart, "
-            "which needs a plain DynamicCache; leave cache_implementation out of the call"
+            "which needs a plain DynamicCache or StaticCache"
         )
-    kinds = [group.kind for layer in head_groups(config) for group in layer]
-    layout = [DynamicLayer if kind == FULL else DynamicSlidingWindowLayer for kind in kinds]
-    if [type(layer) for layer in cache.layers] == layout:
-        return cache
     if cache.get_seq_length() > 0:
-        raise ValueError(
-            "past_key_values was filled by another model; pass an empty DynamicCache or one that this model returned"
-        )
-    cache.layers = [DynamicLayer() if kind == FULL else DynamicSlidingWindowLayer(config.sliding_window) for kind in kinds]
-    cache.layer_class_to_replicate = None  # the layout is complete: nothing is to be added when layers are first used
+        raise ValueError("past_key_values was filled by another model; pass an empty cache or one that this model returned")
+    window = config.sliding_window
+    if type(cache) is StaticCache:
+        length = cache.layers[0].max_cache_len  # the configuration made full-attention layers of all
+        cache.layers = [StaticSlidingWindowLayer(length, window) if slides else StaticLayer(length) for slides in sliding]
+    else:
+        cache.layers = [DynamicSlidingWindowLayer(window) if slides else DynamicLayer() for slides in sliding]
+        cache.layer_class_to_replicate = None  # the layout is complete: nothing is to be added when layers are first used
     return cache
 
 
@@ -131,10 +135,10 @@ class MegaconsaAttention(Qwen3Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: dict[str, Tensor | None],
-        past_key_values: DynamicCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, length, hidden), as is what returns; attention_mask: one for each kind of head."""
+        """hidden_states: (batch, length, hidden), as is what returns; attention_mask: one for each kind of head, and the positions."""
+        cache = kwargs.pop(CACHE, None)
         batch, length = hidden_states.shape[:2]
         by_head = (batch, length, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, query heads, length, head_dim)
@@ -147,8 +151,9 @@ class MegaconsaAttention(Qwen3Attention):
         outputs = []
         for group in self.groups:
             group_key, group_value = key[:, group.kv_heads], value[:, group.kv_heads]
-            if past_key_values is not None:
-                group_key, group_value = past_key_values.update(group_key, group_value, group.cache_index)
+            if cache is not None:
+                place = {"cache_position": attention_mask[POSITIONS]}  # asked for by static caches before transformers 5
+                group_key, group_value = cache.update(group_key, group_value, group.cache_index, place)
             output, _ = attend(
                 self,
                 query[:, group.query_heads],
@@ -187,30 +192,35 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Qwen3Model.forward; attention_mask is the padding mask, (batch, past + length), or None."""
+        """As Qwen3Model.forward; attention_mask is the padding mask, (batch, past + length), or None.
+
+        The cache is called past_key_values up to transformers 5.23, cache since; either name serves.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: full and sliding heads attend to different numbers of keys")
+        cache = past_key_values if cache is None else cache
         if self.training and self.gradient_checkpointing:
-            use_cache, past_key_values = False, None
+            use_cache, cache = False, None
         elif use_cache is None:
             use_cache = self.config.use_cache
-        if use_cache or past_key_values is not None:
-            past_key_values = split_cache(past_key_values, self.config)
+        if use_cache or cache is not None:
+            cache = split_cache(cache, self.config)
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError(
                 "attention_mask must be a (batch, length) mask of padding: one over keys would undo the sliding window"
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
+        past = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
         if position_ids is None:
             position_ids = positions[None]
 
@@ -220,10 +230,10 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             "input_embeds": inputs_embeds,  # the name in 4.57
             "attention_mask": attention_mask,
             "cache_position": positions,  # in 4.57 only
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "position_ids": position_ids,
         }
-        masks = {}
+        masks: dict[str, Any] = {POSITIONS: positions}
         for kind in self.kinds:
             build = MASK_BUILDERS[kind]
             accepted = inspect.signature(build).parameters
@@ -233,8 +243,8 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             inputs_embeds=inputs_embeds,
             attention_mask={FULL: masks},
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -244,3 +254,8 @@ class MegaconsaForCausalLM(MegaconsaPreTrainedModel, Qwen3ForCausalLM):
         super().__init__(config)
         self.model = MegaconsaModel(config)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The padding mask as it is: with a static cache, generate would make a mask over keys, for one kind of head, of it."""
+        return attention_mask

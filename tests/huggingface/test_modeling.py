@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.load import compare_logits, generate_line, load_exported
@@ -57,8 +58,9 @@ def test_layer_wise_is_stock_qwen3_with_layer_types(exported: Export, weights: d
 @pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE], ids=["head-wise", "layer-wise"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("prompt", [3, WINDOW, 2 * WINDOW])
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_cached_generation_equals_no_cache_at_every_token(
-    exported: Export, allocation: Allocation, attention: str, prompt: int
+    exported: Export, allocation: Allocation, attention: str, prompt: int, cache: str | None
 ) -> None:
     model, _ = load_exported(exported(allocation))
     model.set_attn_implementation(attention)
@@ -68,12 +70,52 @@ def test_cached_generation_equals_no_cache_at_every_token(
         max_new_tokens=steps,
         min_new_tokens=steps,
         do_sample=False,
+        cache_implementation=cache,
         output_logits=True,
         return_dict_in_generate=True,
     )
     with torch.no_grad():
         whole = model(out.sequences, use_cache=False).logits[:, prompt - 1 : -1]
     assert close(torch.stack(out.logits, dim=1), whole)
+
+
+@pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE], ids=["head-wise", "layer-wise"])
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_search_and_sampling_equal_no_cache(
+    exported: Export, allocation: Allocation, settings: dict[str, Any], cache: str | None
+) -> None:
+    model, _ = load_exported(exported(allocation))
+    tokens, settings = some_tokens(2, WINDOW - 2), settings | {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW}
+    outcomes = []
+    for use_cache, implementation in ((False, None), (True, cache)):
+        torch.manual_seed(0)
+        outcomes.append(model.generate(tokens, use_cache=use_cache, cache_implementation=implementation, **settings))
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_continued_conversation_equals_one_pass(exported: Export, cache: str) -> None:
+    """Text, generation, more text, generation: the cache goes from call to call."""
+    model, _ = load_exported(exported(HEAD_WISE))
+    held = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=8 * WINDOW)
+    settings = {"max_new_tokens": WINDOW + 1, "min_new_tokens": WINDOW + 1, "do_sample": False}
+    heard = fresh = some_tokens(1, 5)
+    for turn in range(3):
+        heard = model.generate(heard, past_key_values=held, **settings)
+        fresh = model.generate(fresh, use_cache=False, **settings)
+        assert torch.equal(heard, fresh)
+        said = some_tokens(1, 3 + turn)
+        heard, fresh = torch.cat([heard, said], dim=1), torch.cat([fresh, said], dim=1)
+
+
+def test_compiled_equals_eager(exported: Export) -> None:
+    """Graphs may break in it (generate does not compile it by itself); what they compute may not change."""
+    model, _ = load_exported(exported(HEAD_WISE))
+    tokens = some_tokens(2, 3 * WINDOW)
+    with torch.no_grad():
+        eager = model(tokens).logits
+        assert close(torch.compile(model, backend="aot_eager")(tokens).logits, eager)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -131,8 +173,8 @@ def test_gradient_checkpointing_changes_nothing(exported: Export) -> None:
 def test_unsupported_requests_are_refused(exported: Export) -> None:
     model, _ = load_exported(exported(HEAD_WISE))
     tokens = some_tokens(1, 4)
-    with pytest.raises(ValueError, match="StaticCache is not supported"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="OtherCache is not supported, nor is offloading"):
+        model(tokens, past_key_values=type("OtherCache", (DynamicCache,), {})())
     filled = DynamicCache()
     filled.update(torch.zeros(1, 4, 3, MODEL.head_dim), torch.zeros(1, 4, 3, MODEL.head_dim), 0)
     with pytest.raises(ValueError, match="filled by another model"):
