@@ -25,6 +25,22 @@ def check_new_folder(out: Path) -> None:
         raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
 
 
+def binary_size(count: float) -> str:
+    """`count` bytes in the largest binary unit that leaves at least 1."""
+    unit = 0
+    while count >= 1024 and unit < 4:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises InputError where the disk on which `out` will lie has fewer than `needed` bytes free."""
+    nearest = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise InputError(f"out={out} needs {binary_size(needed)}, but {binary_size(free)} are free there")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""

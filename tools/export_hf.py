@@ -26,6 +26,7 @@ def main(
     average: Annotated[
         int, typer.Option(min=1, help="Export the mean of the weights of this many newest checkpoints of the run.")
     ] = 1,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file, such as 500MB.")] = "5GB",
     verify: Annotated[
         int,
         typer.Option(
@@ -42,50 +43,60 @@ def main(
         megaconsa export-hf runs/quickstart/train --average 2 --out runs/quickstart/hf_mean
     """
     from contextlib import ExitStack
+    from functools import partial
 
     import torch
 
     from megaconsa.checkpoint import store
     from megaconsa.consa.allocation import Allocation
     from megaconsa.consa.rules import dense
-    from megaconsa.data.shards import TOKENIZER
+    from megaconsa.console import progress
     from megaconsa.errors import InputError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
-    from megaconsa.huggingface.export import export
+    from megaconsa.huggingface.export import export, export_bytes
+    from megaconsa.reporting.plots import save_allocation
     from megaconsa.tensor_files import MeanTensors
 
     checkpoints = store.newest_of(source, average) if average > 1 else [store.resolve(source)]
     checkpoint = checkpoints[0]
-    imported = checkpoint.imported
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
-    if table is None and imported:
+    if table is None and checkpoint.imported:
         shape = checkpoint.shape
         table = dense(shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings)
     if table is None:
         raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
-    trained = table.window if imported else checkpoint.state["config"]["attention"]["window"]
-    if table.window != trained:
-        raise InputError(f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {trained}")
-    if imported and verify:
+    if checkpoint.window not in (None, table.window):
+        raise InputError(
+            f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {checkpoint.window}"
+        )
+    if checkpoint.imported and verify:
         raise InputError(f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on")
-    if tokenizer is None and imported:
-        tokenizer = checkpoint.path / TOKENIZER if (checkpoint.path / TOKENIZER).is_dir() else None
-    elif tokenizer is None:
-        tokenizer = Path(checkpoint.state["config"]["data"]["path"]) / TOKENIZER
-        if not tokenizer.is_dir():
-            raise InputError(f"the run's tokenizer {tokenizer} is not there any more; give its folder with --tokenizer")
+    words = tokenizer or checkpoint.tokenizer
+    if words and not words.is_dir():
+        raise InputError(f"the tokenizer {words} is not there; give the folder of the run's with --tokenizer")
     tokens = held_out_tokens(checkpoint, verify) if verify else None
-    begun = imported["folder"] if imported else checkpoint.state["config"]["run"]["dir"]
-    origin = {"run": begun, "step": checkpoint.step, "tokens": checkpoint.state["tokens"]}
+    origin = checkpoint.origin
     if average > 1:
         origin["averaged_steps"] = [each.step for each in checkpoints]
-    name = dtype or (imported["dtype"] if imported else "bfloat16")
+    name = dtype or (checkpoint.imported or {}).get("dtype", "bfloat16")
     precision = getattr(torch, name)
     with ExitStack() as reading:
         for each in checkpoints:
             reading.enter_context(each.in_use())
         weights = MeanTensors([each.weights() for each in checkpoints]) if average > 1 else checkpoint.weights()
-        export(weights, checkpoint.shape, table, out, tokenizer=tokenizer, dtype=precision, origin=origin)
+        with progress("exporting", export_bytes(checkpoint.shape, precision), "bytes") as task:
+            export(
+                weights,
+                checkpoint.shape,
+                table,
+                out,
+                tokenizer=words,
+                dtype=precision,
+                origin=origin,
+                max_shard_size=max_shard_size,
+                heat_map=partial(save_allocation, table) if table.sparsity else None,
+                advance=task.advance,
+            )
         kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
         console.print(f"{out}: {kind}, {name}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
         if tokens is not None:

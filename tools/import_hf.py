@@ -26,14 +26,12 @@ def main(
 
         megaconsa train configs/qwen3_0p6b_learn.yaml model.init_from=runs/qwen3_0p6b/import
     """
-    import shutil
-
     from megaconsa.checkpoint import imported
     from megaconsa.console import progress
-    from megaconsa.data.shards import TOKENIZER
+    from megaconsa.data import TOKENIZER
     from megaconsa.data.tokenizer import Tokenizer
     from megaconsa.errors import InputError
-    from megaconsa.files import check_new_folder
+    from megaconsa.files import check_new_folder, check_space
     from megaconsa.huggingface.export import copy_tokenizer
     from megaconsa.huggingface.source import open_source
 
@@ -44,10 +42,7 @@ def main(
         raise InputError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but vocab_size={source.shape.vocab_size} in config.json"
         )
-    nearest = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(nearest).free
-    if free < source.bytes:
-        raise InputError(f"out={out} needs {source.bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free there")
+    check_space(out, source.bytes)
 
     def add_tokenizer(made: Path) -> None:
         if tokenizer:

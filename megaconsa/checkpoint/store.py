@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import TensorFiles
@@ -74,6 +75,27 @@ class Checkpoint:
         """The table that the run trained on; None while it was learning."""
         path = self.path / "allocation.json"
         return Allocation.load(path) if path.exists() else None
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a sliding-window head sees; None for an import in which all heads are full."""
+        if self.imported:
+            return self.allocation.window if self.allocation else None
+        return int(self.state["config"]["attention"]["window"])
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer's folder, that of the run's data or the import's own; None for an import without one."""
+        if not self.imported:
+            return Path(self.state["config"]["data"]["path"]) / TOKENIZER
+        folder = self.path / TOKENIZER
+        return folder if folder.is_dir() else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The run or the imported folder that the weights are of, step and tokens."""
+        begun = self.imported["folder"] if self.imported else self.state["config"]["run"]["dir"]
+        return {"run": begun, "step": self.step, "tokens": self.state["tokens"]}
 
     @property
     def bytes(self) -> int:

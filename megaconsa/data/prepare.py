@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import xxhash
 
 from megaconsa.console import Task, console, progress
+from megaconsa.data import TOKENIZER
 from megaconsa.data.packing import pack
 from megaconsa.data.shards import (
     INFO,
-    TOKENIZER,
     TRAIN,
     VALIDATION,
     DatasetInfo,
@@ -24,7 +25,7 @@ from megaconsa.data.shards import (
     write_split,
 )
 from megaconsa.data.text import find_files, read_documents
-from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
+from megaconsa.data.tokenizer import GENERATION_CONFIG, Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
 TRAINING_CHARACTERS = 20_000_000
@@ -65,6 +66,9 @@ def prepare(
     with preparation(out):
         if given:
             given.save(out / TOKENIZER)
+            assert tokenizer is not None
+            if (tokenizer / GENERATION_CONFIG).is_file():
+                shutil.copyfile(tokenizer / GENERATION_CONFIG, out / TOKENIZER / GENERATION_CONFIG)
         else:
             assert train_tokenizer is not None
             stride = max(1, round(source.characters / TRAINING_CHARACTERS))

@@ -24,10 +24,10 @@ from streaming.base.format.mds.writer import MDSWriter
 from streaming.base.hashing import get_hash
 
 from megaconsa.console import Task
+from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError, RunError
 
 TRAIN, VALIDATION = "train", "validation"
-TOKENIZER = "tokenizer"
 INFO = "dataset.json"
 UNFINISHED = "dataset.json.unfinished"
 """Marks the folder as ours while it is being prepared, and is locked meanwhile; renamed to dataset.json at the end."""

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from megaconsa.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+GENERATION_CONFIG = "generation_config.json"
+"""Of a model's folder: the ids that end its answers, and how it samples. It goes where the tokenizer goes."""
 SPACE = "\u2581"
 """What sentencepiece writes for a space. A text that holds this character itself reads back with a space in its place."""
 SMALLEST_VOCABULARY = 512

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.errors import InputError
-from megaconsa.files import check_new_folder, new_folder
-from megaconsa.huggingface.model_card import model_card
+from megaconsa.data.tokenizer import GENERATION_CONFIG
+from megaconsa.errors import InputError, RunError
+from megaconsa.files import check_new_folder, check_space, new_folder
+from megaconsa.huggingface.model_card import HEAT_MAP, model_card
 from megaconsa.huggingface.names import name_difference, parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import ModelConfig
+from megaconsa.tensor_files import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHARD_BYTES = 5 * 10**9
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,7 +36,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    GENERATION_CONFIG,
 )
+"""Files that stand in a tokenizer folder, as far as it has them. How to generate belongs to the words that a model knows."""
 
 
 @torch.no_grad()
@@ -49,14 +51,20 @@ def export(
     tokenizer: Path | None,
     dtype: torch.dtype,
     origin: dict[str, Any] | None,
+    max_shard_size: str = "5GB",
+    heat_map: Callable[[Path], None] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes `out`, a folder that transformers' Auto classes load.
+    """Writes `out`, a folder that transformers' Auto classes load; memory holds one weight at a time if `weights` reads them so.
 
     weights: canonical name -> unsharded fp32 tensor, heads in original order. `allocation`: in the same order; all-true is dense.
     tokenizer: folder with `tokenizer_config.json`, whose files are copied; None leaves the export without one.
     origin: where the weights came from (run, step, ...), shown in the model card.
+    max_shard_size: of a weight file, a number and KB, MB, GB or TB; a larger weight has a file of its own.
+    heat_map: draws the allocation into the file it is given, for the model card. advance is told of bytes as they are written.
     The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
-    allocation or the tokenizer do not fit the model, or `out` exists and is not an empty folder.
+    allocation or the tokenizer do not fit the model, `out` exists and is not an empty folder, or the disk has no room for it; RunError,
+    with nothing left behind, where writing fails.
     """
     check_new_folder(out)
     if dtype not in DTYPES:
@@ -66,23 +74,51 @@ def export(
         raise InputError(
             f"the allocation's window={allocation.window} cannot be exported: transformers' sliding cache needs 2 or more"
         )
+    split = _split(model, dtype, max_shard_size)
+    check_space(out, export_bytes(model, dtype))
     _check_weights(weights, model, dtype)
     special_tokens = _special_tokens(tokenizer, model) if tokenizer else {}
 
-    with new_folder(out) as folder:
-        if not allocation.is_layer_wise:
-            shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-            weights = reorder_heads(
-                weights, model, [allocation.full_heads_first(layer) for layer in range(allocation.num_layers)]
+    def read(name: str) -> Tensor:
+        tensor = weights[name]
+        if not allocation.is_layer_wise and ".self_attn." in name and name.endswith("_proj.weight"):
+            tensor = reorder_weight(name, tensor, model, allocation.full_heads_first(int(name.split(".")[2])))
+        return tensor.detach().to("cpu", dtype)
+
+    try:
+        with new_folder(out) as folder:
+            if not allocation.is_layer_wise:
+                shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
+            _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
+            if tokenizer:
+                copy_tokenizer(tokenizer, folder)
+            if not (folder / GENERATION_CONFIG).exists():
+                _write_json(folder / GENERATION_CONFIG, special_tokens | {"transformers_version": transformers.__version__})
+            allocation.save(folder / "allocation.json")
+            if heat_map is not None:
+                heat_map(folder / HEAT_MAP)
+            card = model_card(
+                model,
+                allocation,
+                dtype,
+                has_tokenizer=tokenizer is not None,
+                has_heat_map=heat_map is not None,
+                origin=origin,
             )
-        _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
-        _write_json(folder / "generation_config.json", special_tokens | {"transformers_version": transformers.__version__})
-        if tokenizer:
-            copy_tokenizer(tokenizer, folder)
-        allocation.save(folder / "allocation.json")
-        card = model_card(model, allocation, dtype, has_tokenizer=tokenizer is not None, origin=origin)
-        (folder / "README.md").write_text(card)
-        _write_weights(folder, weights, dtype)
+            (folder / "README.md").write_text(card)
+            shapes = parameter_shapes(model)
+            for filename, names in split.filename_to_tensors.items():
+                write_tensors(folder / filename, {name: shapes[name] for name in names}, dtype, read, advance)
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                _write_json(folder / "model.safetensors.index.json", index)
+    except OSError as error:
+        raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
+
+
+def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights in `dtype`."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values()) * dtype.itemsize
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -92,22 +128,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def reorder_heads(weights: Mapping[str, Tensor], model: ModelConfig, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Moves the KV heads of each layer, with their query heads; the function of the model stays the same.
-
-    orders[layer][i] is the present index of the KV head that comes to place i. Rows of q, k and v and columns of o are copied,
-    all other tensors are those of `weights`.
-    """
-    moved = dict(weights)
-    for layer, order in enumerate(orders):
-        for projection in ATTENTION_PROJECTIONS:
-            name = f"model.layers.{layer}.self_attn.{projection}.weight"
-            moved[name] = reorder_weight(name, weights[name], model, order)
-    return moved
-
-
 def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequence[int]) -> Tensor:
-    """A projection of attention with its KV heads, or their query heads, in another order, as in `reorder_heads`."""
+    """A projection of attention with its KV heads, or their query heads, in another order.
+
+    order[i] is the present index of the KV head that comes to place i. Rows of q, k and v and columns of o are copied; where all four
+    projections of a layer are reordered alike, the function of the model stays the same.
+    """
     heads = 1 if ".k_proj." in name or ".v_proj." in name else model.queries_per_kv_head
     return tensor.index_select(1 if ".o_proj." in name else 0, _rows(order, model.head_dim * heads).to(tensor.device))
 
@@ -178,15 +204,12 @@ def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, spec
     return fields | {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
 
 
-def _write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Safetensors in `dtype`, in one file or in shards with an index; one shard at a time is converted in memory."""
-    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
-    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
-    for filename, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
-    if split.is_sharded:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+def _split(model: ModelConfig, dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
+    """Which weight goes into which file."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise InputError(f"max_shard_size={max_shard_size} is not a size; write it as 5GB or 500MB")
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in parameter_shapes(model).items()}
+    return split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 
 from megaconsa.consa.allocation import Allocation
+from megaconsa.files import binary_size
 from megaconsa.model.config import ModelConfig
+from megaconsa.model.flops import kv_cache_bytes
+
+HEAT_MAP = "allocation.png"
 
 HEADER = """\
 ---
@@ -27,7 +31,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{trust}){load_tokenizer}
 
 HEAD_WISE = """
 The model file, `modeling_megaconsa.py`, is in this folder and needs transformers 4.57 or later. In the weights, the KV heads of a
-layer are stored with the full-attention ones first; `allocation.json` and the table below show them in the original order.
+layer are stored with the full-attention ones first; `allocation.json` and the map below show them in the original order.
 """
 
 SHAPE = """
@@ -43,10 +47,22 @@ DENSE = """\
 
 HYBRID = """\
 | KV heads with full attention | {full_heads} of {all_heads} |
-| sparsity, the fraction of KV heads with the window | {sparsity:.4g} |
+| sparsity, the fraction of KV heads with the window: target, reached | {target:.4g}, {sparsity:.4g} |
 | window | {window} keys, the query's own included |
-| KV cache per token | {token} and, once per sequence, {windows} for the windows; a dense model: {dense_token} |
-| KV cache at {context} tokens | {hybrid}, {ratio:.1%} of a dense model's {dense} |
+"""
+
+TOKENS = """\
+| training tokens | {tokens:,} |
+"""
+
+CACHE = """
+## KV cache
+
+Keys and values of one sequence in {dtype}. Full heads hold every token, sliding heads the last {held}.
+
+| context | this model | dense | share |
+| --- | --- | --- | --- |
+{rows}
 
 ## Allocation
 
@@ -67,16 +83,17 @@ ORIGIN = """
 
 
 def model_card(
-    model: ModelConfig, allocation: Allocation, dtype: torch.dtype, *, has_tokenizer: bool, origin: dict[str, Any] | None
+    model: ModelConfig,
+    allocation: Allocation,
+    dtype: torch.dtype,
+    *,
+    has_tokenizer: bool,
+    has_heat_map: bool,
+    origin: dict[str, Any] | None,
 ) -> str:
-    """The text of README.md; cache sizes are for keys and values held in `dtype`."""
+    """The text of README.md; cache sizes are for keys and values held in `dtype`. origin may have `tokens`, those of the training."""
     all_heads = allocation.num_layers * allocation.num_kv_heads
-    full_heads = sum(map(sum, allocation.full))
-    head_bytes = 2 * model.head_dim * dtype.itemsize  # key and value of one token in one head
-    context = model.max_position_embeddings
-    windows = min(allocation.window - 1, context) * (all_heads - full_heads) * head_bytes
-    dense, hybrid = context * all_heads * head_bytes, context * full_heads * head_bytes + windows
-
+    precision = str(dtype).removeprefix("torch.")
     trust = "" if allocation.is_layer_wise else ", trust_remote_code=True"
     text = HEADER.format(
         with_windows=" with full and sliding-window attention" if allocation.sparsity else "",
@@ -87,34 +104,42 @@ def model_card(
     if not allocation.is_layer_wise:
         text += HEAD_WISE
     shape = (model.num_hidden_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim)
-    text += SHAPE.format(shape=", ".join(map(str, shape)), dtype=str(dtype).removeprefix("torch."))
+    text += SHAPE.format(shape=", ".join(map(str, shape)), dtype=precision)
+    if origin and origin.get("tokens"):
+        text += TOKENS.format(tokens=origin["tokens"])
     if allocation.sparsity:
-        digits = len(str(allocation.num_layers - 1))
-        rows = (f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}" for layer, row in enumerate(allocation.full))
         text += HYBRID.format(
-            full_heads=full_heads,
+            full_heads=sum(map(sum, allocation.full)),
             all_heads=all_heads,
+            target=allocation.target_sparsity,
             sparsity=allocation.sparsity,
             window=allocation.window,
-            token=_size(full_heads * head_bytes),
-            windows=_size(windows),
-            dense_token=_size(all_heads * head_bytes),
-            context=context,
-            hybrid=_size(hybrid),
-            ratio=hybrid / dense,
-            dense=_size(dense),
-            table="\n".join(rows),
         )
+        digits = len(str(allocation.num_layers - 1))
+        lines = (
+            f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}" for layer, row in enumerate(allocation.full)
+        )
+        text += CACHE.format(
+            dtype=precision,
+            held=allocation.window - 1,
+            rows="\n".join(_cache_row(model, allocation, dtype, context) for context in _contexts(model)),
+            table="\n".join(lines),
+        )
+        if has_heat_map:
+            text += f"\n![The allocation, layer by KV head]({HEAT_MAP})\n"
     else:
-        text += DENSE.format(dense_token=_size(all_heads * head_bytes))
+        text += DENSE.format(dense_token=binary_size(kv_cache_bytes(model, None, 1, dtype.itemsize)))
     if origin:
         text += ORIGIN.format(origin=json.dumps(origin, indent=2, default=str))
     return text
 
 
-def _size(count: float) -> str:
-    """`count` bytes in the largest binary unit that leaves at least 1."""
-    unit = 0
-    while count >= 1024 and unit < 4:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+def _contexts(model: ModelConfig) -> list[int]:
+    """Contexts of the table, in tokens: up to what the model has positions for."""
+    longest = model.max_position_embeddings
+    return [context for context in (2048, 8192, 32_768, 131_072) if context < longest] + [longest]
+
+
+def _cache_row(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, context: int) -> str:
+    hybrid, dense = (kv_cache_bytes(model, table, context, dtype.itemsize) for table in (allocation, None))
+    return f"| {context:,} | {binary_size(hybrid)} | {binary_size(dense)} | {hybrid / dense:.1%} |"

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from megaconsa.consa.allocation import Allocation
 from megaconsa.reporting.metrics import Row, series
 
 INK, PAPER = "#010203", "#fefdfc"
@@ -206,6 +208,14 @@ def throughput(rows: Sequence[Row]) -> Figure:
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(EngFormatter(sep=" "))
     return figure
+
+
+def save_allocation(allocation: Allocation, path: Path) -> None:
+    """The table's map as a picture of its own."""
+    with style():
+        title = f"sparsity {allocation.sparsity:.3g}"
+        figure = allocation_maps(None, None, allocation.full, title, allocation.window)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def to_svg(figure: Figure) -> str:

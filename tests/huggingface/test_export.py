@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.errors import InputError
-from megaconsa.huggingface import export as export_module
-from megaconsa.huggingface.export import export, reorder_heads
+from megaconsa.errors import InputError, RunError
+from megaconsa.huggingface.export import export, export_bytes, reorder_weight
 from megaconsa.huggingface.load import compare_logits, generate_line, load_exported, register
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaForCausalLM
 
@@ -30,7 +32,7 @@ Export = Callable[[Allocation], Path]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def export_fp32(weights: dict[str, Tensor], out: Path, **changed: Any) -> None:
+def export_fp32(weights: Mapping[str, Tensor], out: Path, **changed: Any) -> None:
     settings = {"model": MODEL, "allocation": HEAD_WISE, "tokenizer": None, "dtype": torch.float32, "origin": None} | changed
     export(weights, settings.pop("model"), settings.pop("allocation"), out, **settings)
 
@@ -52,8 +54,6 @@ def test_head_wise_folder(exported: Export) -> None:
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     card = (folder / "README.md").read_text()
-    # Key and value of 8 full heads x 32 x 4 bytes; of 8 sliding heads for 7 tokens.
-    assert "| KV cache per token | 2 KiB and, once per sequence, 14 KiB for the windows; a dense model: 4 KiB |" in card
     assert "0 .F.F\n1 FFFF\n2 ....\n3 F..F" in card
     assert '"step": 3' in card
 
@@ -70,24 +70,96 @@ def test_layer_wise_and_dense_folders_are_stock_qwen3(exported: Export) -> None:
 
 def test_reordering_back_is_the_identity(exported: Export, weights: dict[str, Tensor]) -> None:
     stored = load_file(exported(HEAD_WISE) / "model.safetensors")
-    orders = [HEAD_WISE.full_heads_first(layer) for layer in range(MODEL.num_hidden_layers)]
-    back = reorder_heads(stored, MODEL, [torch.tensor(order).argsort().tolist() for order in orders])
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weights[name]) for name in weights)
-    assert not torch.equal(stored["model.layers.0.self_attn.q_proj.weight"], weights["model.layers.0.self_attn.q_proj.weight"])
+    assert stored.keys() == weights.keys()
+    moved = 0
+    for name, tensor in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            back = torch.tensor(HEAD_WISE.full_heads_first(int(name.split(".")[2]))).argsort().tolist()
+            moved += not torch.equal(stored[name], tensor)
+            assert torch.equal(reorder_weight(name, stored[name], MODEL, back), tensor)
+        else:
+            assert torch.equal(stored[name], tensor)
+    assert moved == 2 * 4  # layers 0 and 3
 
 
-def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path) -> None:
     model = replace(MODEL, tie_word_embeddings=False)
     weights = {name: tensor.bfloat16().float() for name, tensor in random_weights(model).items()}
-    monkeypatch.setattr(export_module, "SHARD_BYTES", 300_000)
-    export_fp32(weights, tmp_path / "out", model=model, dtype=torch.bfloat16)
+    advanced: list[int] = []
+    settings = {"model": model, "dtype": torch.bfloat16, "max_shard_size": "300KB", "advance": advanced.append}
+    export_fp32(weights, tmp_path / "out", **settings)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights.keys()
-    assert len(set(index["weight_map"].values())) > 1
+    files = {tmp_path / "out" / name for name in index["weight_map"].values()}
+    assert len(files) > 2
+    assert sum(advanced) == index["metadata"]["total_size"] == export_bytes(model, torch.bfloat16)
+    for file in files:
+        with safe_open(file, "pt") as held:
+            assert file.stat().st_size < 310_000 or len(held.keys()) == 1
     assert load_exported(tmp_path / "out", torch.bfloat16)[0].dtype == torch.bfloat16
     tokens = torch.arange(3 * WINDOW)[None]
     assert compare_logits(tmp_path / "out", tokens, masked_logits(weights, model, HEAD_WISE, tokens)) <= 1e-5
+
+
+class OneAtATime(Mapping[str, Tensor]):
+    """Weights that are made when they are read; `most` is the most of their bytes that were held at once."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights, self.held, self.most = weights, 0, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.weights[name].clone()
+        self.held += tensor.nbytes
+        self.most = max(self.most, self.held)
+        weakref.finalize(tensor, self._release, tensor.nbytes)
+        return tensor
+
+    def _release(self, count: int) -> None:
+        self.held -= count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def test_one_weight_is_held_at_a_time(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    lazy = OneAtATime(weights)
+    export_fp32(lazy, tmp_path / "out")
+    largest = sorted(tensor.nbytes for tensor in weights.values())[-2:]
+    assert lazy.most <= sum(largest)  # the next is read before the name of the last is bound to it
+
+
+def test_the_generation_config_of_the_tokenizer_folder_stays(
+    tmp_path: Path, weights: dict[str, Tensor], tokenizer_folder: Path
+) -> None:
+    words = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, words)
+    text = '{"eos_token_id": [255, 3],\n "do_sample": true, "temperature": 0.6}'
+    (words / "generation_config.json").write_text(text)
+    export_fp32(weights, tmp_path / "out", tokenizer=words)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+    assert load_exported(tmp_path / "out")[0].generation_config.eos_token_id == [255, 3]
+
+
+def test_the_model_card(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    table = replace(HEAD_WISE, target_sparsity=0.5)
+    drawn: list[Path] = []
+
+    def heat_map(path: Path) -> None:
+        drawn.append(path)
+        path.write_bytes(b"png")
+
+    origin = {"run": "runs/test", "step": 3, "tokens": 1_234_567}
+    export_fp32(weights, tmp_path / "out", allocation=table, origin=origin, heat_map=heat_map)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| training tokens | 1,234,567 |" in card
+    assert "| sparsity, the fraction of KV heads with the window: target, reached | 0.5, 0.5 |" in card
+    # Keys and values of 32 numbers in fp32: 8 full heads with 2048 tokens, 8 sliding ones with 7; dense: 16 with 2048.
+    assert "| 2,048 | 4.014 MiB | 8 MiB | 50.2% |" in card
+    assert f"![The allocation, layer by KV head]({drawn[0].name})" in card
+    assert (tmp_path / "out" / drawn[0].name).read_bytes() == b"png"
 
 
 def broken(weights: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
@@ -108,6 +180,8 @@ NORM = "model.norm.weight"
         (NORM, torch.full((128,), float("nan")), {}, "model.norm.weight holds NaN"),
         (NORM, torch.full((128,), float("-inf")), {}, "model.norm.weight holds NaN or infinity"),
         (NORM, torch.full((128,), -1e5), {"dtype": torch.float16}, "model.norm.weight holds 100000, which overflows"),
+        (NORM, torch.ones(128), {"max_shard_size": "-1GB"}, "max_shard_size=-1GB is not a size"),
+        (NORM, torch.ones(128), {"max_shard_size": "5"}, "max_shard_size=5 is not a size"),
         (NORM, torch.ones(128), {"dtype": torch.int8}, "dtype=torch.int8 cannot be exported"),
         (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, full=HEAD_WISE.full[:3])}, "made for 3 layers x 4 KV heads"),
         (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, window=1)}, "window=1 cannot be exported"),
@@ -138,13 +212,22 @@ def test_an_existing_folder_is_kept(tmp_path: Path, weights: dict[str, Tensor]) 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: Any, **__: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(export_module, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(InputError, match=r"needs 3\.693 MiB, but 976\.6 KiB are free"):
         export_fp32(weights, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    def full_disk(count: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="could not be written: No space left on device"):
+        export_fp32(weights, tmp_path / "out", advance=full_disk)
     assert not list(tmp_path.iterdir())
 
 

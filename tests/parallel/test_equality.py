@@ -19,6 +19,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from comparison import checkpoint, differences, relative
+from huggingface.reference import masked_logits
 from topologies import (
     CASES,
     CLIPPING,
@@ -31,6 +32,7 @@ from topologies import (
     PP2_DP2,
     PP2_DUALPIPEV,
     STEPS,
+    TABLE,
     TP2,
     TP2_PP2,
     TP2_SEQUENCE,
@@ -43,8 +45,11 @@ from topologies import (
     Runs,
 )
 
+from megaconsa.consa.allocation import Allocation, as_rows, top_k
 from megaconsa.data.packing import IGNORED
 from megaconsa.data.stream import BatchStream
+from megaconsa.huggingface.export import export
+from megaconsa.huggingface.load import compare_logits
 from megaconsa.model.initialize import initial_weight
 from megaconsa.reporting.metrics import read_metrics
 
@@ -60,7 +65,25 @@ def check_equal(runs: Runs, layout: Layout, faults: Mapping[str, tuple[Case, str
         if case.initialised_from is None:
             check_clipping(run)
     assert not found, "\n".join(found[:30])
+    for case in (LEARN_TIED, TRAIN_UNTIED):
+        check_export(done[case.name], runs.folder / f"{layout.name}-{case.name}-hf")
     return done
+
+
+def check_export(run: Path, out: Path) -> None:
+    """Head-wise: the export's logits are those of transformers' own Qwen3 on the checkpoint's weights, with a mask for each head."""
+    saved = checkpoint(run, STEPS)
+    table, gates = saved.allocation, saved.gates()
+    if table is None:
+        assert gates is not None
+        full = top_k(gates["log_alpha"], 0.5, saved.shape.num_key_value_heads, "kv_head", "per_layer")
+        table = Allocation(TABLE.window, as_rows(full))
+    assert not table.is_layer_wise
+    weights = dict(saved.weights())
+    export(weights, saved.shape, table, out, tokenizer=None, dtype=torch.float32, origin=None)
+    tokens = torch.randint(saved.shape.vocab_size, (2, 3 * table.window), generator=torch.Generator().manual_seed(1))
+    assert compare_logits(out, tokens, masked_logits(weights, saved.shape, table, tokens)) <= 1e-5
+    shutil.rmtree(out)
 
 
 def check_clipping(run: Path) -> None:

@@ -52,7 +52,7 @@ def test_learning_run_with_its_table(
     done("finalize-masks", run, "--out", table)
     text = done("export-hf", run, "--allocation", table, "--out", out, "--dtype", "float32", "--verify", SEQUENCE_LENGTH)
     sparsity = Allocation.load(table).sparsity
-    first, second = text.splitlines()
+    first, second = text.splitlines()[-2:]
     assert first == f"{out}: {kind}, float32, sparsity {sparsity:.4f}, window 8"
     match = re.fullmatch(
         re.escape(f"{out}: logits differ from the checkpoint's by ") + r"(\S+) of the largest logit, on 64 tokens", second
@@ -69,7 +69,8 @@ def test_training_run_knows_its_table(
 ) -> None:
     run, out = finished(name), tmp_path / "hf"
     text = done("export-hf", run, "--out", out, "--dtype", "float32")
-    assert text == f"{out}: {kind}, float32, sparsity 0.5000, window 8\n"
+    assert text.endswith(f"\n{out}: {kind}, float32, sparsity 0.5000, window 8\n")
+    assert (out / "allocation.png").read_bytes().startswith(b"\x89PNG")
     table = store.resolve(run).allocation
     assert table is not None
     assert Allocation.load(out / "allocation.json") == table
@@ -103,8 +104,8 @@ def test_verify_finds_a_wrong_export(
     """One sentence and exit code 1: the input was not at fault."""
     from megaconsa.huggingface import export
 
-    real = export.reorder_heads
-    monkeypatch.setattr(export, "reorder_heads", lambda weights, model, orders: real(weights, model, [o[::-1] for o in orders]))
+    real = export.reorder_weight
+    monkeypatch.setattr(export, "reorder_weight", lambda name, tensor, model, order: real(name, tensor, model, order[::-1]))
     outcome = megaconsa("export-hf", finished("trained"), "--out", tmp_path / "hf", "--dtype", "float32", "--verify", 64)
     assert outcome.code == 1
     assert "the export is wrong" in outcome.err

@@ -1,0 +1,259 @@
+"""Fast decoding of an export on a GPU: megaconsa's kernels under transformers' own `generate`.
+
+    model = use_kernels(model)
+    model.generate(**inputs, past_key_values=KernelCache(model, capacity=prompt_length + max_new_tokens))
+
+Dense, layer-wise and head-wise models alike. The prompt goes through `hybrid_attention`, each new token through `decode_attention`,
+and on a GPU a decoding step is one replayed CUDA graph. Where the kernels do not serve, their plain versions in torch run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from megaconsa.consa.allocation import FULL_WINDOW
+from megaconsa.huggingface.modeling_megaconsa import CACHE, SLIDING, head_groups
+from megaconsa.kernels import KVCache, decode_attention, hybrid_attention
+
+NAME = "megaconsa"
+"""Of the attention, as transformers' `attn_implementation`."""
+PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "return_dict", "use_cache"}
+"""Arguments of a decoding step that change nothing of what it computes beside the token, its position and the cache."""
+
+
+def use_kernels(model: Any) -> Any:
+    """Switches a loaded Qwen3ForCausalLM or head-wise export to megaconsa's kernels, in place, and returns it.
+
+    From then on a cache, if there is one, must be a `KernelCache`.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _padding)
+    model.set_attn_implementation(NAME)
+    plain = model.forward
+
+    @wraps(plain)
+    def forward(input_ids: Tensor | None = None, **arguments: Any) -> Any:
+        cache = arguments.pop("cache", None) or arguments.pop("past_key_values", None)
+        if (
+            isinstance(cache, KernelCache)
+            and input_ids is not None
+            and input_ids.is_cuda
+            and input_ids.shape[1] == 1
+            and arguments.keys() <= PLAIN_ARGUMENTS
+            and not torch.is_grad_enabled()
+        ):
+            return CausalLMOutputWithPast(logits=cache.step(plain, input_ids, arguments.get("position_ids")))
+        return plain(input_ids=input_ids, **({CACHE: cache} if cache is not None else {}), **arguments)
+
+    model.forward = forward
+    return model
+
+
+class KernelCache(Cache):
+    """The KV cache of a model of `use_kernels`: sliding-window heads hold W tokens each, full-attention heads up to `capacity`.
+
+    It is allocated at the first call, for the batch that comes, and not enlarged: ValueError where more tokens come than `capacity`.
+    Beam search, left padding, prompts in pieces and continued conversations work; shortening it (assisted decoding) is refused.
+    """
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        """capacity: tokens of a sequence, prompt and answer together."""
+        config, windows = model.config, []
+        if hasattr(config, "num_full_kv_heads"):
+            windows = [config.sliding_window if g.kind == SLIDING else None for layer in head_groups(config) for g in layer]
+        else:
+            types_ = config.layer_types or [None] * config.num_hidden_layers
+            windows = [config.sliding_window if kind == SLIDING else None for kind in types_]
+        super().__init__(layers=[KernelLayer(config, window, capacity) for window in windows])
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids = self._positions = self._logits = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, filled or not; 0 before the first call."""
+        return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
+
+    def step(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Logits (B, 1, V) for one more token of each sequence, (B, 1).
+
+        The first step runs as it is, which compiles and tunes what it needs; the second is captured, and replayed from then on.
+        """
+        if position_ids is None:
+            position_ids = torch.full_like(input_ids, self.get_seq_length())
+        position_ids = position_ids.expand_as(input_ids)
+        if self._graph is None and self._ids.numel() == 0:
+            self._ids, self._positions = input_ids.clone(), position_ids.clone()
+            return self._plain_step(forward)
+        for layer in self.layers:
+            layer.check_room(1)
+        self._ids.copy_(input_ids)
+        self._positions.copy_(position_ids)
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._plain_step(forward)  # counts the token on the host, and computes nothing yet
+            self._graph = graph
+        else:
+            for layer in self.layers:
+                layer.held.length += 1
+        self._graph.replay()
+        return self._logits.clone()
+
+    def _plain_step(self, forward: Callable[..., Any]) -> Tensor:
+        logits: Tensor = forward(input_ids=self._ids, position_ids=self._positions, use_cache=True, **{CACHE: self}).logits
+        return logits
+
+
+class KernelLayer(CacheLayerMixin):
+    """Keys and values of heads of one kind: a layer's, or a head group's. `window` is None for full attention."""
+
+    is_compileable = False
+
+    def __init__(self, config: Any, window: int | None, capacity: int) -> None:
+        super().__init__()
+        self.config, self.window, self.capacity = config, window or FULL_WINDOW, capacity
+        self.is_sliding = window is not None
+        self.held: KVCache | None = None
+        self._waiting = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        batch, heads, _, dim = key_states.shape
+        self.held = KVCache(batch, self.capacity, (self.window,) * heads, dim, dtype=key_states.dtype, device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Marks the new keys (B, heads, T, D), by which `_attention`, called with them next, finds this cache."""
+        if self.config._attn_implementation != NAME:
+            raise ValueError(
+                f"a KernelCache needs megaconsa's attention, but the model has {self.config._attn_implementation}: call use_kernels"
+            )
+        if self._waiting:
+            raise RuntimeError("keys did not reach megaconsa's attention as the cache gave them: the model's code copies them")
+        if self.held is None:
+            self.lazy_initialization(key_states)
+        self.check_room(key_states.shape[2])
+        self._waiting = True
+        key_states.megaconsa_cache = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def check_room(self, tokens: int) -> None:
+        if self.get_seq_length() + tokens > self.capacity:
+            raise ValueError(
+                f"{tokens} more tokens do not fit: the cache holds {self.get_seq_length()} of capacity={self.capacity}"
+            )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+        """Adds the new tokens and attends to all that is visible: (B, heads, T, D) each, returns (B, T, heads, D).
+
+        padding: (B, T) booleans of a prompt, False on the left of a sequence that is shorter than others; None if there is none.
+        """
+        self._waiting = False
+        held = self.held
+        assert held is not None
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if q.shape[1] == 1:
+            held.append(k, v)
+            return decode_attention(q, held, scale=scale)
+        if held.length == 0:
+            out = _whole(q, k, v, self.window, padding, scale)
+            if padding is not None:
+                held.start.copy_((~padding).sum(dim=1))
+        else:
+            out = self._piece(query, key, value, scale)
+        held.append(k, v)
+        return out
+
+    def _piece(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Several tokens after earlier ones, by torch's attention with a mask."""
+        held = self.held
+        assert held is not None
+        group, past, tokens = held.groups[0], held.length, key.shape[2]
+        old = torch.arange(max(past - group.slots, 0), past, device=key.device)
+        keys, values = (
+            torch.cat([store[:, :, old % group.slots], new], dim=2) for store, new in ((group.keys, key), (group.values, value))
+        )
+        new = torch.arange(past, past + tokens, device=key.device)
+        position = torch.cat([old, new])
+        distance = new[:, None] - position
+        visible = (distance >= 0) & (distance < self.window) & (position >= held.start[:, None, None, None])
+        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.held is None else self.held.length
+
+    def get_mask_sizes(self, query: Tensor | int) -> tuple[int, int]:
+        """Length and offset of the keys, whose padding `_padding` is asked for."""
+        return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+    def reset(self) -> None:
+        if self.held is not None:
+            self.held.position.zero_()
+            self.held.start.zero_()
+            self.held.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """In place: a captured step keeps the addresses."""
+        if self.held is not None:
+            for store in (self.held.start, *(x for group in self.held.groups for x in (group.keys, group.values))):
+                store.copy_(store.index_select(0, beam_idx.to(store.device)))
+
+    def crop(self, *_: Any) -> None:
+        raise ValueError(
+            "a KernelCache cannot be shortened, as assisted decoding asks: sliding heads have dropped earlier tokens"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls attention; attention_mask is what `_padding` gave."""
+    cache: KernelLayer | None = getattr(key, "megaconsa_cache", None)
+    if cache is not None:
+        del key.megaconsa_cache  # type: ignore[attr-defined]  # or cache and keys would keep each other
+        return cache.attend(query, key, value, attention_mask, scaling), None
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("megaconsa's attention keeps its own cache: pass past_key_values=KernelCache(model, capacity)")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return _whole(q, k, v, sliding_window or FULL_WINDOW, attention_mask, scaling), None
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, window: int, padding: Tensor | None, scale: float) -> Tensor:
+    """A prompt. Padding is a document of its own, which the text after it does not see."""
+    documents = None if padding is None else padding.to(torch.int32)
+    return hybrid_attention(q, k, v, window=(window,) * k.shape[2], documents=documents, scale=scale)
+
+
+def _padding(*, attention_mask: Tensor | None = None, **sizes: Any) -> Tensor | None:
+    """As transformers asks for masks: those of a prompt with padding, (B, T) booleans; None if every token is text, or one comes.
+
+    The cache knows the padding of the prompt; ValueError where there is padding elsewhere than on the left.
+    """
+    tokens = sizes["q_length"] if "q_length" in sizes else len(sizes["cache_position"])
+    if attention_mask is None or tokens == 1 or bool(attention_mask.all()):
+        return None
+    mask = attention_mask.bool()
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("megaconsa's attention takes padding on the left only; set tokenizer.padding_side to left")
+    return mask
