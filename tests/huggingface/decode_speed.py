@@ -23,6 +23,7 @@ from megaconsa.consa import rules
 from megaconsa.huggingface.decoding import KernelCache, use_kernels
 from megaconsa.huggingface.export import export
 from megaconsa.huggingface.load import load_exported
+from megaconsa.huggingface.modeling_megaconsa import CACHE
 from megaconsa.huggingface.names import parameter_shapes
 from megaconsa.model.config import PRESETS
 from megaconsa.model.flops import kv_cache_bytes
@@ -62,7 +63,7 @@ def main() -> None:
                     row: dict[str, Any] = {"model": name, "way": way, "batch": batch, "context": context}
                     row["formula_gib"] = batch * kv_cache_bytes(model, table, context) / 2**30
                     try:
-                        measure(loaded, way, batch, context, 4)
+                        measure(loaded, way, batch, context, SETTLED + 2)
                         row |= measure(loaded, way, batch, context, NEW_TOKENS)
                     except torch.OutOfMemoryError:
                         row["error"] = "out of memory"
@@ -98,22 +99,25 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
         return_dict_in_generate=True,
         **cache,
     )
-    held = cache.get("past_key_values") or result.past_key_values
-    tensors = [x for layer in held.layers for x in (layer.keys, layer.values)] if way == "library" else []
-    steps = len(times) - 1 - SETTLED
+    if way == "kernels":
+        held = cache["past_key_values"].nbytes
+    else:
+        held = sum(x.nbytes for layer in result[CACHE].layers for x in (layer.keys, layer.values))
+    step = (times[-1] - times[SETTLED]) / (len(times) - 1 - SETTLED)
     return {
-        "cache_gib": (held.nbytes if way == "kernels" else sum(x.nbytes for x in tensors)) / 2**30,
+        "cache_gib": held / 2**30,
         "prefill_s": times[0] - begun,
-        "decode_ms": (times[-1] - times[SETTLED]) / max(steps, 1) * 1e3,
-        "decode_tokens_per_s": batch * steps / (times[-1] - times[SETTLED]) if steps > 0 else 0.0,
+        "decode_ms": step * 1e3,
+        "decode_tokens_per_s": batch / step,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """`share` is of a dense cache of the same context; the last columns compare the decoding speed."""
     dense = {(row["way"], row["batch"], row["context"]): row for row in rows if row["model"] == "dense"}
     print(
-        "| model | way | batch | context | cache GiB | share | prefill s | decode tokens/s | x dense library | x dense kernels |"
+        "| model | way | batch | context | cache GiB | share | prefill s | decode tokens/s | / dense library | / dense kernels |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
@@ -121,17 +125,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         if "error" in row:
             print(start, row["error"], "|")
             continue
-        share = (
-            row["cache_gib"] / dense["kernels", row["batch"], row["context"]].get("cache_gib", float("nan"))
-            if row["way"] == "kernels"
-            else 1
-        )
-        speeds = [dense[way, row["batch"], row["context"]].get("decode_tokens_per_s") for way in ("library", "kernels")]
-        ratios = [f"{row['decode_tokens_per_s'] / speed:.2f}" if speed else "" for speed in speeds]
-        print(
-            start,
-            f"{row['cache_gib']:.3f} | {share:.3f} | {row['prefill_s']:.2f} | {row['decode_tokens_per_s']:.0f} | {' | '.join(ratios)} |",
-        )
+        others = [dense[way, row["batch"], row["context"]] for way in ("library", "kernels")]
+        share = row["cache_gib"] / others[0]["formula_gib"]
+        ratios = [
+            f"{row['decode_tokens_per_s'] / other['decode_tokens_per_s']:.2f}" if "error" not in other else "" for other in others
+        ]
+        figures = f"{row['cache_gib']:.3f} | {share:.3f} | {row['prefill_s']:.2f} | {row['decode_tokens_per_s']:.0f}"
+        print(start, figures, "|", " | ".join(ratios), "|")
 
 
 if __name__ == "__main__":
