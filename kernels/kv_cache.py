@@ -111,9 +111,11 @@ class KVCache:
             raise ValueError(f"{tokens} more tokens do not fit: the cache holds {self.length} of {self.capacity}")
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError("a KV cache passes no gradients on: append under torch.no_grad() or torch.inference_mode()")
-        token = torch.arange(tokens, device=self.device)
-        rows = self.rows[:, None] + (self.position + token)[:, None] % self.slots  # (B, T, kv_heads)
-        if tokens > 1:
+        if tokens == 1:  # the same in fewer kernels
+            rows = self.rows + self.position % self.slots
+        else:
+            token = torch.arange(tokens, device=self.device)
+            rows = self.rows[:, None] + (self.position + token)[:, None] % self.slots  # (B, T, kv_heads)
             # Tokens that the same call overwrites stay out: writes to one row have no order.
             kept = token[:, None] >= tokens - self.slots
             rows, k, v = rows[:, kept], k[:, kept], v[:, kept]

@@ -10,7 +10,7 @@ and on a GPU a decoding step is one replayed CUDA graph. Where the kernels do no
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.huggingface.modeling_megaconsa import CACHE, SLIDING, head_groups
+from megaconsa.huggingface.modeling_megaconsa import CACHE, ONE_CALL, SLIDING
 from megaconsa.kernels import KVCache, decode_attention, hybrid_attention
 
-NAME = "megaconsa"
-"""Of the attention, as transformers' `attn_implementation`."""
 PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "return_dict", "use_cache"}
 """Arguments of a decoding step that change nothing of what it computes beside the token, its position and the cache."""
 
@@ -35,9 +34,15 @@ def use_kernels(model: Any) -> Any:
 
     From then on a cache, if there is one, must be a `KernelCache`.
     """
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _padding)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(ONE_CALL, _attention)
+    AttentionMaskInterface.register(ONE_CALL, _padding)
+    model.set_attn_implementation(ONE_CALL)
+    for module in model.modules():
+        if isinstance(module, Qwen3RMSNorm):
+            # One kernel instead of seven: at a token a step their number is what a step takes.
+            module.forward = partial(
+                functional.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon
+            )
     plain = model.forward
 
     @wraps(plain)
@@ -65,15 +70,11 @@ class KernelCache(Cache):
     Beam search, left padding, prompts in pieces and continued conversations work; shortening it (assisted decoding) is refused.
     """
 
+    mixes_kinds = True
+
     def __init__(self, model: Any, capacity: int) -> None:
         """capacity: tokens of a sequence, prompt and answer together."""
-        config, windows = model.config, []
-        if hasattr(config, "num_full_kv_heads"):
-            windows = [config.sliding_window if g.kind == SLIDING else None for layer in head_groups(config) for g in layer]
-        else:
-            types_ = config.layer_types or [None] * config.num_hidden_layers
-            windows = [config.sliding_window if kind == SLIDING else None for kind in types_]
-        super().__init__(layers=[KernelLayer(config, window, capacity) for window in windows])
+        super().__init__(layers=[KernelLayer(model.config, windows, capacity) for windows in _windows(model.config)])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ids = self._positions = self._logits = torch.empty(0)
 
@@ -114,25 +115,25 @@ class KernelCache(Cache):
 
 
 class KernelLayer(CacheLayerMixin):
-    """Keys and values of heads of one kind: a layer's, or a head group's. `window` is None for full attention."""
+    """Keys and values of a layer; `windows` are those of its KV heads."""
 
     is_compileable = False
+    is_sliding = False
 
-    def __init__(self, config: Any, window: int | None, capacity: int) -> None:
+    def __init__(self, config: Any, windows: tuple[int, ...], capacity: int) -> None:
         super().__init__()
-        self.config, self.window, self.capacity = config, window or FULL_WINDOW, capacity
-        self.is_sliding = window is not None
+        self.config, self.windows, self.capacity = config, windows, capacity
         self.held: KVCache | None = None
         self._waiting = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, heads, _, dim = key_states.shape
-        self.held = KVCache(batch, self.capacity, (self.window,) * heads, dim, dtype=key_states.dtype, device=key_states.device)
+        self.held = KVCache(batch, self.capacity, self.windows, dim, dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Marks the new keys (B, heads, T, D), by which `_attention`, called with them next, finds this cache."""
-        if self.config._attn_implementation != NAME:
+        if self.config._attn_implementation != ONE_CALL:
             raise ValueError(
                 f"a KernelCache needs megaconsa's attention, but the model has {self.config._attn_implementation}: call use_kernels"
             )
@@ -164,7 +165,7 @@ class KernelLayer(CacheLayerMixin):
             held.append(k, v)
             return decode_attention(q, held, scale=scale)
         if held.length == 0:
-            out = _whole(q, k, v, self.window, padding, scale)
+            out = _whole(q, k, v, self.windows, padding, scale)
             if padding is not None:
                 held.start.copy_((~padding).sum(dim=1))
         else:
@@ -176,16 +177,24 @@ class KernelLayer(CacheLayerMixin):
         """Several tokens after earlier ones, by torch's attention with a mask."""
         held = self.held
         assert held is not None
-        group, past, tokens = held.groups[0], held.length, key.shape[2]
-        old = torch.arange(max(past - group.slots, 0), past, device=key.device)
-        keys, values = (
-            torch.cat([store[:, :, old % group.slots], new], dim=2) for store, new in ((group.keys, key), (group.values, value))
-        )
+        past, tokens, queries_per_head = held.length, key.shape[2], query.shape[1] // key.shape[1]
         new = torch.arange(past, past + tokens, device=key.device)
-        position = torch.cat([old, new])
-        distance = new[:, None] - position
-        visible = (distance >= 0) & (distance < self.window) & (position >= held.start[:, None, None, None])
-        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+        out = torch.empty_like(query)
+        for group in held.groups:
+            heads = torch.tensor(group.heads, device=key.device)
+            query_heads = (heads[:, None] * queries_per_head + torch.arange(queries_per_head, device=key.device)).flatten()
+            old = torch.arange(max(past - group.slots, 0), past, device=key.device)
+            keys, values = (
+                torch.cat([store[:, :, old % group.slots], x[:, heads]], dim=2)
+                for store, x in ((group.keys, key), (group.values, value))
+            )
+            position = torch.cat([old, new])
+            distance = new[:, None] - position
+            visible = (distance >= 0) & (distance < held.windows[group.heads[0]])
+            visible = visible & (position >= held.start[:, None, None, None])
+            out[:, query_heads] = functional.scaled_dot_product_attention(
+                query[:, query_heads], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+            )
         return out.transpose(1, 2)
 
     def get_seq_length(self) -> int:
@@ -225,7 +234,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int | None, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention; attention_mask is what `_padding` gave."""
@@ -235,14 +244,26 @@ def _attention(
         return cache.attend(query, key, value, attention_mask, scaling), None
     if query.shape[2] != key.shape[2]:
         raise ValueError("megaconsa's attention keeps its own cache: pass past_key_values=KernelCache(model, capacity)")
+    windows = sliding_window if isinstance(sliding_window, tuple) else (sliding_window,) * key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _whole(q, k, v, sliding_window or FULL_WINDOW, attention_mask, scaling), None
+    return _whole(q, k, v, tuple(window or FULL_WINDOW for window in windows), attention_mask, scaling), None
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, window: int, padding: Tensor | None, scale: float) -> Tensor:
+def _whole(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], padding: Tensor | None, scale: float) -> Tensor:
     """A prompt. Padding is a document of its own, which the text after it does not see."""
     documents = None if padding is None else padding.to(torch.int32)
-    return hybrid_attention(q, k, v, window=(window,) * k.shape[2], documents=documents, scale=scale)
+    return hybrid_attention(q, k, v, window=windows, documents=documents, scale=scale)
+
+
+def _windows(config: Any) -> list[tuple[int, ...]]:
+    """Window of each KV head of each layer, in the order in which the export stores them."""
+    heads = config.num_key_value_heads
+    if hasattr(config, "num_full_kv_heads"):
+        full = config.num_full_kv_heads
+    else:
+        kinds = config.layer_types or [None] * config.num_hidden_layers
+        full = [0 if kind == SLIDING else heads for kind in kinds]
+    return [(FULL_WINDOW,) * count + (config.sliding_window,) * (heads - count) for count in full]
 
 
 def _padding(*, attention_mask: Tensor | None = None, **sizes: Any) -> Tensor | None:

@@ -28,6 +28,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 FULL, SLIDING, POSITIONS = "full_attention", "sliding_attention", "positions"
+ONE_CALL = "megaconsa"
+"""An attention implementation that takes heads of both kinds in one call, and their windows as a tuple (None is full attention)."""
 MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 # transformers 5.24 renamed the argument in all layers of a model.
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
@@ -103,6 +105,8 @@ def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
     """
     if cache is None:
         cache = DynamicCache()
+    if getattr(cache, "mixes_kinds", False):  # of ONE_CALL: it keeps heads of both kinds in one layer
+        return cache
     sliding = [group.kind == SLIDING for layer in head_groups(config) for group in layer]
     if not cache.offloading and [layer.is_sliding for layer in cache.layers] == sliding:
         return cache
@@ -129,6 +133,8 @@ class MegaconsaAttention(Qwen3Attention):
     def __init__(self, config: MegaconsaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.groups = head_groups(config)[layer_idx]
+        full = config.num_full_kv_heads[layer_idx]
+        self.windows = (None,) * full + (config.sliding_window,) * (config.num_key_value_heads - full)
 
     def forward(
         self,
@@ -148,8 +154,11 @@ class MegaconsaAttention(Qwen3Attention):
 
         implementation = self.config._attn_implementation
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        groups, windows = self.groups, {FULL: None, SLIDING: self.config.sliding_window}
+        if implementation == ONE_CALL:
+            groups, windows = [HeadGroup(FULL, slice(None), slice(None), self.layer_idx)], {FULL: self.windows}
         outputs = []
-        for group in self.groups:
+        for group in groups:
             group_key, group_value = key[:, group.kv_heads], value[:, group.kv_heads]
             if cache is not None:
                 place = {"cache_position": attention_mask[POSITIONS]}  # asked for by static caches before transformers 5
@@ -162,7 +171,7 @@ class MegaconsaAttention(Qwen3Attention):
                 attention_mask[group.kind],
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
-                sliding_window=self.config.sliding_window if group.kind == SLIDING else None,
+                sliding_window=windows[group.kind],
                 **kwargs,
             )
             outputs.append(output)  # (batch, length, the group's query heads, head_dim)
@@ -234,7 +243,7 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             "position_ids": position_ids,
         }
         masks: dict[str, Any] = {POSITIONS: positions}
-        for kind in self.kinds:
+        for kind in {FULL} if self.config._attn_implementation == ONE_CALL else self.kinds:
             build = MASK_BUILDERS[kind]
             accepted = inspect.signature(build).parameters
             masks[kind] = build(**{name: argument for name, argument in arguments.items() if name in accepted})
