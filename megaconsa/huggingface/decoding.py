@@ -127,7 +127,7 @@ class KernelLayer(CacheLayerMixin):
         self._waiting = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        batch, heads, _, dim = key_states.shape
+        batch, _, _, dim = key_states.shape
         self.held = KVCache(batch, self.capacity, self.windows, dim, dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -74,6 +75,16 @@ def test_tokenizer_can_be_trained_on_the_way(text_folder: Path, tmp_path: Path) 
     info = prepare([str(text_folder)], tmp_path / "data", train_tokenizer=600, sequence_length=16)
     assert info.vocab_size == 600
     assert verify(tmp_path / "data") == []
+
+
+def test_chat_template_and_generation_config_come_along(text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    words = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, words)
+    (words / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (words / "generation_config.json").write_text('{"temperature": 0.6}')
+    prepare([str(text_folder)], tmp_path / "data", tokenizer=words, sequence_length=32)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "data" / "tokenizer" / name).read_text() == (words / name).read_text()
 
 
 def test_finished_folder_is_kept_or_refused(text_folder: Path, prepared: Path, tokenizer_folder: Path) -> None:

@@ -33,6 +33,8 @@ WINDOW = 1024
 CELLS = ((1, 8192), (1, 32_768), (1, 131_072), (16, 8192), (16, 32_768))
 """Batch and context."""
 NEW_TOKENS = 64
+LARGE = 2**18
+"""Tokens of a prompt, over the batch, from which the library is given it in pieces."""
 SETTLED = 8
 """Steps that are not timed: compilation, tuning and the capture of the step."""
 
@@ -85,7 +87,11 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
         times.append(time.perf_counter())
         return torch.zeros(batch, dtype=torch.bool, device="cuda")
 
-    cache = {"past_key_values": KernelCache(model, context + new_tokens)} if way == "kernels" else {}
+    if way == "kernels":
+        cache = {"past_key_values": KernelCache(model, context + new_tokens)}
+    else:
+        # The library's cache is copied as it grows: where the prompt goes in at once, the largest cell does not fit.
+        cache = {"prefill_chunk_size": 8192} if batch * context > LARGE else {}
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     begun = time.perf_counter()

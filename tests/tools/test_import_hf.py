@@ -58,6 +58,8 @@ def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, smal
     folder = save_qwen3(tmp_path / "hf", tied=tied, dtype=dtype, shard=shard)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "5GB")
     copy_tokenizer(small_data / "tokenizer", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert (folder / "generation_config.json").exists()
     done("import-hf", folder, "--out", tmp_path / "import")
     assert_same_bytes(store.resolve(tmp_path / "import").weights(), tensors(folder))
     done("verify", tmp_path / "import")
