@@ -1,12 +1,18 @@
-"""Cross-entropy of the next token, with the output head inside so that a GPU never holds all logits."""
+"""Cross-entropy of the next token, with the output head inside so that all logits never exist together."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.cross_entropy import cross_entropy_
+
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
+CHUNK_BYTES = 2**30
+"""Logits held at a time. A GPU multiplies well with the thousands of rows that these are."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -14,12 +20,47 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
     hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers, IGNORED left out.
     """
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if hidden.is_cuda:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
+    return total
 
-        # Logits in chunks, gradients at once: at a vocabulary of 151,936 they would outweigh all other activations.
-        fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
-        return fused(weight, hidden, labels).float()
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients with the loss, a chunk of tokens at a time: all logits would outweigh all other activations.
+
+    Liger's fused loss does the same in chunks that shrink as the vocabulary outgrows the hidden size: 64 rows for Qwen3-0.6B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        wanted = any(ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_weight = torch.zeros(weight.shape, device=weight.device) if wanted else None
+        step = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
+        for chunk in (slice(start, start + step) for start in range(0, len(labels), step)):
+            x = hidden[chunk]
+            logits = x @ weight.T
+            total += cross_entropy_(logits, labels[chunk], IGNORED, gradient=wanted).sum()
+            if d_hidden is not None and d_weight is not None:
+                torch.mm(logits, weight, out=d_hidden[chunk])
+                _add_product(d_weight, logits.T, x)
+        if wanted:
+            ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        narrow = d_hidden.dtype
+        # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
+        return (d_hidden.float() * gradient).to(narrow), (d_weight * gradient).to(narrow), None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32, also where a and b are narrower."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a.float() @ b.float()
