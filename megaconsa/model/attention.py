@@ -7,9 +7,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megaconsa.kernels import hybrid_attention
+from megaconsa.kernels.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
-from megaconsa.model.rope import rotary_angles, rotate
+from megaconsa.model.rope import rotary_angles
 
 
 class HeadSelector(Protocol):

@@ -17,9 +17,3 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     """cos and sin of each position's angles. positions: (B, S) integers. Returns two fp32 tensors (B, S, 1, head_dim / 2)."""
     angles = positions[..., None, None].float() * _inverse_frequencies(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, S, heads, head_dim) in fp32 and returns it in its own precision."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
