@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import ScalarFormatter
+from numpy.typing import NDArray
 
 from megaconsa.reporting.evaluation_record import Evaluation, NeedleCell
 from megaconsa.reporting.plots import INK, RUN_COLOURS, style
@@ -17,15 +18,18 @@ from megaconsa.reporting.plots import INK, RUN_COLOURS, style
 FILE = "evaluation.png"
 WIDTH, CURVES, MAPS, BARS = 10.0, 3.8, 3.2, 2.8
 """Inches: of all, and heights of the three rows."""
+MAPS_IN_A_ROW = 4
+Floats = NDArray[np.float64]
 
 
 def save_picture(evaluation: Evaluation, path: Path) -> None:
     """Draws what has been measured."""
     colours = {label: RUN_COLOURS[i % len(RUN_COLOURS)] for i, label in enumerate(evaluation.models)}
     models = evaluation.models.values()
+    searched = [model for model in models if model.needle]
     rows = [
         (CURVES, _perplexity, any(model.perplexity for model in models)),
-        (MAPS, _needles, any(model.needle for model in models)),
+        (MAPS * -(-len(searched) // MAPS_IN_A_ROW), _needles, bool(searched)),
         (BARS, _tasks, any(model.harness for model in models)),
     ]
     heights, draws = zip(*((height, draw) for height, draw, measured in rows if measured), strict=True)
@@ -38,26 +42,43 @@ def save_picture(evaluation: Evaluation, path: Path) -> None:
 
 
 def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
-    """A point in the middle of each bucket with a bar of one standard error; windows as dashed lines."""
-    axis = part.subplots()
-    edges: list[int] = []
-    for label, model in evaluation.models.items():
-        if model.perplexity is None:
-            continue
-        edges = model.perplexity.edges
-        values = np.array(model.perplexity.perplexity)
-        errors = values * np.array([error or 0 for error in model.perplexity.standard_error])
-        axis.errorbar(np.arange(len(values)) + 0.5, values, errors, color=colours[label], marker="o", markersize=4, label=label)
+    """Points in the middle of each bucket with bars of one standard error: perplexity, and losses less the first model's."""
+    measured = {label: model.perplexity for label, model in evaluation.models.items() if model.perplexity}
+    axes: list[Axes] = part.subplots(1, 2 if evaluation.differences else 1, squeeze=False)[0].tolist()
+    edges = next(iter(measured.values())).edges
+    middles = np.arange(len(edges) - 1) + 0.5
+    for label, result in measured.items():
+        errors = np.array(result.perplexity) * np.array([error or 0 for error in result.standard_error])
+        _points(axes[0], middles, result.perplexity, errors, colours[label], label)
+    axes[0].set(title="Perplexity by position in the document", yscale="log")
+    axes[0].yaxis.set_major_formatter("{x:,.4g}")
+    axes[0].yaxis.set_minor_formatter("{x:,.4g}")
+    for label, difference in evaluation.differences.items():
+        errors = np.array([error or 0 for error in difference.standard_error])
+        _points(axes[1], middles, difference.loss, errors, colours[label], label)
+    if evaluation.differences:
+        base = next(iter(evaluation.models))
+        axes[1].axhline(0, color=colours[base], linewidth=1.5)
+        axes[1].set(title=f"Loss less that of {base}, nats a token")
+    for axis in axes:
+        axis.set(xlabel="position", xlim=(0, len(edges) - 1))
+        axis.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges])
+        _windows(axis, evaluation, edges)
+    axes[0].legend(ncols=2)
+
+
+def _points(axis: Axes, x: Floats, values: Sequence[float], errors: Floats, colour: str, label: str) -> None:
+    axis.errorbar(x, values, errors, color=colour, marker="o", markersize=4, label=label)
+
+
+def _windows(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None:
+    """From a window's place on, windowed heads see less than full ones."""
     for window in sorted({model.window for model in evaluation.models.values() if model.window is not None}):
         if window < edges[-1]:
-            axis.axvline(_place(window, edges), color=INK, linewidth=1, linestyle="--", alpha=0.6)
-            axis.annotate(f"window {window:,}", (_place(window, edges), 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
-                          textcoords="offset points", fontsize=8.5)  # fmt: skip
-    axis.set(title="Perplexity by position in the document", xlabel="position", yscale="log", xlim=(0, len(edges) - 1))
-    axis.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges])
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(ScalarFormatter())
-    axis.legend(ncols=4)
+            x = _place(window, edges)
+            axis.axvline(x, color=INK, linewidth=1, linestyle="--", alpha=0.6)
+            where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (3, 4), "textcoords": "offset points"}
+            axis.annotate(f"window {window:,}", (x, 0), **where, fontsize=8.5)
 
 
 def _place(position: int, edges: Sequence[int]) -> float:
@@ -70,10 +91,13 @@ def _place(position: int, edges: Sequence[int]) -> float:
 def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
     """Depths x lengths for each model; the colour is the margin, the number the share of exact answers."""
     measured = {label: model.needle for label, model in evaluation.models.items() if model.needle}
-    axes: list[Axes] = part.subplots(1, len(measured), squeeze=False, sharey=True)[0].tolist()
+    columns = min(len(measured), MAPS_IN_A_ROW)
+    axes: list[Axes] = part.subplots(-(-len(measured) // columns), columns, squeeze=False).flatten().tolist()
     margins = [cell.margin for cells in measured.values() for cell in cells]
     low, high = min(0.0, *margins), max(1.0, *margins)
-    for axis, (label, cells) in zip(axes, measured.items(), strict=True):
+    for axis in axes[len(measured) :]:
+        axis.set_visible(False)
+    for axis, (label, cells) in zip(axes, measured.items(), strict=False):
         mesh = axis.pcolormesh(_grid(cells), cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=1)
         lengths, depths = _sides(cells)
         for cell in cells:
@@ -81,15 +105,14 @@ def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -
             ink = "white" if cell.margin - low > 0.6 * (high - low) else INK
             text = f"{100 * cell.exact_match:.0f} %"
             axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
-        axis.set(title=label, xlabel="tokens")
+        axis.set(title=label, xlabel="tokens", ylabel="depth")
+        axis.invert_yaxis()  # the beginning of the text on top
         axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
         axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:g}" for depth in depths])
         axis.grid(False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    axes[0].set_ylabel("depth of the needle")
-    axes[0].invert_yaxis()  # the beginning of the text on top
-    part.colorbar(mesh, ax=axes, label="nats gained by the needle").outline.set_visible(False)  # type: ignore[operator]
+    part.colorbar(mesh, ax=axes, label="nats gained by the needle").outline.set_visible(False)
     part.suptitle("Needles: colour is the gain, numbers the exact answers", x=0.01, ha="left", fontweight="bold", fontsize=10.5)
 
 
@@ -97,7 +120,7 @@ def _sides(cells: list[NeedleCell]) -> tuple[list[int], list[float]]:
     return sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
 
 
-def _grid(cells: list[NeedleCell]) -> np.ndarray:
+def _grid(cells: list[NeedleCell]) -> Floats:
     """(depths, lengths) margins."""
     lengths, depths = _sides(cells)
     grid = np.full((len(depths), len(lengths)), np.nan)

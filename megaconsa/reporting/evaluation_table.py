@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from rich.table import Table
 
@@ -27,10 +28,9 @@ def footer(evaluation: Evaluation) -> list[str]:
     """Lines below the table: what its figures are."""
     settings, lines = evaluation.settings, []
     if settings.perplexity is not None:
-        first = next(iter(evaluation.models))
-        lines.append("perplexity: position in the document. +/-: standard error over documents.")
-        if evaluation.differences:
-            lines.append(f"In brackets: loss less that of {first} on the same tokens, nats a token.")
+        lines.append(
+            "perplexity: by position in the document; loss in nats a token, on the same tokens; ± standard error over documents."
+        )
     if settings.needle is not None:
         lines.append(
             "needle: answers that greedy decoding gives, and nats that the answer gains by the needle; mean over depths."
@@ -43,25 +43,29 @@ def _kind(model: ModelRecord) -> str:
 
 
 def _perplexity_rows(table: Table, evaluation: Evaluation) -> None:
-    measured = [model.perplexity for model in evaluation.models.values() if model.perplexity is not None]
+    measured = {label: model.perplexity for label, model in evaluation.models.items() if model.perplexity is not None}
     if not measured:
         return
-    table.add_row("[bold]perplexity")
-    edges = measured[0].edges
-    for bucket, tokens in enumerate(measured[0].tokens):
+    first = next(iter(measured.values()))
+    buckets = zip(pairwise(first.edges), first.tokens, strict=True)
+    names = [f"  {begin:,}-{end - 1:,} [dim]({tokens:,})[/]" for (begin, end), tokens in buckets]
+    table.add_row("[bold]perplexity[/] [dim](tokens)[/]")
+    for bucket, name in enumerate(names):
         cells = []
-        for label, model in evaluation.models.items():
-            if model.perplexity is None:
+        for label in evaluation.models:
+            result = measured.get(label)
+            if result is None:
                 cells.append("")
                 continue
-            value, error = model.perplexity.perplexity[bucket], model.perplexity.standard_error[bucket]
-            cell = f"{value:.4g}" + ("" if error is None else f" +/- {value * error:.2g}")
-            if label in evaluation.differences:
-                difference = evaluation.differences[label]
-                cell += f" ({difference.loss[bucket]:+.4f}{_error(difference.standard_error[bucket], '.4f')})"
-            cells.append(cell)
-        documents = measured[0].documents[bucket]
-        table.add_row(f"  {edges[bucket]:,}-{edges[bucket + 1] - 1:,} [dim]{tokens:,} tokens, {documents:,} documents[/]", *cells)
+            value, error = result.perplexity[bucket], result.standard_error[bucket]
+            cells.append(f"{value:.4g}{_error(None if error is None else value * error, '.3g')}")
+        table.add_row(name, *cells)
+    if evaluation.differences:
+        table.add_row(f"[bold]loss less that of {next(iter(evaluation.models))}")
+        for bucket, name in enumerate(names):
+            differences = [evaluation.differences.get(label) for label in evaluation.models]
+            cells = [f"{d.loss[bucket]:+.4f}{_error(d.standard_error[bucket], '.4f')}" if d else "" for d in differences]
+            table.add_row(name, *cells)
 
 
 def _needle_rows(table: Table, models: list[ModelRecord]) -> None:
@@ -89,8 +93,8 @@ def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
         for model in models:
             metric = (model.harness or {}).get(task, {}).get(name)
             cells.append("" if metric is None else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}")
-        table.add_row(f"  {task} [dim]{name}[/]", *cells)
+        table.add_row(f"  {task} [dim]({name})[/]", *cells)
 
 
 def _error(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else f" +/- {value:{form}}"
+    return "" if value is None or math.isnan(value) else f" ±{value:{form}}"
