@@ -12,7 +12,7 @@ from megaconsa.console import console, progress
 from megaconsa.data import TOKENIZER
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.tokenizer import Tokenizer
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation import needle, perplexity
 from megaconsa.evaluation.harness import Harness
 from megaconsa.evaluation.held_out import HeldOut
@@ -26,7 +26,8 @@ from megaconsa.reporting.evaluation_record import FILE, Evaluation, ModelRecord
 def evaluate(request: Request) -> Evaluation:
     """Measures what `out`/evaluation.json does not hold yet, and returns all that it holds then.
 
-    InputError, with nothing written, for what cannot work, and where `out` holds an evaluation with other settings.
+    InputError, with nothing written, for what cannot work, and where `out` holds an evaluation with other settings; RunError where a model
+    or a task fails, with what was measured before kept.
     """
     info = DatasetInfo.load(request.data)
     models = open_models(request.models, request.data, info)
@@ -39,8 +40,13 @@ def evaluate(request: Request) -> Evaluation:
     needles = Needles(Tokenizer.load(request.data / TOKENIZER), held_out, request.seed) if request.needles else None
     settings = settle(request, held_out, models, needles, harness)
     record = Evaluation(settings=settings) if record is None else continued(record, settings, request.out)
+    if request.device.type == "cuda":
+        torch.cuda.set_device(request.device)  # where Triton launches its kernels
     for model in models:
-        _measure(model, request, record, held_out, needles, harness)
+        try:
+            _measure(model, request, record, held_out, needles, harness)
+        except torch.OutOfMemoryError:
+            raise RunError(f"{model.label}: out of GPU memory; the same command goes on with a smaller --batch-tokens") from None
     return record
 
 

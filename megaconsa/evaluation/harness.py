@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,13 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{name}_stderr,{kind}")
-        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(
-            value=float(value), standard_error=float(error) if isinstance(error, int | float) else None
-        )
+        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(value=_finite(value), standard_error=_finite(error))
     return metrics
+
+
+def _finite(value: Any) -> float | None:
+    """lm-eval gives "N/A" for a standard error that it does not know."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _digest(folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.scoring import score
-from megaconsa.reporting.evaluation_record import Difference, Perplexity
+from megaconsa.reporting.evaluation_record import Difference, Overall, Perplexity
 
 FIRST_BUCKET = 128
 """Positions of the first bucket; an eighth of the length where that is less."""
@@ -89,6 +89,7 @@ def summarise(edges: list[int], document_tokens: list[int], document_losses: lis
     """Figures of each bucket from the (documents, buckets) sums of losses; every bucket holds a token."""
     losses, tokens = np.array(document_losses), _bucket_tokens(edges, document_tokens)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
+    whole, whole_error = ratio(losses.sum(axis=1), tokens.sum(axis=1))
     return Perplexity(
         edges=edges,
         tokens=tokens.sum(axis=0).tolist(),
@@ -96,6 +97,7 @@ def summarise(edges: list[int], document_tokens: list[int], document_losses: lis
         loss=list(loss),
         standard_error=list(error),
         perplexity=[math.exp(value) for value in loss],
+        overall=Overall(tokens=int(tokens.sum()), loss=whole, standard_error=whole_error, perplexity=math.exp(whole)),
         document_tokens=document_tokens,
         document_losses=document_losses,
     )
@@ -106,7 +108,8 @@ def difference(base: Perplexity, other: Perplexity) -> Difference:
     tokens = _bucket_tokens(base.edges, base.document_tokens)
     losses = np.array(other.document_losses) - np.array(base.document_losses)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
-    return Difference(loss=list(loss), standard_error=list(error))
+    whole, whole_error = ratio(losses.sum(axis=1), tokens.sum(axis=1))
+    return Difference(loss=list(loss), standard_error=list(error), overall_loss=whole, overall_standard_error=whole_error)
 
 
 def ratio(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float | None]:

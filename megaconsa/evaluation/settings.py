@@ -52,7 +52,7 @@ class Request:
 def find_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; InputError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -61,7 +61,7 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"--device {name} is unknown; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def settle(

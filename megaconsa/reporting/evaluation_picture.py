@@ -62,7 +62,8 @@ def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]
         axes[1].set(title=f"Loss less that of {base}, nats a token")
     for axis in axes:
         axis.set(xlabel="position", xlim=(0, len(edges) - 1))
-        axis.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges])
+        stride = 1 if len(edges) < 10 else 2
+        axis.set_xticks(range(0, len(edges), stride), [f"{edge:,}" for edge in edges[::stride]])
         _windows(axis, evaluation, edges)
     axes[0].legend(ncols=2)
 
@@ -138,7 +139,7 @@ def _tasks(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> 
     width = 0.8 / len(measured)
     for number, (label, results) in enumerate(measured.items()):
         metrics = [results.get(task, {}).get(names[task]) for task in tasks]
-        values = [metric.value if metric else np.nan for metric in metrics]
+        values = [np.nan if metric is None or metric.value is None else metric.value for metric in metrics]
         errors = [metric.standard_error or 0.0 if metric else 0.0 for metric in metrics]
         places = np.arange(len(tasks)) + (number + 0.5) * width - 0.4
         axis.bar(places, values, width, yerr=errors, color=colours[label], label=label)

@@ -54,6 +54,15 @@ class Settings(_Record):
     harness: HarnessSettings | None = None
 
 
+class Overall(_Record):
+    """Of all positions together."""
+
+    tokens: int
+    loss: float
+    standard_error: float | None
+    perplexity: float
+
+
 class Perplexity(_Record):
     """Losses in nats a token, by buckets of the position that predicts: bucket b holds the positions edges[b] to edges[b + 1] - 1."""
 
@@ -65,6 +74,7 @@ class Perplexity(_Record):
     """Of the loss, over documents; None for a single one."""
     perplexity: list[float]
     """exp(loss)"""
+    overall: Overall
     document_tokens: list[int]
     """Predicted tokens of each document."""
     document_losses: list[list[float]]
@@ -77,6 +87,8 @@ class Difference(_Record):
     loss: list[float]
     standard_error: list[float | None]
     """Of the difference, paired by document."""
+    overall_loss: float
+    overall_standard_error: float | None
 
 
 class NeedleCell(_Record):
@@ -94,7 +106,8 @@ class NeedleCell(_Record):
 
 
 class Metric(_Record):
-    value: float
+    value: float | None
+    """None where it is not finite."""
     standard_error: float | None
 
 

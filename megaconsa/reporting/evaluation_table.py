@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
+from itertools import pairwise, repeat
 
+from rich.markup import escape
 from rich.table import Table
 
-from megaconsa.reporting.evaluation_record import Evaluation, ModelRecord
+from megaconsa.reporting.evaluation_record import Difference, Evaluation, Metric, ModelRecord, Perplexity
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -16,7 +16,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for label in evaluation.models:
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     table.add_row("windowed heads", *(_kind(model) for model in models))
     _perplexity_rows(table, evaluation)
     _needle_rows(table, models)
@@ -43,29 +43,37 @@ def _kind(model: ModelRecord) -> str:
 
 
 def _perplexity_rows(table: Table, evaluation: Evaluation) -> None:
-    measured = {label: model.perplexity for label, model in evaluation.models.items() if model.perplexity is not None}
-    if not measured:
+    measured = [model.perplexity for model in evaluation.models.values()]
+    known = next((result for result in measured if result is not None), None)
+    if known is None:
         return
-    first = next(iter(measured.values()))
-    buckets = zip(pairwise(first.edges), first.tokens, strict=True)
-    names = [f"  {begin:,}-{end - 1:,} [dim]({tokens:,})[/]" for (begin, end), tokens in buckets]
-    table.add_row("[bold]perplexity[/] [dim](tokens)[/]")
-    for bucket, name in enumerate(names):
-        cells = []
-        for label in evaluation.models:
-            result = measured.get(label)
-            if result is None:
-                cells.append("")
-                continue
-            value, error = result.perplexity[bucket], result.standard_error[bucket]
-            cells.append(f"{value:.4g}{_error(None if error is None else value * error, '.3g')}")
+    counts = zip(pairwise(known.edges), known.tokens, known.documents, strict=True)
+    names = [f"  {begin:,}-{end - 1:,} [dim]({tokens:,} / {documents:,})[/]" for (begin, end), tokens, documents in counts]
+    names.append(f"  all [dim]({known.overall.tokens:,} / {len(known.document_tokens):,})[/]")
+    table.add_row("[bold]perplexity[/] [dim](tokens / documents)[/]")
+    for name, *cells in zip(names, *map(_perplexities, measured, repeat(len(names))), strict=True):
         table.add_row(name, *cells)
     if evaluation.differences:
-        table.add_row(f"[bold]loss less that of {next(iter(evaluation.models))}")
-        for bucket, name in enumerate(names):
-            differences = [evaluation.differences.get(label) for label in evaluation.models]
-            cells = [f"{d.loss[bucket]:+.4f}{_error(d.standard_error[bucket], '.4f')}" if d else "" for d in differences]
+        table.add_row(f"[bold]loss less that of {escape(next(iter(evaluation.models)))}")
+        columns = [_differences(evaluation.differences.get(label), len(names)) for label in evaluation.models]
+        for name, *cells in zip(names, *columns, strict=True):
             table.add_row(name, *cells)
+
+
+def _perplexities(result: Perplexity | None, count: int) -> list[str]:
+    """A model's column: perplexity in each bucket and over all; blank where it has not been measured."""
+    if result is None:
+        return [""] * count
+    values, errors = [*result.perplexity, result.overall.perplexity], [*result.standard_error, result.overall.standard_error]
+    pairs = zip(values, errors, strict=True)
+    return [f"{value:.4g}{_error(None if error is None else value * error, '.3g')}" for value, error in pairs]
+
+
+def _differences(result: Difference | None, count: int) -> list[str]:
+    if result is None:
+        return [""] * count
+    losses, errors = [*result.loss, result.overall_loss], [*result.standard_error, result.overall_standard_error]
+    return [f"{loss:+.4f}{_error(error, '.4f')}" for loss, error in zip(losses, errors, strict=True)]
 
 
 def _needle_rows(table: Table, models: list[ModelRecord]) -> None:
@@ -92,9 +100,13 @@ def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
         cells = []
         for model in models:
             metric = (model.harness or {}).get(task, {}).get(name)
-            cells.append("" if metric is None else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}")
-        table.add_row(f"  {task} [dim]({name})[/]", *cells)
+            cells.append(_metric(metric) if metric else "")
+        table.add_row(f"  {escape(task)} [dim]({escape(name)})[/]", *cells)
+
+
+def _metric(metric: Metric) -> str:
+    return "not finite" if metric.value is None else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}"
 
 
 def _error(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else f" ±{value:{form}}"
+    return "" if value is None else f" ±{value:{form}}"

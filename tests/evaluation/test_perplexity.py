@@ -51,6 +51,8 @@ def test_every_token_is_in_one_bucket(loaded: Callable[[str], Any], held_out: He
     assert found.documents[0] == len(chosen) == int((held_out.lengths > 1).sum())
     total = sum(loss * tokens for loss, tokens in zip(found.loss, found.tokens, strict=True))
     assert total == pytest.approx(sum(map(sum, found.document_losses)))
+    assert found.overall.tokens == expected
+    assert found.overall.loss == pytest.approx(total / expected)
     assert found.perplexity == [math.exp(loss) for loss in found.loss]
 
 

@@ -86,7 +86,7 @@ def test_models_side_by_side(
         assert sum(model["perplexity"]["tokens"]) == 3 * 32
         assert [(cell["length"], cell["depth"]) for cell in model["needle"]] == [(80, 0), (80, 1), (100, 0), (100, 1)]
         assert (name in record["differences"]) == (name != "dense")
-    for part in ("dense", "heads", "window 8", "16-31 (48)", "loss less that of dense", "100 tokens"):
+    for part in ("dense", "heads", "window 8", "16-31 (48 / 3)", "all (96 / 3)", "loss less that of dense", "100 tokens"):
         assert part in text
     with Image.open(tmp_path / "out" / "evaluation.png") as picture:
         assert picture.size[0] == 1500
@@ -254,8 +254,22 @@ def test_a_model_that_gives_nothing_finite(small_data: Path, megaconsa: Callable
     assert "losses are not finite; export an earlier checkpoint, or evaluate with --dtype float32" in outcome.err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_tasks_without_lm_eval(exports: Path, small_data: Path, refused: Refused, tmp_path: Path) -> None:
+def test_out_of_gpu_memory(
+    exports: Path, small_data: Path, megaconsa: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("megaconsa.evaluation.needle.measure", exhaust)
+    outcome = megaconsa("evaluate", "--model", exports / "dense", "--data", small_data, "--out", tmp_path / "out", *SMALL)
+    said = "error: dense: out of GPU memory; the same command goes on with a smaller --batch-tokens\n"
+    assert (outcome.code, outcome.err) == (1, said)
+
+
+def test_tasks_without_lm_eval(
+    exports: Path, small_data: Path, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     error = refused(
         "evaluate", "--model", exports / "dense", "--data", small_data, "--out", tmp_path / "out", "--task", "colours"
     )
