@@ -67,19 +67,7 @@ def _measure(
     harness: Harness | None,
 ) -> None:
     """Measures the parts that the record lacks, and saves it after each."""
-    known = record.models.get(model.label)
-    if known is not None and known.digest != model.digest:
-        console.print(f"{model.label}: not the model that was evaluated before; everything is measured again", markup=False)
-        known = None
-    if known is None:
-        known = ModelRecord(
-            folder=str(model.folder),
-            digest=model.digest,
-            sparsity=model.sparsity,
-            window=model.window,
-            device=_device_name(request.device),
-        )
-    held, settings = known, record.settings
+    held, settings = _known(model, request.device, record), record.settings
 
     def finish(part: str, result: Any) -> None:
         setattr(held, part, result)
@@ -116,6 +104,22 @@ def _measure(
             finish("needle", needle.measure(loaded, needles, settings.needle, request.batch_tokens, task.advance))
 
 
+def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelRecord:
+    """What the record holds of the model, or, if that is nothing or another model, its description."""
+    known = record.models.get(model.label)
+    if known is not None and known.digest == model.digest:
+        return known
+    if known is not None:
+        console.print(f"{model.label}: not the model that was evaluated before; it is measured again", markup=False)
+    return ModelRecord(
+        folder=str(model.folder),
+        digest=model.digest,
+        sparsity=model.sparsity,
+        window=model.window,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    )
+
+
 def _compare(record: Evaluation) -> None:
     """Each model's loss beside the first one's."""
     measured = {label: model.perplexity for label, model in record.models.items() if model.perplexity is not None}
@@ -124,7 +128,3 @@ def _compare(record: Evaluation) -> None:
     if base is not None:
         for label, result in list(measured.items())[1:]:
             record.differences[label] = perplexity.difference(base, result)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -145,4 +145,6 @@ def _tasks(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> 
         axis.bar(places, values, width, yerr=errors, color=colours[label], label=label)
     axis.set_xticks(range(len(tasks)), [f"{task}\n{names[task]}" for task in tasks])
     axis.set(title="Tasks")
-    axis.legend(ncols=4)
+    axis.grid(axis="x", visible=False)
+    axis.set_axisbelow(True)
+    axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
