@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from megaconsa.reporting.evaluation_record import Evaluation, NeedleCell
@@ -50,9 +51,13 @@ def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]
     for label, result in measured.items():
         errors = np.array(result.perplexity) * np.array([error or 0 for error in result.standard_error])
         _points(axes[0], middles, result.perplexity, errors, colours[label], label)
-    axes[0].set(title="Perplexity by position in the document", yscale="log")
+    axes[0].set(title="Perplexity by position in the document")
+    values = [value for result in measured.values() for value in result.perplexity]
+    if max(values) > 5 * min(values):  # on a narrower range a logarithmic axis would have one tick or none
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_minor_locator(NullLocator())
     axes[0].yaxis.set_major_formatter("{x:,.4g}")
-    axes[0].yaxis.set_minor_formatter("{x:,.4g}")
     for label, difference in evaluation.differences.items():
         errors = np.array([error or 0 for error in difference.standard_error])
         _points(axes[1], middles, difference.loss, errors, colours[label], label)
