@@ -1,0 +1,130 @@
+"""All models through all parts of an evaluation: checked first, then measured one by one, written as each part ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaconsa.console import console, progress
+from megaconsa.data import TOKENIZER
+from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.errors import InputError, RunError
+from megaconsa.evaluation import needle, perplexity
+from megaconsa.evaluation.harness import Harness
+from megaconsa.evaluation.held_out import HeldOut
+from megaconsa.evaluation.models import Candidate, open_models
+from megaconsa.evaluation.needle import Needles
+from megaconsa.evaluation.settings import PARTS, Request, continued, settle
+from megaconsa.huggingface.decoding import use_kernels
+from megaconsa.reporting.evaluation_record import FILE, Evaluation, ModelRecord
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Measures what `out`/evaluation.json does not hold yet, and returns all that it holds then.
+
+    InputError, with nothing written, for what cannot work, and where `out` holds an evaluation with other settings; RunError where a model
+    or a task fails, with what was measured before kept.
+    """
+    info = DatasetInfo.load(request.data)
+    models = open_models(request.models, request.data, info)
+    record = _existing(request.out)
+    harness = Harness(request.tasks, request.task_folder) if request.tasks else None
+    for model in models:
+        if harness and not model.source.has_tokenizer:
+            raise InputError(f"--task needs a tokenizer, and {model.folder} was exported without one; export it with --tokenizer")
+    held_out = HeldOut(request.data)
+    needles = Needles(Tokenizer.load(request.data / TOKENIZER), held_out, request.seed) if request.needles else None
+    settings = settle(request, held_out, models, needles, harness)
+    record = Evaluation(settings=settings) if record is None else continued(record, settings, request.out)
+    if request.device.type == "cuda":
+        torch.cuda.set_device(request.device)  # where Triton launches its kernels
+    for model in models:
+        try:
+            _measure(model, request, record, held_out, needles, harness)
+        except torch.OutOfMemoryError:
+            raise RunError(f"{model.label}: out of GPU memory; the same command goes on with a smaller --batch-tokens") from None
+    return record
+
+
+def _existing(out: Path) -> Evaluation | None:
+    if (out / FILE).is_file():
+        return Evaluation.load(out / FILE)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists and is not an evaluation's folder; choose another or remove it")
+    return None
+
+
+def _measure(
+    model: Candidate,
+    request: Request,
+    record: Evaluation,
+    held_out: HeldOut,
+    needles: Needles | None,
+    harness: Harness | None,
+) -> None:
+    """Measures the parts that the record lacks, and saves it after each."""
+    held, settings = _known(model, request.device, record), record.settings
+
+    def finish(part: str, result: Any) -> None:
+        setattr(held, part, result)
+        record.models[model.label] = held
+        _compare(record)
+        record.save(request.out / FILE)
+
+    wanted = {"perplexity": bool(request.documents), "needle": needles is not None, "harness": harness is not None}
+    missing = [part for part in PARTS if wanted[part] and getattr(held, part) is None]
+    for part in PARTS:
+        if wanted[part] and part not in missing:
+            console.print(f"{model.label}: {part} is there already", markup=False)
+    if not missing:
+        return
+    loaded, tokenizer = model.load(request.device, getattr(torch, request.dtype))
+    if "harness" in missing:  # first, for it generates with transformers' own cache
+        assert harness is not None
+        console.print(f"{model.label}: {', '.join(harness.settings.tasks)}", markup=False)
+        finish("harness", harness.measure(loaded, tokenizer, request.batch_tokens))
+    if request.device.type == "cuda":
+        use_kernels(loaded)  # transformers' masks of windowed heads would grow with the square of the length
+    if "perplexity" in missing:
+        assert settings.perplexity is not None
+        length = settings.perplexity.length
+        chosen = perplexity.choose_documents(held_out, length, settings.perplexity.documents)
+        total = int(np.minimum(held_out.lengths[chosen] - 1, length).sum())
+        with progress(f"{model.label}: perplexity", total, "tokens") as task:
+            finish("perplexity", perplexity.measure(loaded, held_out, chosen, length, request.batch_tokens, task.advance))
+    if "needle" in missing:
+        assert settings.needle is not None
+        assert needles is not None
+        total = len(settings.needle.lengths) * len(settings.needle.depths) * settings.needle.needles
+        with progress(f"{model.label}: needles", total, "examples") as task:
+            finish("needle", needle.measure(loaded, needles, settings.needle, request.batch_tokens, task.advance))
+
+
+def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelRecord:
+    """What the record holds of the model, or, if that is nothing or another model, its description."""
+    known = record.models.get(model.label)
+    if known is not None and known.digest == model.digest:
+        return known
+    if known is not None:
+        console.print(f"{model.label}: not the model that was evaluated before; it is measured again", markup=False)
+    return ModelRecord(
+        folder=str(model.folder),
+        digest=model.digest,
+        sparsity=model.sparsity,
+        window=model.window,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    )
+
+
+def _compare(record: Evaluation) -> None:
+    """Each model's loss beside the first one's."""
+    measured = {label: model.perplexity for label, model in record.models.items() if model.perplexity is not None}
+    base = record.models[next(iter(record.models))].perplexity
+    record.differences = {}
+    if base is not None:
+        for label, result in list(measured.items())[1:]:
+            record.differences[label] = perplexity.difference(base, result)

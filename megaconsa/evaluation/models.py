@@ -1,0 +1,111 @@
+"""The models to evaluate: exported folders under labels, checked before any of them is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.errors import InputError
+from megaconsa.huggingface.load import load_exported, register
+from megaconsa.huggingface.source import Source, open_source
+
+IDENTIFYING = ("config.json", "tokenizer.json", "modeling_megaconsa.py")
+"""Files that a digest reads whole; of weights, which are large, it takes sizes and times."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    label: str
+    folder: Path
+    source: Source
+    digest: str
+
+    @property
+    def max_positions(self) -> int:
+        return self.source.shape.max_position_embeddings
+
+    @property
+    def window(self) -> int | None:
+        """Of windowed heads, in tokens; None where there are none."""
+        table = self.source.allocation
+        return table.window if table is not None and table.sparsity > 0 else None
+
+    @property
+    def sparsity(self) -> float:
+        return self.source.allocation.sparsity if self.source.allocation is not None else 0.0
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """The model on the device, and its tokenizer, None where the folder has none."""
+        model, tokenizer = load_exported(self.folder, dtype)
+        return model.to(device), tokenizer
+
+
+def open_models(named: Sequence[str], data: Path, info: DatasetInfo) -> list[Candidate]:
+    """Models by `LABEL=FOLDER` or `FOLDER`, whose name is the label then.
+
+    InputError where a folder is no export, two have one label, or a model does not read the data's tokens.
+    """
+    register()  # or a tokenizer of a head-wise export would ask whether to trust it
+    candidates: list[Candidate] = []
+    for name in named:
+        label, folder = _split(name)
+        if any(label == other.label for other in candidates):
+            raise InputError(f"two models are called {label}; give each a label of its own, --model LABEL={folder}")
+        _check_exported(folder)
+        source = open_source(folder)
+        _check_vocabulary(folder, source, data, info)
+        candidates.append(Candidate(label, folder, source, digest(folder)))
+    return candidates
+
+
+def digest(folder: Path) -> str:
+    """16 hex digits that change when the model is exported again."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in IDENTIFYING:
+            found.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            stat = path.stat()
+            found.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def _split(name: str) -> tuple[str, Path]:
+    """A folder's own name may hold a "=" (runs/lr=0.1/hf); a label holds no "/"."""
+    label, equals, folder = name.partition("=")
+    if not equals or "/" in label:
+        return Path(name).resolve().name, Path(name)
+    if not label or not folder:
+        raise InputError(f"--model {name} is neither LABEL=FOLDER nor FOLDER")
+    return label, Path(folder)
+
+
+def _check_exported(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"model {folder} is not there; give a folder that export-hf made")
+    kinds = {"a run": folder / "config.yaml", "a checkpoint": folder / "state.json"}
+    for kind, mark in kinds.items():
+        if mark.is_file():
+            raise InputError(
+                f"{folder} is {kind}, not an exported model; export it first: megaconsa export-hf {folder} --out FOLDER"
+            )
+
+
+def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInfo) -> None:
+    """Without a tokenizer in the folder the number of tokens is all that can be compared."""
+    if source.shape.vocab_size < info.vocab_size:
+        raise InputError(
+            f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, but the data {data} one of {info.vocab_size}; "
+            "give the data that it was trained on"
+        )
+    if source.has_tokenizer and Tokenizer.load(folder).fingerprint != info.tokenizer_fingerprint:
+        raise InputError(f"{folder} has another tokenizer than the data {data}; prepare the data with it: --tokenizer {folder}")

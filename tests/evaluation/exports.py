@@ -1,0 +1,33 @@
+"""Tiny exports that read the tokens of `small_data`: the same random weights under several allocations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface.reference import HEAD_WISE, LAYER_WISE, MODEL, random_weights
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.huggingface.export import export
+from megaconsa.model.config import ModelConfig
+
+VOCABULARY, POSITIONS, WINDOW = 512, 160, 8  # of small_data; smallest number that all tests need; of every windowed head
+SHAPE = replace(MODEL, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS)
+ALLOCATIONS = {
+    "dense": replace(HEAD_WISE, full=((True,) * 4,) * 4),
+    "layers": LAYER_WISE,
+    "heads": HEAD_WISE,
+}
+
+
+def make_export(
+    out: Path, allocation: Allocation, tokenizer: Path | None, shape: ModelConfig = SHAPE, dtype: torch.dtype = torch.float32
+) -> Path:
+    export(random_weights(shape), shape, allocation, out, tokenizer=tokenizer, dtype=dtype, origin=None)
+    return out
+
+
+def one_layer(full: bool, window: int = WINDOW) -> tuple[Allocation, ModelConfig]:
+    """A layer of one kind: what lies further back than its window cannot reach the output in any way."""
+    return Allocation(window, ((full,) * 4,)), replace(SHAPE, num_hidden_layers=1)

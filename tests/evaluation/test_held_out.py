@@ -1,0 +1,46 @@
+"""Documents as they were before packing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megaconsa.data.prepare import in_validation, prepare
+from megaconsa.data.shards import VALIDATION
+from megaconsa.data.stream import TokenShards
+from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.evaluation.held_out import HeldOut
+
+
+def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
+    """Shorter than a sequence and over several of them, in order, but for what fell into the dropped tail."""
+    texts = ["import re\n" * 40, "x", "class A:\n    pass\n" * 30, *(f"number {i}, some words" for i in range(200))]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data, tokenizer = tmp_path / "data", Tokenizer.load(small_data / "tokenizer")
+    prepare([str(tmp_path / "texts.jsonl")], data, tokenizer=small_data / "tokenizer", sequence_length=16, validation_share=0.8)
+    expected = [text for text in texts if in_validation(text, 0.8)]
+    held_out = HeldOut(data)
+    documents = [held_out.document(index, 10**6).tolist() for index in range(len(held_out.starts))]
+    assert len(expected) - 3 <= len(documents) <= len(expected)
+    assert [len(document) for document in documents] == held_out.lengths.tolist()
+    for document, text in zip(documents[:-1], expected, strict=False):
+        assert document.pop() == held_out.info.end_of_text
+        assert tokenizer.decode(document) == text
+    assert max(held_out.lengths) > 100
+
+
+def test_tokens_are_the_stream(small_data: Path, held_out: HeldOut) -> None:
+    shards = TokenShards(small_data, VALIDATION)
+    rows = [shards[i] for i in range(len(shards))]
+    stream = np.concatenate([*(row[:-1] for row in rows), rows[-1][-1:]]).astype(np.int64)
+    documents = [held_out.document(index, 10**6) for index in range(len(held_out.starts))]
+    assert np.array_equal(np.concatenate(documents), stream)
+    text = stream[stream != held_out.info.end_of_text]
+    assert held_out.text_tokens == len(text)
+    assert np.array_equal(held_out.text(0, len(text)), text)
+    assert np.array_equal(held_out.text(0, 100), text[:100])
+    last = len(documents) - 1
+    own = documents[last][documents[last] != held_out.info.end_of_text]
+    assert np.array_equal(held_out.text(last, len(own) + 50), np.concatenate([own, text[:50]]))
