@@ -7,8 +7,11 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, chdir, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megaconsa.errors import InputError, RunError
 from megaconsa.reporting.evaluation_record import HarnessSettings, Metric
@@ -18,12 +21,12 @@ TOKENS_OF_A_REQUEST = 1024
 
 
 class Harness:
-    """The tasks, found and checked once for all models."""
+    """The tasks, found and checked once for all models. Paths of data in the tasks of a folder are relative to it."""
 
     def __init__(self, tasks: Sequence[str], folder: Path | None) -> None:
         """Finds `tasks` in `folder`, or, if that is None, among those that lm-eval brings.
 
-        InputError where lm-eval is not installed or a task is not there.
+        InputError where lm-eval is not installed, a task is not there, or its data cannot be read.
         """
         if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None:
             raise InputError("--task needs lm-eval; install it with: pip install 'megaconsa[harness]'")
@@ -31,11 +34,13 @@ class Harness:
             raise InputError(f"--task-folder {folder} is not a folder; give the one with the tasks' YAML files")
         from lm_eval.tasks import TaskManager
 
-        self._manager = TaskManager(include_path=folder, include_defaults=folder is None)
+        self._folder = None if folder is None else folder.absolute()
+        self._manager = TaskManager(include_path=self._folder, include_defaults=folder is None)
         for task in tasks:
             if task not in self._manager.all_tasks:
                 known = "among lm-eval's; --task-folder names a folder of your own" if folder is None else f"in {folder}"
                 raise InputError(f"--task {task} is not {known}")
+        self._read_data(tasks)
         self.settings = HarnessSettings(
             tasks=list(tasks),
             task_files=_digest(folder) if folder is not None else "",
@@ -45,21 +50,40 @@ class Harness:
     def measure(self, model: Any, tokenizer: Any, batch_tokens: int) -> dict[str, dict[str, Metric]]:
         """Every metric of every task, with its standard error where lm-eval gives one.
 
-        RunError where a task's data cannot be read or lm-eval fails in another way.
+        RunError where lm-eval fails.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         language_model = HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=max(1, batch_tokens // TOKENS_OF_A_REQUEST)
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=max(1, batch_tokens // TOKENS_OF_A_REQUEST),
+            softmax_dtype=torch.float32,  # or in the model's: rounded to bfloat16, choices tie
         )
         try:
-            found = lm_eval.simple_evaluate(
-                model=language_model, tasks=self.settings.tasks, task_manager=self._manager, log_samples=False
-            )
+            with self._beside_data():
+                found = lm_eval.simple_evaluate(
+                    model=language_model, tasks=self.settings.tasks, task_manager=self._manager, log_samples=False
+                )
         except Exception as error:  # tasks are code and data of others
             raise RunError(f"lm-eval failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
         return {task: _metrics(values) for task, values in found["results"].items()}
+
+    def _read_data(self, tasks: Sequence[str]) -> None:
+        """Before a model is loaded; lm-eval reads them again for each, out of the cache of datasets."""
+        try:
+            with self._beside_data():
+                self._manager.load(list(tasks))
+        except (OSError, ValueError) as error:  # of datasets: a missing file, no network, another format
+            raise InputError(
+                f"--task {' '.join(tasks)}: data cannot be read ({' '.join(str(error).split())}); name files beside the task, or fill "
+                "Hugging Face's cache with HF_HUB_OFFLINE=0"
+            ) from error
+
+    def _beside_data(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._folder is None else chdir(self._folder)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:

@@ -284,10 +284,10 @@ def test_a_local_task(
     """By the script, whose name is that of a package that lm-eval imports; accuracy as counted by hand."""
     questions = [(f"The colour of number {n} is", n % 2) for n in range(12)]
     lines = [json.dumps({"question": question, "answer": answer}) for question, answer in questions]
-    (tmp_path / "test.jsonl").write_text("\n".join(lines))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "colours.yaml").write_text(TASK.format(data=tmp_path / "test.jsonl"))
+    (tasks / "test.jsonl").write_text("\n".join(lines))
+    (tasks / "colours.yaml").write_text(TASK.format(data="test.jsonl"))
     models = ["--model", exports / "dense", "--model", exports / "heads"]
     out = ["--data", small_data, "--out", tmp_path / "out", "--task-folder", tasks, "--documents", 0, "--needles", 0]
     command = [sys.executable, ROOT / "tools" / "evaluate.py", *models, *out, "--task", "colours"]
@@ -314,6 +314,10 @@ def test_a_local_task(
     bare = make_export(tmp_path / "bare", ALLOCATIONS["dense"], None)
     said = refused("evaluate", "--model", bare, *out, "--task", "colours")
     assert "--task needs a tokenizer" in said
+    (tasks / "test.jsonl").unlink()
+    said = refused("evaluate", *models, *out[:2], "--out", tmp_path / "new", *out[4:], "--task", "colours")
+    assert "--task colours: data cannot be read" in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_edges_reach_the_length() -> None:
