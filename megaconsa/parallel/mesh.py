@@ -54,6 +54,14 @@ class Mesh:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def largest(self, value: int) -> int:
+        """The largest of a number over all ranks, on every rank."""
+        if self.world.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
 
 def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None) -> Mesh:
     """Divides the processes of the launch into ranks of each axis; joins them first where `world` is not given.

@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 
 from megaconsa.errors import InputError
+from megaconsa.exit_codes import REFUSED
 
 Result = TypeVar("Result")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -77,7 +78,7 @@ class World:
         leave()
         if self.is_main:
             raise InputError(said)
-        raise SystemExit(2)
+        raise SystemExit(REFUSED)
 
     def _named(self, ranks: list[int]) -> str:
         return "" if len(ranks) == self.size else f" (on rank {', '.join(map(str, ranks))} of {self.size})"

@@ -10,13 +10,12 @@ import traceback
 from pathlib import Path
 
 from megaconsa.errors import RunError
+from megaconsa.exit_codes import FAILED
 from megaconsa.files import replace_text
 from megaconsa.parallel.world import World
 
 FOLDER = "failures"
 FIRST = "first.txt"
-FAILED = 1
-"""Exit code."""
 
 
 def end(error: Exception, run: Path, world: World, step: int | None) -> int:

@@ -22,11 +22,12 @@ from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
+from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.run_lock import RunLock
-from megaconsa.training.callbacks.stop_signals import StopSignals
+from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data
 from megaconsa.training.trainer import Progress, Trainer
@@ -85,15 +86,19 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "precision": engine.precision,
         "data": describe_data(inputs.data),
     }
+    end = mesh.world.agreed(job_end)
+    checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
     callbacks: list[Callback] = [
         *lock,
         StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),
-        Checkpointing(config.run.dir, config.checkpoint, mesh.world, description),
+        *([StopFile(config.run.dir)] if mesh.is_main else []),
+        *([TimeLimit(end, checkpointing)] if mesh.is_main and end is not None else []),
+        checkpointing,
     ]
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
-    return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+    return Trainer(training, config.bad_steps, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
 
 
 def _lock(inputs: Inputs) -> RunLock:
@@ -217,4 +222,5 @@ def _resume(source: Checkpoint, gates: GateBank | None, world: World) -> Progres
         if world.device.type == "cuda" and f"{world.rank}/cuda" in random:
             torch.cuda.set_rng_state(random[f"{world.rank}/cuda"], world.device)
     logger.info("resumes at step %d from %s", source.step, source.path)
-    return Progress(source.step, source.state["tokens"], source.state["sequences"])
+    bad_steps = BadSteps(**source.state.get("bad_steps", {}))
+    return Progress(source.step, source.state["tokens"], source.state["sequences"], bad_steps)

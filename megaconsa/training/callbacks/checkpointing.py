@@ -35,6 +35,11 @@ class Checkpointing(Callback):
         self.run, self.every, self.description = run, section.every, description
         self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange)
         self.staging = Staging()
+        self.longest_save: float | None = None
+        """Seconds from the beginning of a save to its commit; None before the first has ended."""
+        self.due = False
+        """A save waits for a step that is applied."""
+        self._stall = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.mesh.is_main:
@@ -44,7 +49,10 @@ class Checkpointing(Callback):
         step = trainer.progress.step
         self._report(trainer, self.writer.poll())
         last = step == trainer.training.steps or trainer.stopping
-        if last or (self.every and step % self.every == 0):
+        self.due = self.due or bool(self.every and step % self.every == 0)
+        # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
+        if last or (self.due and not trainer.progress.bad_steps.in_row):
+            self.due = False
             self.save(trainer, row)
         if last:
             result = self.writer.wait()
@@ -88,7 +96,8 @@ class Checkpointing(Callback):
             {name: value.detach().cpu().clone() for name, value in gates.state().items()} if gates else None,
             trainer.allocation if main else None,
         )
-        self.writer.begin(snapshot, time.monotonic() - started)
+        self._stall = time.monotonic() - started
+        self.writer.begin(snapshot, self._stall)
         if gates:
             try:
                 _write_gates(self.run / "gates.json", trainer.progress.step, gates)
@@ -96,6 +105,8 @@ class Checkpointing(Callback):
                 logger.error("%s could not be written: %s", self.run / "gates.json", error.strerror)
 
     def _report(self, trainer: Trainer, result: Result | None) -> None:
+        if result is not None:
+            self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
         if result is not None and result.error is not None and trainer.mesh.is_main:
             logger.error(
                 "the checkpoint of step %d could not be written: %s; training goes on, older checkpoints are whole, and the next one "
