@@ -44,7 +44,7 @@ class BadSteps:
         if section.spikes == "skip":
             for name, before in (("loss", self.losses), ("grad_norm", self.grad_norms)):
                 if (height := deviations(numbers[name], before)) > section.deviations:
-                    return f"its {name} of {numbers[name]:.4g} lies {height:.1f} deviations above the {median(before):.4g} of the steps before"
+                    return f"its {name} of {numbers[name]:.4g} lies {height:.1f} deviations above {median(before):.4g}"
         return None
 
     def applied(self, loss: float, grad_norm: float) -> None:

@@ -25,10 +25,12 @@ from megaconsa.parallel.world import World
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
+from megaconsa.training.callbacks.watchdog import Watchdog
 from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data
 from megaconsa.training.trainer import Progress, Trainer
 
@@ -90,6 +92,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
     callbacks: list[Callback] = [
         *lock,
+        *([LostRanks(config.run.dir, mesh.world)] if mesh.world.size > 1 else []),
+        *([Watchdog(config.run.dir, config.watchdog, mesh.world)] if config.watchdog.factor else []),
         StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),

@@ -70,6 +70,8 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     stop: Stop = field(default=Stop.NO, init=False)
     """Whether the run saves and ends after the present step, and why; all ranks agree on it."""
+    completed: bool = field(default=False, init=False)
+    """All steps are done, or all up to a stop; False where an error ended them."""
     _requested: Stop = field(default=Stop.NO, init=False)
     _fault: str | None = field(default=None, init=False)
     """Why the present step is not applied."""
@@ -88,10 +90,13 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.progress.step < self.training.steps and not self.stopping:
+                for callback in self.callbacks:
+                    callback.before_step(self)
                 row = self.step()
                 self.stop = Stop(self.mesh.largest(self._requested))
                 for callback in self.callbacks:
                     callback.on_step(self, row)
+            self.completed = True
         finally:
             # All of them, whatever one raises; the first, which holds the folder's lock, last.
             with ExitStack() as finishing:

@@ -38,19 +38,19 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def start(config: Path, command: Sequence[str] = TRAIN, **variables: str) -> list[subprocess.Popen[str]]:
-    """Two tasks with the variables that srun sets."""
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2) -> list[subprocess.Popen[str]]:
+    """Tasks with the variables that srun sets."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}
     port = {"MASTER_PORT": free_port()}  # the one that a job's number gives may be taken on a machine that has no Slurm
     return [
         subprocess.Popen(
             [sys.executable, *command, str(config)],
-            env=environment(**step, **port, **variables, SLURM_PROCID=rank, SLURM_LOCALID=rank),
+            env=environment(**step, **port, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for rank in range(tasks)
     ]
 
 

@@ -92,8 +92,8 @@ class TimeLimit(Callback):
         if (left := self.end - time.time()) < needed and not self.said:
             self.said = True
             logger.warning(
-                "the job ends in %.0f s: the run saves and stops, for two steps of up to %.1f s, a save of %.0f s and a margin of %.0f s need "
-                "%.0f s",
+                "the job ends in %.0f s: the run saves and stops, for two steps of up to %.1f s, a save of %.0f s and a margin of %.0f s "
+                "need %.0f s",
                 left,
                 slowest,
                 save,
