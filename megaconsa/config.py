@@ -160,7 +160,7 @@ class CheckpointSection(Section):
 class BadStepsSection(Section):
     limit: int = Field(3, ge=1)
     """So many steps in a row that are not applied end the run."""
-    spikes: Literal["off", "skip"] = "off"
+    spikes: Literal["keep", "skip"] = "keep"
     """skip: steps whose loss or gradient norm jumps are not applied; those that are not finite never are."""
     deviations: float = Field(6.0, gt=0)
     """What counts as a jump: robust standard deviations above the median of the last 128 applied steps."""

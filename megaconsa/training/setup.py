@@ -25,6 +25,7 @@ from megaconsa.parallel.world import World
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.incident_log import IncidentLog
 from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.run_lock import RunLock
@@ -97,6 +98,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         StopSignals(),
         validation,
         *(_reporters(config) if mesh.is_main else []),
+        *([IncidentLog(config.run.dir)] if mesh.is_main else []),
         *([StopFile(config.run.dir)] if mesh.is_main else []),
         *([TimeLimit(end, checkpointing)] if mesh.is_main and end is not None else []),
         checkpointing,

@@ -73,8 +73,8 @@ class Trainer:
     completed: bool = field(default=False, init=False)
     """All steps are done, or all up to a stop; False where an error ended them."""
     _requested: Stop = field(default=Stop.NO, init=False)
-    _fault: str | None = field(default=None, init=False)
-    """Why the present step is not applied."""
+    fault: str | None = field(default=None, init=False)
+    """Why the last step was not applied; None where it was."""
 
     @property
     def stopping(self) -> bool:
@@ -114,7 +114,7 @@ class Trainer:
         if self.gates:
             self.gates.sample(self.progress.step)
         # Where the gradient is not finite, the engine asks nobody.
-        self._fault = "its gradient is not finite"
+        self.fault = "its gradient is not finite"
         loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate, self._accepts)
         self._count_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
@@ -145,23 +145,23 @@ class Trainer:
         numbers = {"loss": loss, "grad_norm": grad_norm}
         if self.gates:
             numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(self.gates.gradient(self._reduce)))
-        self._fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
-        if self.mesh.largest(int(self._fault is not None)) and self._fault is None:
-            self._fault = "another rank found a fault in it"
-        return self._fault is None
+        self.fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
+        if self.mesh.largest(int(self.fault is not None)) and self.fault is None:
+            self.fault = "another rank found a fault in it"
+        return self.fault is None
 
     def _count_step(self, loss: float) -> None:
         """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
         bad, step = self.progress.bad_steps, self.progress.step + 1
-        if self._fault is None:
+        if self.fault is None:
             bad.applied(loss, self.engine.grad_norm)
             return
-        logger.warning("step %d was not applied: %s; weights and gates stay as they are", step, self._fault)
-        bad.skip(self.bad_steps, step, self._fault)
+        logger.warning("step %d was not applied: %s; weights and gates stay as they are", step, self.fault)
+        bad.skip(self.bad_steps, step, self.fault)
 
     def _update_gates(self) -> dict[str, Any]:
         assert self.gates is not None
-        if self._fault is None:
+        if self.fault is None:
             return self.gates.update()
         self.gates.discard()
         return {}

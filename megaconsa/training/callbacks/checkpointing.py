@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megaconsa import incidents
 from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
 from megaconsa.config import CheckpointSection
 from megaconsa.consa import hard_concrete
@@ -108,6 +109,7 @@ class Checkpointing(Callback):
         if result is not None:
             self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
         if result is not None and result.error is not None and trainer.mesh.is_main:
+            incidents.record(self.run, "checkpoint", f"it could not be written: {result.error}", step=result.step, rank=0)
             logger.error(
                 "the checkpoint of step %d could not be written: %s; training goes on, older checkpoints are whole, and the next one "
                 "is tried as usual",
