@@ -6,6 +6,7 @@ import socket
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -30,7 +31,7 @@ class LostRanks(Callback):
         self.run, self.world = run, world
         self.next, self.before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
         self.host = world.exchange(socket.gethostname())[self.next]
-        self.ring = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        self.ring: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.thread = threading.Thread(target=self._wait, name="lost_ranks", daemon=True)
         self.trainer: Trainer | None = None
 

@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from torch._C import _distributed_c10d as c10d
 
@@ -116,6 +117,7 @@ class Watchdog(Callback):
             file.flush()
             faulthandler.dump_traceback(file)
         # torch's flight recorder; for what each field says, see its documentation.
-        dump = c10d._dump_nccl_trace_json if self.world.device.type == "cuda" else c10d._dump_fr_trace_json
+        recorder: Any = c10d  # of which torch's stubs say nothing
+        dump = recorder._dump_nccl_trace_json if self.world.device.type == "cuda" else recorder._dump_fr_trace_json
         path.with_suffix(".json").write_bytes(dump(True, False))
         return path.parent
