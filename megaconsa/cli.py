@@ -21,6 +21,7 @@ from megaconsa.tools import (
     quickstart,
     report,
     rule_masks,
+    status,
     verify,
     verify_data,
 )
@@ -62,6 +63,7 @@ for name, tool in {
     "import-hf": import_hf,
     "export-hf": export_hf,
     "checkpoints": checkpoints,
+    "status": status,
     "verify": verify,
     "plan": plan,
     "report": report,

@@ -28,6 +28,7 @@ from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.incident_log import IncidentLog
 from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.prometheus import Prometheus
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
@@ -135,7 +136,7 @@ def _reporters(config: Config) -> list[Callback]:
     """What the main rank writes and prints."""
     from megaconsa.training.callbacks.terminal import Terminal
 
-    found: list[Callback] = [MetricsFile(config.run.dir)]
+    found: list[Callback] = [MetricsFile(config.run.dir), Prometheus(config.run.dir, config.training.steps)]
     if config.logging.tensorboard:
         from megaconsa.training.callbacks.tensorboard import TensorBoard
 
