@@ -18,6 +18,7 @@ from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes
+from megaconsa.parallel.compute_clock import ComputeClock
 from megaconsa.parallel.mends import mend_bf16
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index, layer_specs
@@ -77,6 +78,7 @@ class Engine:
             )
         if bf16:
             mend_bf16(self.engine)
+        self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(shape)
         owners = {name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes}
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
@@ -95,6 +97,10 @@ class Engine:
         """Whether the last step changed the weights: its gradient was finite, and it was accepted."""
         return bool(self.engine.was_step_applied()) and self._accepted is not False
 
+    def compute_seconds(self) -> float:
+        """Of this rank's own forward and backward passes in the last step, which must be over on the device."""
+        return self._clock.seconds()
+
     def train_step(self, batches: Sequence[Carry], learning_rate: float, accept: Accept = lambda loss, grad_norm: True) -> float:
         """One optimizer step; returns the global batch's loss in nats per labelled token.
 
@@ -103,6 +109,7 @@ class Engine:
         has moved yet; it must say the same on every rank. It is not asked where the norm is not finite: then no step is applied.
         """
         self._accept, self._accepted = accept, None
+        self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.engine.train_batch(self._pairs(batches))

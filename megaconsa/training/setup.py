@@ -30,6 +30,7 @@ from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.prometheus import Prometheus
 from megaconsa.training.callbacks.run_lock import RunLock
+from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.callbacks.watchdog import Watchdog
@@ -98,6 +99,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         *([Watchdog(config.run.dir, config.watchdog, mesh.world)] if config.watchdog.factor else []),
         StopSignals(),
         validation,
+        SlowRanks(config.run.dir, mesh),
         *(_reporters(config) if mesh.is_main else []),
         *([IncidentLog(config.run.dir)] if mesh.is_main else []),
         *([StopFile(config.run.dir)] if mesh.is_main else []),

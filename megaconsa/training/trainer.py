@@ -72,6 +72,8 @@ class Trainer:
     """Whether the run saves and ends after the present step, and why; all ranks agree on it."""
     completed: bool = field(default=False, init=False)
     """All steps are done, or all up to a stop; False where an error ended them."""
+    work_seconds: float = field(default=0.0, init=False)
+    """Of the last step, this rank's own: waiting for its data, forward and backward passes. In the others it waits for other ranks too."""
     _requested: Stop = field(default=Stop.NO, init=False)
     fault: str | None = field(default=None, init=False)
     """Why the last step was not applied; None where it was."""
@@ -108,6 +110,7 @@ class Trainer:
         """One optimizer step of weights and gates; returns its row of metrics."""
         started = time.perf_counter()
         batches = next(self.steps)
+        own_seconds = time.perf_counter() - started
         labelled = labelled_tokens(batches, self.mesh)
         data_seconds = time.perf_counter() - started
         rate = learning_rate(self.progress.step, self.training)
@@ -121,6 +124,7 @@ class Trainer:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
+        self.work_seconds = own_seconds + self.engine.compute_seconds()
         tokens = self.training.global_batch * self.training.sequence_length
         self.progress.step += 1
         self.progress.tokens += tokens
