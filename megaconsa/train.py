@@ -38,8 +38,10 @@ def train(config_path: Path, overrides: list[str]) -> int:
             return DONE
         from megaconsa.parallel.mesh import initialize
         from megaconsa.training.setup import build_trainer
+        from megaconsa.training.start_checks import check_machines
         from megaconsa.training.trainer import Stop
 
+        check_machines(inputs, world)
         mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
