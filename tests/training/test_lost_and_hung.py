@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -71,6 +72,22 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(make_config: MakeConfig, 
     (incident,) = incidents.read(run)
     assert incident["kind"] == "hang"
     assert incident["step"] == 6
+
+
+def test_a_damaged_shard_ends_all_ranks_with_its_name(make_config: MakeConfig, small_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_data, tmp_path / "data")
+    shard = next((tmp_path / "data" / "train").glob("shard.*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    values = make_config(data={"path": str(tmp_path / "data")})
+    main, other = ended(start(write(values, tmp_path)))
+    assert (main.code, other.code) == (1, 1), main.err + other.err
+    assert shard.name in main.err + other.err
+    assert "Traceback" not in main.err + other.err
+    (incident,) = incidents.read(Path(values["run"]["dir"]))
+    assert incident["kind"] == "error"
+    assert shard.name in incident["text"]
 
 
 def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:

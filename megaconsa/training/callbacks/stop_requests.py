@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
+LOOK_SECONDS = 1.0
+"""Between two looks for it: on a shared file system one may take a millisecond."""
 END_TIME = "SLURM_JOB_END_TIME"
 """Seconds since the epoch at which Slurm will end the job."""
 MARGIN_SECONDS = 60.0
@@ -57,10 +59,13 @@ class StopFile(Callback):
 
     def __init__(self, run: Path) -> None:
         self.path = run / STOP_FILE
+        self.looked = -LOOK_SECONDS
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        if self.path.exists():
-            trainer.request_stop(Stop.ASKED)
+        if (now := time.monotonic()) - self.looked >= LOOK_SECONDS:
+            self.looked = now
+            if self.path.exists():
+                trainer.request_stop(Stop.ASKED)
 
     def on_finish(self, trainer: Trainer) -> None:
         if trainer.stop is Stop.ASKED:
