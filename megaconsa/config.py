@@ -159,9 +159,10 @@ class CheckpointSection(Section):
 
 class BadStepsSection(Section):
     limit: int = Field(3, ge=1)
-    """So many steps in a row that are not applied end the run."""
-    spikes: Literal["keep", "skip"] = "keep"
-    """skip: steps whose loss or gradient norm jumps are not applied; those that are not finite never are."""
+    """So many steps in a row that are not applied, or returns to the same checkpoint, end the run."""
+    spikes: Literal["keep", "skip", "rewind"] = "keep"
+    """skip: steps whose loss or gradient norm jumps are not applied; those that are not finite never are. rewind: after such a jump the run
+    goes back to its newest checkpoint too, and passes over the batches since."""
     deviations: float = Field(6.0, gt=0)
     """What counts as a jump: robust standard deviations above the median of the last 128 applied steps."""
 

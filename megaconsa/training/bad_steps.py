@@ -41,7 +41,7 @@ class BadSteps:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 return f"its {name} is {value}"
-        if section.spikes == "skip":
+        if section.spikes != "keep":
             for name, before in (("loss", self.losses), ("grad_norm", self.grad_norms)):
                 if (height := deviations(numbers[name], before)) > section.deviations:
                     return f"its {name} of {numbers[name]:.4g} lies {height:.1f} deviations above {median(before):.4g}"

@@ -29,6 +29,7 @@ from megaconsa.training.callbacks.incident_log import IncidentLog
 from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.prometheus import Prometheus
+from megaconsa.training.callbacks.rewinds import Rewinds, rewound
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
@@ -76,6 +77,10 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         separate_documents=config.attention.separate_documents,
     )
     progress = _restore(inputs, engine, gates, mesh.world)
+    place, rewinds = mesh.world.from_main(lambda: rewound(config.run.dir, progress.step, progress.sequences))
+    if place > progress.sequences:
+        logger.warning("passes over %s sequences, up to the last spike", f"{place - progress.sequences:,}")
+        progress.sequences = place
     if mesh.is_main:
         replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
@@ -102,12 +107,13 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         SlowRanks(config.run.dir, mesh),
         *(_reporters(config) if mesh.is_main else []),
         *([IncidentLog(config.run.dir)] if mesh.is_main else []),
+        *([Rewinds(config.run.dir)] if mesh.is_main else []),
         *([StopFile(config.run.dir)] if mesh.is_main else []),
         *([TimeLimit(end, checkpointing)] if mesh.is_main and end is not None else []),
         checkpointing,
     ]
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
-    return Trainer(training, config.bad_steps, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+    return Trainer(training, config.bad_steps, mesh, engine, steps, gates, inputs.allocation, progress, callbacks, rewinds)
 
 
 def _lock(inputs: Inputs) -> RunLock:

@@ -18,6 +18,7 @@ from megaconsa.config import BadStepsSection, TrainingSection
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch
+from megaconsa.errors import RunError
 from megaconsa.model.flops import peak_flops, training_flops
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
@@ -35,9 +36,11 @@ class Stop(IntEnum):
     """Why a run ends before its last step. Where ranks have different reasons, the greatest holds."""
 
     NO = 0
-    INTERRUPTED = 1
+    REWIND = 1
+    """Without a save: a spike sends it back to its newest checkpoint."""
+    INTERRUPTED = 2
     """By a signal, or because the job's time ends: it is to go on."""
-    ASKED = 2
+    ASKED = 3
     """By a person, who does not want it queued again."""
 
 
@@ -68,8 +71,10 @@ class Trainer:
     allocation: Allocation | None
     progress: Progress
     callbacks: Sequence[Callback] = ()
+    rewinds: int = 0
+    """Times that the run went back to the checkpoint it goes on from."""
     stop: Stop = field(default=Stop.NO, init=False)
-    """Whether the run saves and ends after the present step, and why; all ranks agree on it."""
+    """Whether the run ends after the present step, and why; all ranks agree on it. It saves before, unless it is to go back."""
     completed: bool = field(default=False, init=False)
     """All steps are done, or all up to a stop; False where an error ended them."""
     work_seconds: float = field(default=0.0, init=False)
@@ -77,6 +82,7 @@ class Trainer:
     _requested: Stop = field(default=Stop.NO, init=False)
     fault: str | None = field(default=None, init=False)
     """Why the last step was not applied; None where it was."""
+    _is_spike: bool = field(default=False, init=False)
 
     @property
     def stopping(self) -> bool:
@@ -87,7 +93,7 @@ class Trainer:
         self._requested = max(self._requested, reason)
 
     def run(self) -> bool:
-        """Trains to the last step; returns whether it got there, False if it was asked to stop before."""
+        """Trains to the last step; returns whether it got there, False if it was asked to stop before or is to go back."""
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -104,7 +110,7 @@ class Trainer:
             with ExitStack() as finishing:
                 for callback in self.callbacks:
                     finishing.callback(callback.on_finish, self)
-        return self.progress.step == self.training.steps
+        return self.progress.step == self.training.steps and self.stop is not Stop.REWIND
 
     def step(self) -> dict[str, Any]:
         """One optimizer step of weights and gates; returns its row of metrics."""
@@ -117,7 +123,7 @@ class Trainer:
         if self.gates:
             self.gates.sample(self.progress.step)
         # Where the gradient is not finite, the engine asks nobody.
-        self.fault = "its gradient is not finite"
+        self.fault, self._is_spike = "its gradient is not finite", False
         loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate, self._accepts)
         self._count_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
@@ -150,6 +156,7 @@ class Trainer:
         if self.gates:
             numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(self.gates.gradient(self._reduce)))
         self.fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
+        self._is_spike = self.fault is not None and all(map(math.isfinite, numbers.values()))
         if self.mesh.largest(int(self.fault is not None)) and self.fault is None:
             self.fault = "another rank found a fault in it"
         return self.fault is None
@@ -162,6 +169,13 @@ class Trainer:
             return
         logger.warning("step %d was not applied: %s; weights and gates stay as they are", step, self.fault)
         bad.skip(self.bad_steps, step, self.fault)
+        if self._is_spike and self.bad_steps.spikes == "rewind":
+            if self.rewinds == self.bad_steps.limit:
+                raise RunError(
+                    f"the run went back to its newest checkpoint {self.rewinds} times (bad_steps.limit={self.bad_steps.limit}) and met a "
+                    f"spike again, in step {step}; lower training.learning_rate, or go on from an earlier checkpoint"
+                )
+            self.request_stop(Stop.REWIND)
 
     def _update_gates(self) -> dict[str, Any]:
         assert self.gates is not None

@@ -20,7 +20,7 @@ from megaconsa.errors import RunError
 from megaconsa.files import replace_text
 from megaconsa.parallel.world import World
 from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Stop, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Checkpointing(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         step = trainer.progress.step
         self._report(trainer, self.writer.poll())
-        last = step == trainer.training.steps or trainer.stopping
+        last = (step == trainer.training.steps or trainer.stopping) and trainer.stop is not Stop.REWIND
         self.due = self.due or bool(self.every and step % self.every == 0)
         # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
         if last or (self.due and not trainer.progress.bad_steps.in_row):

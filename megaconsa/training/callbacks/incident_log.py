@@ -1,4 +1,4 @@
-"""Skipped steps and stops among the run's incidents."""
+"""Skipped steps, stops and returns to a checkpoint among the run's incidents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Stop, Trainer
 
 STOPS = {
+    Stop.REWIND: "the run goes back to its newest checkpoint and passes over the batches up to this step",
     Stop.INTERRUPTED: "a signal, or the end of the job's time, stops the run after this step",
     Stop.ASKED: "the file stop in the run folder stops the run after this step",
 }
@@ -24,4 +25,5 @@ class IncidentLog(Callback):
         if trainer.fault is not None:
             incidents.record(self.run, "skipped", f"the step was not applied: {trainer.fault}", step=row["step"], rank=0)
         if trainer.stopping:
-            incidents.record(self.run, "stop", STOPS[trainer.stop], step=row["step"], rank=0)
+            kind: incidents.Kind = "rewind" if trainer.stop is Stop.REWIND else "stop"
+            incidents.record(self.run, kind, STOPS[trainer.stop], step=row["step"], rank=0)
