@@ -22,6 +22,7 @@ from megaconsa.tools import (
     quickstart,
     report,
     rule_masks,
+    status,
     verify,
     verify_data,
 )
@@ -64,6 +65,7 @@ for name, tool in {
     "export-hf": export_hf,
     "evaluate": evaluate,
     "checkpoints": checkpoints,
+    "status": status,
     "verify": verify,
     "plan": plan,
     "report": report,

@@ -157,6 +157,25 @@ class CheckpointSection(Section):
     """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none for that."""
 
 
+class BadStepsSection(Section):
+    limit: int = Field(3, ge=1)
+    """So many steps in a row that are not applied, or returns to the same checkpoint, end the run."""
+    spikes: Literal["keep", "skip", "rewind"] = "keep"
+    """skip: steps whose loss or gradient norm jumps are not applied; those that are not finite never are. rewind: after such a jump the run
+    goes back to its newest checkpoint too, and passes over the batches since."""
+    deviations: float = Field(6.0, gt=0)
+    """What counts as a jump: robust standard deviations above the median of the last 128 applied steps."""
+
+
+class WatchdogSection(Section):
+    factor: float = Field(10.0, ge=0)
+    """A step that takes so many times the usual is given up; 0 turns the watchdog off."""
+    minimum_seconds: float = Field(120.0, gt=0)
+    """No step is given up sooner."""
+    pause_seconds: float = Field(1800.0, gt=0)
+    """Limit for start-up with the first step, and for validation and saves between steps."""
+
+
 class LoggingSection(Section):
     tensorboard: bool = True
     wandb: str | None = None
@@ -174,6 +193,8 @@ class Config(Section):
     data: DataSection
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    bad_steps: BadStepsSection = BadStepsSection()
+    watchdog: WatchdogSection = WatchdogSection()
     logging: LoggingSection = LoggingSection()
 
     @property

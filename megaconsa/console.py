@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from megaconsa.errors import InputError, RunError
+from megaconsa.exit_codes import FAILED, REFUSED
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL = 10.0
@@ -111,7 +112,7 @@ def guarded(function: Callable[[], Any]) -> None:
         function()
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(REFUSED if isinstance(error, InputError) else FAILED)
 
 
 def run_tool(main: Callable[..., Any]) -> None:

@@ -14,9 +14,7 @@ from pathlib import Path
 from megaconsa import config as configuration
 from megaconsa.console import console, guarded
 from megaconsa.errors import InputError
-
-STOPPED = 75
-"""Exit code of a run that a signal asked to stop and that saved first (EX_TEMPFAIL: run the same command again)."""
+from megaconsa.exit_codes import DONE, STOPPED
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -37,10 +35,13 @@ def train(config_path: Path, overrides: list[str]) -> int:
             if world.is_main:
                 console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
             leave()
-            return 0
+            return DONE
         from megaconsa.parallel.mesh import initialize
         from megaconsa.training.setup import build_trainer
+        from megaconsa.training.start_checks import check_machines
+        from megaconsa.training.trainer import Stop
 
+        check_machines(inputs, world)
         mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
@@ -51,12 +52,13 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
         return failures.end(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
     leave()
+    asked = trainer.stop is Stop.ASKED
     if world.is_main:
-        state = "finished" if finished else "stopped, the same command resumes it"
+        state = "finished" if finished else f"stopped{' as asked' if asked else ''}, the same command resumes it"
         console.print(
             f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens", markup=False
         )
-    return 0 if finished else STOPPED
+    return DONE if finished or asked else STOPPED
 
 
 def _main(arguments: list[str]) -> int:

@@ -5,6 +5,9 @@ The bank lives beside the training engine, as fp32 tensors replicated on every r
     bank.sample(step)                        # one z per (sequence of the global batch, layer, unit)
     ... forward and backward of the model, whose layers ask `bank.select(layer, sequences)` ...
     metrics = bank.update(reduce)            # gradients of z -> log_alpha, the penalty, Adam, the multipliers
+
+Where it must be known before whether the gradient is finite, `bank.gradient(reduce)` comes first; a step that is not to be applied ends
+with `bank.discard()` instead.
 """
 
 from __future__ import annotations
@@ -99,6 +102,7 @@ class GateBank:
         self.step = 0
         self._sampled: Tensor | None = None
         self._leaves: list[Tensor] = []
+        self._gradient: Tensor | None = None
         self._table: Allocation | None = None
 
     def sample(self, step: int) -> None:
@@ -142,9 +146,7 @@ class GateBank:
         if self._sampled is None:
             raise RuntimeError("GateBank.update was called before GateBank.sample")
         target = self.settings.target(self.step)
-        gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
-        (gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, torch.stack(gradients, dim=1))
-        reduce(gradient)
+        gradient = self._gradient if self._gradient is not None else self.gradient(reduce)
         norm = torch.linalg.vector_norm(gradient)
         gradient *= (GRADIENT_CLIPPING / norm).clamp(max=1)
         penalty = self.controller.penalty(self._expected() - target)
@@ -155,12 +157,20 @@ class GateBank:
             # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
             self.controller.ascend(expected - target)
         metrics = self._metrics(target, expected, self._sampled.detach(), penalty.item(), norm.item())
-        self._sampled, self._leaves = None, []
+        self.discard()
         return metrics
 
+    def gradient(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> Tensor:
+        """log_alpha's gradient of the loss, (layers, units), before clipping; `update` takes the same one. reduce: as there."""
+        assert self._sampled is not None
+        gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
+        (self._gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, torch.stack(gradients, dim=1))
+        reduce(self._gradient)
+        return self._gradient
+
     def discard(self) -> None:
-        """Drops the step's samples and gradients: the model's step was not applied."""
-        self._sampled, self._leaves = None, []
+        """Drops the step's samples and gradients."""
+        self._sampled, self._leaves, self._gradient = None, [], None
 
     def full(self) -> Tensor:
         """The exact top-k table of the present log_alpha, (layers, kv_heads) booleans on the CPU."""

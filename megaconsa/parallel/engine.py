@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -18,6 +18,7 @@ from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes
+from megaconsa.parallel.compute_clock import ComputeClock
 from megaconsa.parallel.mends import mend_bf16
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index, layer_specs
@@ -26,6 +27,8 @@ from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.weights import DistributedWeights
 
+Accept = Callable[[float, float], bool]
+"""Whether a step of this loss and gradient norm is to be applied."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's states of a parameter, by torch's names."""
 
@@ -75,10 +78,14 @@ class Engine:
             )
         if bf16:
             mend_bf16(self.engine)
+        self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(shape)
         owners = {name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes}
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
         self._create_moments()
+        self._accept: Accept = lambda loss, grad_norm: True
+        self._accepted: bool | None = None
+        self._ask_before_each_step()
 
     @property
     def grad_norm(self) -> float:
@@ -87,14 +94,22 @@ class Engine:
 
     @property
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights (DeepSpeed skips it when the gradient overflows)."""
-        return bool(self.engine.was_step_applied())
+        """Whether the last step changed the weights: its gradient was finite, and it was accepted."""
+        return bool(self.engine.was_step_applied()) and self._accepted is not False
 
-    def train_step(self, batches: Sequence[Carry], learning_rate: float) -> float:
+    def compute_seconds(self) -> float:
+        """Of this rank's own forward and backward passes in the last step, which must be over on the device."""
+        return self._clock.seconds()
+
+    def train_step(self, batches: Sequence[Carry], learning_rate: float, accept: Accept = lambda loss, grad_norm: True) -> float:
         """One optimizer step; returns the global batch's loss in nats per labelled token.
 
         batches: this rank's micro-batches where the pipeline begins (Mesh.reads_data); not looked at elsewhere.
+        accept: asked once, on all ranks, when loss and gradient norm (both global, the norm before clipping) are known and no weight
+        has moved yet; it must say the same on every rank. It is not asked where the norm is not finite: then no step is applied.
         """
+        self._accept, self._accepted = accept, None
+        self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.engine.train_batch(self._pairs(batches))
@@ -161,6 +176,19 @@ class Engine:
         """As the pipeline engine takes micro-batches: inputs, and labels it must be given but that travel in the inputs here."""
         nothing = torch.empty(0)
         return ((batch, nothing) for batch in batches) if self.mesh.reads_data else repeat(((), nothing))
+
+    def _ask_before_each_step(self) -> None:
+        """Has AdamW step only where the step is accepted. DeepSpeed then goes on with weights that are the same as before."""
+        inner = self.optimizer.optimizer
+        step = inner.step
+
+        def step_if_accepted(*arguments: Any, **named: Any) -> Any:
+            if self._accepted is None:  # the fp32 optimizer steps once for each group of parameters
+                loss = float(self.engine._aggregate_total_loss())
+                self._accepted = self._accept(loss, float(self.optimizer._global_grad_norm))
+            return step(*arguments, **named) if self._accepted else None
+
+        inner.step = step_if_accepted
 
     def _create_moments(self) -> None:
         """Creates Adam's state, which it would create in its first step, so that a checkpoint can be loaded before that."""

@@ -54,6 +54,24 @@ class Mesh:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def gather(self, *values: float) -> list[list[float]]:
+        """The values of every rank, in the order of ranks, on every rank."""
+        if self.world.size == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(own) for _ in range(self.world.size)]
+        torch.distributed.all_gather(every, own)
+        found: list[list[float]] = torch.stack(every).tolist()
+        return found
+
+    def largest(self, value: int) -> int:
+        """The largest of a number over all ranks, on every rank."""
+        if self.world.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
 
 def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None) -> Mesh:
     """Divides the processes of the launch into ranks of each axis; joins them first where `world` is not given.

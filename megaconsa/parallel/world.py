@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 
 from megaconsa.errors import InputError
+from megaconsa.exit_codes import REFUSED
 
 Result = TypeVar("Result")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -77,7 +78,7 @@ class World:
         leave()
         if self.is_main:
             raise InputError(said)
-        raise SystemExit(2)
+        raise SystemExit(REFUSED)
 
     def _named(self, ranks: list[int]) -> str:
         return "" if len(ranks) == self.size else f" (on rank {', '.join(map(str, ranks))} of {self.size})"
@@ -105,6 +106,8 @@ def join() -> World:
         torch.cuda.set_device(device)
         # DeepSpeed's pipeline sends one tensor at a time; that this is no batch is nothing a user could mend.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+    # Collectives that each rank remembers, for the watchdog to write down.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     began = torch.tensor(int(time.time()), device=device)

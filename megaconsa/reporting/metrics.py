@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from megaconsa.errors import InputError
 
 Row = dict[str, Any]
-CLOCK = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"}
+CLOCK = {
+    *("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"),
+    *("rank_seconds", "slowest_rank", "slowest_rank_seconds", "largest_memory_gib"),
+}
 """Fields that the machine decides; the others of a row are a function of the configuration."""
 
 

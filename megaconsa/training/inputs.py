@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 FREE = {
-    *("parallel", "validation", "checkpoint", "logging"),
+    *("parallel", "validation", "checkpoint", "logging", "watchdog", "bad_steps"),
     *("run.dir", "attention.backend", "training.micro_batch", "training.activation_checkpointing", "data.path", "data.workers"),
 }
-"""Sections and fields that may change on resume: they change nothing of what is learned but for rounding."""
+"""Sections and fields that may change on resume: they change nothing of what is learned but for rounding, and `bad_steps` only which
+later steps are skipped."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
 

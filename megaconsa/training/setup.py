@@ -22,12 +22,19 @@ from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
+from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.incident_log import IncidentLog
+from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.prometheus import Prometheus
+from megaconsa.training.callbacks.rewinds import Rewinds, rewound
 from megaconsa.training.callbacks.run_lock import RunLock
-from megaconsa.training.callbacks.stop_signals import StopSignals
+from megaconsa.training.callbacks.slow_ranks import SlowRanks
+from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
+from megaconsa.training.callbacks.watchdog import Watchdog
 from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data
 from megaconsa.training.trainer import Progress, Trainer
 
@@ -70,6 +77,10 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         separate_documents=config.attention.separate_documents,
     )
     progress = _restore(inputs, engine, gates, mesh.world)
+    place, rewinds = mesh.world.from_main(lambda: rewound(config.run.dir, progress.step, progress.sequences))
+    if place > progress.sequences:
+        logger.warning("passes over %s sequences, up to the last spike", f"{place - progress.sequences:,}")
+        progress.sequences = place
     if mesh.is_main:
         replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
@@ -85,15 +96,24 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         "precision": engine.precision,
         "data": describe_data(inputs.data),
     }
+    end = mesh.world.agreed(job_end)
+    checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
     callbacks: list[Callback] = [
         *lock,
+        *([LostRanks(config.run.dir, mesh.world)] if mesh.world.size > 1 else []),
+        *([Watchdog(config.run.dir, config.watchdog, mesh.world)] if config.watchdog.factor else []),
         StopSignals(),
         validation,
+        SlowRanks(config.run.dir, mesh),
         *(_reporters(config) if mesh.is_main else []),
-        Checkpointing(config.run.dir, config.checkpoint, mesh.world, description),
+        *([IncidentLog(config.run.dir)] if mesh.is_main else []),
+        *([Rewinds(config.run.dir)] if mesh.is_main else []),
+        *([StopFile(config.run.dir)] if mesh.is_main else []),
+        *([TimeLimit(end, checkpointing)] if mesh.is_main and end is not None else []),
+        checkpointing,
     ]
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
-    return Trainer(training, mesh, engine, steps, gates, inputs.allocation, progress, callbacks)
+    return Trainer(training, config.bad_steps, mesh, engine, steps, gates, inputs.allocation, progress, callbacks, rewinds)
 
 
 def _lock(inputs: Inputs) -> RunLock:
@@ -124,7 +144,7 @@ def _reporters(config: Config) -> list[Callback]:
     """What the main rank writes and prints."""
     from megaconsa.training.callbacks.terminal import Terminal
 
-    found: list[Callback] = [MetricsFile(config.run.dir)]
+    found: list[Callback] = [MetricsFile(config.run.dir), Prometheus(config.run.dir, config.training.steps)]
     if config.logging.tensorboard:
         from megaconsa.training.callbacks.tensorboard import TensorBoard
 
@@ -217,4 +237,5 @@ def _resume(source: Checkpoint, gates: GateBank | None, world: World) -> Progres
         if world.device.type == "cuda" and f"{world.rank}/cuda" in random:
             torch.cuda.set_rng_state(random[f"{world.rank}/cuda"], world.device)
     logger.info("resumes at step %d from %s", source.step, source.path)
-    return Progress(source.step, source.state["tokens"], source.state["sequences"])
+    bad_steps = BadSteps(**source.state.get("bad_steps", {}))
+    return Progress(source.step, source.state["tokens"], source.state["sequences"], bad_steps)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megaconsa.config import TrainingSection
+from megaconsa.config import BadStepsSection, TrainingSection
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch
@@ -21,6 +22,7 @@ from megaconsa.errors import RunError
 from megaconsa.model.flops import peak_flops, training_flops
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
+from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.batches import carries, document_lengths, labelled_tokens
 from megaconsa.training.schedule import learning_rate
 
@@ -29,8 +31,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 3
-"""Steps in a row whose gradients may be non-finite."""
+
+class Stop(IntEnum):
+    """Why a run ends before its last step. Where ranks have different reasons, the greatest holds."""
+
+    NO = 0
+    REWIND = 1
+    """Without a save: a spike sends it back to its newest checkpoint."""
+    INTERRUPTED = 2
+    """By a signal, or because the job's time ends: it is to go on."""
+    ASKED = 3
+    """By a person, who does not want it queued again."""
 
 
 @dataclass
@@ -43,6 +54,7 @@ class Progress:
     """Tokens trained on in this run."""
     sequences: int = 0
     """Place in the data order: sequences taken, those of the run it was initialised from included."""
+    bad_steps: BadSteps = field(default_factory=BadSteps)
 
 
 @dataclass
@@ -50,6 +62,7 @@ class Trainer:
     """One run on one rank. Exactly one of `gates` (learning) and `allocation` (a finished table) is there."""
 
     training: TrainingSection
+    bad_steps: BadStepsSection
     mesh: Mesh
     engine: Engine
     steps: Iterator[list[Batch]]
@@ -58,47 +71,66 @@ class Trainer:
     allocation: Allocation | None
     progress: Progress
     callbacks: Sequence[Callback] = ()
-    stopping: bool = field(default=False, init=False)
-    """The run saves and ends after the present step; all ranks agree on it."""
-    _stop_requested: bool = field(default=False, init=False)
-    _skipped: int = field(default=0, init=False)
+    rewinds: int = 0
+    """Times that the run went back to the checkpoint it goes on from."""
+    stop: Stop = field(default=Stop.NO, init=False)
+    """Whether the run ends after the present step, and why; all ranks agree on it. It saves before, unless it is to go back."""
+    completed: bool = field(default=False, init=False)
+    """All steps are done, or all up to a stop; False where an error ended them."""
+    work_seconds: float = field(default=0.0, init=False)
+    """Of the last step, this rank's own: waiting for its data, forward and backward passes. In the others it waits for other ranks too."""
+    _requested: Stop = field(default=Stop.NO, init=False)
+    fault: str | None = field(default=None, init=False)
+    """Why the last step was not applied; None where it was."""
+    _is_spike: bool = field(default=False, init=False)
 
-    def request_stop(self) -> None:
-        """Asks this rank to stop after the present step (from a signal handler)."""
-        self._stop_requested = True
+    @property
+    def stopping(self) -> bool:
+        return self.stop is not Stop.NO
+
+    def request_stop(self, reason: Stop = Stop.INTERRUPTED) -> None:
+        """Has all ranks stop after the present step, or after the next where it is called between two (from a signal handler)."""
+        self._requested = max(self._requested, reason)
 
     def run(self) -> bool:
-        """Trains to the last step; returns whether it got there, False if it was asked to stop before."""
+        """Trains to the last step; returns whether it got there, False if it was asked to stop before or is to go back."""
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.progress.step < self.training.steps and not self.stopping:
+                for callback in self.callbacks:
+                    callback.before_step(self)
                 row = self.step()
-                self.stopping = bool(self.mesh.sum(torch.tensor(int(self._stop_requested), device=self.mesh.device)))
+                self.stop = Stop(self.mesh.largest(self._requested))
                 for callback in self.callbacks:
                     callback.on_step(self, row)
+            self.completed = True
         finally:
             # All of them, whatever one raises; the first, which holds the folder's lock, last.
             with ExitStack() as finishing:
                 for callback in self.callbacks:
                     finishing.callback(callback.on_finish, self)
-        return self.progress.step == self.training.steps
+        return self.progress.step == self.training.steps and self.stop is not Stop.REWIND
 
     def step(self) -> dict[str, Any]:
         """One optimizer step of weights and gates; returns its row of metrics."""
         started = time.perf_counter()
         batches = next(self.steps)
+        own_seconds = time.perf_counter() - started
         labelled = labelled_tokens(batches, self.mesh)
         data_seconds = time.perf_counter() - started
         rate = learning_rate(self.progress.step, self.training)
         if self.gates:
             self.gates.sample(self.progress.step)
-        loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate)
-        self._check_step(loss)
+        # Where the gradient is not finite, the engine asks nobody.
+        self.fault, self._is_spike = "its gradient is not finite", False
+        loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate, self._accepts)
+        self._count_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
+        self.work_seconds = own_seconds + self.engine.compute_seconds()
         tokens = self.training.global_batch * self.training.sequence_length
         self.progress.step += 1
         self.progress.tokens += tokens
@@ -106,9 +138,10 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
-            "loss": loss,
+            "loss": _number(loss),
             "learning_rate": rate,
-            "grad_norm": norm if math.isfinite(norm := self.engine.grad_norm) else None,
+            "grad_norm": _number(self.engine.grad_norm),
+            "skipped": self.progress.bad_steps.skipped,
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(batches, seconds),
             "step_seconds": seconds,
@@ -117,32 +150,43 @@ class Trainer:
             **gate_metrics,
         }
 
-    def _check_step(self, loss: float) -> None:
+    def _accepts(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step is to be applied, the same on every rank; weights, gates and multipliers are still those before it."""
+        numbers = {"loss": loss, "grad_norm": grad_norm}
+        if self.gates:
+            numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(self.gates.gradient(self._reduce)))
+        self.fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
+        self._is_spike = self.fault is not None and all(map(math.isfinite, numbers.values()))
+        if self.mesh.largest(int(self.fault is not None)) and self.fault is None:
+            self.fault = "another rank found a fault in it"
+        return self.fault is None
+
+    def _count_step(self, loss: float) -> None:
         """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
-        step = self.progress.step + 1
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss of step {step} is {loss}; lower training.learning_rate, or go on from an earlier checkpoint"
-            )
-        self._skipped = 0 if self.engine.step_applied else self._skipped + 1
-        if self._skipped:
-            logger.warning("step %d was not applied: its gradient is not finite; weights and gates stay as they are", step)
-        if self._skipped == MOST_SKIPPED:
-            raise RunError(
-                f"the gradients of {MOST_SKIPPED} steps in a row, up to {step}, are not finite; lower training.learning_rate"
-            )
+        bad, step = self.progress.bad_steps, self.progress.step + 1
+        if self.fault is None:
+            bad.applied(loss, self.engine.grad_norm)
+            return
+        logger.warning("step %d was not applied: %s; weights and gates stay as they are", step, self.fault)
+        bad.skip(self.bad_steps, step, self.fault)
+        if self._is_spike and self.bad_steps.spikes == "rewind":
+            if self.rewinds == self.bad_steps.limit:
+                raise RunError(
+                    f"the run went back to its newest checkpoint {self.rewinds} times (bad_steps.limit={self.bad_steps.limit}) and met a "
+                    f"spike again, in step {step}; lower training.learning_rate, or go on from an earlier checkpoint"
+                )
+            self.request_stop(Stop.REWIND)
 
     def _update_gates(self) -> dict[str, Any]:
         assert self.gates is not None
-        if not self.engine.step_applied:
-            self.gates.discard()
-            return {}
+        if self.fault is None:
+            return self.gates.update()
+        self.gates.discard()
+        return {}
 
-        def reduce(gradient: torch.Tensor) -> None:
-            # Each rank holds its layers', heads' and sequences' part; DeepSpeed's loss is a mean over data ranks.
-            self.mesh.sum(gradient).div_(self.mesh.data_ranks)
-
-        return self.gates.update(reduce)
+    def _reduce(self, gradient: torch.Tensor) -> None:
+        # Each rank holds its layers', heads' and sequences' part; DeepSpeed's loss is a mean over data ranks.
+        self.mesh.sum(gradient).div_(self.mesh.data_ranks)
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
         """Share of the dense bf16 peak of the ranks that these batches went through; None where the peak is not known."""
@@ -158,3 +202,8 @@ class Trainer:
         if self.mesh.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.mesh.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _number(value: float) -> float | None:
+    """As JSON can hold it."""
+    return value if math.isfinite(value) else None

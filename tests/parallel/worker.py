@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,9 +41,50 @@ def without_exchange_of_tied_weights() -> Any:
     return patch.object(CostCutModule, "get_tied_weights_and_groups", lambda self: list(self.tensor_sums))
 
 
+def with_a_nan_in_step_3_of_the_last_rank() -> Any:
+    """The gradient of one parameter of that rank, and no other's."""
+    step = Trainer.step
+
+    def planted(trainer: Trainer) -> Row:
+        world = trainer.mesh.world
+        if trainer.progress.step != 2 or world.rank != world.size - 1:
+            return step(trainer)
+        hook = next(trainer.engine.engine.module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        try:
+            return step(trainer)
+        finally:
+            hook.remove()
+
+    return patch.object(Trainer, "step", planted)
+
+
+def with_step_3_passed_over() -> Any:
+    """What skipping must be the same as: the batch is taken, and nothing is computed."""
+    step = Trainer.step
+
+    def passed_over(trainer: Trainer) -> Row:
+        if trainer.progress.step != 2:
+            return step(trainer)
+        next(trainer.steps)
+        before = trainer.progress
+        batch = trainer.training.global_batch
+        trainer.progress = replace(
+            before,
+            step=3,
+            tokens=before.tokens + batch * trainer.training.sequence_length,
+            sequences=before.sequences + batch,
+            bad_steps=replace(before.bad_steps, skipped=1),
+        )
+        return {"step": 3, "loss": None, "tokens_per_second": 0.0, "mfu": None}
+
+    return patch.object(Trainer, "step", passed_over)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "sums_over_heads": without_sums_over_heads,
     "tied_weights": without_exchange_of_tied_weights,
+    "nan": with_a_nan_in_step_3_of_the_last_rank,
+    "passed_over": with_step_3_passed_over,
 }
 
 

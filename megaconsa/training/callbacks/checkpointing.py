@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megaconsa import incidents
 from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
 from megaconsa.config import CheckpointSection
 from megaconsa.consa import hard_concrete
@@ -19,7 +20,7 @@ from megaconsa.errors import RunError
 from megaconsa.files import replace_text
 from megaconsa.parallel.world import World
 from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Stop, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ class Checkpointing(Callback):
         self.run, self.every, self.description = run, section.every, description
         self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange)
         self.staging = Staging()
+        self.longest_save: float | None = None
+        """Seconds from the beginning of a save to its commit; None before the first has ended."""
+        self.due = False
+        """A save waits for a step that is applied."""
+        self._stall = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.mesh.is_main:
@@ -43,8 +49,11 @@ class Checkpointing(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         step = trainer.progress.step
         self._report(trainer, self.writer.poll())
-        last = step == trainer.training.steps or trainer.stopping
-        if last or (self.every and step % self.every == 0):
+        last = (step == trainer.training.steps or trainer.stopping) and trainer.stop is not Stop.REWIND
+        self.due = self.due or bool(self.every and step % self.every == 0)
+        # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
+        if last or (self.due and not trainer.progress.bad_steps.in_row):
+            self.due = False
             self.save(trainer, row)
         if last:
             result = self.writer.wait()
@@ -88,7 +97,8 @@ class Checkpointing(Callback):
             {name: value.detach().cpu().clone() for name, value in gates.state().items()} if gates else None,
             trainer.allocation if main else None,
         )
-        self.writer.begin(snapshot, time.monotonic() - started)
+        self._stall = time.monotonic() - started
+        self.writer.begin(snapshot, self._stall)
         if gates:
             try:
                 _write_gates(self.run / "gates.json", trainer.progress.step, gates)
@@ -96,7 +106,10 @@ class Checkpointing(Callback):
                 logger.error("%s could not be written: %s", self.run / "gates.json", error.strerror)
 
     def _report(self, trainer: Trainer, result: Result | None) -> None:
+        if result is not None:
+            self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
         if result is not None and result.error is not None and trainer.mesh.is_main:
+            incidents.record(self.run, "checkpoint", f"it could not be written: {result.error}", step=result.step, rank=0)
             logger.error(
                 "the checkpoint of step %d could not be written: %s; training goes on, older checkpoints are whole, and the next one "
                 "is tried as usual",

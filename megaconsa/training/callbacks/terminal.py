@@ -21,10 +21,10 @@ class Terminal(Callback):
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         assert self.task is not None
-        note = f"loss {row['loss']:.3f}"
+        note = "loss is not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
         if "expected_sparsity" in row:
             note += f", sparsity {row['expected_sparsity']:.3f} of {row['target_sparsity']:.3f}"
-        if "validation_loss" in row:
+        if row.get("validation_loss") is not None:
             note += f", validation {row['validation_loss']:.3f}"
         note += f", {row['tokens_per_second']:,.0f} tokens/s"
         if row["mfu"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 from megaconsa.data.stream import Batch
@@ -18,7 +19,8 @@ class Validation(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         due = self.every and trainer.progress.step % self.every == 0
         if due or trainer.progress.step == trainer.training.steps:
-            row["validation_loss"] = self.evaluate(trainer)
+            loss = self.evaluate(trainer)
+            row["validation_loss"] = loss if math.isfinite(loss) else None
 
     def evaluate(self, trainer: Trainer) -> float:
         """Mean loss in nats per labelled token of the held-out sequences."""

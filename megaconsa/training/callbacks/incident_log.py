@@ -1,0 +1,29 @@
+"""Skipped steps, stops and returns to a checkpoint among the run's incidents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megaconsa import incidents
+from megaconsa.training.callbacks.base import Callback, Row
+from megaconsa.training.trainer import Stop, Trainer
+
+STOPS = {
+    Stop.REWIND: "the run goes back to its newest checkpoint and passes over the batches up to this step",
+    Stop.INTERRUPTED: "a signal, or the end of the job's time, stops the run after this step",
+    Stop.ASKED: "the file stop in the run folder stops the run after this step",
+}
+
+
+class IncidentLog(Callback):
+    """On the main rank. Errors, hangs and lost ranks are recorded by the rank that meets them first, failed saves by Checkpointing."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        if trainer.fault is not None:
+            incidents.record(self.run, "skipped", f"the step was not applied: {trainer.fault}", step=row["step"], rank=0)
+        if trainer.stopping:
+            kind: incidents.Kind = "rewind" if trainer.stop is Stop.REWIND else "stop"
+            incidents.record(self.run, kind, STOPS[trainer.stop], step=row["step"], rank=0)

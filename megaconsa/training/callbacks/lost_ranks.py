@@ -1,0 +1,54 @@
+"""Ends a rank as soon as another one is gone, whatever the launcher and the backend."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from megaconsa.parallel.world import World
+from megaconsa.training import failures
+from megaconsa.training.callbacks.base import Callback
+from megaconsa.training.trainer import Trainer
+
+FOR_EVER = timedelta(days=365)
+
+
+class LostRanks(Callback):
+    """The ranks form a ring on gloo. A thread of each waits for a word that the next one says only when it has ended well.
+
+    The kernel closes the connections of a process that dies. So its neighbour hears of it at once, ends in turn, and is heard by its own
+    neighbour. Nothing is sent while a run trains. NCCL alone would wait for ten minutes, and a launcher may not end the others.
+    """
+
+    def __init__(self, run: Path, world: World) -> None:
+        """Every rank makes one at the same time."""
+        self.run, self.world = run, world
+        self.next, self.before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        self.host = world.exchange(socket.gethostname())[self.next]
+        self.ring: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        self.thread = threading.Thread(target=self._wait, name="lost_ranks", daemon=True)
+        self.trainer: Trainer | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.thread.start()
+
+    def on_finish(self, trainer: Trainer) -> None:
+        # A rank that an error ends says nothing: it is gone for the others.
+        if trainer.completed:
+            dist.send(torch.ones(1), self.before, group=self.ring)
+            self.thread.join()
+
+    def _wait(self) -> None:
+        try:
+            dist.recv(torch.zeros(1), self.next, group=self.ring)
+        except RuntimeError:
+            assert self.trainer is not None
+            gone = f"rank {self.next} of {self.world.size} on {self.host}"
+            failures.end_after(gone, self.run, self.world, self.trainer.progress.step + 1)

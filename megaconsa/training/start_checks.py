@@ -1,0 +1,154 @@
+"""What can be known of the machines before a run begins: GPUs, the network between ranks, the run folder, its disk, the clocks.
+
+A refusal says what would otherwise show as a hang or a lost checkpoint after hours.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from megaconsa.errors import InputError
+from megaconsa.files import binary_size
+from megaconsa.model.flops import parameter_count
+from megaconsa.parallel.world import World
+from megaconsa.training.inputs import Inputs
+
+logger = logging.getLogger(__name__)
+
+SUM_SECONDS = 300
+"""For the first sum over all ranks: NCCL connects them in it."""
+VISIBLE_SECONDS = 20
+"""For a file that another node wrote to be seen here; attribute caches of NFS last a few seconds."""
+CLOCK_SECONDS = 5.0
+"""By which the nodes' clocks may differ without a warning."""
+BYTES_A_PARAMETER = 12
+"""Of a checkpoint: fp32 weights and two moments."""
+
+
+def check_machines(inputs: Inputs, world: World) -> None:
+    """All ranks call it, and refuse together with InputError. The main one logs a line of what it found."""
+    run = inputs.config.run.dir
+    hosts = world.exchange(socket.gethostname())
+    devices = world.agreed(lambda: _check_devices(world, hosts))
+    world.agreed(lambda: _check_sum(world))
+    world.agreed(lambda: _check_folder(run, world))
+    free, needed = world.from_main(lambda: _check_disk(inputs))
+    apart = _clocks_apart(world)
+    if not world.is_main:
+        return
+    if apart > CLOCK_SECONDS:
+        logger.warning("the nodes' clocks differ by %.1f s: times in logs and incidents do not fit together", apart)
+    nodes = len(set(hosts))
+    logger.info(
+        "%d rank%s on %d node%s, %s; the sum over all ranks is right, %s is shared, clocks agree within %.1f s, %s are free (checkpoints "
+        "need %s)",
+        world.size,
+        "s" if world.size > 1 else "",
+        nodes,
+        "s" if nodes > 1 else "",
+        ", ".join(sorted(set(devices))),
+        run,
+        apart,
+        binary_size(free),
+        binary_size(needed),
+    )
+
+
+def _check_devices(world: World, hosts: list[str]) -> list[str]:
+    """The devices' names; refuses two ranks on one GPU, which share its memory and may hang in NCCL."""
+    if world.device.type != "cuda":
+        return world.exchange("CPU")
+    properties = torch.cuda.get_device_properties(world.device)
+    names, identities = zip(*world.exchange((properties.name, str(properties.uuid))), strict=True)
+    if identities.count(identities[world.rank]) > 1:
+        sharing = [rank for rank, identity in enumerate(identities) if identity == identities[world.rank]]
+        raise InputError(
+            f"ranks {', '.join(map(str, sharing))} on {hosts[world.rank]} see the same GPU {world.device.index}; start as many processes a "
+            "node as it has GPUs, each with its own LOCAL_RANK"
+        )
+    if len(set(names)) > 1 and world.is_main:
+        logger.warning("the GPUs differ (%s): all wait for the slowest", ", ".join(sorted(set(names))))
+    return list(names)
+
+
+def _check_sum(world: World) -> None:
+    """A sum over all ranks through the training's own backend, which must be right and come in time."""
+    if world.size == 1:
+        return
+    value = torch.tensor(world.rank + 1, dtype=torch.float32, device=world.device)
+    expected = world.size * (world.size + 1) // 2
+    backend = dist.get_backend()
+    try:
+        work = dist.all_reduce(value, async_op=True)
+        work.wait(timedelta(seconds=SUM_SECONDS))
+        found = float(value)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise InputError(f"a sum over all ranks by {backend} failed ({first}); look at the network between the nodes") from None
+    if found != expected:
+        raise InputError(
+            f"a sum over all ranks by {backend} gave {found:g} instead of {expected}; look at the network between the nodes"
+        )
+
+
+def _check_folder(run: Path, world: World) -> None:
+    """The main rank writes a file that every other must see. What was made for it goes."""
+    if world.size == 1:
+        return
+    probe = run / f".shared_{world.launch}"
+    made, fault = None, None
+    if world.is_main:
+        made = next((path for path in reversed([run, *run.parents]) if not path.exists()), None)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            probe.write_text(world.launch)
+        except OSError as error:
+            fault = f"run.dir={run} cannot be written: {error.strerror}"
+    fault = world.exchange(fault)[0]
+    seen = fault is None and (world.is_main or _appears(probe))
+    saw = world.exchange(seen)
+    if world.is_main:
+        probe.unlink(missing_ok=True)
+        if not all(saw) and made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+    if fault is not None:
+        raise InputError(fault)
+    if not seen:
+        raise InputError(f"run.dir={run} is not the folder that rank 0 writes in; put it on a file system that all nodes share")
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _check_disk(inputs: Inputs) -> tuple[int, int]:
+    """Free bytes, and those of the checkpoints that must still find room: two at once, the newest and the one that takes its place."""
+    run, size = inputs.config.run.dir, parameter_count(inputs.shape).total * BYTES_A_PARAMETER
+    needed = size * (1 if inputs.found else 2)
+    free = shutil.disk_usage(next(path for path in (run.absolute(), *run.absolute().parents) if path.is_dir())).free
+    if free < needed:
+        raise InputError(
+            f"run.dir={run} has {binary_size(free)} free, but its checkpoints need {binary_size(needed)} ({binary_size(size)} each, and an "
+            "old one stays until the new one is whole); make room or choose another disk"
+        )
+    return free, needed
+
+
+def _clocks_apart(world: World) -> float:
+    """Seconds between the earliest and the latest clock, and what it takes to ask."""
+    world.exchange(None)  # all ranks come out of it at about the same moment
+    times = world.exchange(time.time())
+    return float(max(times) - min(times))

@@ -1,0 +1,73 @@
+"""Two ranks as srun starts them, which a test may signal, stop and kill: nobody ends the others for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megaconsa.parallel.world import VARIABLES, free_port
+from megaconsa.reporting.metrics import read_metrics
+
+TRAIN = ("-m", "megaconsa.train")
+PATIENCE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Without what tests that trained in this process have left behind."""
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"} | variables
+
+
+def write(values: dict[str, Any], folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2) -> list[subprocess.Popen[str]]:
+    """Tasks with the variables that srun sets."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}
+    port = {"MASTER_PORT": free_port()}  # the one that a job's number gives may be taken on a machine that has no Slurm
+    return [
+        subprocess.Popen(
+            [sys.executable, *command, str(config)],
+            env=environment(**step, **port, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(tasks)
+    ]
+
+
+def ended(tasks: Sequence[subprocess.Popen[str]], patience: float = PATIENCE_SECONDS) -> list[Ended]:
+    """Waits for all tasks; kills what is left after `patience` seconds and fails."""
+    deadline = time.monotonic() + patience
+    try:
+        outputs = [task.communicate(timeout=deadline - time.monotonic()) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    return [Ended(task.returncode, *output) for task, output in zip(tasks, outputs, strict=True)]
+
+
+def await_step(run: Path, step: int) -> None:
+    """Until the run has written that row of metrics."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "metrics.jsonl").exists() or not (rows := read_metrics(run / "metrics.jsonl")) or rows[-1]["step"] < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.05)

@@ -1,0 +1,177 @@
+"""A run goes back for a spike, passes over the batches that led to it, and interruptions change nothing of that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from ranks import ended, start, write
+
+from megaconsa import incidents
+from megaconsa.checkpoint import store
+from megaconsa.config import build
+from megaconsa.errors import InputError, RunError
+from megaconsa.parallel import mesh
+from megaconsa.parallel.engine import Engine
+from megaconsa.reporting.metrics import computed, read_metrics
+from megaconsa.training import bad_steps
+from megaconsa.training.callbacks.rewinds import NAME, rewound
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
+from megaconsa.training.trainer import Trainer
+
+MakeConfig = Callable[..., dict[str, Any]]
+SPIKE_ON_RANK_1 = """
+import sys
+from megaconsa.parallel.engine import Engine
+from megaconsa.train import _main
+from megaconsa.training import bad_steps
+
+bad_steps.LEAST = 4
+train_step, done = Engine.train_step, 0
+def poisoned(engine, *arguments):
+    global done
+    done += 1
+    if (engine.mesh.world.rank, done) != (1, 7):
+        return train_step(engine, *arguments)
+    hook = next(iter(engine.distributed.parameters.values())).register_hook(lambda gradient: gradient * 1000)
+    try:
+        return train_step(engine, *arguments)
+    finally:
+        hook.remove()
+Engine.train_step = poisoned
+sys.exit(_main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spikes count after four steps."""
+    monkeypatch.setattr(bad_steps, "LEAST", 4)
+
+
+@contextmanager
+def spike_in(call: int) -> Iterator[None]:
+    """In one call of train_step within it, the gradient of a weight is a thousand times too large."""
+    original, calls = Engine.train_step, 0
+
+    def poisoned(engine: Engine, *arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls != call:
+            return original(engine, *arguments)
+        hook = next(iter(engine.distributed.parameters.values())).register_hook(lambda gradient: gradient * 1000)
+        try:
+            return original(engine, *arguments)
+        finally:
+            hook.remove()
+
+    with patch.object(Engine, "train_step", poisoned):
+        yield
+
+
+def trainer_of(values: dict[str, Any]) -> Trainer:
+    return build_trainer(check_inputs(build(values)), mesh.initialize())
+
+
+def released(trainer: Trainer) -> Trainer:
+    """Of no use any more: it gives the folder back."""
+    for callback in trainer.callbacks:
+        callback.on_finish(trainer)
+    return trainer
+
+
+def spiky(make_config: MakeConfig, tmp_path: Path, name: str = "run", limit: int = 3) -> dict[str, Any]:
+    return make_config(
+        run={"dir": str(tmp_path / name)},
+        training={"steps": 10},
+        checkpoint={"every": 4},
+        bad_steps={"spikes": "rewind", "deviations": 50.0, "limit": limit},
+    )
+
+
+def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
+    """The truth: a run that was stopped after the same checkpoint, its stream moved on by hand."""
+    values = spiky(make_config, tmp_path)
+    run = tmp_path / "run"
+    with spike_in(7):
+        assert not trainer_of(values).run()
+    newest = store.newest(run)
+    assert newest is not None
+    assert newest.step == 4
+    assert json.loads((run / NAME).read_text()) == [{"step": 7, "sequences": 28}]
+    assert [(entry["kind"], entry["step"]) for entry in incidents.read(run)] == [("skipped", 7), ("rewind", 7)]
+    train(values)
+
+    by_hand = spiky(make_config, tmp_path, "by_hand")
+    with spike_in(7):
+        assert not trainer_of(by_hand).run()
+    (tmp_path / "by_hand" / NAME).unlink()
+    trainer = trainer_of(by_hand)
+    assert trainer.progress.sequences == 16
+    for _ in range(3):
+        next(trainer.steps)
+    trainer.progress.sequences = 28
+    assert trainer.run()
+    found, truth = (computed(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("run", "by_hand"))
+    assert found == truth
+    assert [row["step"] for row in found] == list(range(1, 11))
+    assert found[-1]["skipped"] == 0
+
+
+def test_it_passes_over_them_once(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
+    values = spiky(make_config, tmp_path)
+    with spike_in(7):
+        assert not trainer_of(values).run()
+    interrupted = trainer_of(values)
+    assert (interrupted.progress.step, interrupted.progress.sequences, interrupted.rewinds) == (4, 28, 1)
+    interrupted.request_stop()
+    assert not interrupted.run()
+    resumed = released(trainer_of(values))
+    assert (resumed.progress.step, resumed.progress.sequences) == (5, 28 + 4)
+    rows = train(values)
+    whole = spiky(make_config, tmp_path, "whole")
+    with spike_in(7):
+        assert not trainer_of(whole).run()
+    assert computed(rows) == computed(train(whole))
+
+
+def test_it_does_not_go_back_for_ever(make_config: MakeConfig, tmp_path: Path) -> None:
+    values = spiky(make_config, tmp_path, limit=2)
+    for step in (7, 6):
+        with spike_in(step if step == 7 else 2):
+            assert not trainer_of(values).run()
+    with (
+        spike_in(3),
+        pytest.raises(RunError, match=r"newest checkpoint 2 times \(bad_steps.limit=2\) and met a spike again, in step 7"),
+    ):
+        trainer_of(values).run()
+
+
+def test_a_spike_in_the_last_step(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
+    values = spiky(make_config, tmp_path)
+    with spike_in(10):
+        assert not trainer_of(values).run()
+    assert len(train(values)) == 10
+
+
+def test_a_damaged_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text('[{"step": 3}]')
+    with pytest.raises(InputError, match=r"rewinds.json cannot be read as a list of steps and sequences; restore it"):
+        rewound(tmp_path, 1, 4)
+
+
+def test_two_ranks_go_back_together(make_config: MakeConfig, tmp_path: Path) -> None:
+    values = spiky(make_config, tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(SPIKE_ON_RANK_1)
+    tasks = ended(start(write(values, tmp_path), [str(script)]))
+    assert [task.code for task in tasks] == [75, 75], tasks
+    assert json.loads((tmp_path / "run" / NAME).read_text()) == [{"step": 7, "sequences": 28}]
+    resumed = released(trainer_of(values))
+    assert (resumed.progress.step, resumed.progress.sequences) == (4, 28)

@@ -1,0 +1,127 @@
+"""Machines on which a run could not work are refused before anything is written."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import ended, start, write
+
+from megaconsa.checkpoint import store
+from megaconsa.config import build
+from megaconsa.errors import InputError
+from megaconsa.parallel.world import ALONE
+from megaconsa.training import start_checks
+from megaconsa.training.inputs import check_inputs
+
+MakeConfig = Callable[..., dict[str, Any]]
+CHECK = """
+import logging, os, sys, time
+from pathlib import Path
+from megaconsa import config
+from megaconsa.console import guarded
+from megaconsa.parallel.world import join, leave
+from megaconsa.training import start_checks
+from megaconsa.training.inputs import check_inputs
+from torch import distributed as dist
+
+other = os.environ["SLURM_PROCID"] == "1"
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+FAULT
+def main():
+    world = join()
+    start_checks.check_machines(check_inputs(config.load(Path(sys.argv[1])), world), world)
+    leave()
+guarded(main)
+"""
+"""What one rank does before training. FAULT: statements that make the other rank's machine a bad one."""
+ELSEWHERE = "start_checks._appears = lambda path: False"
+"""As on a node that does not share the folder."""
+WRONG_SUM = """
+all_reduce = dist.all_reduce
+def wrong(tensor, *arguments, **named):
+    if other and tensor.numel() == 1 and tensor.is_floating_point():
+        tensor += 1
+    return all_reduce(tensor, *arguments, **named)
+dist.all_reduce = wrong
+"""
+LATE = """
+start_checks.SUM_SECONDS = 1
+check_sum = start_checks._check_sum
+def late(world):
+    if other:
+        time.sleep(5)
+    check_sum(world)
+start_checks._check_sum = late
+"""
+LATE_CLOCK = """
+clock = time.time
+if other:
+    time.time = lambda: clock() - 60
+"""
+
+
+def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
+    script = folder / "script.py"
+    script.write_text(CHECK.replace("FAULT", fault))
+    return ended(start(write(values, folder), [str(script)]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (ELSEWHERE, "is not the folder that rank 0 writes in; put it on a file system that all nodes share (on rank 1 of 2)\n"),
+        (WRONG_SUM, "error: a sum over all ranks by gloo gave 4 instead of 3; look at the network between the nodes\n"),
+        pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.slow),
+    ],
+    ids=["folder", "sum", "late"],
+)
+def test_what_cannot_work_is_refused_by_all(fault: str, said: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    values = make_config()
+    main, other = run_with(fault, values, tmp_path)
+    assert (main.code, other.code) == (2, 2)
+    assert said in main.err
+    assert main.err.count("\n") == 1
+    assert other.err == ""
+    assert not Path(values["run"]["dir"]).exists()
+
+
+def test_clocks_that_differ_are_said(make_config: MakeConfig, tmp_path: Path) -> None:
+    main, other = run_with(LATE_CLOCK, make_config(), tmp_path)
+    assert (main.code, other.code) == (0, 0)
+    assert "the nodes' clocks differ by 60." in main.out
+    assert "2 ranks on 1 node, CPU; the sum over all ranks is right, " in main.out
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Room for one checkpoint of the small model, which takes 1.8 MB, and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_without_room_for_two_checkpoints(tiny_disk: Path, make_config: MakeConfig) -> None:
+    inputs = check_inputs(build(make_config(run={"dir": str(tiny_disk / "run")})))
+    with pytest.raises(InputError, match=r"has 1 MiB free, but its checkpoints need .* MiB \(.* each, and an old one stays"):
+        start_checks.check_machines(inputs, ALONE)
+    assert list(tiny_disk.iterdir()) == []
+
+
+def test_the_size_of_a_checkpoint_is_foreseen(make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture) -> None:
+    values = make_config()
+    config = build(values)
+    with caplog.at_level(logging.INFO, "megaconsa"):
+        start_checks.check_machines(check_inputs(config), ALONE)
+    assert "1 rank on 1 node, CPU; " in caplog.text
+    train(values)
+    _, needed = start_checks._check_disk(check_inputs(config))
+    assert needed == pytest.approx(store.resolve(config.run.dir).bytes, rel=0.1)

@@ -1,0 +1,72 @@
+"""What stops a run: signals, the file RUN/stop, the end of the job's time. It saves first, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import await_step, ended, start, write
+
+from megaconsa.checkpoint import store
+from megaconsa.reporting.metrics import read_metrics
+from megaconsa.train import train
+from megaconsa.training.callbacks import stop_requests
+
+MakeConfig = Callable[..., dict[str, Any]]
+ENDLESS = {"steps": 100_000}
+
+
+def saved_step(run: Path) -> int:
+    newest = store.newest(run)
+    assert newest is not None
+    return newest.step
+
+
+def test_a_stop_file_ends_the_run_with_code_0_and_is_removed(make_config: MakeConfig, tmp_path: Path) -> None:
+    values = make_config()
+    run = Path(values["run"]["dir"])
+    run.mkdir()
+    (run / "stop").touch()
+    config = write(values, tmp_path)
+    assert train(config, []) == 0
+    assert saved_step(run) == 2
+    assert not (run / "stop").exists()
+    assert train(config, []) == 0
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_end_of_the_jobs_time_stops_the_run_early_enough(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = make_config(training=ENDLESS, checkpoint={"every": 0})
+    needed = stop_requests.MARGIN_SECONDS + stop_requests.UNKNOWN_SAVE_SECONDS
+    end = time.time() + needed + 8
+    monkeypatch.setenv(stop_requests.END_TIME, f"{end:.0f}")
+    assert train(write(values, tmp_path), []) == 75
+    left = end - time.time()
+    assert needed - 5 < left < needed + 6  # it had trained for a while, and did not cut into what it keeps
+    rows = read_metrics(Path(values["run"]["dir"]) / "metrics.jsonl")
+    assert saved_step(Path(values["run"]["dir"])) == rows[-1]["step"] > 2
+
+
+def test_a_later_end_of_the_jobs_time_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(stop_requests.END_TIME, f"{time.time() + 3600:.0f}")
+    assert train(write(make_config(training={"steps": 3}), tmp_path), []) == 0
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(make_config: MakeConfig, tmp_path: Path) -> None:
+    values = make_config(training=ENDLESS, checkpoint={"every": 0})
+    run = Path(values["run"]["dir"])
+    tasks = start(write(values, tmp_path))
+    await_step(run, 3)
+    tasks[1].send_signal(signal.SIGUSR1)
+    main, other = ended(tasks)
+    assert (main.code, other.code) == (75, 75), main.err + other.err
+    assert "stopped, the same command resumes it at step" in main.out
+    assert saved_step(run) == read_metrics(run / "metrics.jsonl")[-1]["step"]
