@@ -21,6 +21,7 @@ from megaconsa.tools import (
     quickstart,
     report,
     rule_masks,
+    submit,
     verify,
     verify_data,
 )
@@ -65,6 +66,7 @@ for name, tool in {
     "verify": verify,
     "plan": plan,
     "report": report,
+    "submit": submit,
     "bench-attention": bench_attention,
     "bench-training": bench_training,
     "quickstart": quickstart,
