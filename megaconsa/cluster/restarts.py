@@ -35,25 +35,24 @@ def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
     """Adds a failure to RUN/restarts.json; whether to start again, and why, in a sentence.
 
     job: failures of earlier jobs do not count: whoever submits a new one has had a look.
-    most: failures in a row at the same newest checkpoint after which it is given up. Raises InputError where the file is not ours.
+    most: failures in a row without a newer checkpoint after which it is given up. Raises InputError where the file is not ours.
     """
     path = run / NAME
     checkpoints = store.committed(run)
     step = int(checkpoints[0].name.removeprefix("step_")) if checkpoints else 0
     failures = [*read(path), Failure(job, exit_code, step, time.strftime("%Y-%m-%d %H:%M:%S"))]
     replace_text(path, json.dumps([asdict(failure) for failure in failures], indent=1) + "\n")
-    row = 0
-    for failure in reversed(failures):
-        if (failure.job, failure.step) != (job, step):
-            break
-        row += 1
-    where = f"the checkpoint of step {step}" if step else "the start of the run"
+    own, row, reached = [failure for failure in failures if failure.job == job], 0, 0
+    for failure in own:
+        # A checkpoint that was put aside as damaged takes the run back, and saving it again is no progress.
+        row, reached = (row + 1 if failure.step <= reached else 1), max(reached, failure.step)
+    where = f"the checkpoint of step {reached}" if reached else "the start of the run"
     if row < most:
         return True, f"exit code {exit_code}, failure {row} of {most} since {where}"
-    codes = ", ".join(str(failure.exit_code) for failure in failures[-row:])
+    codes = ", ".join(str(failure.exit_code) for failure in own[-row:])
     return (
         False,
-        f"given up: failed {row} times in a row since {where}, without a newer one (exit codes {codes}); see {run}/failures",
+        f"given up: failed {row} times in a row since {where}, without a newer checkpoint (exit codes {codes}); see {run}/failures",
     )
 
 

@@ -28,8 +28,8 @@ SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
 AuthType=auth/munge
-# A requeued job waits until its old credential has expired: two minutes by default.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job waits until its old credential has expired: two minutes by default, and also with less than 5.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile={folder}/slurmctld.pid

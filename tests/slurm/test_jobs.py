@@ -93,13 +93,13 @@ def test_two_nodes_equal_one_process(
 
 def test_crash_loop_is_given_up(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
     """A learning rate that makes the loss infinite in the first steps, again and again."""
-    config = write_config("diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 1})
+    config = write_config("diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 0})
     job = number(submit("learn", config, "--gpus-per-node", 1, MEGACONSA_MAX_FAILURES="2"))
     record = cluster.ended(job)
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "1")
     said = log(tmp_path / "diverging").splitlines()
-    assert any("exit code 1, failure 1 of 2 since the checkpoint of step 1; requeued" in line for line in said)
-    assert "given up: failed 2 times in a row since the checkpoint of step 1, without a newer one (exit codes 1, 1)" in said[-1]
+    assert any("exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said)
+    assert "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)" in said[-1]
 
 
 def test_refused_input_is_not_requeued(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
