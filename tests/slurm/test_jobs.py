@@ -99,7 +99,9 @@ def test_crash_loop_is_given_up(cluster: Cluster, submit: Submit, write_config: 
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "1")
     said = log(tmp_path / "diverging").splitlines()
     assert any("exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said)
-    assert "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)" in said[-1]
+    assert (
+        "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)" in said[-1]
+    )
 
 
 def test_refused_input_is_not_requeued(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
