@@ -109,7 +109,7 @@ class Cluster:
         words = self.call("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, job: str, seconds: float = 150) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
         """The record of a job when it has ended for good."""
         await_until(lambda: self.job(job)["JobState"] in ENDED, f"end of job {job}", seconds, lambda: str(self.job(job)))
         return self.job(job)
@@ -144,8 +144,10 @@ class Cluster:
         self._await(lambda: self._attempt("sinfo", "-h", "-N", "-o", "%t").stdout.split() == ["idle"] * len(NODES), "idle nodes")
 
     def _daemon(self, *command: str) -> None:
+        # They end with the tests, also where these are killed: what they had queued would run on.
+        words = ["setpriv", "--pdeathsig", "TERM", *command]
         with (self.folder / f"daemon_{len(self.daemons)}.log").open("wb") as log:
-            self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True))
+            self.daemons.append(subprocess.Popen(words, env=self.environment, stdout=log, stderr=log, start_new_session=True))
 
     def _await(self, reached: Callable[[], bool], what: str) -> None:
         def logs() -> str:
