@@ -27,6 +27,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
+# The jobs' ports follow from their numbers: another such Slurm on this machine is to have others.
+FirstJobId={port}
 AuthType=auth/munge
 # A requeued job waits until its old credential has expired: two minutes by default, and also with less than 5.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
