@@ -52,6 +52,10 @@ job=${job:-$SLURM_JOB_ID}
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
 export MASTER_ADDR MASTER_PORT
+# When the job must be over, in seconds since 1970; Slurm itself says so since 23.02.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$job" --format %e)" +%s) && export SLURM_JOB_END_TIME
+fi
 # Since Slurm 22.05 srun does not take this over from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
