@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# kernels/, tools/ and configs/ are subpackages of megaconsa by pyproject's package-dir; the checkers see them in a tree of links.
+# kernels/, tools/, configs/ and slurm/ are subpackages of megaconsa by pyproject's package-dir; the checkers see them in a tree of links.
 TREE := build/tree
 
-.PHONY: quickstart test check unit install clean
+.PHONY: quickstart test check unit test-slurm install clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/megaconsa quickstart
@@ -22,6 +22,10 @@ check: $(INSTALLED) $(TREE)
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not multigpu and not slurm and not slow"
 
+# A real Slurm on this machine, for as long as the tests last.
+test-slurm: $(INSTALLED)
+	tests/slurm/run.sh $(BIN)/pytest
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -31,7 +35,7 @@ $(INSTALLED): pyproject.toml
 
 $(TREE): FORCE
 	rm -rf $@ && mkdir -p $@/megaconsa
-	ln -s $(CURDIR)/megaconsa/* $(CURDIR)/kernels $(CURDIR)/tools $(CURDIR)/configs $@/megaconsa/
+	ln -s $(CURDIR)/megaconsa/* $(CURDIR)/kernels $(CURDIR)/tools $(CURDIR)/configs $(CURDIR)/slurm $@/megaconsa/
 
 FORCE:
 

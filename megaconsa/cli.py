@@ -23,6 +23,7 @@ from megaconsa.tools import (
     report,
     rule_masks,
     status,
+    submit,
     verify,
     verify_data,
 )
@@ -69,6 +70,7 @@ for name, tool in {
     "verify": verify,
     "plan": plan,
     "report": report,
+    "submit": submit,
     "bench-attention": bench_attention,
     "bench-training": bench_training,
     "quickstart": quickstart,

@@ -22,7 +22,7 @@ from megaconsa.training import inputs
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-TOP_LEVEL = ("megaconsa", "kernels", "tools", "configs", "docs", "tests")
+TOP_LEVEL = ("megaconsa", "kernels", "tools", "configs", "slurm", "docs", "tests")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -63,8 +63,14 @@ def check_command(words: list[str]) -> None:
         parsed = COMMANDS[words[1]].make_context(words[1], words[2:]).params
         if words[1] in ("train", "plan") and parsed["config"].name != "CONFIG":
             configuration.load(ROOT / parsed["config"], list(parsed["overrides"] or []))
+        if words[1] == "submit":
+            for word in parsed["arguments"]:
+                assert not word.startswith("configs/") or (ROOT / word).exists(), word
+    elif words[0] in ("sbatch", "bash"):
+        for word in words[1:]:
+            assert not word.startswith(("slurm/", "configs/")) or (ROOT / word).exists(), word
     elif words[0] == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert all(word in targets for word in words[1:] if "=" not in word)
     elif words[0] in (".venv/bin/pytest", "pytest"):
         for word in words[1:]:

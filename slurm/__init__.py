@@ -1,0 +1,1 @@
+"""Slurm jobs: one sbatch file for each kind, and lib.sh, the shell library they share. `megaconsa submit` submits them."""

@@ -1,0 +1,119 @@
+# shellcheck shell=bash
+# What the sbatch files of this folder share. They source it; it holds nothing of a site.
+#
+# Set what you need in the shell that submits (sbatch passes its environment on), or here:
+#
+#   MEGACONSA_MODULES          environment modules to load, such as "cuda/13.0 gcc/13"
+#   MEGACONSA_VENV             virtual environment with megaconsa; not needed where megaconsa and python are found already
+#   MEGACONSA_PYXIS_IMAGE      container for Enroot and Pyxis: a .sqsh file or a registry's name
+#   MEGACONSA_APPTAINER_IMAGE  container for Apptainer: a .sif file
+#   MEGACONSA_MOUNTS           what a container sees beside the working directory: "/data:/data,/scratch:/scratch"
+#   MEGACONSA_SRUN_OPTIONS     more options for srun, such as "--mpi=none --cpu-bind=none"
+#   MEGACONSA_MAX_FAILURES     failures in a row, without a new checkpoint, after which a job is given up (default 3)
+
+set -uo pipefail
+
+say() {
+    echo "$(date '+%F %T') slurm: $*"
+}
+
+# end CODE SENTENCE: the last line of the log says why.
+end() {
+    say "$2"
+    exit "$1"
+}
+
+if [[ -n ${MEGACONSA_PYXIS_IMAGE:-} && -n ${MEGACONSA_APPTAINER_IMAGE:-} ]]; then
+    end 2 "refused: MEGACONSA_PYXIS_IMAGE and MEGACONSA_APPTAINER_IMAGE are both set; unset one"
+fi
+for module in ${MEGACONSA_MODULES:-}; do
+    module load "$module" || end 2 "refused: module load $module failed"
+done
+if [[ -n ${MEGACONSA_VENV:-} ]]; then
+    PATH=$MEGACONSA_VENV/bin:$PATH
+fi
+
+read -ra srun_options <<<"${MEGACONSA_SRUN_OPTIONS:-}"
+inside=()
+if [[ -n ${MEGACONSA_PYXIS_IMAGE:-} ]]; then
+    srun_options+=(
+        --container-image="$MEGACONSA_PYXIS_IMAGE"
+        --container-mounts="$PWD:$PWD${MEGACONSA_MOUNTS:+,$MEGACONSA_MOUNTS}"
+        --container-workdir="$PWD"
+    )
+elif [[ -n ${MEGACONSA_APPTAINER_IMAGE:-} ]]; then
+    inside=(apptainer exec --nv --bind "$PWD${MEGACONSA_MOUNTS:+,$MEGACONSA_MOUNTS}" --pwd "$PWD" "$MEGACONSA_APPTAINER_IMAGE")
+fi
+
+# Of an array, the number of one task: that of the whole would requeue all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+# Where all tasks meet. The port is another for each job and each of its starts, below those the kernel takes for connections.
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
+export MASTER_ADDR MASTER_PORT
+# When the job must be over, in seconds since 1970; Slurm itself says so since 23.02.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$job" --format %e)" +%s) && export SLURM_JOB_END_TIME
+fi
+# Since Slurm 22.05 srun does not take this over from sbatch.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+# tasks COMMAND...: a task on each GPU; leaves the highest exit code of them in `code`.
+tasks() {
+    # Not --kill-on-bad-exit: it would kill ranks that are about to end with the same code, and hide that code behind the kill's.
+    # After two minutes whoever waits for a rank that is gone is ended.
+    srun --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" "${inside[@]}" "$@" &
+    local step=$!
+    interrupted=yes
+    while [[ $interrupted ]]; do
+        interrupted=
+        wait "$step" # a signal ends the wait, not the step
+        code=$?
+    done
+}
+
+# alone COMMAND...: one task.
+alone() {
+    srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "${inside[@]}" "$@"
+}
+
+interrupted=
+# --signal=B:USR1@... of the sbatch file: the time limit is near. The run answers SIGTERM by ending its step, saving and exiting with 75.
+stop() {
+    interrupted=yes
+    say "SIGUSR1: asking the run to save and stop"
+    scancel --signal=TERM "$job" # reaches the tasks of srun, not this script
+}
+trap stop USR1
+# Preempted or cancelled: Slurm signals the tasks itself.
+trap 'interrupted=yes; say "SIGTERM from Slurm"' TERM
+
+# requeue CODE SENTENCE
+requeue() {
+    local state
+    state=$(squeue --noheader --jobs "$job" --format %T 2>&1)
+    # scontrol would revive a job that is being cancelled.
+    [[ $state == RUNNING ]] || end "$1" "$2; Slurm has the job as $state and decides what becomes of it"
+    say "$2; requeued"
+    scontrol requeue "$job" || end "$1" "$2, but scontrol could not requeue the job; submit it again to go on"
+    exit "$1"
+}
+
+# train CONFIG [section.field=value ...]: returns when the run is finished; otherwise it ends the job, and requeues it where that helps.
+train() {
+    local verdict
+    say "job $job on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): megaconsa train $*"
+    tasks megaconsa train "$@"
+    case $code in
+        0) return ;;
+        2) end 2 "refused; see the line that begins with \"error:\". Not requeued: the same input would be refused again" ;;
+        75) requeue 75 "stopped after saving a checkpoint" ;;
+    esac
+    if verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@"); then
+        requeue "$code" "$verdict"
+    fi
+    end "$code" "${verdict:-exit code $code, and the failures before it could not be counted}; not requeued"
+}

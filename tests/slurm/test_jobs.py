@@ -1,0 +1,165 @@
+"""The jobs of slurm/ on a real Slurm: stopped, killed, crashing, refused, over two nodes, in a chain and as a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import ROOT, Cluster, await_until
+
+from megaconsa.checkpoint import store
+from megaconsa.consa.allocation import Allocation
+from megaconsa.reporting.metrics import computed, read_metrics
+
+pytestmark = pytest.mark.slurm
+
+Submit = Callable[..., str]
+WriteConfig = Callable[..., Path]
+ONE_NODE = ("--gpus-per-node", 2)
+LONG = {"training": {"steps": 120}, "checkpoint": {"every": 20}}
+"""Long enough to be met in the middle."""
+
+
+def number(printed: str) -> str:
+    """Slurm's number in the line `train: job 12` that submit prints."""
+    return printed.partition(": job ")[2].split()[0]
+
+
+def log(run: Path) -> str:
+    (path,) = (run / "slurm").glob("*.out")
+    return path.read_text()
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def running_at(cluster: Cluster, run: Path, step: int) -> None:
+    await_until(lambda: steps(run) >= step, f"step {step} of {run}", 120, lambda: log(run))
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    newest = store.newest(run)
+    assert newest is not None
+    return {path.name: path.read_bytes() for path in newest.path.glob("*.safetensors")}
+
+
+def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Two ranks. The first start gets the signal that announces the time limit, in the second a rank is killed."""
+    job = number(submit("learn", write_config("disturbed", **LONG), *ONE_NODE))
+    running_at(cluster, tmp_path / "disturbed", 30)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    await_until(lambda: cluster.job(job)["Restarts"] == "1", "requeue", 60, lambda: log(tmp_path / "disturbed"))
+    stopped = steps(tmp_path / "disturbed")
+    assert 30 <= stopped < 90
+    undisturbed = number(submit("learn", write_config("undisturbed", **LONG), *ONE_NODE))
+    running_at(cluster, tmp_path / "disturbed", stopped + 20)
+    cluster.call("scancel", "--signal=KILL", f"{job}.0")
+    for each in (job, undisturbed):
+        assert cluster.ended(each)["JobState"] == "COMPLETED", log(tmp_path / "disturbed")
+    assert cluster.job(job)["Restarts"] == "2"
+
+    said = log(tmp_path / "disturbed")
+    assert "stopped after saving a checkpoint; requeued" in said
+    assert f"resumes at step {stopped} " in said
+    (failure,) = json.loads((tmp_path / "disturbed" / "restarts.json").read_text())
+    assert failure["job"] == job
+    disturbed, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed"))
+    assert computed(disturbed) == computed(whole)
+    assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
+
+
+def test_two_nodes_equal_one_process(
+    cluster: Cluster,
+    submit: Submit,
+    write_config: WriteConfig,
+    make_config: Callable[..., dict[str, Any]],
+    train: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    job = number(submit("learn", write_config("two"), "--nodes", 2, "--gpus-per-node", 1))
+    one = train(make_config(run={"dir": str(tmp_path / "one")}))
+    record = cluster.ended(job)
+    assert (record["JobState"], record["NodeList"], record["NumNodes"]) == ("COMPLETED", "node[1-2]", "2"), log(tmp_path / "two")
+    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+
+
+def test_crash_loop_is_given_up(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+    """A learning rate that makes the loss infinite in the first steps, again and again."""
+    config = write_config("diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 0})
+    job = number(submit("learn", config, "--gpus-per-node", 1, MEGACONSA_MAX_FAILURES="2"))
+    record = cluster.ended(job)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "1")
+    said = log(tmp_path / "diverging").splitlines()
+    assert any("exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said)
+    assert (
+        "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)" in said[-1]
+    )
+
+
+def test_refused_input_is_not_requeued(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Two ranks: neither's code 2 is lost."""
+    job = number(submit("learn", write_config("refused", data={"path": str(tmp_path / "nowhere")}), *ONE_NODE))
+    record = cluster.ended(job)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "2:0", "0")
+    assert f"error: data {tmp_path}/nowhere: no such folder" in log(tmp_path / "refused")
+    assert "Not requeued" in log(tmp_path / "refused").splitlines()[-1]
+    assert not (tmp_path / "refused" / "restarts.json").exists()
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = number(submit("learn", write_config("cancelled", training={"steps": 5000}), "--gpus-per-node", 1))
+    running_at(cluster, tmp_path / "cancelled", 3)
+    cluster.call("scancel", job)
+    assert cluster.ended(job)["JobState"] == "CANCELLED"
+    await_until(lambda: not cluster.call("squeue", "-h", "-j", job), "end of its tasks", 60, lambda: log(tmp_path / "cancelled"))
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    newest = store.newest(tmp_path / "cancelled")
+    assert newest is not None
+    assert newest.step == steps(tmp_path / "cancelled"), "it saves before it ends"
+
+
+def test_chain(cluster: Cluster, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Submitted by hand, itself as a job, with options that are not the defaults of the files."""
+    learn = write_config("learn")
+    train = write_config("train", allocation={"source": "rule", "rule": "dense"})
+    options = f"--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --output={tmp_path}/%x.out"
+    variables = {
+        "MEGACONSA_TRAINING_OPTIONS": options,
+        "MEGACONSA_JOB_OPTIONS": f"--output={tmp_path}/%x.out",
+        "MEGACONSA_VENV": str(ROOT / ".venv"),
+    }
+    output = tmp_path / "chain.out"
+    arguments = ("slurm/chain.sbatch", learn, train, tmp_path / "out")
+    cluster.ended(cluster.call("sbatch", "--parsable", f"--output={output}", *arguments, **variables).strip())
+    numbers = dict(line.split(": job ") for line in output.read_text().splitlines())
+    assert list(numbers) == ["learn", "finalize-masks", "train", "export-hf"]
+    for name, job in numbers.items():
+        assert cluster.ended(job)["JobState"] == "COMPLETED", (tmp_path / f"{name}.out").read_text()
+    learned = Allocation.load(tmp_path / "out" / "allocation.json")
+    trained = store.resolve(tmp_path / "out" / "train").allocation
+    assert trained is not None
+    assert learned.full == trained.full
+    assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "hf" / "config.json").is_file()
+
+
+def test_sweep(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+    wanted = {"kv_head_0.25": 0.25, "layer_0.25": 0.25}
+    sweep = ("--sparsity", 0.25, "--granularity", "kv_head", "--granularity", "layer", "--out", tmp_path / "sweep")
+    job = number(submit("sweep", write_config("sweep_base"), "--gpus-per-node", 1, *sweep))
+    for task in range(2):
+        assert cluster.ended(f"{job}_{task}")["JobState"] == "COMPLETED", (
+            tmp_path / f"sweep/slurm/sweep-{job}_{task}.out"
+        ).read_text()
+    for name, sparsity in wanted.items():
+        allocation = Allocation.load(tmp_path / "sweep" / name / "allocation.json")
+        assert allocation.sparsity == sparsity
+        assert allocation.granularity == name.removesuffix("_0.25")
