@@ -75,6 +75,21 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
 
 
+def test_the_time_limit_is_foreseen(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Long before Slurm's signal the run sees that what is left of its four minutes would not hold a save of unknown length."""
+    config = write_config("limited", training={"steps": 100_000}, checkpoint={"every": 0})
+    job = number(submit("learn", config, "--gpus-per-node", 1, "--time", 4, "--sbatch=--signal=B:USR1@1"))
+    await_until(lambda: cluster.job(job)["Restarts"] == "1", "requeue", 200, lambda: log(tmp_path / "limited"))
+    cluster.call("scancel", job)
+    said = log(tmp_path / "limited")
+    assert "the job ends in" in said
+    assert "stopped after saving a checkpoint; requeued" in said
+    newest = store.newest(tmp_path / "limited")
+    assert newest is not None
+    assert newest.step <= steps(tmp_path / "limited")
+    assert "SIGUSR1" not in said
+
+
 def test_two_nodes_equal_one_process(
     cluster: Cluster,
     submit: Submit,
