@@ -72,8 +72,8 @@ def main(
     if checkpoint.imported and verify:
         raise InputError(f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on")
     words = tokenizer or checkpoint.tokenizer
-    if words and not words.is_dir():
-        raise InputError(f"the tokenizer {words} is not there; give the folder of the run's with --tokenizer")
+    if tokenizer is None and words is not None and not words.is_dir():
+        raise InputError(f"the run's tokenizer {words} is not there any more; give its folder with --tokenizer")
     tokens = held_out_tokens(checkpoint, verify) if verify else None
     origin = checkpoint.origin
     if average > 1:
