@@ -21,6 +21,14 @@ def replace_text(path: Path, text: str) -> None:
 
 def check_new_folder(out: Path) -> None:
     """Raises InputError where `out` is there already and is not an empty folder."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"out={out} cannot be written: {error.strerror}") from None
+    if out.is_symlink():
+        raise InputError(f"out={out} is a link; name the folder itself")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
 
@@ -44,6 +52,7 @@ def check_space(out: Path, needed: int) -> None:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""
+    out = out.absolute()
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True)

@@ -42,6 +42,7 @@ def main(
 
         megaconsa export-hf runs/quickstart/train --average 2 --out runs/quickstart/hf_mean
     """
+    import shutil
     from contextlib import ExitStack
     from functools import partial
 
@@ -51,7 +52,7 @@ def main(
     from megaconsa.consa.allocation import Allocation
     from megaconsa.consa.rules import dense
     from megaconsa.console import progress
-    from megaconsa.errors import InputError
+    from megaconsa.errors import InputError, RunError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export, export_bytes
     from megaconsa.reporting.plots import save_allocation
@@ -100,7 +101,11 @@ def main(
         kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
         console.print(f"{out}: {kind}, {name}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
         if tokens is not None:
-            difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
+            try:
+                difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
+            except RunError:
+                shutil.rmtree(out)  # nobody is to load it
+                raise
             console.print(
                 f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
                 markup=False,

@@ -80,7 +80,7 @@ class Checkpoint:
     def window(self) -> int | None:
         """Keys that a sliding-window head sees; None for an import in which all heads are full."""
         if self.imported:
-            return self.allocation.window if self.allocation else None
+            return self.allocation.window if self.allocation and self.allocation.sparsity else None
         return int(self.state["config"]["attention"]["window"])
 
     @property

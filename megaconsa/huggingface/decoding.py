@@ -9,8 +9,9 @@ and on a GPU a decoding step is one replayed CUDA graph. Where the kernels do no
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -40,27 +41,40 @@ def use_kernels(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, Qwen3RMSNorm):
             # One kernel instead of seven: at a token a step their number is what a step takes.
-            module.forward = partial(
-                functional.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon
-            )
-    plain = model.forward
+            module.forward = types.MethodType(_norm, module)
+    if not getattr(model, "steps_by_graph", False):
+        model.__class__ = _stepping(type(model))  # type: ignore[arg-type]  # a class can be hashed
+    return model
+
+
+@lru_cache
+def _stepping(kind: type) -> type:
+    """The model's class with KernelCache's decoding steps on a GPU. A subclass, so that a copy of a model is a model of its own."""
+    plain = kind.forward  # type: ignore[attr-defined]
 
     @wraps(plain)
-    def forward(input_ids: Tensor | None = None, **arguments: Any) -> Any:
-        cache = arguments.pop("cache", None) or arguments.pop("past_key_values", None)
+    def forward(self: Any, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+        given = {name: value for name, value in arguments.items() if value is not None}
+        caches = [given.pop(name) for name in ("cache", "past_key_values") if name in given]
+        cache = caches[0] if caches else None
         if (
             isinstance(cache, KernelCache)
             and input_ids is not None
             and input_ids.is_cuda
             and input_ids.shape[1] == 1
-            and arguments.keys() <= PLAIN_ARGUMENTS
+            and given.keys() <= PLAIN_ARGUMENTS
+            and given.get("return_dict", True)
             and not torch.is_grad_enabled()
         ):
-            return CausalLMOutputWithPast(logits=cache.step(plain, input_ids, arguments.get("position_ids")))
-        return plain(input_ids=input_ids, **({CACHE: cache} if cache is not None else {}), **arguments)
+            logits = cache.step(partial(plain, self), input_ids, given.get("position_ids"))
+            return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        return plain(self, input_ids=input_ids, **({CACHE: cache} if caches else {}), **given)
 
-    model.forward = forward
-    return model
+    return type(kind.__name__, (kind,), {"forward": forward, "steps_by_graph": True, "__module__": kind.__module__})
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class KernelCache(Cache):
@@ -128,7 +142,8 @@ class KernelLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, _, _, dim = key_states.shape
-        self.held = KVCache(batch, self.capacity, self.windows, dim, dtype=key_states.dtype, device=key_states.device)
+        with torch.inference_mode(False):  # what is made in inference mode could not be written to outside of it
+            self.held = KVCache(batch, self.capacity, self.windows, dim, dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -155,21 +170,18 @@ class KernelLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
         """Adds the new tokens and attends to all that is visible: (B, heads, T, D) each, returns (B, T, heads, D).
 
-        padding: (B, T) booleans of a prompt, False on the left of a sequence that is shorter than others; None if there is none.
+        padding: (B, past + T) booleans, False on the left of a sequence that is shorter than others; None if nothing is said of it.
         """
         self._waiting = False
         held = self.held
         assert held is not None
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if padding is not None:
+            held.start.copy_((~padding).sum(dim=1))
         if q.shape[1] == 1:
             held.append(k, v)
             return decode_attention(q, held, scale=scale)
-        if held.length == 0:
-            out = _whole(q, k, v, self.windows, padding, scale)
-            if padding is not None:
-                held.start.copy_((~padding).sum(dim=1))
-        else:
-            out = self._piece(query, key, value, scale)
+        out = _whole(q, k, v, self.windows, padding, scale) if held.length == 0 else self._piece(query, key, value, scale)
         held.append(k, v)
         return out
 
@@ -191,7 +203,8 @@ class KernelLayer(CacheLayerMixin):
             position = torch.cat([old, new])
             distance = new[:, None] - position
             visible = (distance >= 0) & (distance < held.windows[group.heads[0]])
-            visible = visible & (position >= held.start[:, None, None, None])
+            # Padding sees itself: a row without any key would be NaN, which a weight of 0 does not silence further on.
+            visible = visible & ((position >= held.start[:, None, None, None]) | (distance == 0))
             out[:, query_heads] = functional.scaled_dot_product_attention(
                 query[:, query_heads], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
             )
@@ -228,22 +241,32 @@ class KernelLayer(CacheLayerMixin):
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | tuple[int | None, ...] | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention; attention_mask is what `_padding` gave."""
     cache: KernelLayer | None = getattr(key, "megaconsa_cache", None)
     if cache is not None:
+        if cache.windows != _windows(module.config)[module.layer_idx]:
+            raise ValueError("the KernelCache was made for a model with other windows; make one for this model")
         del key.megaconsa_cache  # type: ignore[attr-defined]  # or cache and keys would keep each other
         return cache.attend(query, key, value, attention_mask, scaling), None
     if query.shape[2] != key.shape[2]:
         raise ValueError("megaconsa's attention keeps its own cache: pass past_key_values=KernelCache(model, capacity)")
+    if (
+        module.layer_idx == 0
+        and attention_mask is None
+        and position_ids is not None
+        and bool((position_ids.diff(dim=-1) != 1).any())
+    ):
+        raise ValueError("megaconsa's attention takes no packed sequences, as positions that start again tell; pass them apart")
     windows = sliding_window if isinstance(sliding_window, tuple) else (sliding_window,) * key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return _whole(q, k, v, tuple(window or FULL_WINDOW for window in windows), attention_mask, scaling), None
@@ -266,13 +289,12 @@ def _windows(config: Any) -> list[tuple[int, ...]]:
     return [(FULL_WINDOW,) * count + (config.sliding_window,) * (heads - count) for count in full]
 
 
-def _padding(*, attention_mask: Tensor | None = None, **sizes: Any) -> Tensor | None:
-    """As transformers asks for masks: those of a prompt with padding, (B, T) booleans; None if every token is text, or one comes.
+def _padding(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """As transformers asks for masks: the padding, (B, past + T) booleans; None if every token is text.
 
-    The cache knows the padding of the prompt; ValueError where there is padding elsewhere than on the left.
+    ValueError where there is padding elsewhere than on the left.
     """
-    tokens = sizes["q_length"] if "q_length" in sizes else len(sizes["cache_position"])
-    if attention_mask is None or tokens == 1 or bool(attention_mask.all()):
+    if attention_mask is None or bool(attention_mask.all()):
         return None
     mask = attention_mask.bool()
     if bool((mask[:, 1:] < mask[:, :-1]).any()):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.tokenizer import GENERATION_CONFIG
@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
@@ -167,7 +168,12 @@ def _special_tokens(tokenizer: Path, model: ModelConfig) -> dict[str, int]:
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except Exception as error:  # what a broken file raises depends on the tokenizer's class
         raise InputError(f"tokenizer={tokenizer} cannot be loaded: {' '.join(str(error).split())}") from error
-    largest = max(loaded.get_vocab().values())
+    largest = max(loaded.get_vocab().values(), default=-1)
+    if (tokenizer / GENERATION_CONFIG).is_file():
+        try:
+            GenerationConfig.from_pretrained(tokenizer, local_files_only=True)
+        except Exception as error:  # as above
+            raise InputError(f"{tokenizer / GENERATION_CONFIG} cannot be loaded: {' '.join(str(error).split())}") from error
     if largest >= model.vocab_size:
         raise InputError(f"tokenizer={tokenizer} has a token {largest}, but the model's vocab_size is {model.vocab_size}")
     ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

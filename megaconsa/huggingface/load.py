@@ -19,6 +19,10 @@ def register() -> None:
     AutoConfig.register(MegaconsaConfig.model_type, MegaconsaConfig, exist_ok=True)
     AutoModel.register(MegaconsaConfig, MegaconsaModel, exist_ok=True)
     AutoModelForCausalLM.register(MegaconsaConfig, MegaconsaForCausalLM, exist_ok=True)
+    # So that save_pretrained writes the model file too.
+    MegaconsaConfig.register_for_auto_class()
+    MegaconsaModel.register_for_auto_class("AutoModel")
+    MegaconsaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

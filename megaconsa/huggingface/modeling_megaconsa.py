@@ -107,14 +107,14 @@ def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
         cache = DynamicCache()
     if getattr(cache, "mixes_kinds", False):  # of ONE_CALL: it keeps heads of both kinds in one layer
         return cache
-    sliding = [group.kind == SLIDING for layer in head_groups(config) for group in layer]
-    if not cache.offloading and [layer.is_sliding for layer in cache.layers] == sliding:
-        return cache
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
             f"{type(cache).__name__} is not supported, nor is offloading: sliding and full heads of a layer are cached apart, "
             "which needs a plain DynamicCache or StaticCache"
         )
+    sliding = [group.kind == SLIDING for layer in head_groups(config) for group in layer]
+    if [layer.is_sliding for layer in cache.layers] == sliding:
+        return cache
     if cache.get_seq_length() > 0:
         raise ValueError("past_key_values was filled by another model; pass an empty cache or one that this model returned")
     window = config.sliding_window

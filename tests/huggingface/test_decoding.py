@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,37 @@ def test_a_prompt_in_pieces(fast: Callable[..., Any], device: str, padded: bool)
     assert close(torch.cat(parts, dim=1)[real], whole[real])
 
 
+@DEVICES
+@pytest.mark.parametrize("pieces", [(5, 7, 12), (1, 23), (1, 1, 1, 21)])
+def test_padding_beyond_the_first_piece(fast: Callable[..., Any], device: str, pieces: tuple[int, ...]) -> None:
+    model = fast(device=device)
+    tokens = some_tokens(2, 3 * WINDOW).to(device)
+    mask = torch.ones_like(tokens)
+    mask[0, :10] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache, seen, parts = KernelCache(model, 50), 0, []
+    whole = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits.detach()
+    for part in pieces:
+        here = slice(seen, seen := seen + part)
+        with torch.enable_grad(), torch.inference_mode():
+            known = {"attention_mask": mask[:, :seen], "position_ids": positions[:, here]}
+            parts.append(model(tokens[:, here], past_key_values=cache, **known).logits)
+    last = torch.cat(parts, dim=1)
+    assert close(last[mask.bool()], whole[mask.bool()])
+    cache.reset()  # also outside of inference mode
+
+
+def test_a_copy_is_a_model_of_its_own(fast: Callable[..., Any]) -> None:
+    model, tokens = fast(), some_tokens(1, 6)
+    assert use_kernels(model) is model
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(tokens, use_cache=False).logits.any()
+        assert model(tokens, use_cache=False).logits.any()
+
+
 def test_the_prompt_alone_equals_the_library(fast: Callable[..., Any], exported: Export) -> None:
     """Without a cache, as evaluation runs it, padding included."""
     model, (plain, _) = fast(), load_exported(exported(HEAD_WISE))
@@ -144,6 +176,11 @@ def test_what_cannot_work_is_refused(fast: Callable[..., Any], exported: Export)
         model(tokens, attention_mask=mask, use_cache=False)
     with pytest.raises(ValueError, match="cannot be shortened"):
         KernelCache(model, 8).crop(-1)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="takes no packed sequences"):
+        model(tokens[:1], position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="a model with other windows"):
+        model(tokens, past_key_values=KernelCache(fast(DENSE), 8))
     plain, _ = load_exported(exported(HEAD_WISE))
     with pytest.raises(ValueError, match="the model has sdpa: call use_kernels"):
         plain(tokens, past_key_values=KernelCache(plain, 8))

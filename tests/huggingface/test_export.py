@@ -239,11 +239,13 @@ def test_what_is_no_export_is_refused(tmp_path: Path, weights: dict[str, Tensor]
         generate_line(tmp_path / "out", "a", 1)
 
 
-def test_register_loads_without_trusting_the_folder(exported: Export) -> None:
+def test_register_loads_without_trusting_the_folder(exported: Export, tmp_path: Path) -> None:
     register()
     register()
     model = AutoModelForCausalLM.from_pretrained(exported(HEAD_WISE), trust_remote_code=False)
     assert type(model) is MegaconsaForCausalLM
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "modeling_megaconsa.py").is_file()
 
 
 LOAD = """

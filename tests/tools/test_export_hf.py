@@ -109,4 +109,5 @@ def test_verify_finds_a_wrong_export(
     outcome = megaconsa("export-hf", finished("trained"), "--out", tmp_path / "hf", "--dtype", "float32", "--verify", 64)
     assert outcome.code == 1
     assert "the export is wrong" in outcome.err
+    assert not (tmp_path / "hf").exists()
     assert outcome.err.count("\n") == 1
