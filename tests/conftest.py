@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     prepare(sources, folder, train_tokenizer=VOCABULARY, sequence_length=SEQUENCE_LENGTH, validation_share=0.1)
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, of the size that the test is parametrised with ("8m")."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

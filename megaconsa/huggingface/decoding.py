@@ -88,7 +88,12 @@ class KernelCache(Cache):
 
     def __init__(self, model: Any, capacity: int) -> None:
         """capacity: tokens of a sequence, prompt and answer together."""
-        super().__init__(layers=[KernelLayer(model.config, windows, capacity) for windows in _windows(model.config)])
+        super().__init__(
+            layers=[
+                KernelLayer(model.config, _windows(model.config, layer), capacity)
+                for layer in range(model.config.num_hidden_layers)
+            ]
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ids = self._positions = self._logits = torch.empty(0)
 
@@ -254,7 +259,7 @@ def _attention(
     """As transformers calls attention; attention_mask is what `_padding` gave."""
     cache: KernelLayer | None = getattr(key, "megaconsa_cache", None)
     if cache is not None:
-        if cache.windows != _windows(module.config)[module.layer_idx]:
+        if cache.windows != _windows(module.config, module.layer_idx):
             raise ValueError("the KernelCache was made for a model with other windows; make one for this model")
         del key.megaconsa_cache  # type: ignore[attr-defined]  # or cache and keys would keep each other
         return cache.attend(query, key, value, attention_mask, scaling), None
@@ -278,15 +283,14 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], padding: T
     return hybrid_attention(q, k, v, window=windows, documents=documents, scale=scale)
 
 
-def _windows(config: Any) -> list[tuple[int, ...]]:
-    """Window of each KV head of each layer, in the order in which the export stores them."""
+def _windows(config: Any, layer: int) -> tuple[int, ...]:
+    """Window of each KV head of a layer, in the order in which the export stores them."""
     heads = config.num_key_value_heads
     if hasattr(config, "num_full_kv_heads"):
-        full = config.num_full_kv_heads
+        full = config.num_full_kv_heads[layer]
     else:
-        kinds = config.layer_types or [None] * config.num_hidden_layers
-        full = [0 if kind == SLIDING else heads for kind in kinds]
-    return [(FULL_WINDOW,) * count + (config.sliding_window,) * (heads - count) for count in full]
+        full = 0 if config.layer_types and config.layer_types[layer] == SLIDING else heads
+    return (FULL_WINDOW,) * full + (config.sliding_window,) * (heads - full)
 
 
 def _padding(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

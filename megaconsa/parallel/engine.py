@@ -92,11 +92,6 @@ class Engine:
         """Global gradient norm of the last step, before clipping."""
         return float(self.engine.get_global_grad_norm())
 
-    @property
-    def step_applied(self) -> bool:
-        """Whether the last step changed the weights: its gradient was finite, and it was accepted."""
-        return bool(self.engine.was_step_applied()) and self._accepted is not False
-
     def compute_seconds(self) -> float:
         """Of this rank's own forward and backward passes in the last step, which must be over on the device."""
         return self._clock.seconds()

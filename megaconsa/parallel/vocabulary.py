@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaconsa.model.loss import IGNORED
+from megaconsa.model.loss import IGNORED, scaled
 from megaconsa.parallel.tensor import TensorParallel
 
 CHUNK_BYTES = 2**29
@@ -70,6 +70,4 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        narrow = d_hidden.dtype
-        # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
-        return (d_hidden.float() * gradient).to(narrow), (d_weight * gradient).to(narrow), None, None, None
+        return *scaled(d_hidden, d_weight, gradient), None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,7 @@ def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, 
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+small_disk = pytest.mark.parametrize("disk", ["8m"], indirect=True)
 
 
 class At(Callback):
@@ -161,45 +153,49 @@ def fill(disk: Path) -> None:
             return
 
 
+@small_disk
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
-    small_disk: Path, make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    disk: Path, make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = train(make_config(run={"dir": str(tmp_path / "whole")}))
-    values = make_config(run={"dir": str(small_disk / "run")})
-    assert trainer_with(values, {3: lambda: fill(small_disk), 5: (small_disk / "filler").unlink}).run()
+    values = make_config(run={"dir": str(disk / "run")})
+    assert trainer_with(values, {3: lambda: fill(disk), 5: (disk / "filler").unlink}).run()
     assert "checkpoint of step 4 could not be written" in caplog.text
     assert "No space left on device" in caplog.text
-    assert kept(small_disk / "run") == [6, 2]
-    assert [row["loss"] for row in read_metrics(small_disk / "run" / "metrics.jsonl")] == [row["loss"] for row in whole]
+    assert kept(disk / "run") == [6, 2]
+    assert [row["loss"] for row in read_metrics(disk / "run" / "metrics.jsonl")] == [row["loss"] for row in whole]
 
 
-def test_rows_of_metrics_wait_for_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = MetricsFile(small_disk)
+@small_disk
+def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = MetricsFile(disk)
     nobody: Any = None  # the trainer is asked for nothing
     rows = [{"step": step, "note": "x" * 1000} for step in range(1, 21)]
     for row in rows:
         if row["step"] == 5:
-            fill(small_disk)
+            fill(disk)
         if row["step"] == 15:
-            (small_disk / "filler").unlink()
+            (disk / "filler").unlink()
         metrics.on_step(nobody, row)
         assert read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]  # whole rows only
     assert caplog.text.count("its rows wait in memory") == 1
     assert read_metrics(metrics.path) == rows
 
 
-def test_a_disk_that_stays_full_ends_the_run_at_its_last_save(small_disk: Path, make_config: MakeConfig, train: Any) -> None:
-    values = make_config(run={"dir": str(small_disk / "run")})
+@small_disk
+def test_a_disk_that_stays_full_ends_the_run_at_its_last_save(disk: Path, make_config: MakeConfig, train: Any) -> None:
+    values = make_config(run={"dir": str(disk / "run")})
     with pytest.raises(RunError, match=r"checkpoint of step 6 could not be written: .*No space left on device.*older ones"):
-        trainer_with(values, {3: lambda: fill(small_disk)}).run()
-    assert kept(small_disk / "run") == [2]
-    (small_disk / "filler").unlink()
+        trainer_with(values, {3: lambda: fill(disk)}).run()
+    assert kept(disk / "run") == [2]
+    (disk / "filler").unlink()
     assert len(train(values)) == 6
 
 
-def test_a_folder_that_turns_read_only(small_disk: Path, make_config: MakeConfig, train: Any) -> None:
-    values = make_config(run={"dir": str(small_disk / "run")})
-    folder = small_disk / "run" / "checkpoints"
+@small_disk
+def test_a_folder_that_turns_read_only(disk: Path, make_config: MakeConfig, train: Any) -> None:
+    values = make_config(run={"dir": str(disk / "run")})
+    folder = disk / "run" / "checkpoints"
 
     def hide() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)
@@ -212,7 +208,7 @@ def test_a_folder_that_turns_read_only(small_disk: Path, make_config: MakeConfig
             check_inputs(build(values))
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-    values["run"]["dir"] = str(small_disk / "run")
+    values["run"]["dir"] = str(disk / "run")
     assert len(train(values)) == 6
 
 

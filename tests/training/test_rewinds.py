@@ -26,26 +26,17 @@ from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
 
 MakeConfig = Callable[..., dict[str, Any]]
-SPIKE_ON_RANK_1 = """
-import sys
-from megaconsa.parallel.engine import Engine
+SPIKE_ON_RANK_1 = f"""
+import os, sys
+from contextlib import nullcontext
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from megaconsa.train import _main
 from megaconsa.training import bad_steps
+from test_rewinds import spike_in
 
 bad_steps.LEAST = 4
-train_step, done = Engine.train_step, 0
-def poisoned(engine, *arguments):
-    global done
-    done += 1
-    if (engine.mesh.world.rank, done) != (1, 7):
-        return train_step(engine, *arguments)
-    hook = next(iter(engine.distributed.parameters.values())).register_hook(lambda gradient: gradient * 1000)
-    try:
-        return train_step(engine, *arguments)
-    finally:
-        hook.remove()
-Engine.train_step = poisoned
-sys.exit(_main(sys.argv[1:]))
+with spike_in(7) if os.environ["SLURM_PROCID"] == "1" else nullcontext():
+    sys.exit(_main(sys.argv[1:]))
 """
 
 

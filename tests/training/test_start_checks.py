@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +96,13 @@ def test_clocks_that_differ_are_said(make_config: MakeConfig, tmp_path: Path) ->
     assert "2 ranks on 1 node, CPU; the sum over all ranks is right, " in main.out
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for one checkpoint of the small model, which takes 1.8 MB, and not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_a_disk_without_room_for_two_checkpoints(tiny_disk: Path, make_config: MakeConfig) -> None:
-    inputs = check_inputs(build(make_config(run={"dir": str(tiny_disk / "run")})))
+@pytest.mark.parametrize("disk", ["1m"], indirect=True)
+def test_a_disk_without_room_for_two_checkpoints(disk: Path, make_config: MakeConfig) -> None:
+    """Room for less than one checkpoint of the small model, which takes 1.8 MB."""
+    inputs = check_inputs(build(make_config(run={"dir": str(disk / "run")})))
     with pytest.raises(InputError, match=r"has 1 MiB free, but its checkpoints need .* MiB \(.* each, and an old one stays"):
         start_checks.check_machines(inputs, ALONE)
-    assert list(tiny_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
 
 
 def test_the_size_of_a_checkpoint_is_foreseen(make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture) -> None:
