@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -51,7 +51,10 @@ def check_space(out: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work."""
+    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work.
+
+    RunError where that is the disk.
+    """
     out = out.absolute()
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -61,6 +64,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.replace(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder)
+        if isinstance(error, OSError):
+            raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
         raise

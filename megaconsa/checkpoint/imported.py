@@ -14,7 +14,6 @@ from torch import Tensor
 from megaconsa.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megaconsa.checkpoint.writer import file_entry, sync, write_json
 from megaconsa.consa.allocation import Allocation
-from megaconsa.errors import RunError
 from megaconsa.files import new_folder
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import write_tensors
@@ -40,28 +39,25 @@ def write(
     nothing is left behind.
     """
     started = time.monotonic()
-    try:
-        with new_folder(out) as folder:
-            write_tensors(folder / "model.safetensors", shapes, dtype, read, advance)
-            if allocation is not None:
-                allocation.save(folder / "allocation.json")
-            add_files(folder)
-            state = {
-                "version": FORMAT_VERSION,
-                "step": 0,
-                "tokens": 0,
-                "sequences": 0,
-                "shape": asdict(shape),
-                "data": {"tokenizer_fingerprint": fingerprint},
-                "imported": {**origin, "dtype": str(dtype).removeprefix("torch.")},
-            }
-            write_json(folder / "state.json", state)
-            files: dict[str, Any] = {}
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                files[str(path.relative_to(folder))] = file_entry(path)[path.name]
-            written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.monotonic() - started, 2)}
-            write_json(folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written})
-            sync(folder / MANIFEST)
-        sync(out.parent)
-    except OSError as error:
-        raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
+    with new_folder(out) as folder:
+        write_tensors(folder / "model.safetensors", shapes, dtype, read, advance)
+        if allocation is not None:
+            allocation.save(folder / "allocation.json")
+        add_files(folder)
+        state = {
+            "version": FORMAT_VERSION,
+            "step": 0,
+            "tokens": 0,
+            "sequences": 0,
+            "shape": asdict(shape),
+            "data": {"tokenizer_fingerprint": fingerprint},
+            "imported": {**origin, "dtype": str(dtype).removeprefix("torch.")},
+        }
+        write_json(folder / "state.json", state)
+        files: dict[str, Any] = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            files[str(path.relative_to(folder))] = file_entry(path)[path.name]
+        written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.monotonic() - started, 2)}
+        write_json(folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written})
+        sync(folder / MANIFEST)
+    sync(out.parent)

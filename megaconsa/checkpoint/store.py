@@ -144,8 +144,12 @@ class Checkpoint:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it a run that removes old checkpoints leaves this one."""
-        with (self.path / MANIFEST).open() as file:
+        """Within it a run that removes old checkpoints leaves this one; InputError where it was removed already."""
+        try:
+            file = (self.path / MANIFEST).open()
+        except OSError as error:
+            raise InputError(f"checkpoint {self.path} cannot be read any more: {error.strerror}") from None
+        with file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_SH)
             yield

@@ -52,6 +52,7 @@ def _stepping(kind: type) -> type:
     """The model's class with KernelCache's decoding steps on a GPU. A subclass, so that a copy of a model is a model of its own."""
     plain = kind.forward  # type: ignore[attr-defined]
 
+    @torch.compiler.disable  # a cache that marks tensors and counts on the host cannot be traced
     @wraps(plain)
     def forward(self: Any, input_ids: Tensor | None = None, **arguments: Any) -> Any:
         given = {name: value for name, value in arguments.items() if value is not None}

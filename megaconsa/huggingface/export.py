@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.tokenizer import GENERATION_CONFIG
-from megaconsa.errors import InputError, RunError
+from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, check_space, new_folder
 from megaconsa.huggingface.model_card import HEAT_MAP, model_card
 from megaconsa.huggingface.names import name_difference, parameter_shapes, qwen3_config_fields
@@ -37,9 +37,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates",
     GENERATION_CONFIG,
 )
-"""Files that stand in a tokenizer folder, as far as it has them. How to generate belongs to the words that a model knows."""
+"""Files and folders that stand in a tokenizer folder, as far as it has them. How to generate belongs to the words that a model knows."""
 
 
 @torch.no_grad()
@@ -79,6 +80,8 @@ def export(
     check_space(out, export_bytes(model, dtype))
     _check_weights(weights, model, dtype)
     special_tokens = _special_tokens(tokenizer, model) if tokenizer else {}
+    if tokenizer:
+        _check_generation_config(tokenizer)
 
     def read(name: str) -> Tensor:
         tensor = weights[name]
@@ -86,35 +89,32 @@ def export(
             tensor = reorder_weight(name, tensor, model, allocation.full_heads_first(int(name.split(".")[2])))
         return tensor.detach().to("cpu", dtype)
 
-    try:
-        with new_folder(out) as folder:
-            if not allocation.is_layer_wise:
-                shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-            _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
-            if tokenizer:
-                copy_tokenizer(tokenizer, folder)
-            if not (folder / GENERATION_CONFIG).exists():
-                _write_json(folder / GENERATION_CONFIG, special_tokens | {"transformers_version": transformers.__version__})
-            allocation.save(folder / "allocation.json")
-            if heat_map is not None:
-                heat_map(folder / HEAT_MAP)
-            card = model_card(
-                model,
-                allocation,
-                dtype,
-                has_tokenizer=tokenizer is not None,
-                has_heat_map=heat_map is not None,
-                origin=origin,
-            )
-            (folder / "README.md").write_text(card)
-            shapes = parameter_shapes(model)
-            for filename, names in split.filename_to_tensors.items():
-                write_tensors(folder / filename, {name: shapes[name] for name in names}, dtype, read, advance)
-            if split.is_sharded:
-                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                _write_json(folder / "model.safetensors.index.json", index)
-    except OSError as error:
-        raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
+    with new_folder(out) as folder:
+        if not allocation.is_layer_wise:
+            shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
+        _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
+        if tokenizer:
+            copy_tokenizer(tokenizer, folder)
+        if not (folder / GENERATION_CONFIG).exists():
+            _write_json(folder / GENERATION_CONFIG, special_tokens | {"transformers_version": transformers.__version__})
+        allocation.save(folder / "allocation.json")
+        if heat_map is not None:
+            heat_map(folder / HEAT_MAP)
+        card = model_card(
+            model,
+            allocation,
+            dtype,
+            has_tokenizer=tokenizer is not None,
+            has_heat_map=heat_map is not None,
+            origin=origin,
+        )
+        (folder / "README.md").write_text(card)
+        shapes = parameter_shapes(model)
+        for filename, names in split.filename_to_tensors.items():
+            write_tensors(folder / filename, {name: shapes[name] for name in names}, dtype, read, advance)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(folder / "model.safetensors.index.json", index)
 
 
 def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
@@ -125,7 +125,9 @@ def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the files of a tokenizer folder that transformers reads, byte for byte."""
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
+        elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
@@ -169,15 +171,18 @@ def _special_tokens(tokenizer: Path, model: ModelConfig) -> dict[str, int]:
     except Exception as error:  # what a broken file raises depends on the tokenizer's class
         raise InputError(f"tokenizer={tokenizer} cannot be loaded: {' '.join(str(error).split())}") from error
     largest = max(loaded.get_vocab().values(), default=-1)
-    if (tokenizer / GENERATION_CONFIG).is_file():
-        try:
-            GenerationConfig.from_pretrained(tokenizer, local_files_only=True)
-        except Exception as error:  # as above
-            raise InputError(f"{tokenizer / GENERATION_CONFIG} cannot be loaded: {' '.join(str(error).split())}") from error
     if largest >= model.vocab_size:
         raise InputError(f"tokenizer={tokenizer} has a token {largest}, but the model's vocab_size is {model.vocab_size}")
     ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def _check_generation_config(tokenizer: Path) -> None:
+    if (tokenizer / GENERATION_CONFIG).is_file():
+        try:
+            GenerationConfig.from_pretrained(tokenizer, local_files_only=True)
+        except Exception as error:  # what a broken file raises is not specified
+            raise InputError(f"{tokenizer / GENERATION_CONFIG} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, special_tokens: dict[str, int]) -> dict[str, Any]:

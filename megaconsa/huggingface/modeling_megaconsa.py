@@ -268,3 +268,7 @@ class MegaconsaForCausalLM(MegaconsaPreTrainedModel, Qwen3ForCausalLM):
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """The padding mask as it is: with a static cache, generate would make a mask over keys, for one kind of head, of it."""
         return attention_mask
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused here, where generate's paged cache begins: what fails later on is only logged, and nothing is generated."""
+        raise ValueError("a paged cache (continuous batching) is not supported: sliding and full heads are cached apart")

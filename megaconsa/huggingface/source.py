@@ -34,6 +34,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def _shape(path: Path, config: dict[str, Any]) -> ModelConfig:
     for name in SIZES:
         if type(fields[name]) is not int or fields[name] < 1:
             raise InputError(f"{path}: {name}={fields[name]!r} in config.json is not a positive integer")
+    for name in NUMBERS:
+        if type(fields[name]) not in (int, float) or not 0 < fields[name] < math.inf:
+            raise InputError(f"{path}: {name}={fields[name]!r} in config.json is not a positive number")
+        fields[name] = float(fields[name])
+    if type(fields["tie_word_embeddings"]) is not bool:
+        raise InputError(f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r} in config.json is not true or false")
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
         raise InputError(
             f"{path}: num_attention_heads={fields['num_attention_heads']} is not a multiple of "
@@ -126,6 +133,8 @@ def _shape(path: Path, config: dict[str, Any]) -> ModelConfig:
 def _allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
     """The table of an export of megaconsa's, which config.json must agree with; other kinds of windows are refused."""
     types = config.get("layer_types") or []
+    if not isinstance(types, list):
+        raise InputError(f"{path}: layer_types={types!r} in config.json is not a list")
     windowed = bool(config.get("use_sliding_window")) or "sliding_attention" in types
     file = path / "allocation.json"
     if not file.exists():

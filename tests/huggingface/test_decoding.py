@@ -160,6 +160,15 @@ def test_the_prompt_alone_equals_the_library(fast: Callable[..., Any], exported:
     assert close(ours[mask.bool()], theirs[mask.bool()])
 
 
+@DEVICES
+def test_compiling_changes_nothing(fast: Callable[..., Any], device: str) -> None:
+    tokens = some_tokens(2, 4).to(device)
+    model = fast(device=device)
+    expected = model.generate(tokens, past_key_values=KernelCache(model, 60), **GREEDY)
+    model.forward = torch.compile(model.forward)
+    assert torch.equal(model.generate(tokens, past_key_values=KernelCache(model, 60), **GREEDY), expected)
+
+
 def test_what_cannot_work_is_refused(fast: Callable[..., Any], exported: Export) -> None:
     model, tokens = fast(), some_tokens(2, 6)
     with pytest.raises(ValueError, match="6 more tokens do not fit: the cache holds 0 of capacity=5"):

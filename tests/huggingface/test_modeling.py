@@ -185,6 +185,8 @@ def test_unsupported_requests_are_refused(exported: Export) -> None:
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="flex_attention"):
         model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="a paged cache"):
+        model.generate_batch(tokens.tolist())
 
 
 @pytest.mark.parametrize("fields", [{"num_full_kv_heads": [1]}, {"num_full_kv_heads": [5] * 4}, {"sliding_window": 1}])

@@ -49,6 +49,11 @@ def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """Of a file, or of a folder's files; nothing where there is neither."""
+    return {str(each.relative_to(path)): each.read_bytes() for each in (path, *path.rglob("*")) if each.is_file()}
+
+
 @pytest.mark.parametrize(
     ("tied", "dtype", "shard"),
     [(True, torch.bfloat16, "5GB"), (False, torch.float32, "40KB"), (False, torch.bfloat16, "20KB")],
@@ -59,6 +64,8 @@ def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, smal
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "5GB")
     copy_tokenizer(small_data / "tokenizer", folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     assert (folder / "generation_config.json").exists()
     done("import-hf", folder, "--out", tmp_path / "import")
     assert_same_bytes(store.resolve(tmp_path / "import").weights(), tensors(folder))
@@ -66,9 +73,7 @@ def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, smal
     done("export-hf", tmp_path / "import", "--out", tmp_path / "export")
     assert_same_bytes(tensors(tmp_path / "export"), tensors(folder))
     for name in TOKENIZER_FILES:
-        assert (tmp_path / "export" / name).exists() == (folder / name).exists()
-        if (folder / name).exists():
-            assert (tmp_path / "export" / name).read_bytes() == (folder / name).read_bytes()
+        assert contents(tmp_path / "export" / name) == contents(folder / name)
     ids = torch.randint(0, VOCABULARY, (1, 50))
     logits = [
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (folder, tmp_path / "export")
@@ -187,6 +192,10 @@ NORM = "model.norm.weight"
         (change_config(hidden_size=48), "has shape"),
         (change_config(num_key_value_heads=3), "not a multiple"),
         (change_config(vocab_size="many"), "vocab_size='many'"),
+        (change_config(rope_theta=None), "rope_theta=None"),
+        (change_config(rms_norm_eps="1e-6"), "rms_norm_eps='1e-6'"),
+        (change_config(tie_word_embeddings="yes"), "tie_word_embeddings='yes'"),
+        (change_config(layer_types=5), "layer_types=5"),
         (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors are missing"),
         (truncate, "cannot be read"),
