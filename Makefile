@@ -20,7 +20,7 @@ check: $(INSTALLED) $(TREE)
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not multigpu and not slurm and not slow"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not multigpu and not slurm and not slow"
 
 # A real Slurm on this machine, for as long as the tests last.
 test-slurm: $(INSTALLED)

@@ -38,14 +38,15 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2) -> list[subprocess.Popen[str]]:
-    """Tasks with the variables that srun sets."""
+def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2, device: str = "cpu") -> list[subprocess.Popen[str]]:
+    """Tasks with the variables that srun sets; they see the GPUs there are only where device is cuda."""
+    gpus = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}
     port = {"MASTER_PORT": free_port()}  # the one that a job's number gives may be taken on a machine that has no Slurm
     return [
         subprocess.Popen(
             [sys.executable, *command, str(config)],
-            env=environment(**step, **port, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            env=environment(**step, **port, **gpus, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

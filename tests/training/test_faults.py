@@ -1,26 +1,35 @@
-"""A rank that is killed, or hangs in a collective, brings all others down soon, with the cause on top and an exit code that tells."""
+"""A rank that is killed or hangs, a disk that is full and data that is damaged or gone end all ranks soon, with the cause on top."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import signal
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import await_step, ended, start, write
 
 from megaconsa import incidents
+from megaconsa.checkpoint import store
 from megaconsa.config import WatchdogSection
+from megaconsa.data import shards
+from megaconsa.data.prepare import prepare
+from megaconsa.data.stream import LOADED_SHARDS
 from megaconsa.parallel.world import ALONE
+from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
 from megaconsa.training.callbacks.watchdog import Watchdog
 
 MakeConfig = Callable[..., dict[str, Any]]
 ENDLESS = {"steps": 100_000}
+TWO_GPUS = [pytest.mark.multigpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 RANK_1_HANGS = """
 import sys, time
 from megaconsa.train import _main
@@ -34,12 +43,32 @@ def hanging(trainer):
 Trainer.step = hanging
 sys.exit(_main(sys.argv[1:]))
 """
+DISK_FILLS = """
+import sys
+from pathlib import Path
+from megaconsa.train import _main
+from megaconsa.training.trainer import Trainer
+
+step = Trainer.step
+def filling(trainer):
+    if trainer.mesh.world.rank == 0 and trainer.progress.step == 3:
+        with Path(DISK, "filler").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    return step(trainer)
+Trainer.step = filling
+sys.exit(_main(sys.argv[1:]))
+"""
 
 
-def test_a_killed_rank_brings_the_other_down_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+@DEVICES
+def test_a_killed_rank_brings_the_other_down_at_once(device: str, make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config(training=ENDLESS)
     run = Path(values["run"]["dir"])
-    tasks = start(write(values, tmp_path))
+    tasks = start(write(values, tmp_path), device=device)
     await_step(run, 3)
     tasks[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -53,12 +82,13 @@ def test_a_killed_rank_brings_the_other_down_at_once(make_config: MakeConfig, tm
     assert (incident["kind"], incident["rank"]) == ("lost_rank", 0)
 
 
-def test_a_rank_that_hangs_is_given_up_with_its_stacks(make_config: MakeConfig, tmp_path: Path) -> None:
+@DEVICES
+def test_a_rank_that_hangs_is_given_up_with_its_stacks(device: str, make_config: MakeConfig, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(RANK_1_HANGS)
     values = make_config(training=ENDLESS, watchdog={"factor": 5, "minimum_seconds": 5})
     run = Path(values["run"]["dir"])
-    main, other = ended(start(write(values, tmp_path), [str(script)]), 150)
+    main, other = ended(start(write(values, tmp_path), [str(script)], device=device), 150)
     assert (main.code, other.code) == (76, 76), main.err + other.err
     assert "error: nothing has moved for " in main.err + other.err
     (folder,) = (run / "incidents").iterdir()
@@ -88,6 +118,55 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(make_config: MakeConfig, s
     (incident,) = incidents.read(Path(values["run"]["dir"]))
     assert incident["kind"] == "error"
     assert shard.name in incident["text"]
+
+
+def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
+    make_config: MakeConfig, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more shards than are held in memory. When it is back, the run goes on."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4096)
+    library = sysconfig.get_paths()["stdlib"]
+    data, away = tmp_path / "data", tmp_path / "away"
+    sources = [f"{library}/{name}" for name in ("json", "email")]
+    prepare(sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1)
+    assert len(list((data / "train").glob("shard.*"))) > LOADED_SHARDS
+    values = make_config(training=ENDLESS, data={"path": str(data)}, validation={"every": 0})
+    run, configuration = Path(values["run"]["dir"]), write(values, tmp_path)
+    tasks = start(configuration)
+    await_step(run, 3)
+    away.mkdir()
+    for shard in (data / "train").glob("shard.*"):
+        shard.rename(away / shard.name)
+    main, other = ended(tasks)
+    assert (main.code, other.code) == (1, 1), main.err + other.err
+    assert "shard cannot be read (No such file or directory)" in main.err + other.err
+    assert "Traceback" not in main.err + other.err
+    shutil.copytree(away, data / "train", dirs_exist_ok=True)
+    reached = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    tasks = start(configuration)
+    await_step(run, reached + 3)
+    (run / "stop").touch()
+    assert [task.code for task in ended(tasks)] == [0, 0]
+
+
+@pytest.mark.parametrize("disk", ["8m"], indirect=True)
+def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(disk: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(DISK_FILLS.replace("DISK", repr(str(disk))))
+    values = make_config(run={"dir": str(disk / "run")})
+    configuration = write(values, tmp_path)
+    main, other = ended(start(configuration, [str(script)]))
+    assert (main.code, other.code) == (1, 1), main.err + other.err
+    assert "checkpoint of step 4 could not be written" in main.out
+    assert "error: the checkpoint of step 6 could not be written" in main.err
+    assert "Traceback" not in main.err + other.err
+    assert [store.read(path).step for path in store.committed(disk / "run")] == [2]
+    (disk / "filler").unlink()
+    assert [task.code for task in ended(start(configuration))] == [0, 0]
+    whole = make_config(run={"dir": str(tmp_path / "whole")})
+    assert [task.code for task in ended(start(write(whole, tmp_path)))] == [0, 0]
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (disk / "run", tmp_path / "whole")]
+    assert losses[0] == losses[1]
 
 
 def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
