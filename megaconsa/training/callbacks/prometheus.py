@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megaconsa.files import replace_text
@@ -29,21 +30,25 @@ class Prometheus(Callback):
         """Newest value of each field: one that only some rows have, as validation_loss, stays."""
         self.written = -EVERY_SECONDS
         self.failed = False
+        # A shared file system may take its time for a rename, while a checkpoint is being written for instance.
+        self.writer = ThreadPoolExecutor(1, "prometheus")
+        self.writing: Future[None] | None = None
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.held |= {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.held |= {"steps": self.steps, "last_step_timestamp_seconds": time.time()}
-        if time.monotonic() - self.written >= EVERY_SECONDS:
-            self._write()
+        if time.monotonic() - self.written >= EVERY_SECONDS and (self.writing is None or self.writing.done()):
+            self.written = time.monotonic()
+            self.writing = self.writer.submit(self._write, "".join(self._lines()))
 
     def on_finish(self, trainer: Trainer) -> None:
         if self.held:
-            self._write()
+            self.writer.submit(self._write, "".join(self._lines()))
+        self.writer.shutdown()
 
-    def _write(self) -> None:
-        self.written = time.monotonic()
+    def _write(self, text: str) -> None:
         try:
-            replace_text(self.path, "".join(self._lines()))
+            replace_text(self.path, text)
             self.failed = False
         except OSError as error:
             if not self.failed:
