@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.cross_entropy import cross_entropy_
+from megaconsa.kernels.cross_entropy import Softmax, cross_entropy_, gradient_, softmax_and_target
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
@@ -15,12 +16,33 @@ CHUNK_BYTES = 2**30
 """Logits held at a time. A GPU multiplies well with the thousands of rows that these are."""
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+ELSEWHERE = -1
+"""Label whose row of the head is another rank's."""
+
+
+class Ranks(Protocol):
+    """What ranks tell each other, in place and without gradients."""
+
+    def sum(self, x: Tensor) -> Tensor: ...
+    def maximum(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The rows of a head that is divided over ranks: `rows` tokens from `first` on; what stands behind them is padding."""
+
+    first: int
+    rows: int
+    ranks: Ranks
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None) -> Tensor:
     """Sum over the labelled positions of -log p(label), in nats, fp32.
 
     hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers, IGNORED left out.
+    part: which rows of the head `weight` are, None for all. The sum is the same on every rank, the gradient of hidden is a part of a sum.
     """
-    total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
+    total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), part)
     return total
 
 
@@ -31,7 +53,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if wanted else None
@@ -40,7 +62,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for chunk in (slice(start, start + step) for start in range(0, len(labels), step)):
             x = hidden[chunk]
             logits = x @ weight.T
-            total += cross_entropy_(logits, labels[chunk], IGNORED, gradient=wanted).sum()
+            total += _losses_(logits, labels[chunk], part, gradient=wanted).sum()
             if d_hidden is not None and d_weight is not None:
                 torch.mm(logits, weight, out=d_hidden[chunk])
                 _add_product(d_weight, logits.T, x)
@@ -49,16 +71,26 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return *scaled(d_hidden, d_weight, gradient), None
+        narrow = d_hidden.dtype
+        # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
+        return (d_hidden.float() * gradient).to(narrow), (d_weight * gradient).to(narrow), None, None
 
 
-def scaled(d_hidden: Tensor, d_weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients that a forward pass has left, times that of its sum, in the precision of d_hidden."""
-    narrow = d_hidden.dtype
-    # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
-    return (d_hidden.float() * gradient).to(narrow), (d_weight * gradient).to(narrow)
+def _losses_(logits: Tensor, labels: Tensor, part: VocabularyPart | None, *, gradient: bool) -> Tensor:
+    """-log p(label) of each row, fp32 (N,); with `gradient` the logits become the gradient of the sum."""
+    if part is None:
+        return cross_entropy_(logits, labels, IGNORED, gradient=gradient)
+    own = labels - part.first
+    own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE).masked_fill(labels == IGNORED, IGNORED)
+    softmax, target = softmax_and_target(logits, own, IGNORED, part.rows)
+    maximum = part.ranks.maximum(softmax.maximum.clone())
+    total = softmax.total * (softmax.maximum - maximum).exp()
+    total, target = part.ranks.sum(torch.stack((total, (target - maximum).masked_fill(own < 0, 0.0))))
+    if gradient:
+        gradient_(logits, own, IGNORED, Softmax(maximum, total), part.rows)
+    return (total.log() - target).masked_fill(labels == IGNORED, 0.0)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

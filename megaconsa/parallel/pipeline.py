@@ -77,10 +77,7 @@ def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorPara
     hidden, labels, _, _, normalizer = carry
     labelled_tokens, micro_batches = normalizer.unbind()
     assert isinstance(head.weight, Tensor)
-    if tensor.size == 1:
-        total = loss.summed_cross_entropy(hidden, head.weight, labels)
-    else:
-        total = vocabulary.summed_cross_entropy(tensor.enter(hidden), head.weight, labels, tensor, vocab_size)
+    total = loss.summed_cross_entropy(tensor.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tensor, vocab_size))
     return total * (micro_batches / labelled_tokens)
 
 

@@ -14,12 +14,12 @@ import torch
 from megaconsa.config import Config, PipelineSchedule
 from megaconsa.consa.allocation import FULL_WINDOW, Allocation, top_k
 from megaconsa.errors import InputError
-from megaconsa.model import loss
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import block_parameters, kv_cache_bytes, kv_head_flops, parameter_count, peak_flops, training_flops
+from megaconsa.model.loss import CHUNK_BYTES
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.topology import Topology
-from megaconsa.parallel.vocabulary import CHUNK_BYTES, rows
+from megaconsa.parallel.vocabulary import rows
 
 
 @dataclass(frozen=True)
@@ -314,14 +314,7 @@ def _weights(shape: ModelConfig, layers: Sequence[tuple[int, int]], tensor: int)
 
 
 def _logit_bytes(shape: ModelConfig, tokens: int, value: int, tensor: int) -> int:
-    """A chunk of logits, the head's gradient in fp32 and again in the weights' precision, and the gradient of the hidden states.
-
-    On one rank the chunk is that of `megaconsa.model.loss`; over tensor ranks that of `megaconsa.parallel.vocabulary`, in fp32 and again
-    in the weights' precision.
-    """
+    """A chunk of logits, the head's gradient in fp32 and again in the weights' precision, and the gradient of the hidden states."""
     vocabulary = rows(shape.vocab_size, tensor)
-    if tensor > 1:
-        chunk = (4 + value) * min(tokens, max(1, CHUNK_BYTES // (4 * vocabulary))) * vocabulary
-    else:
-        chunk = value * min(tokens, max(1, loss.CHUNK_BYTES // (value * vocabulary))) * vocabulary
+    chunk = value * min(tokens, max(1, CHUNK_BYTES // (value * vocabulary))) * vocabulary
     return chunk + (4 + value) * vocabulary * shape.hidden_size + value * tokens * shape.hidden_size

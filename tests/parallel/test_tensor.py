@@ -67,7 +67,7 @@ def check_block(tensor: TensorParallel) -> None:
 
 def check_vocabulary(tensor: TensorParallel) -> None:
     """Embedding and loss; 61 rows leave two of padding, which hold what must not count."""
-    vocabulary.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)  # five tokens: the last chunk is short
+    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)  # five tokens: the last chunk is short
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
@@ -81,15 +81,15 @@ def check_vocabulary(tensor: TensorParallel) -> None:
     own = padded[tensor.rank * rows : (tensor.rank + 1) * rows].clone().requires_grad_()
     hidden = tensor.leave(vocabulary.lookup(tokens, own, tensor))
     torch.testing.assert_close(hidden, stretch(embedded, tensor))
-    total = 0.1 * vocabulary.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, tensor, VOCABULARY)
+    part = vocabulary.part(own, tensor, VOCABULARY)
+    total = 0.1 * loss.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, part)
     torch.testing.assert_close(total, whole)
     (gradient,) = torch.autograd.grad(total, own)
     expected = torch.cat((truth, torch.zeros(rows * tensor.size - VOCABULARY, HIDDEN)))
     torch.testing.assert_close(gradient, expected[tensor.rank * rows : (tensor.rank + 1) * rows], rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(
-            vocabulary.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, tensor, VOCABULARY) * 0.1, whole
-        )
+        again = 0.1 * loss.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, part)
+    torch.testing.assert_close(again, whole)
 
 
 @pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "whole"])
