@@ -22,8 +22,8 @@ class Softmax(NamedTuple):
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bool) -> Tensor:
     """-log p(label) of each row in nats, fp32 (N,); 0 where the label is `ignored`.
 
-    logits: (N, vocab), contiguous; labels: (N,) integers. With `gradient` the logits are overwritten with softmax(row) - onehot(label),
-    the gradient of the sum, and zeros in rows that are ignored. Everything between is fp32.
+    logits: (N, vocab), contiguous; labels: (N,) integers below vocab, which nobody checks. With `gradient` the logits are overwritten with
+    softmax(row) - onehot(label), the gradient of the sum, and zeros in rows that are ignored. Everything between is fp32.
     """
     softmax, target = softmax_and_target(logits, labels, ignored, logits.shape[1], gradient=gradient)
     return (softmax.total.log() + (softmax.maximum - target)).masked_fill_(labels == ignored, 0.0)
@@ -32,9 +32,10 @@ def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bo
 def softmax_and_target(
     logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool = False
 ) -> tuple[Softmax, Tensor]:
-    """Over the first `columns` of (N, width) logits; and the logit of each label, fp32 (N,), 0 where the label is negative.
+    """The softmax of each row of (N, width) logits over its first `columns`, and the logit of its label, fp32 (N,).
 
-    In rows whose label is `ignored`, a negative number, any numbers. With `gradient` the logits are overwritten as by `gradient_`.
+    The latter is 0 where the label is negative, as it is where it lies on another rank. In rows whose label is `ignored`, a negative
+    number too, nothing of this means anything. With `gradient` the logits are overwritten as by `gradient_`.
     """
     if logits.is_cuda:
         from megaconsa.kernels import triton_cross_entropy

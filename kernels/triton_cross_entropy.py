@@ -63,6 +63,8 @@ def _cross_entropy(
                 tl.store(row_ptr + start + column, 0.0, mask=start + column < width)
     else:
         if STATISTICS:
+            # Before the reductions, whose barriers part it from the gradient that another warp writes there.
+            target = tl.load(row_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
             # Each lane has its own online softmax: they are joined once.
             lane_maximum = tl.full([BLOCK], LOWEST, tl.float32)
             lane_total = tl.zeros([BLOCK], tl.float32)
@@ -76,7 +78,7 @@ def _cross_entropy(
             total = tl.sum(lane_total * tl.exp(lane_maximum - maximum), axis=0)
             tl.store(maximum_ptr + row, maximum)
             tl.store(total_ptr + row, total)
-            tl.store(target_ptr + row, tl.load(row_ptr + label, mask=label >= 0, other=0.0).to(tl.float32))
+            tl.store(target_ptr + row, target)
         else:
             maximum = tl.load(maximum_ptr + row)
             total = tl.load(total_ptr + row)

@@ -53,7 +53,7 @@ def check_space(out: Path, needed: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work.
 
-    RunError where that is the disk.
+    RunError where that was an OSError, mostly of the disk.
     """
     out = out.absolute()
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -65,7 +65,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield folder
         folder.replace(out)
     except BaseException as error:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a disk that fails may fail here too; what it failed at first is told
         if isinstance(error, OSError):
             raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
         raise

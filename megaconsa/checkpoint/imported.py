@@ -14,6 +14,7 @@ from torch import Tensor
 from megaconsa.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megaconsa.checkpoint.writer import file_entry, sync, write_json
 from megaconsa.consa.allocation import Allocation
+from megaconsa.errors import RunError
 from megaconsa.files import new_folder
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import write_tensors
@@ -60,4 +61,7 @@ def write(
         written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.monotonic() - started, 2)}
         write_json(folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written})
         sync(folder / MANIFEST)
-    sync(out.parent)
+    try:
+        sync(out.parent)
+    except OSError as error:
+        raise RunError(f"out={out} may not have reached the disk: {error.strerror}") from error

@@ -144,7 +144,7 @@ class Checkpoint:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it a run that removes old checkpoints leaves this one; InputError where it was removed already."""
+        """Within it a run that removes old checkpoints leaves this one; InputError where it cannot be opened, as it was removed say."""
         try:
             file = (self.path / MANIFEST).open()
         except OSError as error:

@@ -12,12 +12,10 @@ from megaconsa.kernels.cross_entropy import Softmax, cross_entropy_, gradient_, 
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
+ELSEWHERE = -1
+"""Label whose row of the head is another rank's: negative too, and not IGNORED."""
 CHUNK_BYTES = 2**30
 """Logits held at a time. A GPU multiplies well with the thousands of rows that these are."""
-
-
-ELSEWHERE = -1
-"""Label whose row of the head is another rank's."""
 
 
 class Ranks(Protocol):
@@ -39,8 +37,8 @@ class VocabularyPart:
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None) -> Tensor:
     """Sum over the labelled positions of -log p(label), in nats, fp32.
 
-    hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers, IGNORED left out.
-    part: which rows of the head `weight` are, None for all. The sum is the same on every rank, the gradient of hidden is a part of a sum.
+    hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers below vocab, or IGNORED.
+    part: which rows of the head `weight` are, None for all. The sum is the same on every rank, the gradient of hidden a part of a sum.
     """
     total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), part)
     return total
@@ -83,6 +81,7 @@ def _losses_(logits: Tensor, labels: Tensor, part: VocabularyPart | None, *, gra
     if part is None:
         return cross_entropy_(logits, labels, IGNORED, gradient=gradient)
     own = labels - part.first
+    # In this order: another rank's label less `first` may be either number.
     own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE).masked_fill(labels == IGNORED, IGNORED)
     softmax, target = softmax_and_target(logits, own, IGNORED, part.rows)
     maximum = part.ranks.maximum(softmax.maximum.clone())

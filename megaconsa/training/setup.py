@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import repeat
 
@@ -200,7 +201,8 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
     if source is None:
         engine.initialize(inputs.config.run.seed)
         return Progress()
-    with source.in_use():
+    with ExitStack() as reading:
+        world.agreed(lambda: reading.enter_context(source.in_use()))
         engine.load_weights(source.weights())
         takes_moments = inputs.resume is not None or not (inputs.config.training.reset_optimizer or source.imported)
         if takes_moments:

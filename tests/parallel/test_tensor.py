@@ -15,7 +15,7 @@ from megaconsa.parallel import vocabulary
 from megaconsa.parallel.tensor import TensorParallel
 from megaconsa.parallel.world import free_port
 
-VOCABULARY, HIDDEN, BATCH, LENGTH = 61, 8, 2, 12
+VOCABULARY, HIDDEN, BATCH, LENGTH = 301, 8, 2, 12
 
 
 def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> None:
@@ -66,12 +66,13 @@ def check_block(tensor: TensorParallel) -> None:
 
 
 def check_vocabulary(tensor: TensorParallel) -> None:
-    """Embedding and loss; 61 rows leave two of padding, which hold what must not count."""
+    """Embedding and loss; 301 rows leave two of padding, which hold what must not count."""
     loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)  # five tokens: the last chunk is short
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     labels[0, 3:7] = labels[1, -1] = loss.IGNORED
+    labels[1, :4] = torch.tensor([1, 102, 100, 201])  # less 101 or 202, the first rows of ranks 1 and 2: IGNORED and ELSEWHERE
     embedded = torch.nn.functional.embedding(tokens, weight)
     whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
     (truth,) = torch.autograd.grad(whole, weight)

@@ -38,6 +38,8 @@ class Prometheus(Callback):
         self.held |= {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.held |= {"steps": self.steps, "last_step_timestamp_seconds": time.time()}
         if time.monotonic() - self.written >= EVERY_SECONDS and (self.writing is None or self.writing.done()):
+            if self.writing is not None:
+                self.writing.result()  # raises what was no fault of the disk
             self.written = time.monotonic()
             self.writing = self.writer.submit(self._write, "".join(self._lines()))
 
