@@ -36,7 +36,7 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*saved.glob("*.safetensors"), *saved.glob("allocation.json")]}
 
 
-@pytest.mark.parametrize("layout", [ONE, TP2_PP2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name)
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
     """20 steps, and 7 steps and 13."""
     cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
