@@ -29,6 +29,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
+from torch import distributed as dist
 
 from megaconsa.checkpoint import store, writer
 from megaconsa.consa.allocation import Allocation
@@ -96,6 +97,7 @@ class Moments:
 
 def start(config: Path, moments: Moments | None = None, record: Path | None = None) -> int:
     """Begins to train in a copy of this process, in which all that is slow to import has been imported; returns its number."""
+    assert not dist.is_initialized(), "a test before this one left a process group, which a copy of the process cannot leave"
     if (child := os.fork()) != 0:
         return child
     code = 1
