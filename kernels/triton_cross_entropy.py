@@ -24,7 +24,8 @@ def softmax_and_target(logits: Tensor, labels: Tensor, ignored: int, columns: in
 
 def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int) -> None:
     """As `megaconsa.kernels.cross_entropy.gradient_`."""
-    _launch(logits, labels, ignored, columns, softmax, softmax.total, STATISTICS=False, GRADIENT=True)
+    nothing = softmax.total  # in the place of the target, which is neither read nor written
+    _launch(logits, labels, ignored, columns, softmax, nothing, STATISTICS=False, GRADIENT=True)
 
 
 def _launch(logits: Tensor, labels: Tensor, ignored: int, columns: int, softmax: Softmax, target: Tensor, **modes: bool) -> None:

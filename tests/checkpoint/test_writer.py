@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import fill
 
 from megaconsa.checkpoint import store, writer
 from megaconsa.checkpoint.writer import Snapshot, Staging, Writer
@@ -142,15 +143,6 @@ def trainer_with(values: dict[str, Any], actions: dict[int, Callable[[], Any]]) 
     trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
     trainer.callbacks = [At(actions), *trainer.callbacks]
     return trainer
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return
 
 
 @small_disk

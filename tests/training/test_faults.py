@@ -43,21 +43,18 @@ def hanging(trainer):
 Trainer.step = hanging
 sys.exit(_main(sys.argv[1:]))
 """
-DISK_FILLS = """
+DISK_FILLS = f"""
 import sys
 from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from disks import fill
 from megaconsa.train import _main
 from megaconsa.training.trainer import Trainer
 
 step = Trainer.step
 def filling(trainer):
     if trainer.mesh.world.rank == 0 and trainer.progress.step == 3:
-        with Path(DISK, "filler").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                pass
+        fill(Path(DISK))
     return step(trainer)
 Trainer.step = filling
 sys.exit(_main(sys.argv[1:]))

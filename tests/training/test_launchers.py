@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ranks import TRAIN, ended, environment, start, write
 
-from megaconsa.parallel.world import VARIABLES, first_host, free_port
+from megaconsa.parallel.world import first_host, free_port
 from megaconsa.reporting.metrics import read_metrics
 
 MakeConfig = Callable[..., dict[str, Any]]
-TRAIN = ("-m", "megaconsa.train")
 RANK_1_FAILS = """
 import sys
 from megaconsa.train import _main
@@ -32,11 +30,6 @@ sys.exit(_main(sys.argv[1:]))
 """
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Without what tests that trained in this process have left behind."""
-    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"} | variables
-
-
 def torchrun(config: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, *TRAIN, str(config)], check=True, capture_output=True, env=environment())
@@ -47,27 +40,8 @@ def deepspeed(config: Path) -> None:
     subprocess.run([*launcher, "--module", TRAIN[1], str(config)], check=True, capture_output=True, env=environment())
 
 
-def srun(config: Path, command: Sequence[str] = TRAIN) -> list[tuple[int, str]]:
-    """Two tasks with the variables that srun sets and nobody who ends the others; exit code and stderr of each."""
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    port = {"MASTER_PORT": free_port()}  # the one that a job's number gives may be taken on a machine that has no Slurm
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, *command, str(config)],
-            env=environment(**step, **port, SLURM_PROCID=rank, SLURM_LOCALID=rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    return [(task.returncode, output[1]) for task, output in [(task, task.communicate(timeout=120)) for task in tasks]]
-
-
-def write(values: dict[str, Any], folder: Path) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+def srun(config: Path) -> None:
+    assert [task.code for task in ended(start(config))] == [0, 0]
 
 
 @pytest.mark.parametrize("launch", [torchrun, deepspeed, srun])
@@ -95,11 +69,11 @@ def test_many_ranks_refuse_with_one_sentence(
     sections: dict[str, Any], said: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     values = make_config(**sections)
-    (main, main_said), (other, other_said) = srun(write(values, tmp_path))
-    assert (main, other) == (2, 2)
-    assert main_said.startswith(said)
-    assert main_said.count("\n") == 1
-    assert other_said == ""
+    main, other = ended(start(write(values, tmp_path)))
+    assert (main.code, other.code) == (2, 2)
+    assert main.err.startswith(said)
+    assert main.err.count("\n") == 1
+    assert other.err == ""
     assert not Path(values["run"]["dir"]).exists()
 
 
@@ -107,15 +81,15 @@ def test_the_first_rank_to_fail_is_heard(make_config: MakeConfig, tmp_path: Path
     script = tmp_path / "script.py"
     script.write_text(RANK_1_FAILS)
     values = make_config()
-    (other, other_said), (first, first_said) = srun(write(values, tmp_path), [str(script)])
-    assert (first, other) == (1, 1)
-    assert first_said.startswith("rank 1 of 2 on ")
-    assert "in step 3:\nTraceback" in first_said
-    assert first_said.endswith("RuntimeError: a planted error\n")
-    last = other_said.strip().splitlines()[-1]
+    other, first = ended(start(write(values, tmp_path), [str(script)]))
+    assert (first.code, other.code) == (1, 1)
+    assert first.err.startswith("rank 1 of 2 on ")
+    assert "in step 3:\nTraceback" in first.err
+    assert first.err.endswith("RuntimeError: a planted error\n")
+    last = other.err.strip().splitlines()[-1]
     assert last.startswith("rank 0 of 2 on ")
     assert "failed after another rank" in last
-    assert "Traceback" not in other_said
+    assert "Traceback" not in other.err
     (folder,) = (Path(values["run"]["dir"]) / "failures").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["first.txt", "rank_0.txt", "rank_1.txt"]
     assert (folder / "first.txt").read_text() == (folder / "rank_1.txt").read_text()

@@ -44,9 +44,9 @@ class Prometheus(Callback):
             self.writing = self.writer.submit(self._write, "".join(self._lines()))
 
     def on_finish(self, trainer: Trainer) -> None:
+        self.writer.shutdown()  # the text that it holds is older
         if self.held:
-            self.writer.submit(self._write, "".join(self._lines()))
-        self.writer.shutdown()
+            self._write("".join(self._lines()))
 
     def _write(self, text: str) -> None:
         try:
