@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from megaconsa.consa import rules
-from megaconsa.consa.allocation import Allocation, Granularity, Scope, check_sparsity
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint, Granularity, Scope
+from megaconsa.consa.gates import ControllerName, GateSettings
 from megaconsa.errors import InputError
+from megaconsa.model.budget import QUANTITIES, Budget
 from megaconsa.model.config import PRESETS, ModelConfig
 
 PipelineSchedule = Literal["1f1b", "dualpipev"]
@@ -73,24 +76,79 @@ class AllocationSection(Section):
     source: Literal["learn", "file", "rule"]
     """learn: stage 1, gates are trained; file: a finished allocation.json; rule: one of the rules below."""
     sparsity: float = Field(0.5, ge=0, le=1)
-    """Fraction of units that use the sliding window."""
+    """Fraction of units that use the sliding window. With a budget, the fraction that keeps it."""
+    cache_bytes: int | None = Field(None, ge=1)
+    """Budget in place of the sparsity: bytes of the bf16 KV cache a token, at `context` tokens."""
+    cache_share: float | None = Field(None, gt=0)
+    """Budget: the KV cache at `context` tokens as a share of the dense model's."""
+    attention_share: float | None = Field(None, gt=0)
+    """Budget: visible (query, key) pairs of `context` tokens as a share of the dense model's."""
+    context: int | None = Field(None, ge=1)
+    """Tokens of the sequence for which the budget holds."""
     granularity: Granularity = "kv_head"
     scope: Scope = "per_layer"
+    floor: int = Field(0, ge=0)
+    """Full KV heads that every layer keeps at least; with scope=global."""
     file: Path | None = None
-    rule: Literal["dense", "all-swa", "interleaved", "head-share", "bottom-swa"] = "dense"
+    rule: rules.Rule = "dense"
     ratio: int = Field(3, ge=1)
     """Sliding-window layers for each full one in the interleaved rule."""
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """Seed of rule random, and of head-share where given.
+
+    null: run.seed for random, the first heads for head-share."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_sparsity(cls, data: Any) -> Any:
+        """Lets an override take back a file's sparsity, so that a budget can replace it."""
+        if isinstance(data, dict) and data.get("sparsity", 0.5) is None:
+            return {name: value for name, value in data.items() if name != "sparsity"}
+        return data
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a sparsity is aimed at: while learning, and with some rules."""
+        if self.source == "rule":
+            return self.rule in rules.WITH_SPARSITY
+        return self.source == "learn"
+
+    def budget(self) -> Budget | None:
+        """The budget in place of the sparsity, if there is one.
+
+        Raises InputError for several budgets, and for one without its context.
+        """
+        given = [name for name in QUANTITIES if getattr(self, name) is not None]
+        if len(given) > 1:
+            both = f"allocation.{given[0]} and allocation.{given[1]}"
+            raise InputError(f"{both} are both given; keep one of them")
+        if not given:
+            if self.context is not None:
+                raise InputError(
+                    f"allocation.context={self.context} belongs to a budget, but there is none; "
+                    "leave it out, or give allocation.cache_bytes, cache_share or attention_share"
+                )
+            return None
+        quantity = given[0]
+        limit = getattr(self, quantity)
+        if self.context is None:
+            raise InputError(
+                f"allocation.{quantity}={limit} needs allocation.context, "
+                "the number of tokens in the sequence for which the budget holds"
+            )
+        return Budget(quantity, limit, self.context)
 
 
 class GatesSection(Section):
-    learning_rate: float = Field(0.1, gt=0)
-    """Adam's learning rate for log_alpha."""
-    initial: float = 2.5
-    """First value of every log_alpha; 2.5 starts at 98 % open."""
+    controller: ControllerName = "evidence"
+    """evidence: measure every unit under equal conditions, then decide, the clearest first. paper: hard concrete samples,
+    Adam on log_alpha and on both multipliers. damped: the same with plain ascent on lambda and constant phi."""
     warmup_steps: int = Field(100, ge=0)
     """Steps over which the target rises from 0 to allocation.sparsity."""
-    controller: Literal["damped", "paper"] = "damped"
-    """damped: plain ascent on lambda, constant phi; paper: Adam's ascent on both multipliers."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Adam's learning rate for log_alpha, of paper and damped."""
+    initial: float = 2.5
+    """First value of every log_alpha, of paper and damped; 2.5 starts at 98 % open."""
 
 
 class ParallelSection(Section):
@@ -207,18 +265,70 @@ class Config(Section):
         overrides = {field.name: getattr(self.model, field.name) for field in dataclass_fields(ModelConfig)}
         return replace(PRESETS[self.model.preset], **{name: value for name, value in overrides.items() if value is not None})
 
+    def constraint(self) -> Constraint:
+        """The target of learning, or of a rule that takes a sparsity.
+
+        Raises InputError where it cannot be met.
+        """
+        section = self.allocation
+        shape = self.shape()
+        granularity = section.granularity
+        scope = section.scope
+        floor = section.floor
+        if section.source == "rule" and section.rule in rules.OWN_UNITS:
+            granularity, scope = rules.OWN_UNITS[section.rule]
+            floor = 0
+        return Constraint(
+            num_layers=shape.num_hidden_layers,
+            num_kv_heads=shape.num_key_value_heads,
+            sparsity=section.sparsity,
+            granularity=granularity,
+            scope=scope,
+            floor=floor,
+        )
+
     def fixed_allocation(self) -> Allocation | None:
         """The finished table that the configuration names, its shape checked; None while learning. Raises InputError."""
-        section, window, shape = self.allocation, self.attention.window, self.shape()
-        layers, kv_heads = shape.num_hidden_layers, shape.num_key_value_heads
+        section = self.allocation
         if section.source == "learn":
             return None
+        shape = self.shape()
+        layers = shape.num_hidden_layers
+        kv_heads = shape.num_key_value_heads
         if section.source == "rule":
-            return rules.build(section.rule, layers, kv_heads, window, section.sparsity, section.ratio)
+            seed = section.seed
+            if seed is None and section.rule == "random":
+                seed = self.run.seed
+            return rules.build(
+                section.rule,
+                layers,
+                kv_heads,
+                self.attention.window,
+                sparsity=section.sparsity,
+                granularity=section.granularity,
+                scope=section.scope,
+                floor=section.floor,
+                ratio=section.ratio,
+                seed=seed,
+            )
         assert section.file is not None
         allocation = Allocation.load(section.file)
         allocation.check_shape(layers, kv_heads, f"allocation.file={section.file}")
         return allocation
+
+    def gate_settings(self) -> GateSettings:
+        """What the bank of gates is built from. Raises InputError where the target cannot be met."""
+        return GateSettings(
+            constraint=self.constraint(),
+            window=self.attention.window,
+            controller=self.gates.controller,
+            warmup_steps=self.gates.warmup_steps,
+            learning_rate=self.gates.learning_rate,
+            initial=self.gates.initial,
+            seed=self.run.seed,
+            global_batch=self.training.global_batch,
+            steps=self.training.steps,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to a run's config.yaml."""
@@ -259,6 +369,8 @@ def build(data: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise InputError(_describe(error)) from None
     check(config)
+    config = _keep_budget(config)
+    _check_allocation(config)
     return config
 
 
@@ -315,7 +427,6 @@ def check(config: Config) -> None:
         )
     if not all(0 <= beta < 1 for beta in training.betas):
         raise InputError(f"training.betas={list(training.betas)} must lie in [0, 1)")
-    _check_allocation(config, shape)
 
 
 def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_length: int) -> None:
@@ -343,12 +454,40 @@ def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_leng
         )
 
 
-def _check_allocation(config: Config, shape: ModelConfig) -> None:
+def _keep_budget(config: Config) -> Config:
+    """Puts the sparsity that keeps the budget in its field; without a budget nothing changes."""
+    section = config.allocation
+    budget = section.budget()
+    if budget is None:
+        return config
+    if not section.targeted:
+        chosen = f"rule={section.rule}" if section.source == "rule" else f"source={section.source}"
+        raise InputError(
+            f"{budget} is a target of learning and of the rules {', '.join(rules.WITH_SPARSITY)}; "
+            f"with allocation.{chosen} leave it and allocation.context out"
+        )
+    # This model may not be able to have the default sparsity. It can always be dense.
+    dense = _with_sparsity(config, 0.0)
+    sparsity = budget.lowest_sparsity(config.shape(), config.attention.window, dense.constraint())
+    # The config.yaml of a run holds both, and must load again.
+    explicit = "sparsity" in section.model_fields_set
+    if explicit and abs(section.sparsity - sparsity) > 1e-6:
+        raise InputError(
+            f"allocation.sparsity={section.sparsity:g} is given, but {budget} makes it "
+            f"{sparsity:g}; leave out one of the two, for example by allocation.sparsity=null"
+        )
+    return _with_sparsity(config, sparsity)
+
+
+def _with_sparsity(config: Config, sparsity: float) -> Config:
+    allocation = config.allocation.model_copy(update={"sparsity": sparsity})
+    return config.model_copy(update={"allocation": allocation})
+
+
+def _check_allocation(config: Config) -> None:
     allocation = config.allocation
     if config.learning:
-        check_sparsity(
-            allocation.sparsity, shape.num_hidden_layers, shape.num_key_value_heads, allocation.granularity, allocation.scope
-        )
+        config.constraint()  # refuses what cannot be met
         if config.gates.warmup_steps >= config.training.steps:
             raise InputError(
                 f"gates.warmup_steps={config.gates.warmup_steps} must be less than training.steps={config.training.steps}: "

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from megaconsa.config import Config, build, differences, load
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint
 from megaconsa.errors import InputError
 from megaconsa.model.config import PRESETS, ModelConfig
 
@@ -155,6 +157,41 @@ def test_shape_fields_override_the_preset() -> None:
         ({"allocation__sparsity": float("nan")}, "allocation.sparsity=nan is refused"),
         ({"allocation__granularity": "layer"}, "allocation.scope=per_layer cannot hold with allocation.granularity=layer"),
         ({"gates__warmup_steps": 10}, "gates.warmup_steps=10 must be less than training.steps=10"),
+        (
+            {"allocation": {"source": "learn", "floor": 1}},
+            "allocation.floor=1 needs allocation.scope=global and allocation.granularity=kv_head",
+        ),
+        ({"allocation__floor": -1}, "allocation.floor=-1 is refused: input should be greater than or equal to 0"),
+        ({"allocation__seed": 2**32}, "allocation.seed=4294967296 is refused"),
+        ({"allocation__cache_bytes": 0.5, "allocation__context": 64}, "allocation.cache_bytes=0.5 is refused"),
+        ({"allocation__cache_share": 0, "allocation__context": 64}, "allocation.cache_share=0 is refused"),
+        ({"allocation__cache_share": 0.5}, "allocation.cache_share=0.5 needs allocation.context"),
+        ({"allocation__context": 64}, "allocation.context=64 belongs to a budget, but there is none; leave it out"),
+        (
+            {"allocation": {"source": "learn", "cache_share": 0.5, "attention_share": 0.5, "context": 64}},
+            "allocation.cache_share and allocation.attention_share are both given; keep one of them",
+        ),
+        (
+            {"allocation": {"source": "learn", "cache_share": 0.5, "context": 64, "sparsity": 0.5}},
+            "allocation.sparsity=0.5 is given, but allocation.cache_share=0.5 at 64 tokens makes it 0.75; leave out one of the two",
+        ),
+        (
+            {"allocation": {"source": "file", "file": "a.json", "cache_share": 0.5, "context": 64}},
+            "allocation.cache_share=0.5 at 64 tokens is a target of learning and of the rules head-share, bottom-swa, middle, "
+            "random; with allocation.source=file leave it and allocation.context out",
+        ),
+        (
+            {"allocation": {"source": "rule", "rule": "interleaved", "cache_share": 0.5, "context": 64}},
+            "with allocation.rule=interleaved leave it and allocation.context out",
+        ),
+        (
+            {"allocation": {"source": "learn", "cache_share": 0.1, "context": 64}},
+            "allocation.cache_share=0.1 at 64 tokens is a budget below 0.109375, what all-windowed costs with attention.window=8",
+        ),
+        (
+            {"allocation": {"source": "learn", "cache_bytes": 513, "context": 64}, "model__num_hidden_layers": 1},
+            "allocation.cache_bytes=513 at 64 tokens is above 512, the cost of the dense model",
+        ),
         ({"allocation__source": "file"}, "allocation.source=file needs allocation.file"),
         ({"allocation__file": "a.json"}, "allocation.file=a.json is given, but allocation.source is learn; set it to file"),
         ({"allocation": {"source": "rule", "file": "a.json"}}, "allocation.source is rule; set it to file"),
@@ -194,6 +231,84 @@ def test_warmup_and_decay_must_fit_together() -> None:
 )
 def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
     build(changed(**fields))
+
+
+@pytest.mark.parametrize("quantity", ["cache_bytes", "cache_share", "attention_share"])
+def test_a_budget_becomes_the_lowest_sparsity_that_keeps_it(quantity: str) -> None:
+    """Tiny with a window of 1: at 31 tokens a windowed head caches nothing and sees a sixteenth of the pairs."""
+    limit = {"cache_bytes": 4 * 4 * 128 // 2, "cache_share": 0.5, "attention_share": 0.53125}[quantity]
+    config = build(changed(attention__window=1, allocation={"source": "learn", quantity: limit, "context": 31}))
+    assert config.allocation.sparsity == 0.5
+    assert config.constraint() == Constraint(4, 4, 0.5)
+    just_below = limit - 1 if quantity == "cache_bytes" else limit - 0.001
+    less = build(changed(attention__window=1, allocation={"source": "learn", quantity: just_below, "context": 31}))
+    assert less.allocation.sparsity == 0.75
+
+
+def test_a_budget_on_a_model_that_the_default_sparsity_does_not_fit() -> None:
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    config = build(changed(model=shape, allocation={"source": "learn", "cache_share": 0.5, "context": 64}))
+    assert config.constraint().windowed == 2
+
+
+def test_a_resolved_budget_loads_again_and_is_held_to() -> None:
+    config = build(changed(allocation={"source": "learn", "cache_share": 0.5, "context": 64}))
+    written = yaml.safe_load(yaml.safe_dump(config.to_dict()))
+    assert (written["allocation"]["sparsity"], written["allocation"]["cache_share"]) == (0.75, 0.5)
+    assert build(written) == config
+    assert build(written).to_dict() == config.to_dict()
+    written["attention"]["window"] = 1
+    assert "allocation.sparsity=0.75 is given, but allocation.cache_share=0.5 at 64 tokens makes it 0.5" in refusal(written)
+
+
+def test_an_override_replaces_a_sparsity_by_a_budget(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(allocation__sparsity=0.25)))
+    budget = ["allocation.cache_share=0.5", "allocation.context=64"]
+    with pytest.raises(InputError, match=r"for example by allocation\.sparsity=null"):
+        load(path, budget)
+    assert load(path, [*budget, "allocation.sparsity=null"]).allocation.sparsity == 0.75
+    assert load(path, ["allocation.sparsity=null"]).allocation.sparsity == 0.5
+
+
+def test_a_sparsity_rounded_by_hand_agrees_with_its_budget() -> None:
+    """The exact one is kept."""
+    allocation = {"source": "learn", "granularity": "layer", "scope": "global", "cache_share": 0.5, "context": 64}
+    fields = {"model__num_hidden_layers": 7, "allocation": {**allocation, "sparsity": 0.5714286}}
+    assert build(changed(**fields)).allocation.sparsity == 4 / 7
+
+
+@pytest.mark.parametrize(("rule", "sparsity"), [("head-share", 0.75), ("bottom-swa", 0.75), ("middle", 0.75), ("random", 0.5625)])
+def test_budgets_of_rules_count_their_own_units(rule: str, sparsity: float) -> None:
+    """Half of the cache at 64 tokens takes 9 of 16 heads, or 3 of each layer's 4, or 3 of 4 layers."""
+    allocation = {"source": "rule", "rule": rule, "scope": "global", "cache_share": 0.5, "context": 64}
+    config = build(changed(model={"num_hidden_layers": 4, "num_key_value_heads": 4}, allocation=allocation))
+    table = config.fixed_allocation()
+    assert table is not None
+    assert table.sparsity == table.target_sparsity == config.allocation.sparsity == sparsity
+
+
+def test_constraint_of_learning_and_of_rules() -> None:
+    section = {"source": "learn", "scope": "global", "sparsity": 0.5, "floor": 1}
+    assert build(changed(allocation=section)).constraint() == Constraint(4, 4, 0.5, "kv_head", "global", 1)
+    rule = {**section, "source": "rule"}
+    assert build(changed(allocation={**rule, "rule": "middle"})).constraint() == Constraint(4, 4, 0.5, "layer", "global")
+    assert build(changed(allocation={**rule, "rule": "head-share"})).constraint() == Constraint(4, 4, 0.5)
+    random = build(changed(allocation={**rule, "rule": "random"}))
+    assert random.constraint() == Constraint(4, 4, 0.5, "kv_head", "global", 1)
+
+
+def test_seeds_of_rules() -> None:
+    def table(**fields: Any) -> Allocation:
+        seed = fields.pop("run__seed", 0)
+        allocation = build(changed(run__seed=seed, allocation={"source": "rule", **fields})).fixed_allocation()
+        assert allocation is not None
+        return allocation
+
+    assert table(rule="random", run__seed=5).origin == {"rule": "random", "seed": 5}
+    assert table(rule="random", run__seed=5, seed=0).origin == {"rule": "random", "seed": 0}
+    assert table(rule="head-share", run__seed=5).origin == {"rule": "head-share"}
+    assert table(rule="head-share", run__seed=5, seed=1).origin == {"rule": "head-share", "seed": 1}
 
 
 @pytest.mark.parametrize("section", ["run", "attention", "allocation", "training", "data"])

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megaconsa.console import check_out, console, run_tool
 
+RULES_HELP = "dense, all-swa, interleaved, head-share, bottom-swa, middle or random."
+SPARSITY_HELP = "Windowed share, of head-share, bottom-swa, middle and random."
+SEED_HELP = "Seed of random, which needs one. head-share draws its heads too where it is given."
+SCOPE_HELP = "Of random: the share in each layer, or over all of them. Layers need global."
+
 
 def main(
-    rule: Annotated[str, typer.Argument(help="dense, all-swa, interleaved, head-share or bottom-swa.")],
+    rule: Annotated[str, typer.Argument(help=RULES_HELP)],
     window: Annotated[int, typer.Option(min=1, help="Keys that a sliding-window head sees, itself included.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
     preset: Annotated[str | None, typer.Option(help="Model whose layers and KV heads are taken.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Number of KV heads of a layer.")] = None,
-    sparsity: Annotated[float, typer.Option(help="Windowed share, of head-share and bottom-swa.")] = 0.5,
+    sparsity: Annotated[float, typer.Option(help=SPARSITY_HELP)] = 0.5,
     ratio: Annotated[int, typer.Option(help="Windowed layers for each full one, of interleaved.")] = 3,
+    granularity: Annotated[Literal["kv_head", "layer"], typer.Option(help="What random draws.")] = "kv_head",
+    scope: Annotated[Literal["per_layer", "global"], typer.Option(help=SCOPE_HELP)] = "per_layer",
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help=SEED_HELP)] = None,
 ) -> None:
     """Write allocation.json by a rule and print it.
+
+    head-share without a seed is a lottery: it keeps the first heads of each layer, but the head
+    that matters may be any.
 
     Example: megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 --ratio 3 --out interleaved.json
     """
@@ -37,7 +48,17 @@ def main(
         layers, kv_heads = PRESETS[preset].num_hidden_layers, PRESETS[preset].num_key_value_heads
     assert layers is not None
     assert kv_heads is not None
-    allocation = rules.build(rule, layers, kv_heads, window, sparsity, ratio)
+    allocation = rules.build(
+        rule,
+        layers,
+        kv_heads,
+        window,
+        sparsity=sparsity,
+        granularity=granularity,
+        scope=scope,
+        ratio=ratio,
+        seed=seed,
+    )
     check_out(out)
     allocation.save(out)
     console.print(text_map(allocation))

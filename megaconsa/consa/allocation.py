@@ -6,16 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
+from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
-
-Granularity = Literal["kv_head", "layer"]
-Scope = Literal["per_layer", "global"]
 
 FORMAT_VERSION = 1
 FULL_WINDOW = 2**31 - 1
@@ -143,6 +140,23 @@ class Allocation:
             origin=origin,
         )
 
+    @classmethod
+    def from_scores(cls, scores: Tensor, constraint: Constraint, window: int, origin: dict[str, Any] | None = None) -> Allocation:
+        """The exact top-k table of scores (layers, units per layer)."""
+        return cls.from_table(constraint.top_k(scores), constraint, window, origin)
+
+    @classmethod
+    def from_table(cls, table: Tensor, constraint: Constraint, window: int, origin: dict[str, Any] | None = None) -> Allocation:
+        """table: (layers, units per layer) booleans, True is full."""
+        return cls(
+            window=window,
+            full=as_rows(constraint.heads(table)),
+            granularity=constraint.granularity,
+            scope=constraint.scope,
+            target_sparsity=constraint.sparsity,
+            origin=origin or {},
+        )
+
     def save(self, path: Path) -> None:
         replace_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
@@ -163,77 +177,6 @@ class Allocation:
                 f"{source} was made for {self.num_layers} layers x {self.num_kv_heads} KV heads, "
                 f"but the model has {num_layers} x {num_kv_heads}"
             )
-
-
-def units_per_constraint(num_layers: int, num_kv_heads: int, granularity: Granularity, scope: Scope) -> int:
-    """Number of gated units that one sparsity constraint spans."""
-    if granularity == "layer":
-        if scope == "per_layer":
-            raise InputError(
-                "allocation.scope=per_layer cannot hold with allocation.granularity=layer: a layer is one unit; use allocation.scope=global"
-            )
-        return num_layers
-    return num_kv_heads if scope == "per_layer" else num_layers * num_kv_heads
-
-
-def check_sparsity(sparsity: float, num_layers: int, num_kv_heads: int, granularity: Granularity, scope: Scope) -> int:
-    """Returns how many units per constraint use the window; raises InputError where that is not a whole number."""
-    units = units_per_constraint(num_layers, num_kv_heads, granularity, scope)
-    if not 0 <= sparsity <= 1:  # a NaN fails this too
-        raise InputError(f"allocation.sparsity={sparsity} must lie between 0 and 1")
-    windowed = round(sparsity * units)
-    if abs(windowed - sparsity * units) > 1e-6 * units:
-        near = sorted({max(0, min(units, windowed + step)) for step in (-2, -1, 0, 1, 2)})
-        possible = ", ".join(f"{count / units:.6g}" for count in (range(units + 1) if units <= 16 else near))
-        where = {
-            "per_layer": f"the {units} KV heads of a layer",
-            "global": f"{units} {'layers' if granularity == 'layer' else 'KV heads'}",
-        }
-        raise InputError(
-            f"allocation.sparsity={sparsity:g} cannot be met by {where[scope]}; "
-            f"{'possible are' if units <= 16 else f'multiples of 1/{units} are possible, near it'} {possible}"
-        )
-    return windowed
-
-
-def top_k(log_alpha: Tensor, sparsity: float, num_kv_heads: int, granularity: Granularity, scope: Scope) -> Tensor:
-    """Binarises so that every constraint meets `sparsity` exactly: its units with the largest log_alpha stay full.
-
-    log_alpha: (layers, kv_heads), or (layers,) for layer granularity. Equal values: the lower index stays full.
-    Returns a boolean tensor (layers, kv_heads).
-    """
-    values = log_alpha.detach().double().cpu()
-    num_layers = values.shape[0]
-    windowed = check_sparsity(sparsity, num_layers, num_kv_heads, granularity, scope)
-    rows = _constraints(values, scope)
-    ranking = rows.argsort(dim=-1, descending=True, stable=True)
-    full = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, ranking[:, : rows.shape[-1] - windowed], True)
-    return _expand(full.reshape(values.shape), num_kv_heads)
-
-
-def threshold(log_alpha: Tensor, num_kv_heads: int) -> Tensor:
-    """Binarises as the paper does, log_alpha > 0 is full; the sparsity that results need not be the target."""
-    return _expand(log_alpha.detach().cpu() > 0, num_kv_heads)
-
-
-def cut_margin(log_alpha: Tensor, sparsity: float, num_kv_heads: int, granularity: Granularity, scope: Scope) -> float:
-    """Smallest gap in log_alpha between the last unit kept full and the first made a window, over the constraints."""
-    values = log_alpha.detach().double().cpu()
-    windowed = check_sparsity(sparsity, values.shape[0], num_kv_heads, granularity, scope)
-    rows = _constraints(values, scope)
-    if windowed in (0, rows.shape[-1]):
-        return float("inf")
-    ranked = rows.sort(dim=-1).values
-    return float((ranked[:, windowed] - ranked[:, windowed - 1]).min())
-
-
-def _constraints(values: Tensor, scope: Scope) -> Tensor:
-    """The units' values with one row for each constraint."""
-    return values if scope == "per_layer" else values.reshape(1, -1)
-
-
-def _expand(full: Tensor, num_kv_heads: int) -> Tensor:
-    return full if full.dim() == 2 else full[:, None].expand(-1, num_kv_heads)
 
 
 def as_rows(full: Tensor | Sequence[Sequence[bool]]) -> tuple[tuple[bool, ...], ...]:

@@ -1,9 +1,31 @@
-"""Allocations that follow a rule instead of being learned: the baselines a learned allocation has to beat."""
+"""Allocations that follow a rule instead of being learned.
+
+They are the baselines that a learned allocation has to beat.
+"""
 
 from __future__ import annotations
 
-from megaconsa.consa.allocation import Allocation, Scope, check_sparsity
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
+
+Rule = Literal["dense", "all-swa", "interleaved", "head-share", "bottom-swa", "middle", "random"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+WITH_SPARSITY = ("head-share", "bottom-swa", "middle", "random")
+"""Rules that take a sparsity; the others say themselves which layers are windowed."""
+
+OWN_UNITS: dict[str, tuple[Granularity, Scope]] = {
+    "head-share": ("kv_head", "per_layer"),
+    "bottom-swa": ("layer", "global"),
+    "middle": ("layer", "global"),
+}
+"""Granularity and scope of the rules that fix them. `random` takes any."""
 
 
 def dense(num_layers: int, num_kv_heads: int, window: int) -> Allocation:
@@ -21,28 +43,77 @@ def interleaved(num_layers: int, num_kv_heads: int, window: int, ratio: int) -> 
     if ratio < 1:
         raise InputError(f"ratio={ratio} of the interleaved rule must be at least 1")
     if ratio >= num_layers:
-        raise InputError(f"ratio={ratio} of the interleaved rule leaves none of {num_layers} layers full; use less, or all-swa")
-    return _layers([layer % (ratio + 1) == ratio for layer in range(num_layers)], num_kv_heads, window, f"interleaved {ratio}:1")
+        problem = f"ratio={ratio} of the interleaved rule leaves none of {num_layers} layers full"
+        raise InputError(f"{problem}; use less, or all-swa")
+    full = [layer % (ratio + 1) == ratio for layer in range(num_layers)]
+    return _layers(full, num_kv_heads, window, f"interleaved {ratio}:1")
 
 
-def head_share(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
-    """The same share of sliding-window heads in every layer; the first KV heads stay full."""
-    windowed = check_sparsity(sparsity, num_layers, num_kv_heads, "kv_head", "per_layer")
-    row = tuple(head < num_kv_heads - windowed for head in range(num_kv_heads))
-    return Allocation(window, (row,) * num_layers, "kv_head", "per_layer", sparsity, {"rule": "head-share"})
+def head_share(
+    num_layers: int,
+    num_kv_heads: int,
+    window: int,
+    sparsity: float,
+    seed: int | None = None,
+) -> Allocation:
+    """The same share of sliding-window heads in every layer.
+
+    Without a seed the first KV heads of each layer stay full, with one the full heads are drawn in
+    each layer. Keeping the first heads is a lottery: the index of a head says nothing about its
+    worth, so the one head that matters may be any. Compare with several seeds.
+    """
+    constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["head-share"])
+    if seed is not None:
+        return _drawn(constraint, window, seed, "head-share")
+    alike = torch.zeros(constraint.shape)  # ties keep the first heads
+    return Allocation.from_scores(alike, constraint, window, {"rule": "head-share"})
 
 
 def bottom_swa(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
     """Sliding-window layers at the bottom of the stack, full ones above."""
-    windowed = check_sparsity(sparsity, num_layers, num_kv_heads, "layer", "global")
-    return _layers([layer >= windowed for layer in range(num_layers)], num_kv_heads, window, "bottom-swa")
+    constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["bottom-swa"])
+    full = torch.arange(num_layers) >= constraint.windowed
+    return Allocation.from_table(full[:, None], constraint, window, {"rule": "bottom-swa"})
 
 
-RULES = ("dense", "all-swa", "interleaved", "head-share", "bottom-swa")
+def middle(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
+    """Full layers in the middle of the stack, sliding-window ones below and above.
+
+    Of an odd number of sliding-window layers, the bottom gets one more than the top.
+    """
+    constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["middle"])
+    above = constraint.windowed // 2
+    below = constraint.windowed - above
+    layers = torch.arange(num_layers)
+    full = (layers >= below) & (layers < num_layers - above)
+    return Allocation.from_table(full[:, None], constraint, window, {"rule": "middle"})
 
 
-def build(rule: str, num_layers: int, num_kv_heads: int, window: int, sparsity: float, ratio: int) -> Allocation:
-    """The allocation of a rule by its name; sparsity serves head-share and bottom-swa, ratio interleaved."""
+def random(constraint: Constraint, window: int, seed: int) -> Allocation:
+    """Full units drawn by a seed, all equally likely, as many as the constraint says."""
+    return _drawn(constraint, window, seed, "random")
+
+
+def build(
+    rule: str,
+    num_layers: int,
+    num_kv_heads: int,
+    window: int,
+    *,
+    sparsity: float = 0.5,
+    granularity: Granularity = "kv_head",
+    scope: Scope = "per_layer",
+    floor: int = 0,
+    ratio: int = 3,
+    seed: int | None = None,
+) -> Allocation:
+    """The allocation of a rule by its name. Raises InputError where there is none.
+
+    sparsity: of the rules in WITH_SPARSITY.
+    granularity, scope, floor: of random.
+    ratio: of interleaved.
+    seed: of random, which needs one, and of head-share where given.
+    """
     match rule:
         case "dense":
             return dense(num_layers, num_kv_heads, window)
@@ -51,13 +122,32 @@ def build(rule: str, num_layers: int, num_kv_heads: int, window: int, sparsity: 
         case "interleaved":
             return interleaved(num_layers, num_kv_heads, window, ratio)
         case "head-share":
-            return head_share(num_layers, num_kv_heads, window, sparsity)
+            return head_share(num_layers, num_kv_heads, window, sparsity, seed)
         case "bottom-swa":
             return bottom_swa(num_layers, num_kv_heads, window, sparsity)
+        case "middle":
+            return middle(num_layers, num_kv_heads, window, sparsity)
+        case "random":
+            if seed is None:
+                raise InputError("rule random needs a seed; give one, for example --seed 0")
+            constraint = Constraint(num_layers, num_kv_heads, sparsity, granularity, scope, floor)
+            return random(constraint, window, seed)
     raise InputError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
 
 
 def _layers(full: list[bool], num_kv_heads: int, window: int, rule: str) -> Allocation:
-    scope: Scope = "global"
     sparsity = 1 - sum(full) / len(full)
-    return Allocation(window, tuple((x,) * num_kv_heads for x in full), "layer", scope, sparsity, {"rule": rule})
+    constraint = Constraint(len(full), num_kv_heads, sparsity, "layer", "global")
+    table = torch.tensor(full, device="cpu")[:, None]
+    return Allocation.from_table(table, constraint, window, {"rule": rule})
+
+
+def _drawn(constraint: Constraint, window: int, seed: int, rule: str) -> Allocation:
+    origin = {"rule": rule, "seed": seed}
+    return Allocation.from_scores(_random_scores(constraint, seed), constraint, window, origin)
+
+
+def _random_scores(constraint: Constraint, seed: int) -> Tensor:
+    """A random score for each unit, (layers, units per layer): the same on every machine."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(constraint.shape, dtype=torch.float64, generator=generator)

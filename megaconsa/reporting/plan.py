@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from megaconsa.config import Config, PipelineSchedule
-from megaconsa.consa.allocation import FULL_WINDOW, Allocation, top_k
+from megaconsa.consa.allocation import FULL_WINDOW, Allocation
 from megaconsa.errors import InputError
+from megaconsa.model.budget import Budget
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import block_parameters, kv_cache_bytes, kv_head_flops, parameter_count, peak_flops, training_flops
 from megaconsa.model.loss import CHUNK_BYTES
@@ -88,6 +89,8 @@ class Plan:
     source: str
     window: int
     sparsity: float
+    budget: Budget | None
+    """The budget that the sparsity keeps, if one is configured."""
     parameters: int
     embedding_parameters: int
     matmul_parameters: int
@@ -170,6 +173,7 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
         source=config.allocation.source if config.allocation.source != "rule" else config.allocation.rule,
         window=allocation.window,
         sparsity=allocation.sparsity,
+        budget=config.allocation.budget(),
         parameters=count.total,
         embedding_parameters=count.embedding,
         matmul_parameters=count.matmul,
@@ -204,11 +208,8 @@ def planned_allocation(config: Config) -> Allocation:
     fixed = config.fixed_allocation()
     if fixed is not None:
         return fixed
-    wanted, shape = config.allocation, config.shape()
-    layers, kv_heads, window = shape.num_hidden_layers, shape.num_key_value_heads, config.attention.window
-    units = torch.zeros(layers) if wanted.granularity == "layer" else torch.zeros(layers, kv_heads)
-    full = top_k(units, wanted.sparsity, kv_heads, wanted.granularity, wanted.scope)
-    return Allocation(window, tuple(map(tuple, full.tolist())), wanted.granularity, wanted.scope, wanted.sparsity)
+    constraint = config.constraint()
+    return Allocation.from_scores(torch.zeros(constraint.shape), constraint, config.attention.window)
 
 
 def activation_values(model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False) -> int:

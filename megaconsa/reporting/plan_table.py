@@ -28,6 +28,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("  parameters", f"{plan.parameters:,}")
     table.add_row("  of these embedding", f"{plan.embedding_parameters:,}")
     table.add_row("  multiplying each token", f"{plan.matmul_parameters:,}")
+    if plan.budget is not None:
+        table.add_row("  target", "", f"sparsity {plan.sparsity:g} from {plan.budget}")
     section("FLOPs")
     compare("  per token (training)", lambda cost: cost.flops_per_token, _flops)
     table.add_row("  of these attention", f"{plan.dense.attention_share:.1%}", f"{plan.allocation.attention_share:.1%}")

@@ -1,4 +1,4 @@
-"""The allocation table: its file, and binarising that meets every constraint exactly."""
+"""The allocation table: its file, its heads' order, and the tables that scores give."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaconsa.consa.allocation import (
-    FULL_WINDOW,
-    Allocation,
-    Granularity,
-    Scope,
-    as_rows,
-    check_sparsity,
-    cut_margin,
-    threshold,
-    top_k,
-)
+from megaconsa.consa.allocation import FULL_WINDOW, Allocation, as_rows
+from megaconsa.consa.constraint import Constraint, Granularity
 from megaconsa.errors import InputError
 
 TABLE = Allocation(
@@ -189,96 +180,17 @@ def test_a_table_of_another_shape_is_refused() -> None:
             TABLE.check_shape(*shape, "allocation.file=a.json")
 
 
-@st.composite
-def binarizations(draw: st.DrawFn) -> tuple[list[list[float]], int, int, Granularity, Scope]:
-    """(values by constraint, KV heads, windowed units of a constraint, granularity, scope); values from a few, so that many tie."""
-    granularity, scope = draw(st.sampled_from([("kv_head", "per_layer"), ("kv_head", "global"), ("layer", "global")]))
-    layers, heads = draw(st.integers(1, 6)), draw(st.integers(1, 8))
-    units = heads if granularity == "kv_head" else 1
-    few = st.sampled_from([-1.5, -1e-30, 0.0, 1e-30, 2.5])
-    values = draw(st.lists(st.lists(few, min_size=units, max_size=units), min_size=layers, max_size=layers))
-    span = units if scope == "per_layer" else layers * units
-    return values, heads, draw(st.integers(0, span)), granularity, scope
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(binarizations())
-def test_top_k_meets_every_constraint_exactly_and_keeps_the_largest(
-    case: tuple[list[list[float]], int, int, Granularity, Scope],
-) -> None:
-    """Against a plain sort; among equal values the lower index stays full."""
-    values, heads, windowed, granularity, scope = case
-    constraints = values if scope == "per_layer" else [[value for row in values for value in row]]
-    span = len(constraints[0])
-    expected = []
-    for constraint in constraints:
-        kept = sorted(range(span), key=lambda unit: (-constraint[unit], unit))[: span - windowed]
-        expected += [unit in kept for unit in range(span)]
-    log_alpha = torch.tensor(values, requires_grad=True)
-    log_alpha = log_alpha[:, 0] if granularity == "layer" else log_alpha
-    full = top_k(log_alpha, windowed / span, heads, granularity, scope)
-    assert full.shape == (len(values), heads)
-    units = full[:, :1] if granularity == "layer" else full
-    assert units.flatten().tolist() == expected
-    assert bool((full == full[:, :1]).all()) or granularity == "kv_head"
-    assert 1 - float(full.double().mean()) == pytest.approx(windowed / span)
-
-
-@pytest.mark.parametrize(
-    ("granularity", "scope", "span"), [("kv_head", "per_layer", 8), ("kv_head", "global", 224), ("layer", "global", 28)]
-)
-def test_every_expressible_sparsity_of_the_papers_model_is_accepted(granularity: Granularity, scope: Scope, span: int) -> None:
-    for windowed in range(span + 1):
-        assert check_sparsity(windowed / span, 28, 8, granularity, scope) == windowed
-        assert check_sparsity(float(f"{windowed / span:.7f}"), 28, 8, granularity, scope) == windowed
-
-
-def test_threshold_is_the_papers_rule() -> None:
-    log_alpha = torch.tensor([[0.0, 1e-30, -1e-30], [3.0, -3.0, 0.5]], requires_grad=True)
-    assert threshold(log_alpha, 3).tolist() == [[False, True, False], [True, False, True]]
-    assert threshold(log_alpha[:, 1], 2).tolist() == [[True, True], [False, False]]
-
-
-def test_cut_margin_is_the_gap_at_the_cut() -> None:
-    log_alpha = torch.tensor([[4.0, 1.0, 3.0, 0.0], [8.0, 2.0, 2.5, -9.0]], dtype=torch.float64)
-    assert cut_margin(log_alpha, 0.5, 4, "kv_head", "per_layer") == 0.5
-    assert cut_margin(log_alpha, 0.25, 4, "kv_head", "per_layer") == 1.0
-    assert cut_margin(log_alpha, 0.5, 4, "kv_head", "global") == 0.5
-    assert cut_margin(log_alpha, 0.25, 4, "kv_head", "global") == 1.0
-    assert cut_margin(log_alpha[:, 0], 0.5, 4, "layer", "global") == 4.0
-    for nothing_cut in (0.0, 1.0):
-        assert cut_margin(log_alpha, nothing_cut, 4, "kv_head", "per_layer") == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("sparsity", "granularity", "scope", "message"),
-    [
-        (0.3, "kv_head", "per_layer", "=0.3 cannot be met by the 4 KV heads of a layer; possible are 0, 0.25, 0.5, 0.75, 1"),
-        (0.5, "layer", "global", "cannot be met by 5 layers; possible are 0, 0.2, 0.4, 0.6, 0.8, 1"),
-        (
-            0.51,
-            "kv_head",
-            "global",
-            "cannot be met by 20 KV heads; multiples of 1/20 are possible, near it 0.4, 0.45, 0.5, 0.55, 0.6",
-        ),
-        (0.99, "kv_head", "global", "near it 0.9, 0.95, 1"),
-        (0.5001, "kv_head", "per_layer", "possible are"),
-        (-0.25, "kv_head", "per_layer", "allocation.sparsity=-0.25 must lie between 0 and 1"),
-        (1.25, "kv_head", "per_layer", "must lie between 0 and 1"),
-        (float("nan"), "kv_head", "per_layer", "allocation.sparsity=nan must lie between 0 and 1"),
-        (float("inf"), "kv_head", "global", "must lie between 0 and 1"),
-        (0.4, "layer", "per_layer", "allocation.scope=per_layer cannot hold with allocation.granularity=layer"),
-    ],
-)
-def test_sparsity_that_cannot_be_met_is_refused(sparsity: float, granularity: Granularity, scope: Scope, message: str) -> None:
-    """Five layers of four KV heads."""
-    with pytest.raises(InputError) as caught:
-        check_sparsity(sparsity, 5, 4, granularity, scope)
-    assert message in str(caught.value)
-    log_alpha = torch.zeros(5) if granularity == "layer" else torch.zeros(5, 4)
-    for function in (top_k, cut_margin):
-        with pytest.raises(InputError):
-            function(log_alpha, sparsity, 4, granularity, scope)
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+def test_a_table_of_scores(granularity: Granularity) -> None:
+    constraint = Constraint(4, 2, 0.5, granularity, "global")
+    scores = torch.tensor([[0.0, 3.0], [2.0, 1.0], [-1.0, -2.0], [5.0, 4.0]])
+    expected = ((False, True), (True, False), (False, False), (True, True))
+    if granularity == "layer":
+        scores = scores[:, :1]
+        expected = ((False, False), (True, True), (False, False), (True, True))
+    table = Allocation.from_scores(scores, constraint, 16, {"run": "runs/a"})
+    assert table == Allocation(16, expected, granularity, "global", 0.5, {"run": "runs/a"})
+    assert Allocation.from_table(constraint.top_k(scores), constraint, 16, {"run": "runs/a"}) == table
 
 
 def test_as_rows() -> None:

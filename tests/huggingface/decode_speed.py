@@ -47,9 +47,9 @@ def main() -> None:
     weights = {name: initial_weight(name, torch.Size(shape), model, 0) for name, shape in parameter_shapes(model).items()}
     layers, heads = model.num_hidden_layers, model.num_key_value_heads
     tables = {
-        "dense": rules.build("dense", layers, heads, WINDOW, 0.0, 1),
-        "rho 0.5": rules.build("head-share", layers, heads, WINDOW, 0.5, 1),
-        "rho 0.75": rules.build("head-share", layers, heads, WINDOW, 0.75, 1),
+        "dense": rules.build("dense", layers, heads, WINDOW),
+        "rho 0.5": rules.build("head-share", layers, heads, WINDOW, sparsity=0.5),
+        "rho 0.75": rules.build("head-share", layers, heads, WINDOW, sparsity=0.75),
     }
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     rows: list[dict[str, Any]] = []

@@ -82,7 +82,7 @@ def test_table_below_a_file(command: tuple[str, ...], finished: Finished, untouc
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("random", "--preset", "tiny"), "rule 'random' is unknown; choose one of dense"),
+        (("tallest", "--preset", "tiny"), "rule 'tallest' is unknown; choose one of dense"),
         (("dense", "--preset", "qwen9"), "--preset qwen9 is unknown; choose one of tiny"),
         (("dense",), "give either --preset or both --layers and --kv-heads"),
         (("dense", "--kv-heads", 4), "give either --preset or both"),
