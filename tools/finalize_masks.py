@@ -21,69 +21,74 @@ def main(
         Literal["top-k", "threshold"],
         typer.Option(help="top-k meets the target exactly in every constraint; threshold is the paper's log_alpha > 0."),
     ] = "top-k",
+    require_evidence: Annotated[
+        bool, typer.Option("--require-evidence", help="Refuse an allocation that the run's evidence does not support.")
+    ] = False,
 ) -> None:
-    """Binarise the learned gates of a run into allocation.json.
+    """Turn the learned gates of a run into allocation.json, and say what evidence supports it.
 
-    Example:
+    Examples:
 
         megaconsa finalize-masks runs/quickstart/learn --out runs/quickstart/allocation.json
+
+        megaconsa finalize-masks runs/a/learn --out allocation.json --require-evidence
     """
     from megaconsa.checkpoint import store
-    from megaconsa.consa import hard_concrete
-    from megaconsa.consa.allocation import Allocation, as_rows, cut_margin, threshold, top_k
+    from megaconsa.checkpoint.gates import read_gates
+    from megaconsa.consa.allocation import Allocation
     from megaconsa.errors import InputError
     from megaconsa.reporting.terminal import text_map
 
     checkpoint = store.resolve(run)
-    gates = checkpoint.gates()
-    if checkpoint.imported:
-        raise InputError(f"{run} was imported and has learned no allocation; train with model.init_from={run} first")
-    if gates is None:
-        raise InputError(
-            f"{run} did not learn an allocation: its configuration has allocation.source={_source(checkpoint.state)}"
-        )
+    bank = read_gates(checkpoint)
+    constraint = bank.constraint
+    sparsity = constraint.sparsity
+    scores = bank.gates.scores
+    if method == "threshold" and bank.settings.controller == "evidence":
+        raise InputError("--method threshold is for gates with log_alpha; gates.controller=evidence has none, use top-k")
+    table = constraint.top_k(scores) if method == "top-k" else scores.cpu() > 0
+    evidence = bank.evidence.summary()
+    fault = evidence.fault(sparsity) if 0 < sparsity < 1 else None
+    if fault and require_evidence:
+        raise InputError(f"{run}: the cut is not supported by evidence: {fault}")
+    margin = constraint.margin(scores)
+    origin = {
+        "run": checkpoint.state["config"]["run"]["dir"],
+        "step": checkpoint.step,
+        "controller": bank.settings.controller,
+        "method": method,
+        "cut_margin": None if math.isinf(margin) else margin,
+        "split_agreement": evidence.split_agreement,
+        "separated_share": evidence.separated_share,
+    }
+    allocation = Allocation.from_table(table, constraint, bank.settings.window, origin)
     if out == Path():
         out = checkpoint.path.resolve().parent.parent / "allocation.json"
-    section, heads = checkpoint.state["config"]["allocation"], checkpoint.shape.num_key_value_heads
-    granularity, scope, sparsity = section["granularity"], section["scope"], section["sparsity"]
-    log_alpha = gates["log_alpha"] if granularity == "kv_head" else gates["log_alpha"][:, 0]
-    full = top_k(log_alpha, sparsity, heads, granularity, scope) if method == "top-k" else threshold(log_alpha, heads)
-    margin = cut_margin(log_alpha, sparsity, heads, granularity, scope)
-    allocation = Allocation(
-        window=checkpoint.state["config"]["attention"]["window"],
-        full=as_rows(full),
-        granularity=granularity,
-        scope=scope,
-        target_sparsity=sparsity,
-        origin={
-            "run": checkpoint.state["config"]["run"]["dir"],
-            "step": checkpoint.step,
-            "method": method,
-            "cut_margin": None if math.isinf(margin) else margin,
-        },
-    )
     check_out(out)
-    closed = 1 - hard_concrete.probability_nonzero(gates["log_alpha"])
-    distance = float(((closed.mean(dim=1) if scope == "per_layer" else closed.mean()) - sparsity).abs().max())
+    steps = bank.settings.steps
+    distance = float((constraint.sparsities(bank.gates.open_probability) - sparsity).abs().max())
     if distance > FAR:
         console.print(
-            f"warning: at step {checkpoint.step} of {checkpoint.state['config']['training']['steps']} the gates' expected sparsity "
-            f"is off its target {sparsity:g} by up to {distance:.3f}: learning had not arrived there",
+            f"warning: at step {checkpoint.step} of {steps} the gates' expected sparsity is off its target {sparsity:g} by up "
+            f"to {distance:.3f}: learning had not arrived there",
             markup=False,
         )
+    if fault:
+        console.print(f"warning: the cut is not supported by evidence: {fault}", markup=False)
     allocation.save(out)
     console.print(text_map(allocation))
     console.print(
-        f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), window {allocation.window}, "
-        f"cut margin {margin:.3f} in log_alpha",
+        f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), window {allocation.window}, cut margin {margin:.3g}",
+        markup=False,
+    )
+    console.print(
+        f"evidence: split_agreement {_figure(evidence.split_agreement)}, separated_share {_figure(evidence.separated_share)}",
         markup=False,
     )
 
 
-def _source(state: dict[str, object]) -> object:
-    config = state["config"]
-    assert isinstance(config, dict)
-    return config["allocation"]["source"]
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

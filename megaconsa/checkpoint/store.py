@@ -4,7 +4,7 @@ A checkpoint is RUN/checkpoints/step_N with
 
     model.safetensors       fp32 master weights by canonical name
     optimizer.safetensors   Adam's moments, `exp_avg/<name>` and `exp_avg_sq/<name>`
-    gates.safetensors       while learning: log_alpha, multipliers and their optimizers' states
+    gates.safetensors       while learning: each unit's evidence, and what its controller trains
     random.safetensors      torch's random states of every rank
     allocation.json         unless learning: the table the run trains on
     state.json              step, tokens, data position, losses, configuration, shape, tokenizer, library versions

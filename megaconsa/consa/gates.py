@@ -1,10 +1,10 @@
-"""The bank of gates: log_alpha of every unit, its optimizer, and the step that moves it towards the target sparsity.
+"""The bank of gates: hands a step's gates to the layers, collects their gradients, and moves them towards the target sparsity.
 
-The bank lives beside the training engine, as fp32 tensors replicated on every rank: inside it bf16 would round them. A step is
+The bank lives beside the training engine, replicated on every rank: inside it bf16 would round the gates. A step is
 
     bank.sample(step)                        # one z per (sequence of the global batch, layer, unit)
     ... forward and backward of the model, whose layers ask `bank.select(layer, sequences)` ...
-    metrics = bank.update(reduce)            # gradients of z -> log_alpha, the penalty, Adam, the multipliers
+    metrics = bank.update(reduce)            # the gradients of z become evidence, and the gates take a step
 
 Where it must be known before whether the gradient is finite, `bank.gradient(reduce)` comes first; a step that is not to be applied ends
 with `bank.discard()` instead.
@@ -21,102 +21,91 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megaconsa.consa import hard_concrete, philox
-from megaconsa.consa.allocation import (
-    Allocation,
-    Granularity,
-    Scope,
-    as_rows,
-    check_sparsity,
-    cut_margin,
-    threshold,
-    top_k,
-)
+from megaconsa.consa import hard_concrete
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.controller import DampedController, PaperController
+from megaconsa.consa.evidence import Evidence
+from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
+from megaconsa.consa.sampled_gates import SampledGates
+from megaconsa.errors import InputError
 
-GRADIENT_CLIPPING = 1.0
-"""Largest norm of the loss's gradient in log_alpha; clipped apart from the model's."""
-DECAY_SHARE = 0.2
-"""Last part of the run over which the gates' learning rate falls to 0, so that the noise of the samples settles on the target."""
 DECIDED = 0.9
 """A unit counts as decided when P(z = 0) or P(z = 1) exceeds this."""
+MEMORY_SHARE = 1.0
+"""The evidence's memory as a share of the run. Shorter memories follow moving weights, longer ones average more noise away:
+at 1.0 the first step still counts a third of the last, and the standard errors are 4 % above those of a plain mean."""
+
+ControllerName = Literal["evidence", "paper", "damped"]
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    num_layers: int
-    num_kv_heads: int
+    constraint: Constraint
     window: int
-    sparsity: float
-    granularity: Granularity = "kv_head"
-    scope: Scope = "per_layer"
+    controller: ControllerName = "evidence"
+    warmup_steps: int = 100
     learning_rate: float = 0.1
     initial: float = 2.5
-    warmup_steps: int = 100
-    controller: Literal["damped", "paper"] = "damped"
     seed: int = 0
     global_batch: int = 1
     steps: int = 1000
     """Optimizer steps of the whole run."""
 
-    @property
-    def units(self) -> int:
-        """Gated units of a layer."""
-        return self.num_kv_heads if self.granularity == "kv_head" else 1
+    def __post_init__(self) -> None:
+        longest = math.floor((1 - CLOSING_SHARE) * self.steps) if self.controller == "evidence" else self.steps - 1
+        if self.warmup_steps > longest:
+            reason = "the last quarter decides on units" if self.controller == "evidence" else "the target would not be reached"
+            raise InputError(
+                f"gates.warmup_steps={self.warmup_steps} must be at most {longest} of training.steps={self.steps}: {reason}"
+            )
+        if self.controller != "evidence":
+            self._check_reach()
 
-    @property
-    def per_layer(self) -> bool:
-        return self.scope == "per_layer"
+    def _check_reach(self) -> None:
+        """Refuses a learning rate at which log_alpha cannot come from `initial` to where P(z > 0) = 1 - sparsity."""
+        sparsity = self.constraint.sparsity
+        if sparsity in (0, 1):
+            return
+        goal = math.log((1 - sparsity) / sparsity) + hard_concrete.BETA * math.log(-hard_concrete.GAMMA / hard_concrete.ZETA)
+        needed = max(0.0, self.initial - goal) / self.learning_rate
+        if needed > self.steps:
+            raise InputError(
+                f"gates.learning_rate={self.learning_rate:g} cannot bring the gates from gates.initial={self.initial:g} to "
+                f"allocation.sparsity={sparsity:g} in training.steps={self.steps}: it takes {needed:.0f} steps; raise either"
+            )
 
     def target(self, step: int) -> float:
         """Target sparsity of an optimizer step (from 0): rises linearly from 0 over warmup_steps."""
-        return self.sparsity * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.sparsity
-
-    @property
-    def shortest_warmup(self) -> float:
-        """Steps that log_alpha needs at its learning rate to come from `initial` to where P(z > 0) = 1 - sparsity."""
-        if self.sparsity == 1:
-            return math.inf
-        goal = math.log((1 - self.sparsity) / max(self.sparsity, 1e-9)) + hard_concrete.BETA * math.log(
-            -hard_concrete.GAMMA / hard_concrete.ZETA
-        )
-        return max(0.0, self.initial - goal) / self.learning_rate
-
-    def rate(self, step: int) -> float:
-        """Learning rate of log_alpha at an optimizer step (from 0)."""
-        return self.learning_rate * min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
+        sparsity = self.constraint.sparsity
+        if self.warmup_steps == 0:
+            return sparsity
+        return sparsity * min(1.0, (step + 1) / self.warmup_steps)
 
 
 class GateBank:
-    """Gates of all layers. Attributes: `log_alpha` fp32 (layers, units); `controller` with the multipliers; `step` last sampled."""
+    """Gates of all layers. Attributes: `gates`, the way they learn; `evidence` of each unit; `step` last sampled."""
 
     def __init__(self, settings: GateSettings, device: torch.device | str = "cpu") -> None:
-        check_sparsity(settings.sparsity, settings.num_layers, settings.num_kv_heads, settings.granularity, settings.scope)
         self.settings = settings
+        self.constraint = settings.constraint
         self.device = torch.device(device)
-        shape = (settings.num_layers, settings.units)
-        self.log_alpha = torch.full(shape, settings.initial, dtype=torch.float32, device=self.device, requires_grad=True)
-        constraints = settings.num_layers if settings.per_layer else 1
-        controller = PaperController if settings.controller == "paper" else DampedController
-        self.controller = controller(self.log_alpha, constraints)
+        self.evidence = Evidence(self.constraint, MEMORY_SHARE * settings.steps)
+        self.gates = self._build_gates()
         self.step = 0
-        self._sampled: Tensor | None = None
         self._leaves: list[Tensor] = []
         self._gradient: Tensor | None = None
         self._table: Allocation | None = None
 
     def sample(self, step: int) -> None:
-        """Draws z for the whole global batch of an optimizer step: (global_batch, layers, units).
+        """Sets z for the whole global batch of an optimizer step: (global_batch, layers, units).
 
         Each layer's slice becomes a leaf, so that micro-batches in any order, pipelines and recomputation accumulate into its
-        gradient, and log_alpha is reached once a step.
+        gradient.
         """
-        settings = self.settings
         self.step = step
-        sequences = torch.arange(settings.global_batch, device=self.device)
-        uniform = philox.uniform(settings.seed, step, sequences, settings.num_layers, settings.units)
-        self._sampled = hard_concrete.sample(self.log_alpha, uniform)
-        self._leaves = [self._sampled.detach()[:, layer].requires_grad_() for layer in range(settings.num_layers)]
+        z = self.gates.draw(step, self.settings.target(step), self.settings.global_batch).to(self.device)
+        self._leaves = [layer.contiguous().requires_grad_() for layer in z.unbind(dim=1)]
 
     def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
         """Windows and gates of `layer` for a micro-batch.
@@ -127,11 +116,11 @@ class GateBank:
         if self._table is not None:
             return self._table.select(layer, sequences)
         gate = self._leaves[layer][sequences]
-        return self.settings.window, gate.expand(-1, self.settings.num_kv_heads)
+        return self.settings.window, gate.expand(-1, self.constraint.num_kv_heads)
 
     @contextmanager
     def binarized(self) -> Iterator[Allocation]:
-        """Within it, layers attend by the exact top-k table of the present log_alpha."""
+        """Within it, layers attend by the exact top-k table of the present scores."""
         self._table = self.allocation()
         try:
             yield self._table
@@ -139,86 +128,113 @@ class GateBank:
             self._table = None
 
     def update(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> dict[str, Any]:
-        """One optimizer step on log_alpha, one ascent step on the multipliers; returns the step's metrics.
+        """Adds the step's gradients to the evidence and moves the gates; returns the step's metrics.
 
-        reduce: called with log_alpha's gradient of the loss (this rank's share); sums it over the ranks in place.
+        reduce: as in `gradient`.
         """
-        if self._sampled is None:
+        if not self._leaves:
             raise RuntimeError("GateBank.update was called before GateBank.sample")
-        target = self.settings.target(self.step)
         gradient = self._gradient if self._gradient is not None else self.gradient(reduce)
-        norm = torch.linalg.vector_norm(gradient)
-        gradient *= (GRADIENT_CLIPPING / norm).clamp(max=1)
-        penalty = self.controller.penalty(self._expected() - target)
-        (penalty_gradient,) = torch.autograd.grad(penalty, self.log_alpha)
-        self.controller.descend(gradient, penalty_gradient, self.settings.rate(self.step))
-        with torch.no_grad():
-            expected = self._expected()
-            # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
-            self.controller.ascend(expected - target)
-        metrics = self._metrics(target, expected, self._sampled.detach(), penalty.item(), norm.item())
+        z = torch.stack([leaf.detach() for leaf in self._leaves], dim=1).cpu()
+        self._add_evidence(gradient, z)
+        target = self.settings.target(self.step)
+        own = self.gates.update(gradient, self.step, target)
+        metrics = self._metrics(target, z) | own
         self.discard()
         return metrics
 
     def gradient(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> Tensor:
-        """log_alpha's gradient of the loss, (layers, units), before clipping; `update` takes the same one. reduce: as there."""
-        assert self._sampled is not None
+        """The loss's gradient in every sequence's z, (global_batch, layers, units); `update` takes the same one.
+
+        reduce: called with this rank's part, zeros elsewhere; sums it over the ranks in place.
+        """
+        if not self._leaves:
+            raise RuntimeError("GateBank.gradient was called before GateBank.sample")
         gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
-        (self._gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, torch.stack(gradients, dim=1))
+        self._gradient = torch.stack(gradients, dim=1)
         reduce(self._gradient)
         return self._gradient
 
     def discard(self) -> None:
-        """Drops the step's samples and gradients."""
-        self._sampled, self._leaves, self._gradient = None, [], None
+        """Drops the step's gates and gradients."""
+        self._leaves = []
+        self._gradient = None
 
     def full(self) -> Tensor:
-        """The exact top-k table of the present log_alpha, (layers, kv_heads) booleans on the CPU."""
-        s = self.settings
-        return top_k(self._values(), s.sparsity, s.num_kv_heads, s.granularity, s.scope)
+        """The exact top-k table of the present scores, (layers, kv_heads) booleans on the CPU."""
+        return self.constraint.heads(self.constraint.top_k(self.gates.scores))
 
     def allocation(self) -> Allocation:
-        s = self.settings
-        return Allocation(s.window, as_rows(self.full()), s.granularity, s.scope, s.sparsity)
+        return Allocation.from_scores(self.gates.scores, self.constraint, self.settings.window)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs; the values are the bank's own, not copies."""
-        return {"log_alpha": self.log_alpha.detach()} | self.controller.state()
+        return self.gates.state() | self.evidence.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         own = self.state()
+        if self.settings.controller != "evidence":
+            # Gates of 0.1.0 were saved without evidence: it begins anew, and log_alpha does not depend on it.
+            own = {name: value for name, value in own.items() if name in tensors or name not in self.evidence.state()}
         if own.keys() != tensors.keys():
             raise ValueError(f"the gates' state differs in {sorted(own.keys() ^ tensors.keys())}")
         for name, value in own.items():
             value.copy_(tensors[name])
 
-    def _values(self) -> Tensor:
-        """log_alpha in the shape of its granularity: (layers, kv_heads) or (layers,)."""
-        return self.log_alpha if self.settings.granularity == "kv_head" else self.log_alpha[:, 0]
+    def describe(self) -> dict[str, Any]:
+        """The gates for people and plots, as gates.json holds them: per unit (layers x units), and over the run."""
+        errors = self.evidence.standard_errors
+        summary = self.evidence.summary()
+        return {
+            "controller": self.settings.controller,
+            "scores": self.gates.scores.tolist(),
+            "probability_full": self.gates.open_probability.tolist(),
+            "mean_gradient": self.evidence.scores.tolist(),
+            "standard_error": [[_number(value) for value in row] for row in errors.tolist()],
+            "z_score": [[_number(value) for value in row] for row in self.evidence.z_scores.tolist()],
+            "split_agreement": summary.split_agreement,
+            "separated_share": summary.separated_share,
+        }
 
-    def _expected(self) -> Tensor:
-        """Expected sparsity of each constraint: 1 - mean P(z > 0) over its units."""
-        closed = 1 - hard_concrete.probability_nonzero(self.log_alpha)
-        return closed.mean(dim=1) if self.settings.per_layer else closed.mean().reshape(1)
+    def _build_gates(self) -> EvidenceGates | SampledGates:
+        settings = self.settings
+        if settings.controller == "evidence":
+            return EvidenceGates(self.constraint, self.evidence, settings.steps)
+        return SampledGates(
+            self.constraint,
+            PaperController if settings.controller == "paper" else DampedController,
+            initial=settings.initial,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            steps=settings.steps,
+            device=self.device,
+        )
 
-    @torch.no_grad()
-    def _metrics(self, target: float, expected: Tensor, sampled: Tensor, penalty: float, norm: float) -> dict[str, Any]:
-        s = self.settings
-        values = self._values()
-        log_alpha = self.log_alpha.detach().cpu()
-        open_ = hard_concrete.probability_nonzero(log_alpha)
-        decided = (1 - open_ > DECIDED) | (hard_concrete.probability_one(log_alpha) > DECIDED)
-        margin = cut_margin(values, s.sparsity, s.num_kv_heads, s.granularity, s.scope)
+    def _add_evidence(self, gradient: Tensor, z: Tensor) -> None:
+        # The loss is a mean over the batch: a sequence's own loss has so many times its gradient.
+        falls = -gradient.detach().cpu().double() * self.settings.global_batch
+        probed = (z > 0) & (z < 1)
+        first = self.step * self.settings.global_batch
+        self.evidence.add(falls, probed, first, split=not self.gates.is_deciding(self.step))
+
+    def _metrics(self, target: float, z: Tensor) -> dict[str, Any]:
+        open_probability = self.gates.open_probability.cpu()
+        margin = self.constraint.margin(self.gates.scores)
+        summary = self.evidence.summary()
+        decided = self.gates.decided_probability > DECIDED
         return {
             "target_sparsity": target,
-            "expected_sparsity": float(expected.mean()),
-            "layer_expected_sparsity": (1 - open_).mean(dim=1).tolist(),
-            "sampled_sparsity": float((sampled == 0).float().mean()),
+            "expected_sparsity": 1 - float(open_probability.mean()),
+            "layer_expected_sparsity": (1 - open_probability).mean(dim=1).tolist(),
+            "sampled_sparsity": float((z == 0).float().mean()),
             "binarized_sparsity": 1 - float(self.full().float().mean()),
-            "threshold_sparsity": 1 - float(threshold(values, s.num_kv_heads).float().mean()),
-            "multipliers": {"lambda": self.controller.lambda_.tolist(), "phi": self.controller.phi.tolist()},
             "decided_share": float(decided.float().mean()),
-            "cut_margin": margin if margin != float("inf") else None,
-            "penalty": penalty,
-            "gate_grad_norm": norm,
+            "split_agreement": summary.split_agreement,
+            "separated_share": summary.separated_share,
+            "cut_margin": _number(margin),
         }
+
+
+def _number(value: float) -> float | None:
+    """As JSON can hold it: it has no infinity."""
+    return value if abs(value) != float("inf") else None

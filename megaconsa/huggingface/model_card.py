@@ -51,6 +51,10 @@ HYBRID = """\
 | window | {window} keys, the query's own included |
 """
 
+EVIDENCE = """\
+| evidence: split agreement, separated share of units | {agreement:.2f}, {separated:.2f} |
+"""
+
 TOKENS = """\
 | training tokens | {tokens:,} |
 """
@@ -115,6 +119,9 @@ def model_card(
             sparsity=allocation.sparsity,
             window=allocation.window,
         )
+        learned = allocation.origin
+        if learned.get("split_agreement") is not None and learned.get("separated_share") is not None:
+            text += EVIDENCE.format(agreement=learned["split_agreement"], separated=learned["separated_share"])
         digits = len(str(allocation.num_layers - 1))
         lines = (
             f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}" for layer, row in enumerate(allocation.full)

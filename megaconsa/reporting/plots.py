@@ -124,7 +124,8 @@ def layer_history(rows: Sequence[Row]) -> Figure | None:
 def sparsity(rows: Sequence[Row]) -> Figure:
     figure, (axis,) = _figure(HALF, 3.1)
     _curve(axis, rows, "sampled_sparsity", "sampled", THIRD, width=0.8, alpha=0.65)
-    _curve(axis, rows, "threshold_sparsity", "threshold", FOURTH, style=":")
+    if any("threshold_sparsity" in row for row in rows):
+        _curve(axis, rows, "threshold_sparsity", "threshold", FOURTH, style=":")
     _curve(axis, rows, "binarized_sparsity", "binarised, top-k", WINDOW)
     _curve(axis, rows, "expected_sparsity", "expected", FULL, width=2)
     _curve(axis, rows, "target_sparsity", "target", INK, style="--", width=1)
@@ -150,10 +151,52 @@ def multipliers(rows: Sequence[Row]) -> Figure | None:
 def decided(rows: Sequence[Row]) -> Figure:
     figure, axes = _figure(HALF, 3.1, 2)
     _curve(axes[0], rows, "decided_share", "", FULL, width=2)
-    axes[0].set(title="Decided share of units", xlabel="step", ylim=(-0.02, 1.02))
+    axes[0].set(title="Decided share of units (no evidence)", xlabel="step", ylim=(-0.02, 1.02))
     _curve(axes[1], rows, "cut_margin", "", WINDOW, width=2)
-    axes[1].set(title="Cut margin in log_alpha", xlabel="step")
+    axes[1].set(title="Gap between scores at the cut", xlabel="step")
     return figure
+
+
+def evidence(rows: Sequence[Row]) -> Figure:
+    """Whether the order of the units would be found again, and how many of them it tells apart."""
+    figure, (axis,) = _figure(HALF, 3.1)
+    _curve(axis, rows, "split_agreement", "split agreement", FULL, width=2)
+    _curve(axis, rows, "separated_share", "separated share", WINDOW, width=2)
+    axis.axhline(0, color=INK, linewidth=0.6)
+    axis.set(title="Evidence: 0 is noise, 1 is certain", xlabel="step", ylim=(-0.3, 1.02))
+    return _finish(figure, axis)
+
+
+def unit_evidence(
+    scores: Sequence[Sequence[float]],
+    errors: Sequence[Sequence[float | None]],
+    full: Sequence[Sequence[bool]] | None,
+) -> Figure:
+    """Every unit's score with two standard errors, in order: units whose bars overlap cannot be told apart.
+
+    scores, errors: (layers, units). full: (layers, KV heads), coloured if given.
+    """
+    values = np.array(scores, dtype=np.float64)
+    bars = 2 * np.array(errors, dtype=np.float64)
+    kept = np.array(full)[:, : values.shape[1]] if full is not None else np.ones(values.shape, dtype=bool)
+    order = np.argsort(-values.ravel())
+    places = np.arange(values.size)
+    figure, (axis,) = _figure(HALF, 3.1)
+    for colour, label, chosen in ((FULL, "full", kept.ravel()[order]), (WINDOW, "window", ~kept.ravel()[order])):
+        axis.errorbar(
+            places[chosen],
+            values.ravel()[order][chosen],
+            bars.ravel()[order][chosen],
+            color=colour,
+            label=label,
+            fmt=".",
+            markersize=4,
+            elinewidth=0.8,
+        )
+    scale = float(np.median(np.abs(values))) or 1.0
+    axis.set_yscale("symlog", linthresh=scale)
+    axis.set(title="Loss that opening a unit saves, nats a token (2 standard errors)", xlabel="units in order")
+    return _finish(figure, axis)
 
 
 def loss(rows: Sequence[Row], unigram_entropy: float | None) -> Figure:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from megaconsa import config as configuration
 from megaconsa.config import Config
-from megaconsa.consa.allocation import Allocation, as_rows, top_k
+from megaconsa.consa.allocation import Allocation
 from megaconsa.console import check_out
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
@@ -115,7 +115,7 @@ def _read_gates(path: Path) -> dict[str, Any] | None:
         return None
     try:
         gates = json.loads(path.read_text())
-        for name in ("log_alpha", "probability_full"):
+        for name in ("scores", "probability_full"):
             torch.tensor(gates[name], dtype=torch.float64).reshape(len(gates[name]), -1)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"gates {path} cannot be read: {error}") from None
@@ -131,10 +131,8 @@ def _read_allocation(folder: Path, config: Config | None, gates: dict[str, Any] 
     if config.learning:
         if gates is None:
             return None
-        log_alpha = torch.tensor(gates["log_alpha"], dtype=torch.float64)
-        log_alpha = log_alpha.reshape(-1) if wanted.granularity == "layer" else log_alpha
-        full = top_k(log_alpha, wanted.sparsity, config.shape().num_key_value_heads, wanted.granularity, wanted.scope)
-        return Allocation(config.attention.window, as_rows(full), wanted.granularity, wanted.scope, wanted.sparsity)
+        scores = torch.tensor(gates["scores"], dtype=torch.float64)
+        return Allocation.from_scores(scores, config.constraint(), config.attention.window)
     if wanted.file is not None and not wanted.file.is_file():  # a run folder that was moved away from its table
         return None
     return planned_allocation(config)
@@ -164,7 +162,8 @@ def _section(run: Run, entropy: float | None) -> Section:
         origin = "Allocation" if finished else "Top-k of these gates"
         figures.append(plots.allocation_maps(probability, step, full, origin, window))
     if run.learning:
-        figures += [plots.layer_history(rows), plots.sparsity(rows), plots.multipliers(rows), plots.decided(rows)]
+        figures += [plots.layer_history(rows), plots.sparsity(rows)]
+        figures += [plots.evidence(rows), _unit_evidence(run), plots.decided(rows), plots.multipliers(rows)]
     figures += [plots.loss(rows, entropy), plots.learning_rate(rows), plots.gradient_norm(rows), plots.throughput(rows)]
     drawn = [
         ("narrow" if figure.get_figwidth() == plots.NARROW else "half", Markup(plots.to_svg(figure)))
@@ -173,6 +172,14 @@ def _section(run: Run, entropy: float | None) -> Section:
     ]
     settings = _flatten(run.config.to_dict()) if run.config else []
     return Section(run.folder.resolve().name, kind, _facts(run), drawn, settings)
+
+
+def _unit_evidence(run: Run) -> Figure | None:
+    """Each unit's score with its error, where the run's gates hold them."""
+    if run.gates is None or "standard_error" not in run.gates:
+        return None
+    full = run.allocation.full if run.allocation else None
+    return plots.unit_evidence(run.gates["mean_gradient"], run.gates["standard_error"], full)
 
 
 def _facts(run: Run) -> list[Fact]:
@@ -212,8 +219,12 @@ def _learning_facts(rows: Sequence[Row]) -> list[Fact]:
     if (expected := last(rows, "expected_sparsity")) is not None:
         target = last(rows, "target_sparsity")
         facts.append(Fact("expected sparsity", f"{expected:.3f}", "" if target is None else f"target {target:.3f}"))
+    if (agreement := last(rows, "split_agreement")) is not None:
+        facts.append(Fact("split agreement", f"{agreement:.2f}", "rank correlation of two halves"))
+    if (share := last(rows, "separated_share")) is not None:
+        facts.append(Fact("separated units", f"{share:.0%}", "two standard errors from the cut"))
     if (share := last(rows, "decided_share")) is not None:
-        facts.append(Fact("decided units", f"{share:.1%}"))
+        facts.append(Fact("decided units", f"{share:.1%}", "no evidence by itself"))
     return facts
 
 

@@ -14,11 +14,10 @@ import yaml
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config
-from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
-from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
@@ -57,15 +56,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     lock = mesh.world.agreed(lambda: [_lock(inputs)] if mesh.is_main else [])
     # Nothing in a step draws from torch's own generators; whatever a library may draw follows from the seed too.
     torch.manual_seed(config.run.seed)
-    gates = GateBank(_gate_settings(config, shape), mesh.device) if config.learning else None
-    if gates and gates.settings.warmup_steps < gates.settings.shortest_warmup:
-        logger.warning(
-            "gates.warmup_steps=%d is short: at gates.learning_rate=%g the gates need about %.0f steps to the target and will lag, then "
-            "overshoot it",
-            gates.settings.warmup_steps,
-            gates.settings.learning_rate,
-            gates.settings.shortest_warmup,
-        )
+    gates = GateBank(config.gate_settings(), mesh.device) if config.learning else None
     heads = gates or inputs.allocation
     assert heads is not None
     engine = Engine(
@@ -86,6 +77,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
         if inputs.allocation is not None:
             inputs.allocation.save(config.run.dir / "allocation.json")
+        if (budget := config.allocation.budget()) is not None:
+            logger.info("sparsity %g from %s", config.allocation.sparsity, budget)
         sequences = inputs.data.splits["train"].sequences
         logger.info(
             "%s sequences of data, %.2f epochs in this run", f"{sequences:,}", training.steps * training.global_batch / sequences
@@ -175,24 +168,6 @@ def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:
         )
 
     return stream("train", config.data.workers), stream("validation", 0)
-
-
-def _gate_settings(config: Config, shape: ModelConfig) -> GateSettings:
-    return GateSettings(
-        num_layers=shape.num_hidden_layers,
-        num_kv_heads=shape.num_key_value_heads,
-        window=config.attention.window,
-        sparsity=config.allocation.sparsity,
-        granularity=config.allocation.granularity,
-        scope=config.allocation.scope,
-        learning_rate=config.gates.learning_rate,
-        initial=config.gates.initial,
-        warmup_steps=config.gates.warmup_steps,
-        controller=config.gates.controller,
-        seed=config.run.seed,
-        global_batch=config.training.global_batch,
-        steps=config.training.steps,
-    )
 
 
 def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: World) -> Progress:

@@ -154,7 +154,8 @@ class Trainer:
         """Whether the step is to be applied, the same on every rank; weights, gates and multipliers are still those before it."""
         numbers = {"loss": loss, "grad_norm": grad_norm}
         if self.gates:
-            numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(self.gates.gradient(self._reduce)))
+            gradient = self.gates.gradient(self._reduce).sum(dim=0)
+            numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(gradient))
         self.fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
         self._is_spike = self.fault is not None and all(map(math.isfinite, numbers.values()))
         if self.mesh.largest(int(self.fault is not None)) and self.fault is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megaconsa.checkpoint import store, writer
 from megaconsa.checkpoint.writer import Snapshot, Writer
 from megaconsa.consa import rules
+from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
@@ -76,9 +77,9 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert checkpoint.faults() == []
 
 
-@pytest.mark.parametrize("controller", ["damped", "paper"])
+@pytest.mark.parametrize("controller", ["evidence", "paper"])
 def test_gates_go_through_a_checkpoint_exactly(controller: Any, tmp_path: Path) -> None:
-    settings = GateSettings(2, 4, 8, 0.5, controller=controller)
+    settings = GateSettings(Constraint(2, 4, 0.5), 8, controller)
     bank, restored = GateBank(settings), GateBank(settings)
     for step in range(3):
         bank.sample(step)
@@ -96,7 +97,7 @@ def test_gates_go_through_a_checkpoint_exactly(controller: Any, tmp_path: Path) 
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
-    bank = GateBank(GateSettings(2, 4, 8, 0.5))
+    bank = GateBank(GateSettings(Constraint(2, 4, 0.5), 8))
     path = save(tmp_path, 1, gates=bank.state())
     names = {file.name for file in path.iterdir()}
     assert names == {

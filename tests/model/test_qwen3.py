@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.sampled_gates import SampledGates
 from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import PRESETS, ModelConfig
@@ -143,9 +145,11 @@ def test_tokens_of_another_document_change_nothing() -> None:
 
 def bank_of(table: Allocation, saturated: float) -> GateBank:
     """Gates that say what the table says; saturated at 30 every sample is exactly 0 or 1."""
-    bank = GateBank(GateSettings(3, 2, WINDOW, table.sparsity, scope="global", global_batch=4))
+    bank = GateBank(GateSettings(Constraint(3, 2, table.sparsity, scope="global"), WINDOW, "paper", global_batch=4))
+    sampler = bank.gates
+    assert isinstance(sampler, SampledGates)
     with torch.no_grad():
-        bank.log_alpha.copy_(torch.tensor(table.full) * 2.0 - 1.0).mul_(saturated)
+        sampler.log_alpha.copy_(torch.tensor(table.full) * 2.0 - 1.0).mul_(saturated)
     bank.sample(0)
     return bank
 

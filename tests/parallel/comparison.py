@@ -24,6 +24,8 @@ from megaconsa.reporting.metrics import CLOCK, read_metrics
 TOLERANCE = 1e-5
 """Largest ||a - b|| / ||b|| of a tensor or of a number in the metrics: sums in another order, in fp32."""
 LAUNCH_SECONDS = 300
+UNKNOWN = -2.0
+"""In place of null: a number that no metric takes."""
 DIFFERENCES = {"penalty", "cut_margin"}
 """Differences of nearly equal numbers: their relative rounding has no bound. What they are made of is compared itself."""
 
@@ -112,7 +114,8 @@ def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tenso
         if isinstance(value, dict):
             yield from _numbers(value, f"{name}.")
         elif name not in CLOCK | DIFFERENCES:
-            yield prefix + name, torch.tensor(value, dtype=torch.float64)
+            # Before there is evidence its figures are null: in the other run too, then.
+            yield prefix + name, torch.tensor(UNKNOWN if value is None else value, dtype=torch.float64)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -114,7 +114,7 @@ class Runs:
             run={"dir": str(run)},
             # Weights large enough that attention and gates matter to the loss from the start.
             model={"initializer_range": 0.15},
-            gates={"initial": 0.5},
+            gates={"initial": 0.5, "learning_rate": 1.0},
             parallel=parallel or {},
             training={
                 "steps": steps,

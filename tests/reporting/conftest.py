@@ -33,7 +33,14 @@ def write_runs(folder: Path, steps: int = 300) -> None:
     learn = _run(folder, "learn", {"source": "learn", "sparsity": 0.5}, steps)
     _write_rows(learn, [_row(step, steps, random) | _gates(step, steps, log_alpha, random) for step in range(1, steps + 1)])
     probability = 1 / (1 + np.exp(-log_alpha - 1.6))
-    gates = {"step": steps, "log_alpha": log_alpha.tolist(), "probability_full": probability.tolist()}
+    errors = np.full((LAYERS, HEADS), 0.4)
+    gates = {
+        "step": steps,
+        "scores": log_alpha.tolist(),
+        "probability_full": probability.tolist(),
+        "mean_gradient": log_alpha.tolist(),
+        "standard_error": errors.tolist(),
+    }
     (learn / "gates.json").write_text(json.dumps(gates))
     train = _run(folder, "train", {"source": "rule", "rule": "head-share", "sparsity": 0.5}, 3 * steps)
     _write_rows(train, [_row(step, 3 * steps, random, 4.1) for step in range(1, 3 * steps + 1)])
@@ -92,6 +99,8 @@ def _gates(step: int, steps: int, log_alpha: np.ndarray, random: np.random.Gener
         "layer_expected_sparsity": layers.mean(axis=1).tolist(),
         "multipliers": {"lambda": lam.tolist(), "phi": [10.0] * LAYERS},
         "decided_share": done**2 * 0.97,
+        "split_agreement": done * 0.9,
+        "separated_share": done * 0.7,
         "cut_margin": 0.02 + done * 0.6,
         "penalty": float(random.normal(0, 0.01)),
         "gate_grad_norm": float(np.exp(random.normal(-2, 0.4))),

@@ -32,7 +32,9 @@ def test_sections_and_figures(page: str) -> None:
         "Allocation",
         "Sparsity",
         "Multiplier λ",
-        "Cut margin",
+        "Evidence: 0 is noise",
+        "Loss that opening a unit saves",
+        "Gap between scores at the cut",
         "Tokens per second",
     )
     for title in titles:

@@ -81,15 +81,12 @@ def finished(
     train: Callable[[dict[str, Any]], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """The folder of a run by its name in ALLOCATIONS. Shared by all tests: copy it before writing into it.
-
-    Gates that learn fast part within the few steps, so that some pass the threshold.
-    """
+    """The folder of a run by its name in ALLOCATIONS. Shared by all tests: copy it before writing into it."""
 
     def folder(name: str) -> Path:
         if name not in finished_runs:
             run = tmp_path_factory.mktemp("runs") / name
-            train(make_config(run={"dir": str(run)}, allocation=ALLOCATIONS[name], gates={"learning_rate": 2.0}))
+            train(make_config(run={"dir": str(run)}, allocation=ALLOCATIONS[name]))
             finished_runs[name] = run
         return finished_runs[name]
 

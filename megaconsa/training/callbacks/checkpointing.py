@@ -14,7 +14,6 @@ import torch
 from megaconsa import incidents
 from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
 from megaconsa.config import CheckpointSection
-from megaconsa.consa import hard_concrete
 from megaconsa.consa.gates import GateBank
 from megaconsa.errors import RunError
 from megaconsa.files import replace_text
@@ -124,8 +123,6 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _write_gates(path: Path, step: int, gates: GateBank) -> None:
-    """The newest gates for people and plots: log_alpha and P(z > 0), layers x units."""
-    log_alpha = gates.log_alpha.detach().cpu()
-    probability = hard_concrete.probability_nonzero(log_alpha)
-    content = {"step": step, "log_alpha": log_alpha.tolist(), "probability_full": probability.tolist()}
+    """The newest gates and their evidence, for people and plots."""
+    content = {"step": step} | gates.describe()
     replace_text(path, json.dumps(content))

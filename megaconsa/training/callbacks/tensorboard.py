@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megaconsa.consa import hard_concrete
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
@@ -40,7 +39,7 @@ class TensorBoard(Callback):
             if isinstance(value, int | float) and name != "step":
                 writer.add_scalar(name, value, row["step"])
         if trainer.gates and row["step"] % PICTURE_EVERY == 0:
-            table = hard_concrete.probability_nonzero(trainer.gates.log_alpha.detach()).cpu()
+            table = trainer.gates.gates.open_probability.float().cpu()
             # Layer 0 at the bottom, as in the report.
             picture = table.flip(0).repeat_interleave(16, 0).repeat_interleave(16, 1)
             writer.add_image("probability_full", picture, row["step"], dataformats="HW")

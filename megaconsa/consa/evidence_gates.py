@@ -1,0 +1,107 @@
+"""The default way of learning: gates without noise that measure first and decide afterwards.
+
+All units start at z = 1. While the target rises, every gate of a constraint has the same value z = 1 - target, so that the
+units are measured under equal conditions: a gradient at z = 0.9 could not be compared with one at z = 0.1. Averaged along this
+path from all full to all windowed, a unit's gradient is its Aumann-Shapley value, its share of what the windows cost (Aumann
+and Shapley 1974, "Values of Non-Atomic Games"; in machine learning Sundararajan et al. 2017, arXiv 1703.01365).
+
+In the closing stage the units are decided one after another, those with the clearest evidence first. A decided gate moves to
+exactly 0 or 1, and the others share the value that keeps the mean at the target. They are measured until their own turn comes.
+The order is computed anew in each step, so a unit can come back. At the end all gates are 0 or 1, as in the finished table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaconsa.consa.constraint import Constraint
+from megaconsa.consa.evidence import Evidence
+
+CLOSING_SHARE = 0.25
+"""Last part of a run, in which units are decided."""
+SETTLED_SHARE = 0.05
+"""Last part of a run in which all of them are: the weights train with the finished table."""
+TRANSITION = 0.25
+"""Share of a constraint's units that are on their way to 0 or 1 at the same time."""
+
+
+class EvidenceGates:
+    """z as a function of the evidence and the step alone; there is nothing to train and no multiplier to wind up."""
+
+    def __init__(self, constraint: Constraint, evidence: Evidence, steps: int) -> None:
+        self.constraint = constraint
+        self.evidence = evidence
+        self.steps = steps
+        self.z = torch.ones(constraint.shape, dtype=torch.float64)
+
+    def draw(self, step: int, target: float, sequences: int) -> Tensor:
+        """Gates of a step, the same for each sequence: (sequences, layers, units) fp32 on the CPU.
+
+        target: the step's sparsity, which the mean of z meets exactly in every constraint.
+        """
+        decided = self.constraint.rows(self._decided(step))
+        table = self.constraint.top_k(self.evidence.scores)
+        ends = self.constraint.rows(table).double()
+        wanted = (1 - target) * self.constraint.units
+        # Of what the decided units leave of the target, each undecided one takes an equal share.
+        left = wanted - (decided * ends).sum(dim=1, keepdim=True)
+        undecided = (1 - decided).sum(dim=1, keepdim=True)
+        common = (left / undecided.clamp(min=1e-12)).clamp(0, 1)
+        z = decided * ends + (1 - decided) * common
+        self.z = z.reshape(self.constraint.shape)
+        return self.z.float().expand(sequences, -1, -1)
+
+    def is_deciding(self, step: int) -> bool:
+        """Whether units stop being measured because of their evidence: in the closing stage."""
+        return self._progress(step) > 0
+
+    def _progress(self, step: int) -> float:
+        """Of the closing stage: 0 before it, 1 once all units are decided."""
+        begin = (1 - CLOSING_SHARE) * self.steps
+        # Of a short run, the last step at least.
+        end = min((1 - SETTLED_SHARE) * self.steps, self.steps - 1)
+        if step >= end:
+            return 1.0
+        return max(0.0, (step - begin) / (end - begin))
+
+    def _decided(self, step: int) -> Tensor:
+        """How far each unit is on its way from the common value (0) to its end (1), (layers, units) fp64."""
+        progress = self._progress(step)
+        if progress == 1:
+            return torch.ones(self.constraint.shape, dtype=torch.float64)
+        clarity = self.constraint.rows(self.evidence.z_scores.abs())
+        order = clarity.argsort(dim=1, descending=True, stable=True)
+        # Each unit's turn lies in (0, 1): its place among those of its constraint.
+        turn = (order.argsort(dim=1).double() + 0.5) / self.constraint.units
+        begun = (1 + TRANSITION) * progress - turn
+        return (begun / TRANSITION).clamp(0, 1).reshape(self.constraint.shape)
+
+    def update(self, gradient: Tensor, step: int, target: float) -> dict[str, Any]:
+        """The metrics that are this way's own. The evidence was added before, and the next `draw` reads it."""
+        cut = self.constraint.cut(self.evidence.scores)
+        # The price of a unit: what the loss would gain per token if the constraint allowed one more full unit.
+        prices = [value if abs(value) != float("inf") else None for value in cut.tolist()]
+        norm = torch.linalg.vector_norm(gradient.sum(dim=0))
+        return {"multipliers": {"lambda": prices}, "gate_grad_norm": norm.item()}
+
+    @property
+    def scores(self) -> Tensor:
+        """What the table is cut by, (layers, units) fp64."""
+        return self.evidence.scores
+
+    @property
+    def open_probability(self) -> Tensor:
+        """The gates of the last step: z is the probability of being open, taken at its mean."""
+        return self.z
+
+    @property
+    def decided_probability(self) -> Tensor:
+        """The larger of P(z = 0) and P(z = 1)."""
+        return torch.maximum(self.z, 1 - self.z)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the evidence."""
+        return {}

@@ -1,0 +1,103 @@
+"""Gates that are sampled from the hard concrete distribution and trained by gradient, as in the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaconsa.consa import hard_concrete, philox
+from megaconsa.consa.constraint import Constraint
+from megaconsa.consa.controller import DampedController, PaperController
+
+GRADIENT_CLIPPING = 1.0
+"""Largest norm of the loss's gradient in log_alpha; clipped apart from the model's."""
+DECAY_SHARE = 0.2
+"""Last part of the run over which the gates' learning rate falls to 0, so that the noise of the samples settles on the target."""
+
+
+class SampledGates:
+    """log_alpha fp32 (layers, units), and the controller that holds the expected sparsity at the target."""
+
+    def __init__(
+        self,
+        constraint: Constraint,
+        controller: type[PaperController] | type[DampedController],
+        *,
+        initial: float,
+        learning_rate: float,
+        seed: int,
+        steps: int,
+        device: torch.device,
+    ) -> None:
+        self.constraint = constraint
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.steps = steps
+        self.log_alpha = torch.full(constraint.shape, initial, dtype=torch.float32, device=device, requires_grad=True)
+        self.controller = controller(self.log_alpha, constraint.count)
+        self._sampled: Tensor | None = None
+
+    def rate(self, step: int) -> float:
+        """Learning rate of log_alpha at an optimizer step (from 0)."""
+        return self.learning_rate * min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
+
+    def draw(self, step: int, target: float, sequences: int) -> Tensor:
+        """A sample for each sequence of the step: (sequences, layers, units) fp32."""
+        indices = torch.arange(sequences, device=self.log_alpha.device)
+        uniform = philox.uniform(self.seed, step, indices, *self.constraint.shape)
+        self._sampled = hard_concrete.sample(self.log_alpha, uniform)
+        return self._sampled.detach()
+
+    def update(self, gradient: Tensor, step: int, target: float) -> dict[str, Any]:
+        """One optimizer step on log_alpha, one ascent step on the multipliers; returns the metrics that are this way's own.
+
+        gradient: (sequences, layers, units), of the loss in the samples of the last `draw`.
+        """
+        assert self._sampled is not None
+        (own,) = torch.autograd.grad(self._sampled, self.log_alpha, gradient)
+        self._sampled = None
+        norm = torch.linalg.vector_norm(own)
+        own *= (GRADIENT_CLIPPING / norm).clamp(max=1)
+        penalty = self.controller.penalty(self._expected() - target)
+        (penalty_gradient,) = torch.autograd.grad(penalty, self.log_alpha)
+        self.controller.descend(own, penalty_gradient, self.rate(step))
+        with torch.no_grad():
+            # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
+            self.controller.ascend(self._expected() - target)
+        at_threshold = self.log_alpha.detach() > 0
+        return {
+            "threshold_sparsity": 1 - float(at_threshold.float().mean()),
+            "multipliers": {"lambda": self.controller.lambda_.tolist(), "phi": self.controller.phi.tolist()},
+            "penalty": penalty.item(),
+            "gate_grad_norm": norm.item(),
+        }
+
+    def is_deciding(self, step: int) -> bool:
+        """Whether units stop being measured because of their evidence: never here."""
+        return False
+
+    @property
+    def scores(self) -> Tensor:
+        """What the table is cut by, (layers, units)."""
+        return self.log_alpha.detach()
+
+    @property
+    def open_probability(self) -> Tensor:
+        """P(z > 0), (layers, units)."""
+        return hard_concrete.probability_nonzero(self.log_alpha.detach())
+
+    @property
+    def decided_probability(self) -> Tensor:
+        """The larger of P(z = 0) and P(z = 1)."""
+        closed = 1 - self.open_probability
+        return torch.maximum(closed, hard_concrete.probability_one(self.log_alpha.detach()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that an exact resume needs; the gates' own, not copies."""
+        return {"log_alpha": self.log_alpha.detach()} | self.controller.state()
+
+    def _expected(self) -> Tensor:
+        """Expected sparsity of each constraint, with a gradient."""
+        return self.constraint.sparsities(hard_concrete.probability_nonzero(self.log_alpha))
