@@ -1,0 +1,82 @@
+"""Scores of units in files: JSON tables, and the pattern files of DuoAttention."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaconsa.consa.constraint import Constraint
+from megaconsa.errors import InputError
+
+Row = tuple[str, list[Any]]
+"""Where a layer's scores are in the file, and the scores as they are there."""
+
+
+def read_scores(path: Path, units: Constraint) -> Tensor:
+    """Scores of a file, (layers, units) fp64, larger for units that should stay full.
+
+    JSON: a list of lists of numbers, one for each layer, alone or as the field `scores` of an
+    object. Anything else is read as a pattern file of DuoAttention: a line for each layer, a
+    column for each KV head, where 1 is a retrieval head.
+
+    Raises InputError, which names the file and the line or layer, where the content is no such
+    table or does not fit the model.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--scores {path} cannot be read: {error}") from None
+    is_json = text.lstrip().startswith(("[", "{"))
+    rows = _json_rows(text, path) if is_json else _pattern_rows(text, path)
+    if not rows:
+        raise InputError(f"--scores {path} is empty; give a JSON table or DuoAttention's TSV")
+    table = []
+    for place, cells in rows:
+        if len(cells) != units.units_per_layer:
+            expected = f"a layer of the model has {units.units_per_layer} units"
+            raise InputError(f"{place} holds {len(cells)} scores, but {expected}")
+        table.append([_number(cell, place) for cell in cells])
+    scores = torch.tensor(table, dtype=torch.float64)
+    units.check_scores(scores, f"--scores {path}")
+    return scores
+
+
+def _pattern_rows(text: str, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            rows.append((f"{path}, line {number}", line.split()))
+    return rows
+
+
+def _json_rows(text: str, path: Path) -> list[Row]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--scores {path} is not JSON: {error}") from None
+    if isinstance(content, dict):
+        content = content.get("scores")
+    if not isinstance(content, list):
+        raise InputError(f"--scores {path} has no list of lists, alone or as its field scores")
+    rows: list[Row] = []
+    for layer, cells in enumerate(content):
+        place = f"{path}, layer {layer}"
+        if not isinstance(cells, list):
+            raise InputError(f"{place} is {cells!r}, which is not a list of scores")
+        rows.append((place, cells))
+    return rows
+
+
+def _number(cell: Any, place: str) -> float:
+    try:
+        value = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{place} holds {cell!r}, which is not a finite number")
+    return value

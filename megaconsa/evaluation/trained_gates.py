@@ -1,0 +1,84 @@
+"""Methods that train a scalar gate for each unit, without a target, and rank units by its value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaconsa.console import progress
+from megaconsa.evaluation.native_model import NativeModel, Sample
+
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
+GRADIENT_CLIPPING = 1.0
+"""These three are the defaults of a run's configuration."""
+WARMUP_SHARE = 0.1
+"""First part of the steps, in which the weights' learning rate rises: AdamW has no moments yet."""
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    initial: float
+    """First value of every gate, in (0, 1)."""
+    learning_rate: float
+    """Adam's, of the gates' logits."""
+    weight_learning_rate: float | None
+    """AdamW's, of the model's weights; None leaves them frozen."""
+
+
+def train_gates(model: NativeModel, sample: Sample, training: GateTraining) -> Tensor:
+    """Values of the gates after a step on each batch: (layers, units) fp64 on the CPU.
+
+    A gate is the sigmoid of what Adam trains: clamped gates would meet at 1, where nothing ranks
+    them. With a learning rate for the weights, those of `model` change.
+    """
+    initial = torch.full((model.layers, model.units), training.initial, device=model.device)
+    logits = initial.logit().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=training.learning_rate)
+    weights = None
+    if training.weight_learning_rate is not None:
+        weights = _WeightTraining(model, training.weight_learning_rate, sample.batches)
+    with progress("training gates", sample.batches, "steps") as task:
+        for step, batch in enumerate(sample):
+            model.use(logits.sigmoid())
+            loss = model.mean_loss(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if weights is not None:
+                weights.step(step)
+            task.advance(note=f"loss {loss.item():.4f}")
+    return logits.detach().double().sigmoid().cpu()
+
+
+class _WeightTraining:
+    """AdamW on fp32 copies of the weights: in bf16 most updates would round to nothing."""
+
+    def __init__(self, model: NativeModel, learning_rate: float, steps: int) -> None:
+        self.learning_rate = learning_rate
+        self.warmup_steps = max(1, round(WARMUP_SHARE * steps))
+        self.weights = list(model.model.requires_grad_(True).parameters())
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        matrices = [master for master in self.masters if master.dim() > 1]
+        norms = [master for master in self.masters if master.dim() == 1]
+        groups = [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": norms, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+
+    def step(self, step: int) -> None:
+        """Applies the gradients that the weights hold. step: from 0."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, GRADIENT_CLIPPING)
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
