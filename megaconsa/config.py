@@ -335,7 +335,7 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, where YAML's own loader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -349,7 +349,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole."""
     try:
-        data = yaml.load(path.read_text(), _UniqueKeyLoader)
+        data = yaml.load(path.read_text(), UniqueKeyLoader)
     except FileNotFoundError:
         raise InputError(f"configuration {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

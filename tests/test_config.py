@@ -15,7 +15,9 @@ from megaconsa.consa.constraint import Constraint
 from megaconsa.errors import InputError
 from megaconsa.model.config import PRESETS, ModelConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+STUDIES = {"study.yaml", "study_cpu.yaml"}
+"""These name a run configuration, and are none."""
+CONFIGS = [path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if path.name not in STUDIES]
 
 BASE: dict[str, Any] = {
     "run": {"dir": "runs/a"},

@@ -162,8 +162,11 @@ def test_what_may_change_on_resume_stands_in_the_training_page() -> None:
 
 
 def test_every_metric_stands_in_the_training_page(
-    make_config: Callable[..., dict[str, Any]], train: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    make_config: Callable[..., dict[str, Any]], train: Callable[[dict[str, Any]], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     rows = train(make_config(training={"steps": 3}, checkpoint={"every": 0}))
+    paper = {"controller": "paper", "learning_rate": 2.0}
+    other_run = {"dir": str(tmp_path / "paper")}
+    rows += train(make_config(run=other_run, gates=paper, training={"steps": 3}, checkpoint={"every": 0}))
     section = (ROOT / "docs" / "training.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {name for row in rows for name in row}

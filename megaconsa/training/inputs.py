@@ -162,10 +162,10 @@ def _check_begun_run(config: Config) -> None:
     except (OSError, yaml.YAMLError):
         return
     if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean
-        _check_same_run(config, old)
+        check_same_run(config, old)
 
 
-def _check_same_run(config: Config, old: dict[str, Any]) -> list[str]:
+def check_same_run(config: Config, old: dict[str, Any]) -> list[str]:
     """Refuses a configuration that would train on as another run; returns the changes that are harmless."""
     changed: list[str] = []
     harmless: list[str] = []
@@ -183,7 +183,7 @@ def _check_same_run(config: Config, old: dict[str, Any]) -> list[str]:
 def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
     """Refuses to go on from the run's own checkpoint with anything that would make it another run."""
     config, allocation = inputs.config, inputs.allocation
-    if harmless := _check_same_run(config, resume.state["config"]):
+    if harmless := check_same_run(config, resume.state["config"]):
         logger.info("goes on with %s", "; ".join(harmless))
     if changed := differences(resume.state["shape"], asdict(inputs.shape)):
         raise InputError(

@@ -1,0 +1,77 @@
+"""The graph of jobs: what runs in a process of its own, and what it needs before.
+
+    start -> [score | learn] -> train
+
+A job is done when its result exists, so the graph of an interrupted study says what is left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megaconsa.study.runs import Runs
+from megaconsa.study.settings import Trial
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of a study.
+
+    start: trains the dense model.
+    score: scores the units of the start checkpoint, once for all sparsities of an arm.
+    learn: learns an allocation and finalises it.
+    train: trains with a table and measures the model.
+    """
+
+    kind: Literal["start", "score", "learn", "train"]
+    name: str
+    """Unique in the study; the log is OUT/logs/NAME.log."""
+    result: Path
+    """Exists once the job is done. Written last and in one piece."""
+    needs: tuple[str, ...] = ()
+    """Names of jobs that come before."""
+    arm: str = ""
+    """Of a score job."""
+    trial: Trial | None = None
+    """Of a learn or train job."""
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+
+START = "start"
+
+
+def graph(runs: Runs, trials: Sequence[Trial] | None = None) -> list[Job]:
+    """The jobs of some trials, or of all, each after those that it needs."""
+    chosen = runs.study.trials() if trials is None else trials
+    jobs = {START: start_job(runs)}
+    for trial in chosen:
+        for job in _jobs_of(runs, trial):
+            jobs[job.name] = job
+    # Jobs that many others wait for come first.
+    order = ("start", "score", "learn", "train")
+    return sorted(jobs.values(), key=lambda job: order.index(job.kind))
+
+
+def start_job(runs: Runs) -> Job:
+    steps = runs.start_config.training.steps
+    return Job("start", START, runs.start / "checkpoints" / f"step_{steps}")
+
+
+def _jobs_of(runs: Runs, trial: Trial) -> list[Job]:
+    arm = runs.arm(trial)
+    before = []
+    if arm.kind == "score":
+        result = runs.scores_file(trial.arm)
+        before.append(Job("score", f"score-{trial.arm}", result, (START,), arm=trial.arm))
+    if arm.kind == "learn":
+        result = runs.allocation_file(trial)
+        before.append(Job("learn", f"learn-{trial.name}", result, (START,), trial=trial))
+    needs = (START, *(job.name for job in before))
+    train = Job("train", f"train-{trial.name}", runs.measures_file(trial), needs, trial=trial)
+    return [*before, train]

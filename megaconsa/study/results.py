@@ -1,0 +1,182 @@
+"""From the measures of all trials to one row for each arm and sparsity."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaconsa.study.comparison import (
+    Interval,
+    Table,
+    agreement,
+    mean_difference,
+    mean_of,
+    overlap,
+)
+from megaconsa.study.learning import LearningFigures, best_units, read_learning
+from megaconsa.study.measures import Measures
+from megaconsa.study.runs import Runs
+from megaconsa.study.settings import Trial
+
+YARDSTICK = "leave-one-out"
+"""The method whose table the others are compared with."""
+BEST_UNITS = 10
+"""Top-scored units that are looked for in all seeds."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial that was measured, and its reference if that was."""
+
+    trial: Trial
+    measures: Measures
+    reference: Measures | None
+    learning: LearningFigures | None
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """An arm at a sparsity, over its seeds and draws. None is what does not apply, or was not
+    measured yet."""
+
+    arm: str
+    target: float | None
+    """Sparsity aimed at."""
+    trials: int
+    validation_loss: float
+    """Nats a token, mean over the trials."""
+    difference: Interval | None
+    """Of the validation loss to the dense arm of the same seed and budget."""
+    far_difference: Interval | None
+    """The same for tokens far into their document."""
+    needle_accuracy: float | None
+    needle_margin: float | None
+    sparsity: float
+    """Share of windowed KV heads, reached."""
+    leave_one_out_overlap: float | None
+    """Share of the full heads that leave-one-out keeps full too."""
+    agreement: float | None
+    """Mean share of full heads that two seeds or draws have in common."""
+    common_best: int | None
+    """Of the ten top-scored units, how many are the same in all seeds."""
+    cost: float | None
+    """Duration of a learning step over that of a dense one."""
+    steps_to_target: float | None
+    split_agreement: float | None
+    separated_share: float | None
+    full_share: list[list[float]]
+    """(layers, KV heads): share of the trials in which the head is full."""
+
+
+def collect(runs: Runs) -> list[ResultRow]:
+    """Rows of all that is measured, in the order of the study."""
+    groups: dict[tuple[str, float | None], list[Outcome]] = {}
+    for trial in runs.study.trials():
+        if runs.measures_file(trial).exists():
+            outcome = _read(runs, trial)
+            groups.setdefault((trial.arm, trial.sparsity), []).append(outcome)
+    rows = []
+    for (arm, target), outcomes in groups.items():
+        yardstick = _yardstick(runs, groups, target, outcomes[0].measures.granularity)
+        rows.append(_row(runs, arm, target, outcomes, yardstick))
+    return rows
+
+
+def _read(runs: Runs, trial: Trial) -> Outcome:
+    reference = runs.study.reference(trial)
+    compared = None
+    if reference is not None and reference != trial and runs.measures_file(reference).exists():
+        compared = Measures.load(runs.measures_file(reference))
+    learning = None
+    if runs.arm(trial).kind == "learn":
+        assert trial.sparsity is not None
+        # Not beside the start, which may have been made on more GPUs.
+        dense = runs.train_folder(reference) if reference is not None else None
+        learning = read_learning(runs.learn_folder(trial), dense, trial.sparsity)
+    return Outcome(trial, Measures.load(runs.measures_file(trial)), compared, learning)
+
+
+def _yardstick(
+    runs: Runs,
+    groups: dict[tuple[str, float | None], list[Outcome]],
+    target: float | None,
+    granularity: str,
+) -> tuple[str, Table] | None:
+    """Name and table of the arm that leaves one out at this sparsity and granularity, if there is
+    one."""
+    for (arm, sparsity), outcomes in groups.items():
+        measures = outcomes[0].measures
+        is_alike = sparsity == target and measures.granularity == granularity
+        if is_alike and runs.study.arms[arm].score == YARDSTICK:
+            return arm, measures.full
+    return None
+
+
+def _row(
+    runs: Runs,
+    arm: str,
+    target: float | None,
+    outcomes: Sequence[Outcome],
+    yardstick: tuple[str, Table] | None,
+) -> ResultRow:
+    measured = [outcome.measures for outcome in outcomes]
+    tables = [measures.full for measures in measured]
+    losses = []
+    far_losses = []
+    for outcome in outcomes:
+        own = outcome.measures
+        dense = outcome.reference
+        if dense is not None:
+            losses.append((own.losses, dense.losses))
+            far_losses.append((own.far_losses, dense.far_losses))
+    learned = [outcome.learning for outcome in outcomes if outcome.learning is not None]
+    common = None
+    if yardstick is not None and yardstick[0] != arm:
+        common = mean_of([overlap(table, yardstick[1]) for table in tables])
+    # The other arms have the same table in every trial.
+    varies = bool(learned) or runs.study.arms[arm].draws is not None
+    return ResultRow(
+        arm=arm,
+        target=target,
+        trials=len(outcomes),
+        validation_loss=statistics.mean(_known(measures.losses.mean) for measures in measured),
+        difference=mean_difference(losses),
+        far_difference=mean_difference(far_losses),
+        needle_accuracy=mean_of([measures.needle_accuracy for measures in measured]),
+        needle_margin=mean_of([measures.needle_margin for measures in measured]),
+        sparsity=statistics.mean(measures.sparsity for measures in measured),
+        leave_one_out_overlap=common,
+        agreement=agreement(tables) if varies else None,
+        common_best=_common_best(learned),
+        cost=mean_of([figures.cost for figures in learned]),
+        steps_to_target=mean_of([figures.steps_to_target for figures in learned]),
+        split_agreement=mean_of([figures.split_agreement for figures in learned]),
+        separated_share=mean_of([figures.separated_share for figures in learned]),
+        full_share=_full_share(tables),
+    )
+
+
+def _known(mean: float | None) -> float:
+    assert mean is not None, "every held-out sequence has labelled tokens"
+    return mean
+
+
+def _common_best(learned: Sequence[LearningFigures]) -> int | None:
+    scored = [figures.scores for figures in learned if figures.scores is not None]
+    if len(scored) < 2:
+        return None
+    best = [best_units(scores, BEST_UNITS) for scores in scored]
+    return len(set.intersection(*best))
+
+
+def _full_share(tables: Sequence[Table]) -> list[list[float]]:
+    layers = len(tables[0])
+    heads = len(tables[0][0])
+    shares = []
+    for layer in range(layers):
+        row = []
+        for head in range(heads):
+            row.append(statistics.mean(float(table[layer][head]) for table in tables))
+        shares.append(row)
+    return shares

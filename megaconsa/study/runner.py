@@ -1,0 +1,207 @@
+"""Runs jobs side by side, each as soon as what it needs is done, and says how far the study is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+
+from megaconsa.console import console
+from megaconsa.exit_codes import DONE, FAILED, STOPPED
+from megaconsa.reporting.metrics import last, read_metrics
+from megaconsa.study.jobs import Job
+from megaconsa.study.measures import Measures
+from megaconsa.study.process import RunningJob
+from megaconsa.study.runs import Runs
+
+STOP_SECONDS = 120.0
+"""For running jobs to save and end, before they are killed."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+class Stopped(Exception):
+    """A signal ended the study. Its argument is the exit code."""
+
+
+def visible_devices() -> list[str]:
+    """The GPUs of this process, each as CUDA_VISIBLE_DEVICES would name it alone; none on a CPU."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(number) for number in range(count)]
+    return names[:count]
+
+
+@dataclass
+class Runner:
+    """Runs the jobs of a graph that are not done yet."""
+
+    runs: Runs
+    jobs: Sequence[Job]
+    """Each after those that it needs."""
+    devices: Sequence[str]
+    """GPUs, none on a CPU."""
+    at_once: int
+    """Jobs that run side by side."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why each job that failed did."""
+    _running: dict[int, RunningJob] = field(default_factory=dict)
+    """By slot."""
+    _seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Of the jobs that ran, by kind."""
+
+    def run(self) -> int:
+        """Returns 0 when all jobs are done, 1 when some failed, 75 when some stopped and can be
+        resumed.
+
+        Raises Stopped after a signal, once the running jobs have ended.
+        """
+        waiting = [job for job in self.jobs if not job.done]
+        if waiting:
+            console.print(
+                f"{len(waiting)} of {len(self.jobs)} jobs to run, {self.at_once} at once",
+                markup=False,
+            )
+        stopped = False
+        with _signals_raise():
+            try:
+                while True:
+                    self._launch(waiting)
+                    if not self._running:
+                        break
+                    stopped = self._collect(len(waiting)) or stopped
+                    if stopped:
+                        waiting.clear()  # the time of the batch job is over
+            finally:
+                self._stop_all()
+        if self.failed:
+            return FAILED
+        return STOPPED if stopped else DONE
+
+    def _launch(self, waiting: list[Job]) -> None:
+        """Starts waiting jobs while there are free slots."""
+        for job in list(waiting):
+            if len(self._running) == self.at_once:
+                return
+            if self._is_ready(job):
+                waiting.remove(job)
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        slot = next(slot for slot in range(self.at_once) if slot not in self._running)
+        device = self.devices[slot % len(self.devices)] if self.devices else None
+        log = self.runs.out / "logs" / f"{job.name}.log"
+        self._running[slot] = RunningJob(self.runs, job, log, device, self._threads())
+
+    def _threads(self) -> int:
+        """Of torch for each job. More than there are cores would wait for each other.
+
+        On a GPU one, as torchrun has it: the CPU works on small tensors, and threads that wait for
+        work take the cores from those that launch kernels.
+        """
+        if self.devices:
+            return 1
+        share = (os.cpu_count() or 1) // self.at_once
+        return min(torch.get_num_threads(), max(1, share))
+
+    def _is_ready(self, job: Job) -> bool:
+        needed = [other for other in self.jobs if other.name in job.needs]
+        return all(other.done for other in needed)
+
+    def _collect(self, waiting: int) -> bool:
+        """Waits for the next jobs to end; returns whether one of them stopped before its end."""
+        wait([running.process.sentinel for running in self._running.values()])
+        stopped = False
+        for slot, running in list(self._running.items()):
+            if running.process.is_alive():
+                continue
+            running.process.join()
+            del self._running[slot]
+            self._seconds.setdefault(running.job.kind, []).append(running.seconds)
+            if running.job.done:
+                self._report(running, waiting)
+            elif running.process.exitcode == STOPPED:
+                stopped = True
+            else:
+                self._report_failure(running)
+        return stopped
+
+    def _report(self, running: RunningJob, waiting: int) -> None:
+        done = sum(job.done for job in self.jobs)
+        left = f", about {_duration(self._seconds_left())} left" if waiting or self._running else ""
+        said = figure(self.runs, running.job)
+        place = f"{done}/{len(self.jobs)} {running.job.name}"
+        console.print(f"{place}: {said} ({running.seconds:.0f} s){left}", markup=False)
+
+    def _report_failure(self, running: RunningJob) -> None:
+        reason = running.failure()
+        self.failed[running.job.name] = reason
+        console.print(f"{running.job.name} failed, see {running.log}: {reason}", markup=False)
+
+    def _seconds_left(self) -> float:
+        """From the mean duration of finished jobs of the same kind, or of all where there are
+        none."""
+        every = [seconds for some in self._seconds.values() for seconds in some]
+        total = 0.0
+        for job in self.jobs:
+            if not job.done and job.name not in self.failed:
+                known = self._seconds.get(job.kind, every)
+                total += sum(known) / len(known)
+        return total / self.at_once
+
+    def _stop_all(self) -> None:
+        """Asks what runs to save and end."""
+        processes = [running.process for running in self._running.values()]
+        if not processes:
+            return
+        console.print(
+            f"stopping {len(processes)} jobs; the same command resumes the study",
+            markup=False,
+        )
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(STOP_SECONDS)
+            process.kill()
+            process.join()
+
+
+def figure(runs: Runs, job: Job) -> str:
+    """What a finished job has to say."""
+    if job.kind == "score":
+        return "units scored"
+    if job.kind == "start":
+        loss = last(read_metrics(runs.start / "metrics.jsonl"), "validation_loss")
+        return f"validation loss {loss:.4f}"
+    assert job.trial is not None
+    if job.kind == "learn":
+        rows = read_metrics(runs.learn_folder(job.trial) / "metrics.jsonl")
+        return f"validation loss {last(rows, 'validation_loss'):.4f} with the table learned"
+    return f"validation loss {Measures.load(job.result).losses.mean:.4f}"
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM raise Stopped."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"

@@ -1,0 +1,132 @@
+"""The arithmetic of the table against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaconsa.study.comparison import (
+    T_QUANTILES,
+    agreement,
+    mean_difference,
+    overlap,
+    t_quantile,
+)
+from megaconsa.study.learning import best_units, read_learning, steps_to_target
+from megaconsa.study.measures import SequenceLosses
+from megaconsa.study.results import ResultRow
+from megaconsa.study.table import aligned, interval_text, markdown, write
+
+DENSE = SequenceLosses([20.0, 30.0], [10, 10])
+
+
+def test_several_runs_give_a_t_interval() -> None:
+    """Means 2.6, 2.7 and 2.8 beside 2.5: differences 0.1, 0.2, 0.3, standard deviation 0.1."""
+    others = [SequenceLosses([half, half], [10, 10]) for half in (26.0, 27.0, 28.0)]
+    interval = mean_difference([(losses, DENSE) for losses in others])
+    assert interval is not None
+    assert interval.over == "runs"
+    assert interval.mean == pytest.approx(0.2)
+    half_width = 4.3027 * 0.1 / math.sqrt(3)
+    assert interval.low == pytest.approx(0.2 - half_width)
+    assert interval.high == pytest.approx(0.2 + half_width)
+    assert interval_text(interval) == "+0.2000 ± 0.2484 (r)"
+
+
+def test_a_single_pair_has_its_interval_over_sequences() -> None:
+    """Sequences differ by 1 and 3 nats over 10 tokens each: 0.2 a token, standard error 0.1."""
+    interval = mean_difference([(SequenceLosses([21.0, 33.0], [10, 10]), DENSE)])
+    assert interval is not None
+    assert interval.over == "sequences"
+    assert interval.mean == pytest.approx(0.2)
+    # sqrt(2 / 1 * ((1 - 2)^2 + (3 - 2)^2)) / 20
+    assert interval.high == pytest.approx(0.2 + 1.95996 * 0.1)
+
+
+def test_nothing_measured_has_no_difference() -> None:
+    empty = SequenceLosses([0.0, 0.0], [0, 0])
+    assert mean_difference([(empty, empty)]) is None
+    assert mean_difference([]) is None
+    assert empty.mean is None
+
+
+def test_t_quantiles_fall_to_the_normal_one() -> None:
+    assert t_quantile(1) == 12.7062
+    assert t_quantile(20) == 2.0860
+    # Of 30 and 100 degrees of freedom, from a printed table.
+    assert t_quantile(30) == pytest.approx(2.0423, abs=5e-3)
+    assert t_quantile(100) == pytest.approx(1.9840, abs=5e-3)
+    assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
+
+
+def test_overlap_is_the_share_of_full_heads_in_common() -> None:
+    table = [[True, True, False], [True, False, False]]
+    other = [[True, False, True], [True, True, False]]
+    assert overlap(table, other) == pytest.approx(2 / 3)
+    assert overlap([[False, False]], [[True, False]]) is None
+
+
+def test_agreement_is_the_mean_over_pairs() -> None:
+    first, second, third = [[True, True, False]], [[True, False, True]], [[False, True, True]]
+    assert agreement([first, second, third]) == pytest.approx(0.5)
+    assert agreement([first, first]) == 1
+    assert agreement([first]) is None
+
+
+def test_the_target_counts_as_reached_where_sparsity_stays_there() -> None:
+    expected = [0.1, 0.5, 0.3, 0.495, 0.509, 0.5]
+    rows = [{"step": step, "expected_sparsity": value} for step, value in enumerate(expected, 1)]
+    assert steps_to_target(rows, 0.5) == 4
+    assert steps_to_target(rows[:3], 0.5) is None
+
+
+def test_best_units() -> None:
+    scores = [[0.1, 0.9], [0.5, 0.9]]
+    assert best_units(scores, 2) == {1, 3}
+    assert best_units(scores, 3) == {1, 2, 3}
+
+
+def test_learning_cost_is_a_ratio_of_medians_after_the_first_steps(tmp_path: Path) -> None:
+    slow_start = [100.0] * 10
+    _write_run(tmp_path / "start", [*slow_start, 1.0, 2.0, 3.0])
+    _write_run(tmp_path / "learn", [*slow_start, 3.0, 3.0, 9.0])
+    (tmp_path / "learn" / "gates.json").write_text(json.dumps({"scores": [[1.0, 2.0]]}))
+    figures = read_learning(tmp_path / "learn", tmp_path / "start", 0.5)
+    assert figures.cost == pytest.approx(1.5)
+    assert figures.split_agreement == 0.25
+    assert figures.separated_share is None
+    assert figures.scores == [[1.0, 2.0]]
+
+
+def test_the_table_is_written_in_every_form(tmp_path: Path) -> None:
+    row = make_row(difference=mean_difference([(SequenceLosses([21.0, 33.0], [10, 10]), DENSE)]))
+    write([row], tmp_path)
+    (content,) = json.loads((tmp_path / "results.json").read_text())
+    assert content["difference"]["mean"] == pytest.approx(0.2)
+    with (tmp_path / "results.csv").open() as file:
+        (by_name,) = csv.DictReader(file)
+    assert float(by_name["difference_mean"]) == pytest.approx(0.2)
+    assert by_name["difference_over"] == "sequences"
+    assert by_name["cost"] == ""
+    assert "+0.2000 ± 0.1960 (s)" in markdown([row])
+    heading, line = aligned([row]).splitlines()
+    assert heading.index("loss") == line.index("2.5000")
+
+
+def make_row(**fields: Any) -> ResultRow:
+    values: dict[str, Any] = dict.fromkeys(ResultRow.__dataclass_fields__)
+    values |= {"arm": "evidence", "target": 0.5, "trials": 1, "validation_loss": 2.5}
+    return ResultRow(**(values | fields))
+
+
+def _write_run(folder: Path, seconds: list[float]) -> None:
+    folder.mkdir()
+    rows = []
+    for step, value in enumerate(seconds, 1):
+        rows.append({"step": step, "step_seconds": value, "split_agreement": 0.25})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
