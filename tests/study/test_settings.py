@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megaconsa.errors import InputError
 from megaconsa.study import record, settings
