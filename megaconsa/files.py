@@ -19,6 +19,11 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def is_bare_name(name: object) -> bool:
+    """Whether `name` names a file of a folder, and no other place: no separator, not the folder itself or the one above."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+
+
 def check_new_folder(out: Path) -> None:
     """Raises InputError where `out` is there already and is not an empty folder."""
     try:

@@ -26,6 +26,7 @@ from streaming.base.hashing import get_hash
 from megaconsa.console import Task
 from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError, RunError
+from megaconsa.files import is_bare_name
 
 TRAIN, VALIDATION = "train", "validation"
 INFO = "dataset.json"
@@ -172,6 +173,9 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
     try:
         records: list[dict[str, Any]] = json.loads(file.read_bytes())["shards"]
         shards = [Shard.from_json(str(folder), split, record) for record in records]
+        for part in (part for shard in shards for part in (shard.raw_data, shard._stored)):
+            if not is_bare_name(part.basename):
+                raise ValueError(f"it names {part.basename!r}, which is no file of its folder")
         complete = all(HASH in part.hashes for shard in shards for part in (shard.raw_data, shard._stored))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}), prepare the data again") from error

@@ -28,15 +28,16 @@ def register() -> None:
 def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
 
-    A head-wise export runs the model file in the folder, as it does for a user who has no megaconsa.
-    Raises InputError where the folder is not an export.
+    No code in the folder is run: a head-wise export is loaded by megaconsa's own classes, whatever model file lies there.
+    Raises InputError where the folder is not an export, or needs code of its own.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not an exported model: config.json cannot be read ({error})") from None
-    # Of a head-wise export the tokenizer too asks for trust: transformers 5 reads the model's configuration on the way to it.
-    where = {"trust_remote_code": config.get("model_type") == MegaconsaConfig.model_type, "local_files_only": True}
+    register()
+    # False, not left out: transformers would ask on the terminal.
+    where = {"trust_remote_code": False, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return model.eval(), AutoTokenizer.from_pretrained(folder, **where) if has_tokenizer else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
+from megaconsa.files import is_bare_name
 from megaconsa.huggingface.export import reorder_weight
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig
 from megaconsa.huggingface.names import name_difference, parameter_shapes
@@ -158,7 +159,7 @@ def _allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Alloc
 def _files(path: Path) -> TensorFiles:
     if (path / INDEX).is_file():
         index = _json(path, INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) and Path(name).name == name for name in index.values()):
+        if not isinstance(index, dict) or not all(is_bare_name(name) for name in index.values()):
             raise InputError(f"{path / INDEX} has no weight_map from weights to files of its folder")
         names = sorted(set(index.values()))
     else:

@@ -192,6 +192,19 @@ def test_a_checkpoint_without_its_descriptions_is_passed_over(
         store.resolve(path.parent)
 
 
+@pytest.mark.parametrize("name", ["../step_1/model.safetensors", "model.safetensors/../../step_1/model.safetensors", ".."])
+def test_a_manifest_names_files_of_its_own_folder_only(name: str, tmp_path: Path) -> None:
+    """A checkpoint that somebody else handed on must not have tensors read from elsewhere."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    path = tmp_path / "checkpoints" / "step_2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = manifest["files"]["model.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"which is no file of the checkpoint's folder"):
+        store.resolve(path.parent)
+
+
 def test_no_flipped_byte_of_the_manifest_stops_a_resume(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)

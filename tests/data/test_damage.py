@@ -148,3 +148,10 @@ def test_samples_are_copies(prepared: Path) -> None:
     kept = first.tokens.clone()
     first.tokens.zero_()
     assert np.array_equal(next(stream.steps())[0].tokens, kept)
+
+
+@pytest.mark.parametrize("name", ["../shard.00003.mds.zstd", "/etc/hostname", ".."])
+def test_an_index_names_files_of_its_own_folder_only(copy: Path, name: str) -> None:
+    edit_index(copy, lambda shards: shards[3]["zip_data"].update(basename=name))
+    with pytest.raises(InputError, match=r"index\.json: .* no file of its folder"):
+        TokenShards(copy, "train")

@@ -248,6 +248,19 @@ def test_register_loads_without_trusting_the_folder(exported: Export, tmp_path: 
     assert (tmp_path / "saved" / "modeling_megaconsa.py").is_file()
 
 
+def test_code_in_the_folder_is_not_run(exported: Export, tmp_path: Path) -> None:
+    """An exported folder that somebody else handed on may hold anything."""
+    folder = tmp_path / "hf"
+    shutil.copytree(exported(HEAD_WISE), folder)
+    mark = tmp_path / "was_run"
+    with (folder / "modeling_megaconsa.py").open("a") as file:
+        file.write(f"\nopen({str(mark)!r}, 'w').close()\n")
+    model, tokenizer = load_exported(folder)
+    assert type(model) is MegaconsaForCausalLM
+    assert tokenizer is not None
+    assert not mark.exists()
+
+
 LOAD = """
 import sys
 import torch
