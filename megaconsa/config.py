@@ -208,7 +208,9 @@ class ValidationSection(Section):
 
 class CheckpointSection(Section):
     every: int = Field(0, ge=0)
-    """Steps between two checkpoints; 0 saves only at the end."""
+    """Steps between two checkpoints; 0 does not count steps."""
+    minutes: float = Field(30.0, ge=0)
+    """Minutes after the last checkpoint at which the next one is saved, beside those by steps; 0 does not look at the clock."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every: int = Field(0, ge=0)

@@ -13,9 +13,14 @@ from megaconsa.errors import InputError, RunError
 
 def replace_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, making its folder; under another name first, which then takes the place of the old file."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As replace_text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from megaconsa.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 CLOCK = {
     *("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"),
@@ -22,25 +25,38 @@ CLOCK = {
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """All rows, in order; a last line that was torn by an interruption is left out.
+    """All rows, in order. Raises InputError where the file cannot be read."""
+    return [row for _, row in read_lines(path)]
 
-    Raises InputError where the file is missing or another line is no JSON object with a step.
+
+def read_lines(path: Path) -> list[tuple[bytes, Row]]:
+    """Every line that is a JSON object with a step, as it stands in the file, and its row.
+
+    Others are left out: the last one in silence, which an interruption tears, and any before it with a warning.
+    Raises InputError where the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"metrics {path} cannot be read: {error.strerror}") from None
-    rows: list[Row] = []
+    found: list[tuple[bytes, Row]] = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+        row = _parse(line)
+        if row is not None:
+            found.append((line, row))
         elif number < len(lines):
-            raise InputError(f"metrics {path}: line {number} is not a JSON object with a step; remove it")
-    return rows
+            logger.warning("metrics %s: line %d is not a JSON object with a step; it is left out", path, number)
+    return found
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError too
+        return None
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    return None
 
 
 def computed(rows: Sequence[Row]) -> list[Row]:

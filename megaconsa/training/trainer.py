@@ -79,7 +79,10 @@ class Trainer:
     """All steps are done, or all up to a stop; False where an error ended them."""
     work_seconds: float = field(default=0.0, init=False)
     """Of the last step, this rank's own: waiting for its data, forward and backward passes. In the others it waits for other ranks too."""
+    saving: bool = field(default=False, init=False)
+    """Whether a checkpoint is due after the present step because a rank asked for one; all ranks agree on it."""
     _requested: Stop = field(default=Stop.NO, init=False)
+    _save_requested: bool = field(default=False, init=False)
     fault: str | None = field(default=None, init=False)
     """Why the last step was not applied; None where it was."""
     _is_spike: bool = field(default=False, init=False)
@@ -92,6 +95,10 @@ class Trainer:
         """Has all ranks stop after the present step, or after the next where it is called between two (from a signal handler)."""
         self._requested = max(self._requested, reason)
 
+    def request_save(self) -> None:
+        """Has all ranks save after the next step."""
+        self._save_requested = True
+
     def run(self) -> bool:
         """Trains to the last step; returns whether it got there, False if it was asked to stop before or is to go back."""
         try:
@@ -101,7 +108,7 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.before_step(self)
                 row = self.step()
-                self.stop = Stop(self.mesh.largest(self._requested))
+                self._agree()
                 for callback in self.callbacks:
                     callback.on_step(self, row)
             self.completed = True
@@ -111,6 +118,14 @@ class Trainer:
                 for callback in self.callbacks:
                     finishing.callback(callback.on_finish, self)
         return self.progress.step == self.training.steps and self.stop is not Stop.REWIND
+
+    def _agree(self) -> None:
+        """What the ranks asked for, in one exchange. A save that a stop hides is none lost: a run saves before it stops."""
+        agreed = self.mesh.largest(2 * self._requested + self._save_requested)
+        self.stop = Stop(agreed // 2)
+        self.saving = bool(agreed % 2)
+        if self.saving:
+            self._save_requested = False
 
     def step(self) -> dict[str, Any]:
         """One optimizer step of weights and gates; returns its row of metrics."""

@@ -93,11 +93,14 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert last(rows, "absent") is None
 
 
-def test_torn_middle_line_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b'{"st', b'{"step": "\xff\xfe"}', b"\xff", b"[" * 5000, b"[]", b""])
+def test_a_line_in_the_middle_that_is_no_row_is_left_out_with_a_warning(
+    line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(InputError, match="line 2"):
-        read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    assert "line 2 is not a JSON object with a step" in caplog.text
 
 
 def test_refusals_write_nothing(tmp_path: Path) -> None:

@@ -80,11 +80,29 @@ def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(make_config: Make
     values = make_config()
     interrupted(values, CrashAfter(3))
     metrics = Path(values["run"]["dir"]) / "metrics.jsonl"
-    with metrics.open("a") as file:
-        file.write('{"step": 4, "lo')
+    # A line in the middle is no UTF-8, and the last one is torn: neither takes valid rows with it.
+    first, *others = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first + b"\xff\xfe\n" + b"".join(others) + b'{"step": 4, "lo')
     train(values)
     assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
     assert len(metrics.read_text().splitlines()) == 6
+
+
+def test_checkpoints_by_the_clock(make_config: MakeConfig, train: Train) -> None:
+    """Every step takes longer than this; what the main rank asks for is done after the next step."""
+    values = make_config(checkpoint={"every": 0, "minutes": 1e-6, "keep": 9})
+    train(values)
+    steps = sorted(int(path.name.removeprefix("step_")) for path in store.committed(Path(values["run"]["dir"])))
+    assert steps == [2, 4, 6]
+
+
+def test_a_run_that_saves_at_its_end_only_says_so(
+    make_config: MakeConfig, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = make_config(checkpoint={"every": 0, "minutes": 0})
+    train(values)
+    assert "no checkpoint before the last step" in caplog.text
+    assert [path.name for path in store.committed(Path(values["run"]["dir"]))] == ["step_6"]
 
 
 def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, train: Train, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints every so many steps, at the end, and before a run stops on a signal; written while training goes on."""
+"""Checkpoints every so many steps or minutes, at the end, and before a run stops on a signal; written while training goes on."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Checkpointing(Callback):
     def __init__(self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]) -> None:
         """description: what state.json says beside the trainer's progress (configuration, shape, data)."""
         self.run, self.every, self.description = run, section.every, description
+        self.seconds = 60 * section.minutes
         self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange)
         self.staging = Staging()
         self.longest_save: float | None = None
@@ -40,8 +41,12 @@ class Checkpointing(Callback):
         self.due = False
         """A save waits for a step that is applied."""
         self._stall = 0.0
+        self._saved_at = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
+        self._saved_at = time.monotonic()
+        if not (self.every or self.seconds):
+            logger.warning("no checkpoint before the last step: a lost node would lose the whole run; set checkpoint.minutes")
         if trainer.mesh.is_main:
             self.writer.clean()
 
@@ -49,11 +54,15 @@ class Checkpointing(Callback):
         step = trainer.progress.step
         self._report(trainer, self.writer.poll())
         last = (step == trainer.training.steps or trainer.stopping) and trainer.stop is not Stop.REWIND
-        self.due = self.due or bool(self.every and step % self.every == 0)
+        by_steps = self.every > 0 and step % self.every == 0
+        self.due = self.due or by_steps or trainer.saving
         # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
         if last or (self.due and not trainer.progress.bad_steps.in_row):
             self.due = False
             self.save(trainer, row)
+        elif trainer.mesh.is_main and self.seconds and time.monotonic() - self._saved_at > self.seconds:
+            # Clocks of ranks differ: the main rank's decides, and the others hear of it with the next step.
+            trainer.request_save()
         if last:
             result = self.writer.wait()
             if result is not None and result.error is not None:
@@ -67,6 +76,7 @@ class Checkpointing(Callback):
     def save(self, trainer: Trainer, row: Row) -> None:
         """Copies the training state to host memory and begins to write it."""
         started = time.monotonic()
+        self._saved_at = started
         if (before := self.writer.wait()) is not None:
             self._report(trainer, before)
             if (waited := time.monotonic() - started) > LONG_WAIT_SECONDS:

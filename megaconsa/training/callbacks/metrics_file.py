@@ -6,7 +6,8 @@ import json
 import logging
 from pathlib import Path
 
-from megaconsa.files import replace_text
+from megaconsa.files import replace_bytes
+from megaconsa.reporting.metrics import read_lines
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
@@ -54,14 +55,8 @@ class MetricsFile(Callback):
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Drops rows past `last_step` and a torn last line, so that each step stands once."""
+    """Drops rows past `last_step` and lines that are no rows, so that each step stands once."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break
-    replace_text(path, "".join(line + "\n" for line in kept))
+    kept = [line + b"\n" for line, row in read_lines(path) if row["step"] <= last_step]
+    replace_bytes(path, b"".join(kept))
