@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,28 @@ class Section(BaseModel):
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError("a boolean does not fit")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_spelled_null(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if value == "None" and type(None) in get_args(annotation):
+            raise ValueError("write null where nothing is meant")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """`~` and `$VARIABLES`, which no shell has replaced in a file or behind an equals sign."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if not isinstance(value, str) or (annotation is not Path and Path not in get_args(annotation)):
+            return value
+        expanded = os.path.expanduser(os.path.expandvars(value))
+        if unknown := re.search(r"\$\{?\w+\}?", expanded):
+            raise ValueError(f"the environment has no variable {unknown[0]}")
+        if expanded.startswith("~"):
+            raise ValueError(f"there is no user {expanded.partition('/')[0]}")
+        return expanded
 
 
 class RunSection(Section):
@@ -338,7 +362,7 @@ class Config(Section):
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML's own loader silently takes the last."""
+    """Refuses what YAML's own loader takes for something else in silence: a key that is given twice, numbers of YAML 1.1."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -346,6 +370,18 @@ class UniqueKeyLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key} is given twice")
         return super().construct_mapping(node, deep)
+
+    def construct_plain_int(self, node: yaml.ScalarNode) -> int:
+        """Decimal digits only: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+        text = str(self.construct_scalar(node))
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
+            raise yaml.YAMLError(
+                f"{text} is not a plain decimal number, and YAML would read it as {self.construct_yaml_int(node)}"
+            )
+        return int(text)
+
+
+UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", UniqueKeyLoader.construct_plain_int)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -512,7 +548,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not isinstance(section, dict):
         raise InputError(f"section {keys[0]} of the configuration is not a mapping")
     try:
-        section[keys[1]] = yaml.safe_load(text)
+        section[keys[1]] = yaml.load(text, UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from None
 

@@ -458,3 +458,36 @@ def test_a_section_without_fields_takes_the_defaults() -> None:
 @pytest.mark.parametrize("field", ["training__steps", "run__seed", "training__learning_rate", "attention__window"])
 def test_booleans_are_no_numbers(field: str) -> None:
     assert "a boolean does not fit" in refusal(changed(**{field: True}))
+
+
+def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is really called ~ or $SCRATCH is nobody's wish."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load(file, ["run.dir=$SCRATCH/runs/a", "model.init_from=~/runs/b", "data.path=${SCRATCH}/data"])
+    assert config.run.dir == tmp_path / "runs" / "a"
+    assert config.model.init_from == Path("/home/someone/runs/b")
+    assert config.data.path == tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.dir=$NOT_SET_ANYWHERE/a", "the environment has no variable $NOT_SET_ANYWHERE"),
+        ("run.dir=~nobody_of_this_name/a", "there is no user ~nobody_of_this_name"),
+        ("run.seed=010", "010 is not a plain decimal number, and YAML would read it as 8"),
+        ("training.steps=1:30", "1:30 is not a plain decimal number, and YAML would read it as 90"),
+        ("training.steps=0x10", "0x10 is not a plain decimal number"),
+        ("logging.wandb=None", "write null where nothing is meant"),
+        ("model.init_from=None", "write null where nothing is meant"),
+    ],
+)
+def test_what_yaml_or_a_path_would_take_for_something_else(override: str, said: str, file: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(file, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_numbers_may_be_grouped(file: Path) -> None:
+    assert load(file, ["training.steps=1_000"]).training.steps == 1000
