@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_the_end_of_the_jobs_time_stops_the_run_early_enough(
     assert saved_step(Path(values["run"]["dir"])) == rows[-1]["step"] > 2
 
 
+def test_a_hangup_that_nohup_has_ignored_stays_ignored(make_config: MakeConfig, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        config = write(make_config(training={"steps": 40}, checkpoint={"every": 0}), tmp_path)
+        hangup = threading.Timer(1.0, signal.raise_signal, [signal.SIGHUP])
+        hangup.start()
+        assert train(config, []) == 0
+        hangup.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_later_end_of_the_jobs_time_changes_nothing(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,12 +73,13 @@ def test_a_later_end_of_the_jobs_time_changes_nothing(
     assert train(write(make_config(training={"steps": 3}), tmp_path), []) == 0
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda each: each.name)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: signal.Signals, make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config(training=ENDLESS, checkpoint={"every": 0})
     run = Path(values["run"]["dir"])
     tasks = start(write(values, tmp_path))
     await_step(run, 3)
-    tasks[1].send_signal(signal.SIGUSR1)
+    tasks[1].send_signal(number)
     main, other = ended(tasks)
     assert (main.code, other.code) == (75, 75), main.err + other.err
     assert "stopped, the same command resumes it at step" in main.out

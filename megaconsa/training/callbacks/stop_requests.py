@@ -17,7 +17,14 @@ from megaconsa.training.trainer import Stop, Trainer
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,  # a terminal that closes, which torchrun passes on
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,  # a limit on CPU time
+)
 STOP_FILE = "stop"
 LOOK_SECONDS = 1.0
 """Between two looks for it: on a shared file system one may take a millisecond."""
@@ -31,7 +38,10 @@ RECENT_STEPS = 50
 
 
 class StopSignals(Callback):
-    """Ctrl-C, SIGTERM, and the SIGUSR1 that `sbatch --signal` sends."""
+    """Ctrl-C, SIGTERM, the SIGUSR1 that `sbatch --signal` sends, and whatever else would end the process without a checkpoint.
+
+    What was ignored stays ignored: nohup has it so that the run outlives its terminal.
+    """
 
     def __init__(self) -> None:
         self.before: dict[signal.Signals, Any] = {}
@@ -51,7 +61,8 @@ class StopSignals(Callback):
 
     def _install(self, trainer: Trainer) -> None:
         for number in SIGNALS:
-            signal.signal(number, lambda *_: trainer.request_stop())
+            if self.before[number] is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: trainer.request_stop())
 
 
 class StopFile(Callback):
