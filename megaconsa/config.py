@@ -386,17 +386,25 @@ UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", UniqueKeyLoader.constru
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole."""
-    try:
-        data = yaml.load(path.read_text(), UniqueKeyLoader)
-    except FileNotFoundError:
-        raise InputError(f"configuration {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} cannot be read: {_one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"configuration {path} is not a mapping of sections")
+    data = read_yaml(path, "configuration", "sections")
     for override in overrides or []:
         _apply(data, override)
     return build(data)
+
+
+def read_yaml(path: Path, kind: str, content: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises InputError, which calls the file `kind` and what it maps `content`."""
+    try:
+        data = yaml.load(path.read_text(), UniqueKeyLoader)
+    except FileNotFoundError:
+        raise InputError(f"{kind} {path} does not exist") from None
+    except RecursionError:
+        raise InputError(f"{kind} {path} cannot be read: it nests too deep") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{kind} {path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{kind} {path} is not a mapping of {content}")
+    return data
 
 
 def build(data: dict[str, Any]) -> Config:

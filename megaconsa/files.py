@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megaconsa.errors import InputError, RunError
 
@@ -22,6 +24,14 @@ def replace_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads for files that come from elsewhere: ValueError for all that is not JSON, and for what nests too deep to read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def is_bare_name(name: object) -> bool:

@@ -18,7 +18,6 @@ is read or written.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from torch import Tensor
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError
-from megaconsa.files import is_bare_name
+from megaconsa.files import is_bare_name, parse_json
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import TensorFiles
 
@@ -220,8 +219,8 @@ def committed(run: Path) -> list[Path]:
 def read(path: Path) -> Checkpoint:
     """A checkpoint whose tensors have not been looked at; InputError where state or manifest cannot be read."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        manifest = json.loads((path / MANIFEST).read_text())
+        state = parse_json((path / "state.json").read_text())
+        manifest = parse_json((path / MANIFEST).read_text())
         if not isinstance(state, dict) or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values()):
             raise ValueError("state.json or manifest.json is not what a checkpoint holds")
         for name in manifest["files"]:

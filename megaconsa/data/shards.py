@@ -7,7 +7,6 @@ dataset.json comes last and in one piece: a folder without it is unfinished.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from streaming.base.hashing import get_hash
 from megaconsa.console import Task
 from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError, RunError
-from megaconsa.files import is_bare_name
+from megaconsa.files import is_bare_name, parse_json
 
 TRAIN, VALIDATION = "train", "validation"
 INFO = "dataset.json"
@@ -171,7 +170,7 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
         raise InputError(f"data {folder}: it has no {split} split, prepare it with --validation-share above 0")
     file = folder / split / INDEX
     try:
-        records: list[dict[str, Any]] = json.loads(file.read_bytes())["shards"]
+        records: list[dict[str, Any]] = parse_json(file.read_bytes())["shards"]
         shards = [Shard.from_json(str(folder), split, record) for record in records]
         for part in (part for shard in shards for part in (shard.raw_data, shard._stored)):
             if not is_bare_name(part.basename):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 
 PYTHON = "python"
 """The source that stands for the standard library."""
@@ -78,8 +78,10 @@ def _read_lines(file: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                text = parse_json(line)["text"]
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f'{file}, line {number}: expected a JSON object with a field "text", mend the line') from error
             if not isinstance(text, str):
                 raise InputError(f'{file}, line {number}: field "text" is {type(text).__name__}, make it a string')

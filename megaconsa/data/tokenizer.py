@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 GENERATION_CONFIG = "generation_config.json"
@@ -66,7 +67,7 @@ class Tokenizer:
         self._tokenizer.save_pretrained(str(folder))
         # transformers 5 notes a class that 4 does not know; both know this one.
         file = folder / "tokenizer_config.json"
-        config = json.loads(file.read_text())
+        config = parse_json(file.read_text())
         if config["tokenizer_class"] == "TokenizersBackend":
             file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 

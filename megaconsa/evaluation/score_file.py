@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from megaconsa.consa.constraint import Constraint
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 
 Row = tuple[str, list[Any]]
 """Where a layer's scores are in the file, and the scores as they are there."""
@@ -56,7 +56,7 @@ def _pattern_rows(text: str, path: Path) -> list[Row]:
 
 def _json_rows(text: str, path: Path) -> list[Row]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise InputError(f"--scores {path} is not JSON: {error}") from None
     if isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig, MegaconsaForCausalLM, MegaconsaModel
 
 
@@ -32,7 +32,7 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     Raises InputError where the folder is not an export, or needs code of its own.
     """
     try:
-        json.loads((folder / "config.json").read_text())
+        parse_json((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not an exported model: config.json cannot be read ({error})") from None
     register()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
-from megaconsa.files import is_bare_name
+from megaconsa.files import is_bare_name, parse_json
 from megaconsa.huggingface.export import reorder_weight
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig
 from megaconsa.huggingface.names import name_difference, parameter_shapes
@@ -195,7 +195,7 @@ def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.
 
 def _json(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads((path / name).read_text())
+        content = parse_json((path / name).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a model folder: {name} cannot be read ({error})") from None
     if not isinstance(content, dict):

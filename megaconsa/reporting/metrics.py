@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def read_lines(path: Path) -> list[tuple[bytes, Row]]:
 
 def _parse(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError too
+        row = parse_json(line)
+    except ValueError:  # bytes that are no UTF-8 are a ValueError too
         return None
     if isinstance(row, dict) and isinstance(row.get("step"), int):
         return row

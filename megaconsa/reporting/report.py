@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from megaconsa.config import Config
 from megaconsa.consa.allocation import Allocation
 from megaconsa.console import check_out
 from megaconsa.errors import InputError
-from megaconsa.files import replace_text
+from megaconsa.files import parse_json, replace_text
 from megaconsa.model.flops import kv_cache_bytes, training_flops
 from megaconsa.reporting import plots
 from megaconsa.reporting.metrics import Row, last, read_metrics, series
@@ -114,7 +113,7 @@ def _read_gates(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        gates = json.loads(path.read_text())
+        gates = parse_json(path.read_text())
         for name in ("scores", "probability_full"):
             torch.tensor(gates[name], dtype=torch.float64).reshape(len(gates[name]), -1)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -143,7 +142,7 @@ def _unigram_entropy(run: Run) -> float | None:
     places = [run.folder.parent / "data", *([run.config.data.path] if run.config else [])]
     for place in reversed(places):
         try:
-            return float(json.loads((place / "dataset.json").read_text())["unigram_entropy"])
+            return float(parse_json((place / "dataset.json").read_text())["unigram_entropy"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -16,6 +15,7 @@ import yaml
 
 from megaconsa import incidents
 from megaconsa.errors import InputError
+from megaconsa.files import parse_json
 from megaconsa.reporting.metrics import Row, last
 
 TAIL_BYTES = 1 << 20
@@ -111,7 +111,7 @@ def newest_rows(path: Path) -> list[Row]:
     rows = []
     for line in lines if size <= TAIL_BYTES else lines[1:]:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -128,7 +128,7 @@ def _newest_checkpoint(run: Path) -> dict[str, Any] | None:
     ]
     for step, path in sorted(found, reverse=True):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = parse_json((path / "manifest.json").read_text())
             size = sum(entry["bytes"] for entry in manifest["files"].values())
             return {"step": step, "bytes": size, "date": manifest["written"]["date"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -139,7 +139,7 @@ def _newest_checkpoint(run: Path) -> dict[str, Any] | None:
 def _holder(run: Path) -> dict[str, Any] | None:
     """What the lock says, which a run that ends empties; None where nobody holds it, a process of this machine that is gone included."""
     try:
-        holder = json.loads((run / ".lock").read_text())
+        holder = parse_json((run / ".lock").read_text())
         if holder["host"] == socket.gethostname():
             os.kill(int(holder["pid"]), 0)  # asks only whether it is there
     except PermissionError:  # it is, and another user's
@@ -167,6 +167,6 @@ def _state(
 
 def _sparsity_of_table(run: Path) -> float | None:
     try:
-        return float(json.loads((run / "allocation.json").read_text())["sparsity"])
+        return float(parse_json((run / "allocation.json").read_text())["sparsity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -18,7 +18,7 @@ from megaconsa.data.shards import VALIDATION
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.native_model import NativeModel
-from megaconsa.files import replace_text
+from megaconsa.files import parse_json, replace_text
 from megaconsa.kernels.cross_entropy import cross_entropy_
 from megaconsa.model.loss import CHUNK_BYTES, IGNORED
 from megaconsa.reporting.evaluation_record import NeedleCell
@@ -74,7 +74,7 @@ class Measures:
     def load(cls, path: Path) -> Measures:
         """Raises InputError where the file is not one of ours."""
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             content["losses"] = SequenceLosses(**content["losses"])
             content["far_losses"] = SequenceLosses(**content["far_losses"])
             return cls(**content)

@@ -11,7 +11,7 @@ import yaml
 
 from megaconsa.config import differences
 from megaconsa.errors import InputError
-from megaconsa.files import replace_text
+from megaconsa.files import parse_json, replace_text
 from megaconsa.study.runs import Runs
 from megaconsa.training.inputs import CONFIG_NAME, check_same_run
 
@@ -75,7 +75,7 @@ def _content(runs: Runs) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; choose another --out") from None
     return content

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from megaconsa.config import Section, UniqueKeyLoader
+from megaconsa.config import Section, read_yaml
 from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Granularity, Scope
@@ -157,15 +156,7 @@ class Study(Section):
 
 def load(path: Path) -> Study:
     """Reads and checks a study. Raises InputError, which names the field, its value and the fix."""
-    try:
-        data = yaml.load(path.read_text(), UniqueKeyLoader)
-    except FileNotFoundError:
-        raise InputError(f"study {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"study {path} cannot be read: {reason}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"study {path} is not a mapping of fields")
+    data = read_yaml(path, "study", "fields")
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
