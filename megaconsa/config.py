@@ -533,12 +533,7 @@ def _with_sparsity(config: Config, sparsity: float) -> Config:
 def _check_allocation(config: Config) -> None:
     allocation = config.allocation
     if config.learning:
-        config.constraint()  # refuses what cannot be met
-        if config.gates.warmup_steps >= config.training.steps:
-            raise InputError(
-                f"gates.warmup_steps={config.gates.warmup_steps} must be less than training.steps={config.training.steps}: "
-                "the target would not be reached"
-            )
+        config.gate_settings()  # refuses a target that cannot be met, or not be reached by the gates
     if allocation.source == "file" and allocation.file is None:
         raise InputError("allocation.source=file needs allocation.file; make one with finalize-masks or rule-masks")
     if allocation.source != "file" and allocation.file is not None:

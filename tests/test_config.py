@@ -158,7 +158,11 @@ def test_shape_fields_override_the_preset() -> None:
         ({"allocation__sparsity": 1.5}, "allocation.sparsity=1.5 is refused"),
         ({"allocation__sparsity": float("nan")}, "allocation.sparsity=nan is refused"),
         ({"allocation__granularity": "layer"}, "allocation.scope=per_layer cannot hold with allocation.granularity=layer"),
-        ({"gates__warmup_steps": 10}, "gates.warmup_steps=10 must be less than training.steps=10"),
+        ({"gates__warmup_steps": 10}, "gates.warmup_steps=10 must be at most 7 of training.steps=10"),
+        (
+            {"gates__controller": "paper", "gates__learning_rate": 0.1},
+            "gates.learning_rate=0.1 cannot bring the gates from gates.initial=2.5 to allocation.sparsity=0.5 in training.steps=10",
+        ),
         (
             {"allocation": {"source": "learn", "floor": 1}},
             "allocation.floor=1 needs allocation.scope=global and allocation.granularity=kv_head",
@@ -223,7 +227,7 @@ def test_warmup_and_decay_must_fit_together() -> None:
         {"parallel": {"pipeline": 2, "schedule": "dualpipev"}},
         {"training__min_learning_rate": 0.001},
         {"training__micro_batch": 4},
-        {"gates__warmup_steps": 9},
+        {"gates__warmup_steps": 7},
         {"allocation__sparsity": 0},
         {"allocation__sparsity": 1},
         {"allocation": {"source": "file", "file": "a.json"}},

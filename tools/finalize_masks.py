@@ -47,7 +47,7 @@ def main(
     if method == "threshold" and bank.settings.controller == "evidence":
         raise InputError("--method threshold is for gates with log_alpha; gates.controller=evidence has none, use top-k")
     table = constraint.top_k(scores) if method == "top-k" else scores.cpu() > 0
-    evidence = bank.evidence.summary()
+    evidence = bank.evidence.summary(table)
     fault = evidence.fault(sparsity) if 0 < sparsity < 1 else None
     if fault and require_evidence:
         raise InputError(f"{run}: the cut is not supported by evidence: {fault}")
@@ -59,7 +59,9 @@ def main(
         "method": method,
         "cut_margin": None if math.isinf(margin) else margin,
         "split_agreement": evidence.split_agreement,
+        "time_agreement": evidence.time_agreement,
         "separated_share": evidence.separated_share,
+        "contradicted_share": evidence.contradicted_share,
     }
     allocation = Allocation.from_table(table, constraint, bank.settings.window, origin)
     if out == Path():
@@ -82,7 +84,8 @@ def main(
         markup=False,
     )
     console.print(
-        f"evidence: split_agreement {_figure(evidence.split_agreement)}, separated_share {_figure(evidence.separated_share)}",
+        f"evidence: split_agreement {_figure(evidence.split_agreement)}, time_agreement {_figure(evidence.time_agreement)}, "
+        f"separated_share {_figure(evidence.separated_share)}, contradicted_share {_figure(evidence.contradicted_share)}",
         markup=False,
     )
 

@@ -1,12 +1,10 @@
 """The default way of learning: gates without noise that measure first and decide afterwards.
 
-All units start at z = 1. While the target rises, every gate of a constraint has the same value z = 1 - target, so that the
-units are measured under equal conditions: a gradient at z = 0.9 could not be compared with one at z = 0.1. Averaged along this
-path from all full to all windowed, a unit's gradient is its Aumann-Shapley value, its share of what the windows cost (Aumann
-and Shapley 1974, "Values of Non-Atomic Games"; in machine learning Sundararajan et al. 2017, arXiv 1703.01365).
+All units start at z = 1. While the target rises, and until the closing stage, every gate of a constraint has the same value
+z = 1 - target. So all units are measured under equal conditions: a gradient at z = 0.9 could not be compared with one at z = 0.1.
 
 In the closing stage the units are decided one after another, those with the clearest evidence first. A decided gate moves to
-exactly 0 or 1, and the others share the value that keeps the mean at the target. They are measured until their own turn comes.
+exactly 0 or 1, and the others share the value that keeps the mean at the target. They are still measured.
 The order is computed anew in each step, so a unit can come back. At the end all gates are 0 or 1, as in the finished table.
 """
 
@@ -46,7 +44,7 @@ class EvidenceGates:
         table = self.constraint.top_k(self.evidence.scores)
         ends = self.constraint.rows(table).double()
         wanted = (1 - target) * self.constraint.units
-        # Of what the decided units leave of the target, each undecided one takes an equal share.
+        # Undecided units share the rest of the target equally.
         left = wanted - (decided * ends).sum(dim=1, keepdim=True)
         undecided = (1 - decided).sum(dim=1, keepdim=True)
         common = (left / undecided.clamp(min=1e-12)).clamp(0, 1)
@@ -61,7 +59,7 @@ class EvidenceGates:
     def _progress(self, step: int) -> float:
         """Of the closing stage: 0 before it, 1 once all units are decided."""
         begin = (1 - CLOSING_SHARE) * self.steps
-        # Of a short run, the last step at least.
+        # At least the last step, in a short run.
         end = min((1 - SETTLED_SHARE) * self.steps, self.steps - 1)
         if step >= end:
             return 1.0

@@ -25,9 +25,9 @@ from megaconsa.consa import hard_concrete
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.controller import DampedController, PaperController
-from megaconsa.consa.evidence import Evidence
+from megaconsa.consa.evidence import Evidence, EvidenceSummary
 from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
-from megaconsa.consa.sampled_gates import SampledGates
+from megaconsa.consa.sampled_gates import DECAY_SHARE, SampledGates
 from megaconsa.errors import InputError
 
 DECIDED = 0.9
@@ -68,8 +68,9 @@ class GateSettings:
         if sparsity in (0, 1):
             return
         goal = math.log((1 - sparsity) / sparsity) + hard_concrete.BETA * math.log(-hard_concrete.GAMMA / hard_concrete.ZETA)
-        needed = max(0.0, self.initial - goal) / self.learning_rate
-        if needed > self.steps:
+        # Adam moves log_alpha by its learning rate at most, which falls to 0 over the last part of the run.
+        needed = abs(self.initial - goal) / self.learning_rate
+        if needed > (1 - DECAY_SHARE / 2) * self.steps:
             raise InputError(
                 f"gates.learning_rate={self.learning_rate:g} cannot bring the gates from gates.initial={self.initial:g} to "
                 f"allocation.sparsity={sparsity:g} in training.steps={self.steps}: it takes {needed:.0f} steps; raise either"
@@ -90,7 +91,7 @@ class GateBank:
         self.settings = settings
         self.constraint = settings.constraint
         self.device = torch.device(device)
-        self.evidence = Evidence(self.constraint, MEMORY_SHARE * settings.steps)
+        self.evidence = Evidence(self.constraint, settings.steps, MEMORY_SHARE)
         self.gates = self._build_gates()
         self.step = 0
         self._leaves: list[Tensor] = []
@@ -181,10 +182,14 @@ class GateBank:
         for name, value in own.items():
             value.copy_(tensors[name])
 
+    def summary(self) -> EvidenceSummary:
+        """Whether the evidence supports the present table."""
+        return self.evidence.summary(self.constraint.top_k(self.gates.scores))
+
     def describe(self) -> dict[str, Any]:
         """The gates for people and plots, as gates.json holds them: per unit (layers x units), and over the run."""
         errors = self.evidence.standard_errors
-        summary = self.evidence.summary()
+        summary = self.summary()
         return {
             "controller": self.settings.controller,
             "scores": self.gates.scores.tolist(),
@@ -193,6 +198,7 @@ class GateBank:
             "standard_error": [[_number(value) for value in row] for row in errors.tolist()],
             "z_score": [[_number(value) for value in row] for row in self.evidence.z_scores.tolist()],
             "split_agreement": summary.split_agreement,
+            "time_agreement": summary.time_agreement,
             "separated_share": summary.separated_share,
         }
 
@@ -214,13 +220,12 @@ class GateBank:
         # The loss is a mean over the batch: a sequence's own loss has so many times its gradient.
         falls = -gradient.detach().cpu().double() * self.settings.global_batch
         probed = (z > 0) & (z < 1)
-        first = self.step * self.settings.global_batch
-        self.evidence.add(falls, probed, first, split=not self.gates.is_deciding(self.step))
+        self.evidence.add(falls, probed, self.step, split=not self.gates.is_deciding(self.step))
 
     def _metrics(self, target: float, z: Tensor) -> dict[str, Any]:
         open_probability = self.gates.open_probability.cpu()
         margin = self.constraint.margin(self.gates.scores)
-        summary = self.evidence.summary()
+        summary = self.summary()
         decided = self.gates.decided_probability > DECIDED
         return {
             "target_sparsity": target,
@@ -230,6 +235,7 @@ class GateBank:
             "binarized_sparsity": 1 - float(self.full().float().mean()),
             "decided_share": float(decided.float().mean()),
             "split_agreement": summary.split_agreement,
+            "time_agreement": summary.time_agreement,
             "separated_share": summary.separated_share,
             "cut_margin": _number(margin),
         }

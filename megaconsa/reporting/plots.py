@@ -161,6 +161,7 @@ def evidence(rows: Sequence[Row]) -> Figure:
     """Whether the order of the units would be found again, and how many of them it tells apart."""
     figure, (axis,) = _figure(HALF, 3.1)
     _curve(axis, rows, "split_agreement", "split agreement", FULL, width=2)
+    _curve(axis, rows, "time_agreement", "time agreement", THIRD)
     _curve(axis, rows, "separated_share", "separated share", WINDOW, width=2)
     axis.axhline(0, color=INK, linewidth=0.6)
     axis.set(title="Evidence: 0 is noise, 1 is certain", xlabel="step", ylim=(-0.3, 1.02))

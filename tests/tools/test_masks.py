@@ -35,7 +35,7 @@ def test_finalize_masks(name: str, finished: Finished, done: Done, tmp_path: Pat
     assert allocation.window == 8
     if name == "layers":
         assert allocation.is_layer_wise
-    evidence = bank.evidence.summary()
+    evidence = bank.summary()
     assert allocation.origin == {
         "run": str(run),
         "step": 6,
@@ -43,7 +43,9 @@ def test_finalize_masks(name: str, finished: Finished, done: Done, tmp_path: Pat
         "method": "top-k",
         "cut_margin": pytest.approx(constraint.margin(bank.gates.scores)),
         "split_agreement": evidence.split_agreement,
+        "time_agreement": evidence.time_agreement,
         "separated_share": evidence.separated_share,
+        "contradicted_share": evidence.contradicted_share,
     }
 
     assert text_map(allocation) in text
