@@ -39,6 +39,11 @@ def is_bare_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
 
 
+def is_inside_name(name: object) -> bool:
+    """Whether `name` names a file below a folder: bare names joined by slashes."""
+    return isinstance(name, str) and all(map(is_bare_name, name.split("/")))
+
+
 def check_new_folder(out: Path) -> None:
     """Raises InputError where `out` is there already and is not an empty folder."""
     try:

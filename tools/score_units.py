@@ -9,25 +9,13 @@ import typer
 
 from megaconsa.console import check_out, console, run_tool
 from megaconsa.errors import InputError
+from megaconsa.study.score_options import OPTIONS
 
 if TYPE_CHECKING:
     from megaconsa.evaluation.unit_scores import UnitScores
 
 LISTED = 10
 """Units whose scores are printed."""
-SAMPLE = {"data", "batch", "seed"}
-FROZEN = SAMPLE | {"sequences"}
-TRAINED = SAMPLE | {"z", "steps", "learning_rate"}
-OPTIONS = {
-    "leave-one-out": FROZEN,
-    "leave-one-in": FROZEN,
-    "gradient": FROZEN | {"z"},
-    "attention-mass": FROZEN,
-    "calibrate": TRAINED,
-    "scalar-gates": TRAINED | {"weight_learning_rate"},
-    "file": {"scores"},
-}
-"""Which of the options that only some methods have belong to each."""
 
 
 def main(

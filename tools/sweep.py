@@ -39,7 +39,7 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Compare ways to an allocation: arms x sparsities x seeds from one dense start, in one table
+    """Compare ways of choosing an allocation: arms x sparsities x seeds from one dense start, in one table
     and one page.
 
     The same command resumes an interrupted study.

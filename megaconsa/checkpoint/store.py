@@ -34,7 +34,7 @@ from torch import Tensor
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError
-from megaconsa.files import is_bare_name, parse_json
+from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import TensorFiles
 
@@ -224,7 +224,7 @@ def read(path: Path) -> Checkpoint:
         if not isinstance(state, dict) or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values()):
             raise ValueError("state.json or manifest.json is not what a checkpoint holds")
         for name in manifest["files"]:
-            if not is_bare_name(name):
+            if not is_inside_name(name):
                 raise ValueError(f"{MANIFEST} names {name!r}, which is no file of the checkpoint's folder")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from None

@@ -182,7 +182,7 @@ def _open_sample(checkpoint: Checkpoint, request: ScoreRequest, window: int) -> 
     )
     if request.method in TRAINED:
         return Sample(stream, request.steps, request.device)
-    _check_sequences(request.sequences, batch, len(stream.shards), data)
+    check_sequences(request.sequences, batch, len(stream.shards), data)
     return Sample(stream, request.sequences // batch, request.device)
 
 
@@ -209,7 +209,11 @@ def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
         raise InputError(f"--window {window} hides nothing in {where}; choose a smaller one")
 
 
-def _check_sequences(sequences: int, batch: int, available: int, data: Path) -> None:
+def check_sequences(sequences: int, batch: int, available: int, data: Path) -> None:
+    """Raises InputError where units cannot be measured on so many sequences.
+
+    batch: sequences of a pass. available: sequences of the training split of `data`.
+    """
     if sequences < 2 * batch:
         least = f"two batches of {batch} are the least"
         raise InputError(f"--sequences {sequences}: too few sequences for evidence; {least}")

@@ -1,6 +1,6 @@
 """The graph of jobs: what runs in a process of its own, and what it needs before.
 
-    start -> [score | learn] -> train
+    start -> [score | learn] -> [first] -> train
 
 A job is done when its result exists, so the graph of an interrupted study says what is left to do.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megaconsa.study.fields import Trial
 from megaconsa.study.runs import Runs
-from megaconsa.study.settings import Trial
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Job:
     start: trains the dense model.
     score: scores the units of the start checkpoint, once for all sparsities of an arm.
     learn: learns an allocation and finalises it.
+    first: trains with a table on the schedule of learning, in arms that do not learn but have the
+    whole budget.
     train: trains with a table and measures the model.
     """
 
-    kind: Literal["start", "score", "learn", "train"]
+    kind: Literal["start", "score", "learn", "first", "train"]
     name: str
     """Unique in the study; the log is OUT/logs/NAME.log."""
     result: Path
@@ -36,7 +38,7 @@ class Job:
     arm: str = ""
     """Of a score job."""
     trial: Trial | None = None
-    """Of a learn or train job."""
+    """Of a learn, first or train job."""
 
     @property
     def done(self) -> bool:
@@ -54,7 +56,7 @@ def graph(runs: Runs, trials: Sequence[Trial] | None = None) -> list[Job]:
         for job in _jobs_of(runs, trial):
             jobs[job.name] = job
     # Jobs that many others wait for come first.
-    order = ("start", "score", "learn", "train")
+    order = ("start", "score", "learn", "first", "train")
     return sorted(jobs.values(), key=lambda job: order.index(job.kind))
 
 
@@ -72,6 +74,10 @@ def _jobs_of(runs: Runs, trial: Trial) -> list[Job]:
     if arm.kind == "learn":
         result = runs.allocation_file(trial)
         before.append(Job("learn", f"learn-{trial.name}", result, (START,), trial=trial))
+    if runs.has_first_leg(trial):
+        needs = (START, *(job.name for job in before))
+        result = runs.first_file(trial)
+        before.append(Job("first", f"first-{trial.name}", result, needs, trial=trial))
     needs = (START, *(job.name for job in before))
     train = Job("train", f"train-{trial.name}", runs.measures_file(trial), needs, trial=trial)
     return [*before, train]

@@ -22,7 +22,7 @@ from megaconsa.files import parse_json, replace_text
 from megaconsa.kernels.cross_entropy import cross_entropy_
 from megaconsa.model.loss import CHUNK_BYTES, IGNORED
 from megaconsa.reporting.evaluation_record import NeedleCell
-from megaconsa.study import settings
+from megaconsa.study import fields
 from megaconsa.study.native_needles import ScoredModel, needle_cells
 
 FAR_WINDOWS = 2
@@ -86,7 +86,7 @@ class Measures:
 
 def measure_checkpoint(
     checkpoint: Checkpoint,
-    needles: settings.Needles,
+    needles: fields.Needles,
     device: torch.device,
 ) -> Measures:
     """Measures a training run's checkpoint with its own table: bf16 on a GPU, fp32 on a CPU.

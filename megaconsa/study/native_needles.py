@@ -15,7 +15,7 @@ from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.native_model import NativeModel
 from megaconsa.evaluation.needle import Needles, measure
 from megaconsa.reporting.evaluation_record import NeedleCell, NeedleSettings
-from megaconsa.study import settings
+from megaconsa.study import fields
 
 DEPTHS = (0.1, 0.5, 0.9)
 """Places of the needle, as shares of the haystack."""
@@ -42,16 +42,22 @@ class ScoredModel:
         return SimpleNamespace(last_hidden_state=hidden)
 
 
+def open_needles(data: Path, wanted: fields.Needles) -> Needles:
+    """Needles in the held-out text of a data folder. Raises InputError where an example of a length
+    cannot be made."""
+    needles = Needles(Tokenizer.load(data / TOKENIZER), HeldOut(data), NEEDLE_SEED)
+    needles.check_lengths(wanted.lengths)
+    return needles
+
+
 def needle_cells(
     model: ScoredModel,
     data: Path,
-    wanted: settings.Needles,
+    wanted: fields.Needles,
     batch_tokens: int,
 ) -> list[NeedleCell]:
     """Figures of each length and depth."""
-    held_out = HeldOut(data)
-    needles = Needles(Tokenizer.load(data / TOKENIZER), held_out, NEEDLE_SEED)
-    needles.check_lengths(wanted.lengths)
+    needles = open_needles(data, wanted)
     record = NeedleSettings(
         lengths=list(wanted.lengths),
         depths=list(DEPTHS),

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from megaconsa.files import replace_text
 from megaconsa.reporting import plots
 from megaconsa.study import table
+from megaconsa.study.fields import Study
 from megaconsa.study.pictures import allocation_maps, dot_plot
 from megaconsa.study.results import ResultRow
-from megaconsa.study.settings import Study
 
 
 def write_page(study: Study, name: str, rows: Sequence[ResultRow], out: Path, missing: int) -> None:

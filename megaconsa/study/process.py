@@ -57,8 +57,8 @@ class RunningJob:
         return time.monotonic() - self.began
 
     def failure(self) -> str:
-        """Why it failed: the signal that killed it, or the last line of its log that says
-        something."""
+        """Why it failed: the signal that killed it, or the last non-empty line of its
+        log."""
         code = self.process.exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megaconsa.consa.constraint import Scope
 from megaconsa.study.comparison import (
     Interval,
     Table,
@@ -14,10 +15,10 @@ from megaconsa.study.comparison import (
     mean_of,
     overlap,
 )
+from megaconsa.study.fields import Trial
 from megaconsa.study.learning import LearningFigures, best_units, read_learning
-from megaconsa.study.measures import Measures
+from megaconsa.study.measures import Measures, SequenceLosses
 from megaconsa.study.runs import Runs
-from megaconsa.study.settings import Trial
 
 YARDSTICK = "leave-one-out"
 """The method whose table the others are compared with."""
@@ -35,6 +36,11 @@ class Outcome:
     learning: LearningFigures | None
 
 
+Groups = dict[tuple[str, float | None], list[Outcome]]
+"""Outcomes by arm and sparsity."""
+Pairs = list[tuple[SequenceLosses, SequenceLosses]]
+
+
 @dataclass(frozen=True)
 class ResultRow:
     """An arm at a sparsity, over its seeds and draws. None is what does not apply, or was not
@@ -50,6 +56,9 @@ class ResultRow:
     """Of the validation loss to the dense arm of the same seed and budget."""
     far_difference: Interval | None
     """The same for tokens far into their document."""
+    leave_one_out_difference: Interval | None
+    """Of the validation loss to the leave-one-out arm of the same sparsity, granularity, budget and
+    seed, and of the same scope where there is one."""
     needle_accuracy: float | None
     needle_margin: float | None
     sparsity: float
@@ -71,15 +80,14 @@ class ResultRow:
 
 def collect(runs: Runs) -> list[ResultRow]:
     """Rows of all that is measured, in the order of the study."""
-    groups: dict[tuple[str, float | None], list[Outcome]] = {}
+    groups: Groups = {}
     for trial in runs.study.trials():
         if runs.measures_file(trial).exists():
             outcome = _read(runs, trial)
             groups.setdefault((trial.arm, trial.sparsity), []).append(outcome)
     rows = []
     for (arm, target), outcomes in groups.items():
-        yardstick = _yardstick(runs, groups, target, outcomes[0].measures.granularity)
-        rows.append(_row(runs, arm, target, outcomes, yardstick))
+        rows.append(_row(runs, arm, target, outcomes, _yardsticks(runs, groups, outcomes[0])))
     return rows
 
 
@@ -97,20 +105,52 @@ def _read(runs: Runs, trial: Trial) -> Outcome:
     return Outcome(trial, Measures.load(runs.measures_file(trial)), compared, learning)
 
 
-def _yardstick(
-    runs: Runs,
-    groups: dict[tuple[str, float | None], list[Outcome]],
-    target: float | None,
-    granularity: str,
-) -> tuple[str, Table] | None:
-    """Name and table of the arm that leaves one out at this sparsity and granularity, if there is
-    one."""
-    for (arm, sparsity), outcomes in groups.items():
-        measures = outcomes[0].measures
-        is_alike = sparsity == target and measures.granularity == granularity
-        if is_alike and runs.study.arms[arm].score == YARDSTICK:
-            return arm, measures.full
-    return None
+def _yardsticks(runs: Runs, groups: Groups, own: Outcome) -> list[list[Outcome]]:
+    """The other arms that leave one out at the sparsity and granularity of a trial, the most alike
+    first.
+
+    Those of its scope come before the global ones. Others are no match. Among equals those of its
+    budget come first.
+    """
+    own_scope = _scope(runs, own)
+    own_budget = runs.arm(own.trial).whole_budget
+    found = []
+    for (name, sparsity), outcomes in groups.items():
+        first = outcomes[0]
+        arm = runs.study.arms[name]
+        if arm.score != YARDSTICK or name == own.trial.arm:
+            continue
+        if sparsity != own.trial.sparsity:
+            continue
+        if first.measures.granularity != own.measures.granularity:
+            continue
+        scope = _scope(runs, first)
+        if scope in (own_scope, "global"):
+            found.append((scope != own_scope, arm.whole_budget != own_budget, outcomes))
+    found.sort(key=lambda entry: entry[:2])
+    return [outcomes for *_, outcomes in found]
+
+
+def _scope(runs: Runs, outcome: Outcome) -> Scope:
+    # Rules that choose layers have no scope of their own, and a layer is always one unit of all.
+    if outcome.measures.granularity == "layer":
+        return "global"
+    return runs.units(outcome.trial)[1]
+
+
+def _beside(runs: Runs, own: Sequence[Outcome], yardsticks: Sequence[list[Outcome]]) -> Pairs:
+    """The losses of each trial and of the yardstick of its budget, where that has its seed."""
+    budget = runs.arm(own[0].trial).whole_budget
+    for others in yardsticks:
+        if runs.arm(others[0].trial).whole_budget != budget:
+            continue
+        by_seed = {other.trial.seed: other.measures.losses for other in others}
+        pairs = []
+        for outcome in own:
+            if outcome.trial.seed in by_seed:
+                pairs.append((outcome.measures.losses, by_seed[outcome.trial.seed]))
+        return pairs
+    return []
 
 
 def _row(
@@ -118,7 +158,7 @@ def _row(
     arm: str,
     target: float | None,
     outcomes: Sequence[Outcome],
-    yardstick: tuple[str, Table] | None,
+    yardsticks: Sequence[list[Outcome]],
 ) -> ResultRow:
     measured = [outcome.measures for outcome in outcomes]
     tables = [measures.full for measures in measured]
@@ -132,8 +172,10 @@ def _row(
             far_losses.append((own.far_losses, dense.far_losses))
     learned = [outcome.learning for outcome in outcomes if outcome.learning is not None]
     common = None
-    if yardstick is not None and yardstick[0] != arm:
-        common = mean_of([overlap(table, yardstick[1]) for table in tables])
+    if yardsticks:
+        # Units are scored once on the start checkpoint: all its trials have the same table.
+        kept = yardsticks[0][0].measures.full
+        common = mean_of([overlap(table, kept) for table in tables])
     # The other arms have the same table in every trial.
     varies = bool(learned) or runs.study.arms[arm].draws is not None
     return ResultRow(
@@ -143,6 +185,7 @@ def _row(
         validation_loss=statistics.mean(_known(measures.losses.mean) for measures in measured),
         difference=mean_difference(losses),
         far_difference=mean_difference(far_losses),
+        leave_one_out_difference=mean_difference(_beside(runs, outcomes, yardsticks)),
         needle_accuracy=mean_of([measures.needle_accuracy for measures in measured]),
         needle_margin=mean_of([measures.needle_margin for measures in measured]),
         sparsity=statistics.mean(measures.sparsity for measures in measured),

@@ -173,13 +173,16 @@ class Runner:
 
 
 def figure(runs: Runs, job: Job) -> str:
-    """What a finished job has to say."""
+    """One-line result of a finished job."""
     if job.kind == "score":
         return "units scored"
     if job.kind == "start":
         loss = last(read_metrics(runs.start / "metrics.jsonl"), "validation_loss")
         return f"validation loss {loss:.4f}"
     assert job.trial is not None
+    if job.kind == "first":
+        rows = read_metrics(runs.first_folder(job.trial) / "metrics.jsonl")
+        return f"validation loss {last(rows, 'validation_loss'):.4f} after the first leg"
     if job.kind == "learn":
         rows = read_metrics(runs.learn_folder(job.trial) / "metrics.jsonl")
         return f"validation loss {last(rows, 'validation_loss'):.4f} with the table learned"

@@ -1,4 +1,7 @@
-"""The runs of a study: their folders and configurations, checked before anything runs."""
+"""The runs of a study: their folders, configurations and tables.
+
+checks.py refuses those that cannot work.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,11 @@ from pathlib import Path
 
 from megaconsa import config as configuration
 from megaconsa.config import Config
+from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
-from megaconsa.consa.constraint import Constraint
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
-from megaconsa.study.settings import Arm, Overrides, Study, Trial
-
-OWN_FIELDS = {
-    "run.dir",
-    "model.init_from",
-    "allocation.source",
-    "allocation.file",
-    "allocation.rule",
-    "allocation.sparsity",
-    "allocation.granularity",
-    "allocation.scope",
-    "allocation.seed",
-}
-"""Fields that the study sets for each run."""
+from megaconsa.study.fields import Arm, Overrides, Study, Trial
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,14 @@ class Runs:
     def learn_folder(self, trial: Trial) -> Path:
         return self.folder(trial) / "learn"
 
+    def first_folder(self, trial: Trial) -> Path:
+        """Of the leg that stands in for learning, of trials with two legs."""
+        return self.folder(trial) / "first"
+
+    def first_file(self, trial: Trial) -> Path:
+        """Says that this leg is finished; its checkpoints are removed later."""
+        return self.first_folder(trial) / "finished.json"
+
     def train_folder(self, trial: Trial) -> Path:
         return self.folder(trial) / "train"
 
@@ -61,6 +59,11 @@ class Runs:
 
     def arm(self, trial: Trial) -> Arm:
         return self.study.arms[trial.arm]
+
+    def has_first_leg(self, trial: Trial) -> bool:
+        """Whether the trial trains through the steps of learning on its finished table."""
+        arm = self.arm(trial)
+        return arm.whole_budget and arm.kind != "learn"
 
     @cached_property
     def start_config(self) -> Config:
@@ -87,33 +90,59 @@ class Runs:
         }
         return _words(self.study.learn | (arm.learn or {}) | self._target(trial) | own)
 
+    def first_overrides(self, trial: Trial) -> list[str]:
+        """The schedule of learning, on the finished table.
+
+        A single run over the steps of both legs would have another learning rate at every step
+        than a learning arm, and the difference of the arms would include that.
+        """
+        own = self._on_table(trial, self.first_folder(trial), self.start)
+        return _words(self.study.learn | own)
+
     def train_overrides(self, trial: Trial) -> list[str]:
-        arm = self.arm(trial)
-        own = {
-            "run.dir": str(self.train_folder(trial)),
+        origin = self.start
+        if self.has_first_leg(trial):
+            origin = self.first_folder(trial)
+        elif self.arm(trial).whole_budget:
+            origin = self.learn_folder(trial)
+        own = self._on_table(trial, self.train_folder(trial), origin)
+        return _words(self.study.train | own)
+
+    def _on_table(self, trial: Trial, folder: Path, origin: Path) -> Overrides:
+        return {
+            "run.dir": str(folder),
             "run.seed": trial.seed,
-            "model.init_from": str(self.start),
+            "model.init_from": str(origin),
             "allocation.source": "file",
             "allocation.file": str(self.allocation_file(trial)),
         }
-        if arm.whole_budget and arm.kind == "learn":
-            own["model.init_from"] = str(self.learn_folder(trial))
-        elif arm.whole_budget:
-            own["training.steps"] = sum(self._steps)
-        return _words(self.study.train | own)
+
+    def units(self, trial: Trial) -> tuple[Granularity, Scope]:
+        """What the units of a trial's table are, and the scope of its target."""
+        arm = self.arm(trial)
+        if arm.rule in rules.OWN_UNITS:
+            return rules.OWN_UNITS[arm.rule]
+        section = self.start_config.allocation
+        return arm.granularity or section.granularity, arm.scope or section.scope
+
+    def _floor(self, trial: Trial) -> int:
+        """The run configuration's floor, where a target of the trial's kind can have one."""
+        if self.units(trial) != ("kv_head", "global"):
+            return 0
+        return self.start_config.allocation.floor
 
     def constraint(self, trial: Trial) -> Constraint:
         """The target of a learning or scoring arm. Raises InputError where it cannot be met."""
         assert trial.sparsity is not None
         shape = self.start_config.shape()
-        section = self.start_config.allocation
-        arm = self.arm(trial)
+        granularity, scope = self.units(trial)
         return Constraint(
             shape.num_hidden_layers,
             shape.num_key_value_heads,
             trial.sparsity,
-            arm.granularity or section.granularity,
-            arm.scope or section.scope,
+            granularity,
+            scope,
+            self._floor(trial),
         )
 
     def rule_table(self, trial: Trial) -> Allocation:
@@ -128,6 +157,11 @@ class Runs:
         }
         if arm.rule == "interleaved":
             assert trial.sparsity is not None
+            if trial.sparsity == 1:
+                raise InputError(
+                    "rule interleaved keeps some layers full and cannot give a sparsity of 1; "
+                    "leave this one out of the arm's sparsities, or use the rule all-swa"
+                )
             own["allocation.ratio"] = max(1, round(trial.sparsity / (1 - trial.sparsity)))
         config = configuration.load(self.study.config, _words(self._target(trial) | own))
         table = config.fixed_allocation()
@@ -139,76 +173,19 @@ class Runs:
             )
         return table
 
-    def check(self) -> None:
-        """Raises InputError for everything that can be known before a run starts; writes
-        nothing."""
-        self._check_overrides()
-        DatasetInfo.load(self.start_config.data.path)
-        for trial in self.study.trials():
-            try:
-                self._check_trial(trial)
-            except InputError as error:
-                raise InputError(f"arms.{trial.arm}: {error}") from None
-
-    def _check_overrides(self) -> None:
-        places: dict[str, Overrides] = {
-            "start": self.study.start,
-            "learn": self.study.learn,
-            "train": self.study.train,
-        }
-        for name, arm in self.study.arms.items():
-            places[f"arms.{name}.learn"] = arm.learn or {}
-        for place, overrides in places.items():
-            refused = OWN_FIELDS if place == "start" else OWN_FIELDS | {"run.seed"}
-            for field in overrides:
-                if field in refused:
-                    value = overrides[field]
-                    raise InputError(f"{place}: {field}={value} is set by the study; remove it")
-
-    def _check_trial(self, trial: Trial) -> None:
-        arm = self.arm(trial)
-        shape = self.start_config.shape()
-        configuration.load(self.study.config, self.train_overrides(trial))
-        if arm.kind == "rule":
-            self.rule_table(trial)
-        elif arm.kind == "file":
-            assert arm.file is not None
-            table = Allocation.load(arm.file)
-            table.check_shape(
-                shape.num_hidden_layers,
-                shape.num_key_value_heads,
-                f"file={arm.file}",
-            )
-        else:
-            self.constraint(trial)
-        if arm.kind == "learn":
-            self._check_learning(trial)
-
-    def _check_learning(self, trial: Trial) -> None:
-        steps = configuration.load(self.study.config, self.learn_overrides(trial)).training.steps
-        budget = self._steps[0]
-        if self.arm(trial).whole_budget and steps != budget:
-            raise InputError(
-                f"learn.training.steps={steps} is not the study's {budget}: the dense arm of the "
-                "whole budget would train for another number of steps; remove it"
-            )
-
-    @cached_property
-    def _steps(self) -> tuple[int, int]:
-        """Steps of learning and of training."""
-        learn = configuration.load(self.study.config, _words(self.study.learn))
-        train = configuration.load(self.study.config, _words(self.study.train))
-        return learn.training.steps, train.training.steps
-
     def _target(self, trial: Trial) -> Overrides:
-        """Sparsity, granularity and scope of a trial, where it has its own."""
+        """Sparsity, granularity and scope of a trial, where it has its own. The floor is 0 where the
+        trial can have none."""
         arm = self.arm(trial)
         values = {
             "allocation.sparsity": trial.sparsity,
             "allocation.granularity": arm.granularity,
             "allocation.scope": arm.scope,
         }
-        return {field: value for field, value in values.items() if value is not None}
+        given = {field: value for field, value in values.items() if value is not None}
+        if self._floor(trial) == 0:
+            given["allocation.floor"] = 0
+        return given
 
 
 def _words(overrides: Overrides) -> list[str]:

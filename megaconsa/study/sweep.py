@@ -7,7 +7,7 @@ from pathlib import Path
 from megaconsa.console import console
 from megaconsa.errors import InputError
 from megaconsa.exit_codes import DONE
-from megaconsa.study import page, record, results, settings, table
+from megaconsa.study import checks, page, record, results, settings, table
 from megaconsa.study.jobs import START, Job, graph, start_job
 from megaconsa.study.runner import Runner, Stopped, visible_devices
 from megaconsa.study.runs import Runs
@@ -19,7 +19,7 @@ def open_study(path: Path, out: Path) -> Runs:
     """The study of a file, checked against itself and what its folder holds. Raises InputError;
     writes nothing."""
     runs = Runs(settings.load(path), out)
-    runs.check()
+    checks.check(runs)
     record.check(runs)
     return runs
 

@@ -19,6 +19,7 @@ HEADINGS = (
     "trials",
     "loss",
     "over dense (95 %)",
+    "over LOO",
     "far over dense",
     "needles",
     "sparsity",
@@ -29,10 +30,13 @@ HEADINGS = (
 )
 NOTE = (
     "Losses in nats a token. "
-    "Differences are paired with the dense arm of the same seed and budget. "
+    "Differences are paired with the dense arm of the same seed and budget, "
+    "those over LOO with the leave-one-out arm of the same sparsity, seed and budget. "
     "(r): t interval over runs; (s): normal interval over the held-out sequences of a single pair."
 )
 MISSING = "-"
+INTERVALS = ("difference", "far_difference", "leave_one_out_difference")
+"""Fields of a row that are intervals."""
 
 
 def cells(row: ResultRow) -> list[str]:
@@ -44,6 +48,7 @@ def cells(row: ResultRow) -> list[str]:
         str(row.trials),
         f"{row.validation_loss:.4f}",
         interval_text(row.difference),
+        interval_text(row.leave_one_out_difference),
         _number(far.mean if far else None, "+.4f"),
         _number(row.needle_accuracy, ".0%"),
         _number(row.sparsity, ".4g"),
@@ -105,7 +110,7 @@ def _csv(rows: Sequence[ResultRow]) -> str:
 def _flat(row: ResultRow) -> dict[str, object]:
     fields: dict[str, object] = {}
     for name, value in asdict(row).items():
-        if name in ("difference", "far_difference"):
+        if name in INTERVALS:
             for part in ("mean", "low", "high", "over"):
                 fields[f"{name}_{part}"] = value and value[part]
         elif name != "full_share":

@@ -20,10 +20,10 @@ from megaconsa.evaluation.settings import find_device
 from megaconsa.evaluation.unit_scores import ScoreRequest, score_units
 from megaconsa.exit_codes import DONE, STOPPED
 from megaconsa.files import replace_text
+from megaconsa.study.fields import Trial
 from megaconsa.study.jobs import Job
 from megaconsa.study.measures import measure_checkpoint
 from megaconsa.study.runs import Runs
-from megaconsa.study.settings import Trial
 from megaconsa.train import train
 
 
@@ -39,8 +39,12 @@ def run(runs: Runs, job: Job) -> int:
         with _alone(job.result):
             return DONE if job.done else _score(runs, job.arm)
     assert job.trial is not None
-    work: Callable[[Runs, Trial], int] = _learn if job.kind == "learn" else _train_and_measure
-    return work(runs, job.trial)
+    works: dict[str, Callable[[Runs, Trial], int]] = {
+        "learn": _learn,
+        "first": _train_first,
+        "train": _train_and_measure,
+    }
+    return works[job.kind](runs, job.trial)
 
 
 def _train(runs: Runs, overrides: list[str]) -> int:
@@ -88,9 +92,17 @@ def _learn(runs: Runs, trial: Trial) -> int:
     return DONE
 
 
+def _train_first(runs: Runs, trial: Trial) -> int:
+    _save_table(runs, trial)
+    code = _train(runs, runs.first_overrides(trial))
+    if code == DONE:
+        finished = {"checkpoint": str(store.resolve(runs.first_folder(trial)).path)}
+        replace_text(runs.first_file(trial), json.dumps(finished) + "\n")
+    return code
+
+
 def _train_and_measure(runs: Runs, trial: Trial) -> int:
-    if not runs.allocation_file(trial).exists():
-        _build_table(runs, trial).save(runs.allocation_file(trial))
+    _save_table(runs, trial)
     code = _train(runs, runs.train_overrides(trial))
     if code != DONE:
         return code
@@ -101,7 +113,13 @@ def _train_and_measure(runs: Runs, trial: Trial) -> int:
     measures.save(runs.measures_file(trial))
     _remove_checkpoints(runs.train_folder(trial))
     _remove_checkpoints(runs.learn_folder(trial))
+    _remove_checkpoints(runs.first_folder(trial))
     return DONE
+
+
+def _save_table(runs: Runs, trial: Trial) -> None:
+    if not runs.allocation_file(trial).exists():
+        _build_table(runs, trial).save(runs.allocation_file(trial))
 
 
 def _build_table(runs: Runs, trial: Trial) -> Allocation:

@@ -16,8 +16,8 @@ from megaconsa.data.shards import VALIDATION
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError
 from megaconsa.model.qwen3 import Qwen3
+from megaconsa.study.fields import Needles
 from megaconsa.study.measures import Measures, measure_checkpoint
-from megaconsa.study.settings import Needles
 
 NO_NEEDLES = Needles()
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from megaconsa.study.comparison import (
     overlap,
     t_quantile,
 )
+from megaconsa.study.fields import Trial
 from megaconsa.study.learning import best_units, read_learning, steps_to_target
-from megaconsa.study.measures import SequenceLosses
-from megaconsa.study.results import ResultRow
+from megaconsa.study.measures import Measures, SequenceLosses
+from megaconsa.study.results import ResultRow, collect
+from megaconsa.study.runs import Runs
 from megaconsa.study.table import aligned, interval_text, markdown, write
 
 DENSE = SequenceLosses([20.0, 30.0], [10, 10])
@@ -130,3 +133,43 @@ def _write_run(folder: Path, seconds: list[float]) -> None:
     for step, value in enumerate(seconds, 1):
         rows.append({"step": step, "step_seconds": value, "split_agreement": 0.25})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def save_measures(runs: Runs, trial: Trial, loss: float) -> None:
+    """Two held-out sequences of ten tokens, each at `loss` nats a token."""
+    losses = SequenceLosses([10 * loss, 10 * loss], [10, 10])
+    table = [[True, True, False, False]] * 2
+    measures = Measures(losses, losses, None, None, table, "kv_head", 4)
+    file = runs.measures_file(trial)
+    file.parent.mkdir(parents=True)
+    measures.save(file)
+
+
+def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
+    make_runs: Callable[..., Runs],
+) -> None:
+    def scored(scope: str, **fields: Any) -> dict[str, Any]:
+        return {"score": "leave-one-out", "scope": scope} | fields
+
+    drawn = {"rule": "random", "draws": [0], "seeds": [0, 1, 2]}
+    runs = make_runs(
+        arms={
+            "dense": {"rule": "dense", "seeds": [0, 1, 2]},
+            "layers": scored("per_layer"),
+            "global": scored("global", seeds=[0, 1]),
+            "drawn": drawn | {"scope": "global"},
+            "drawn-layers": drawn | {"scope": "per_layer"},
+        },
+    )
+    bases = {"dense": 2.0, "layers": 2.25, "global": 2.5, "drawn": 3.0, "drawn-layers": 3.0}
+    for trial in runs.study.trials():
+        save_measures(runs, trial, bases[trial.arm] + trial.seed)
+    found = {row.arm: row.leave_one_out_difference for row in collect(runs)}
+    # Seeds 0 and 1 are in both; seed 2 has nothing to be paired with.
+    assert found["drawn"] is not None
+    assert found["drawn"].mean == pytest.approx(0.5)
+    assert found["drawn"].over == "runs"
+    assert found["drawn-layers"] is not None
+    assert found["drawn-layers"].mean == pytest.approx(0.75)
+    assert found["drawn-layers"].over == "sequences"
+    assert found["dense"] is None

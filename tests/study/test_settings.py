@@ -10,12 +10,16 @@ import pytest
 import yaml
 
 from megaconsa.errors import InputError
-from megaconsa.study import record, settings
+from megaconsa.study import checks, record, settings
+from megaconsa.study.fields import Trial
 from megaconsa.study.runs import Runs
-from megaconsa.study.settings import Trial
 
 DENSE = {"rule": "dense"}
 LONG = {"rule": "dense", "whole_budget": True}
+
+
+def scoring(**options: int) -> dict[str, Any]:
+    return {"score": "leave-one-out", "options": options}
 
 
 def test_trials_are_arms_by_sparsities_by_seeds_by_draws(make_runs: Callable[..., Runs]) -> None:
@@ -77,6 +81,30 @@ def test_the_reference_has_the_same_seed_and_budget(make_runs: Callable[..., Run
             {"arms": {"a": DENSE | {"options": {"z": 0.3}}}},
             "arms.a.options belong to an arm with score",
         ),
+        (
+            {"arms": {"a": {"score": "leave-one-out", "options": {"z": 0.3}}}},
+            "arms.a.options.z=0.3 has no effect on score: leave-one-out; remove it",
+        ),
+        (
+            {"arms": {"a": {"score": "calibrate", "options": {"sequences": 4}}}},
+            "arms.a.options.sequences=4 has no effect on score: calibrate; remove it",
+        ),
+        ({"seeds": [0, 0]}, "seeds=[0, 0] holds 0 more than once; keep one of them"),
+        ({"sparsities": [0.5, 0.75, 0.5]}, "sparsities=[0.5, 0.75, 0.5] holds 0.5 more than once"),
+        ({"sparsities": [float("nan")]}, "sparsities.0=nan is refused"),
+        (
+            {"arms": {"a": {"learn": {}, "sparsities": [0.5, 0.5]}}},
+            "arms.a.sparsities=[0.5, 0.5] holds 0.5 more than once",
+        ),
+        ({"arms": {"a": DENSE | {"seeds": [1, 1]}}}, "arms.a.seeds=[1, 1] holds 1 more than once"),
+        (
+            {"arms": {"a": {"rule": "random", "draws": [2, 3, 2]}}},
+            "arms.a.draws=[2, 3, 2] holds 2 more than once",
+        ),
+        (
+            {"arms": {"dense": DENSE, "x": {"learn": {}}, "x-0.5": {"rule": "all-swa"}}},
+            "arms.x-0.5: its trial x-0.5-seed0 has the same folder as one of arms.x",
+        ),
         ({"arms": {"a": {"learn": {}}}, "sparsities": []}, "arms.a has no sparsity"),
         (
             {"arms": {"dense": DENSE, "a": {"learn": {}, "seeds": [0, 7]}}},
@@ -107,7 +135,41 @@ def test_refused_by_the_file_alone(
             "arms.a.learn: allocation.scope=global is set by the study",
         ),
         ({"train": {"run.seed": 3}}, "train: run.seed=3 is set by the study"),
+        (
+            {"train": {"data.path": "x"}},
+            "train: data.path=x must be the same in all runs; set it in",
+        ),
+        ({"learn": {"attention.window": 4}}, "learn: attention.window=4 must be the same"),
+        ({"start": {"attention.window": 4}}, "start: attention.window=4 must be the same"),
+        (
+            {"arms": {"dense": DENSE, "a": {"learn": {"data.path": "x"}}}},
+            "arms.a.learn: data.path=x must be the same",
+        ),
         ({"train": {"training.step": 3}}, "unknown field training.step"),
+        (
+            {"needles": {"lengths": [8], "count": 1}},
+            "needles.lengths: --needle-length 8 leaves no haystack",
+        ),
+        (
+            {"arms": {"dense": DENSE, "a": scoring(sequences=2)}},
+            "arms.a: options: --sequences 2: too few sequences for evidence",
+        ),
+        (
+            {"arms": {"dense": DENSE, "a": scoring(sequences=5)}},
+            "arms.a: options: --sequences 5 is not a multiple of the batch of 2",
+        ),
+        (
+            {"arms": {"dense": DENSE, "a": scoring(sequences=100_000)}},
+            "for training",
+        ),
+        (
+            {"arms": {"dense": DENSE, "a": {"rule": "interleaved", "sparsities": [1.0]}}},
+            "arms.a: rule interleaved keeps some layers full and cannot give a sparsity of 1",
+        ),
+        (
+            {"arms": {"dense": DENSE, "a": {"learn": {"gates.warmup_steps": 20}}}},
+            "arms.a: gates.warmup_steps=20 must be at most 18 of training.steps=24",
+        ),
         (
             {"arms": {"dense": DENSE, "a": {"score": "gradient", "sparsities": [0.3]}}},
             "arms.a: allocation.sparsity=0.3 cannot be met by the 4 KV heads of a layer",
@@ -139,9 +201,13 @@ def test_refused_by_the_runs_configurations(
 ) -> None:
     runs = make_runs(**fields)
     with pytest.raises(InputError) as refusal:
-        runs.check()
+        checks.check(runs)
     assert message in str(refusal.value)
     assert not runs.out.exists()
+
+
+def test_needle_lengths_are_free_while_needles_are_off(make_runs: Callable[..., Runs]) -> None:
+    checks.check(make_runs(needles={"lengths": [8], "count": 0}))
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:

@@ -131,8 +131,54 @@ def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path
 
 
 def test_a_job_that_is_refused_says_why(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    """The needle's length is known to fit only when the tokenizer has been read."""
-    study = write_study(arms={"dense": {"rule": "dense"}}, needles={"lengths": [8], "count": 1})
-    code, said = sweep(study, tmp_path / "out")
+    """The run's folder is looked at only when its turn has come."""
+    study = write_study(arms={"dense": {"rule": "dense"}})
+    out = tmp_path / "out"
+    folder = out / "trials" / "dense-seed0"
+    folder.mkdir(parents=True)
+    (folder / "train").write_text("not a folder")
+    code, said = sweep(study, out)
     assert code == 1
-    assert "failed: train-dense-seed0: error: --needle-length 8 leaves no haystack" in said
+    assert "failed: train-dense-seed0: error: run.dir=" in said
+    assert "is not a folder" in said
+
+
+def test_the_whole_budget_trains_two_legs(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    """Rule, score and learning arms see the same learning rate at every step."""
+    options = {"whole_budget": True, "scope": "global"}
+    arms: dict[str, Any] = {
+        "dense": {"rule": "dense", "whole_budget": True},
+        "leave-one-out": {"score": "leave-one-out", "options": {"sequences": 4}} | options,
+        "evidence": {"learn": {}} | options,
+    }
+    study = write_study(
+        arms=arms,
+        learn={"training.steps": 24, "gates.warmup_steps": 8, "training.learning_rate": 0.002},
+    )
+    out = tmp_path / "out"
+    code, said = sweep(study, out)
+    assert code == 0, said
+    assert "first-dense-seed0: validation loss" in said
+    trials = out / "trials"
+    legs = {
+        "dense-seed0": "first",
+        "leave-one-out-0.5-seed0": "first",
+        "evidence-0.5-seed0": "learn",
+    }
+    schedules = []
+    for name, leg in legs.items():
+        rows = read_metrics(trials / name / leg / "metrics.jsonl")
+        rows += read_metrics(trials / name / "train" / "metrics.jsonl")
+        schedules.append([row["learning_rate"] for row in rows])
+        log = (out / "logs" / f"train-{name}.log").read_text()
+        assert f"weights and optimizer from {trials / name / leg}" in log
+    assert len(schedules[0]) == 24 + 4
+    assert schedules[0] == schedules[1] == schedules[2]
+    assert [path.parent.name for path in out.rglob("checkpoints")] == ["start"]
+    rows = {row["arm"]: row for row in json.loads((out / "results.json").read_text())}
+    assert rows["evidence"]["leave_one_out_difference"]["over"] == "sequences"
+    assert rows["leave-one-out"]["leave_one_out_difference"] is None
+
+    code, said = sweep(study, out)
+    assert code == 0, said
+    assert "jobs to run" not in said

@@ -132,7 +132,7 @@ def test_the_first_loss_is_that_of_transformers(
         model={"init_from": str(tmp_path / "import")},
         attention={"window": SEQUENCE_LENGTH, "separate_documents": False},
         allocation=allocation,
-        gates={"warmup_steps": 1},
+        gates={"warmup_steps": 0},
         training={"steps": 2, "precision": "fp32"},
     )
     loss = train(values)[0]["loss"]
