@@ -180,7 +180,7 @@ def test_refused_by_the_file_alone(
         ),
         (
             {"arms": {"dense": DENSE, "a": {"learn": {"gates.warmup_steps": 24}}}},
-            "arms.a: gates.warmup_steps=24 must be less than training.steps=24",
+            "arms.a: gates.warmup_steps=24 must be at most 18 of training.steps=24",
         ),
         (
             {

@@ -77,7 +77,10 @@ def test_a_later_end_of_the_jobs_time_changes_nothing(
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: signal.Signals, make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config(training=ENDLESS, checkpoint={"every": 0})
     run = Path(values["run"]["dir"])
+    # Under nohup the tests would hand on a SIGHUP that is ignored.
+    inherited = signal.signal(number, signal.SIG_DFL)
     tasks = start(write(values, tmp_path))
+    signal.signal(number, inherited)
     await_step(run, 3)
     tasks[1].send_signal(number)
     main, other = ended(tasks)
