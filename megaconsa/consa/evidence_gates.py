@@ -4,8 +4,8 @@ All units start at z = 1. While the target rises, and until the closing stage, e
 z = 1 - target. So all units are measured under equal conditions: a gradient at z = 0.9 could not be compared with one at z = 0.1.
 
 In the closing stage the units are decided one after another, those with the clearest evidence first. A decided gate moves to
-exactly 0 or 1, and the others share the value that keeps the mean at the target. They are still measured.
-The order is computed anew in each step, so a unit can come back. At the end all gates are 0 or 1, as in the finished table.
+exactly 0 or 1. The others share the value that keeps the mean at the target, and are still measured. The order is computed
+anew in each step, so a unit can come back. At the end all gates are 0 or 1, as in the finished table.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
 
     No code in the folder is run: a head-wise export is loaded by megaconsa's own classes, whatever model file lies there.
-    Raises InputError where the folder is not an export, or needs code of its own.
+    Raises InputError where the folder is not an export.
     """
     try:
         parse_json((folder / "config.json").read_text())
