@@ -268,3 +268,10 @@ def hopper_backward_kernel(
     stored = (stored_keys[:, None] < length) & (columns[None, :] < HEAD_DIM)
     gl.store(d_key_out + offsets, (d_key * natural_scale).to(dtype), mask=stored)
     gl.store(d_value_out + offsets, d_value.to(dtype), mask=stored)
+    # As in hopper_forward, to keep the barriers' memory.
+    block_barrier()
+    mbarrier.invalidate(kv_ready)
+    for slot in gl.static_range(STAGES):
+        mbarrier.invalidate(q_ready.index(slot))
+        mbarrier.invalidate(d_out_ready.index(slot))
+        mbarrier.invalidate(statistics_ready.index(slot))
