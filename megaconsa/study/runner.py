@@ -22,6 +22,8 @@ from megaconsa.study.runs import Runs
 
 STOP_SECONDS = 120.0
 """For running jobs to save and end, before they are killed."""
+LOOK_SECONDS = 10.0
+"""Between two looks at processes that do not end."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -115,10 +117,12 @@ class Runner:
         return all(other.done for other in needed)
 
     def _collect(self, waiting: int) -> bool:
-        """Waits for the next jobs to end; returns whether one of them stopped before its end."""
-        wait([running.process.sentinel for running in self._running.values()])
+        """Waits for the next jobs to end, or LOOK_SECONDS; returns whether one of them stopped before
+        its end."""
+        wait([running.process.sentinel for running in self._running.values()], LOOK_SECONDS)
         stopped = False
         for slot, running in list(self._running.items()):
+            running.abort_if_stuck()
             if running.process.is_alive():
                 continue
             running.process.join()

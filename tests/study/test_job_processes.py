@@ -1,0 +1,56 @@
+"""The processes of jobs: as on a GPU, and those that do not end."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megaconsa.study import process
+from megaconsa.study.jobs import Job, start_job
+from megaconsa.study.runs import Runs
+
+
+def linger(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
+    """In the place of a job's entry: writes the result and sleeps."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), process.STDERR)
+    faulthandler.enable()
+    job.result.mkdir(parents=True)
+    time.sleep(600)
+
+
+def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
+    make_runs: Callable[..., Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_main", linger)
+    runs = make_runs()
+    job = start_job(runs)
+    log = tmp_path / "start.log"
+    running = process.RunningJob(runs, job, log, device=None, threads=1)
+    running.abort_if_stuck()
+    assert running.process.is_alive()
+    while not job.done:
+        time.sleep(0.1)
+    running.abort_if_stuck()
+    running.abort_if_stuck()
+    assert running.process.is_alive()
+    monkeypatch.setattr(process, "LINGER_SECONDS", 0.0)
+    running.abort_if_stuck()
+    assert running.process.exitcode == -signal.SIGABRT
+    assert "in linger" in log.read_text()
+
+
+def test_a_job_runs_in_a_process_that_starts_afresh(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
+    """As where there are GPUs; this device's name hides them all."""
+    runs = make_runs()
+    job = start_job(runs)
+    running = process.RunningJob(runs, job, tmp_path / "start.log", device="", threads=1)
+    running.process.join()
+    assert running.process.exitcode == 0
+    assert job.done
