@@ -146,7 +146,7 @@ def _reporters(config: Config) -> list[Callback]:
     if config.logging.wandb:
         from megaconsa.training.callbacks.wandb import WandB
 
-        found.append(WandB(config.logging.wandb, str(config.run.dir), config.to_dict()))
+        found.append(WandB(config.logging.wandb, config.run.dir, config.to_dict()))
     return [*found, Terminal("learn" if config.learning else "train")]
 
 

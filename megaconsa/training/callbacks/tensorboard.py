@@ -23,7 +23,10 @@ class TensorBoard(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         # purge_step hides what an interrupted run wrote past the checkpoint it resumes from.
-        self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
+        try:
+            self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
+        except OSError as error:
+            logger.error("TensorBoard cannot write to %s: %s; training goes on without it", self.folder, error.strerror)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if self.writer is None:
