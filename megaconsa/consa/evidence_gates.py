@@ -63,7 +63,9 @@ class EvidenceGates:
         end = min((1 - SETTLED_SHARE) * self.steps, self.steps - 1)
         if step >= end:
             return 1.0
-        return max(0.0, (step - begin) / (end - begin))
+        if step <= begin:
+            return 0.0
+        return (step - begin) / (end - begin)
 
     def _decided(self, step: int) -> Tensor:
         """How far each unit is on its way from the common value (0) to its end (1), (layers, units) fp64."""

@@ -118,3 +118,15 @@ def test_nothing_to_choose(sparsity: float) -> None:
     bank, history = course(constraint, random_benefit(constraint))
     assert bool((history[-1] == 1 - sparsity).all())
     assert bank.summary().separated_share is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
+def test_short_runs_end_with_the_table(steps: int) -> None:
+    constraint = Constraint(2, 4, 0.5, "kv_head", "global")
+    bank = GateBank(GateSettings(constraint, 8, warmup_steps=0, global_batch=2, steps=steps))
+    for step in range(steps):
+        bank.sample(step)
+        for layer, leaf in enumerate(bank._leaves):
+            leaf.grad = -torch.arange(8.0).view(2, 4) * (layer + 1)
+        bank.update()
+    assert sorted(set(bank.gates.z.flatten().tolist())) == [0.0, 1.0]
