@@ -23,6 +23,7 @@ from megaconsa.consa.gates import ControllerName, GateSettings
 from megaconsa.errors import InputError
 from megaconsa.model.budget import QUANTITIES, Budget
 from megaconsa.model.config import PRESETS, ModelConfig
+from megaconsa.reading import read_text
 
 PipelineSchedule = Literal["1f1b", "dualpipev"]
 """Order of the pipeline's forward and backward passes."""
@@ -395,7 +396,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def read_yaml(path: Path, kind: str, content: str) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError, which calls the file `kind` and what it maps `content`."""
     try:
-        data = yaml.load(path.read_text(), UniqueKeyLoader)
+        data = yaml.load(read_text(path), UniqueKeyLoader)
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist") from None
     except RecursionError:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import typer
 from rich.console import Console
@@ -21,8 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megaconsa.errors import InputError, RunError
-from megaconsa.exit_codes import FAILED, REFUSED
+from megaconsa.errors import InputError, RunError, UnreachableError
+from megaconsa.exit_codes import FAILED, LOST, REFUSED
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL = 10.0
@@ -110,9 +110,17 @@ def guarded(function: Callable[[], Any]) -> None:
     """Runs a command; an error meant for the user ends it with its sentence on stderr, and exit code 2 if the input was refused."""
     try:
         function()
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED if isinstance(error, InputError) else FAILED)
+    except InputError as error:
+        _end(error, REFUSED)
+    except UnreachableError as error:
+        _end(error, LOST)
+    except RunError as error:
+        _end(error, FAILED)
+
+
+def _end(error: Exception, code: int) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
 
 
 def run_tool(main: Callable[..., Any]) -> None:

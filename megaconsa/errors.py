@@ -1,4 +1,4 @@
-"""The two exceptions a user is meant to see: no traceback, one sentence."""
+"""The exceptions a user is meant to see: no traceback, one sentence."""
 
 
 class InputError(Exception):
@@ -7,3 +7,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """Work that had begun and cannot go on, through no fault of the code (damaged data, say). One sentence; exit code 1."""
+
+
+class UnreachableError(RunError):
+    """What should be there cannot be reached at the moment: a file, a network. Exit code 76: the same
+    command goes on later."""

@@ -9,4 +9,5 @@ REFUSED = 2
 STOPPED = 75
 """A signal or the end of the job's time stopped the run after it saved (EX_TEMPFAIL): the same command goes on from there."""
 LOST = 76
-"""A step did not end, or a rank died without a word: the same command goes on from the newest checkpoint, on nodes that work."""
+"""A step did not end, a rank died without a word, storage or network did not answer for minutes, or two
+saves in a row failed: the same command goes on from the newest checkpoint, on nodes that work."""

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +38,7 @@ from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError
 from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
+from megaconsa.reading import patiently, read_text
 from megaconsa.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,12 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d+)")
 CHECKING_THREADS = 8
 """Files whose checksums are computed side by side."""
+SECOND_LOOK_SECONDS = 2.0
+"""Before what looks like damage is looked at again: caches of a file system may lag behind."""
+
+
+class DamagedError(InputError):
+    """A checkpoint is not what was written. What merely cannot be read is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +118,12 @@ class Checkpoint:
 
     def gates(self) -> dict[str, Tensor] | None:
         path = self.path / "gates.safetensors"
-        return load_file(path) if path.exists() else None
+        return patiently(lambda: load_file(path), path) if path.exists() else None
 
     def random_states(self) -> dict[str, Tensor]:
         """`RANK/cpu` and, of a GPU, `RANK/cuda`."""
-        return load_file(self.path / "random.safetensors")
+        path = self.path / "random.safetensors"
+        return patiently(lambda: load_file(path), path)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes without reading the weights."""
@@ -121,53 +131,73 @@ class Checkpoint:
         return {name: weights.shape(name) for name in weights}
 
     def faults(self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True) -> list[str]:
-        """What does not agree with the manifest: missing files, sizes, checksums. advance is told of bytes as they are read.
+        """What does not agree with the manifest, looked at twice: missing files, sizes, checksums.
 
-        checksums: False reads no file.
+        advance is told of bytes as they are read. checksums: False reads no file. Raises
+        UnreachableError where files stay out of reach.
         """
 
         def fault(name: str) -> str | None:
-            path, entry = self.path / name, self.manifest["files"][name]
-            try:
-                if path.stat().st_size != entry["bytes"]:
-                    return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-                if not checksums or checksum(path, advance) == entry["xxh3_64"]:
-                    return None
-                return f"{path} does not match its checksum"
-            except FileNotFoundError:
-                return f"{path} is missing"
-            except OSError as error:
-                return f"{path} cannot be read: {error.strerror}"
+            found = self._fault(name, advance, checksums)
+            if found is None:
+                return None
+            logger.warning("%s; looking again", found)
+            time.sleep(SECOND_LOOK_SECONDS)
+            _forget(self.path / name)
+            return self._fault(name, lambda count: None, checksums)
 
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
             return [found for found in pool.map(fault, self.manifest["files"]) if found is not None]
 
+    def _fault(self, name: str, advance: Callable[[int], None], checksums: bool) -> str | None:
+        path = self.path / name
+        entry = self.manifest["files"][name]
+        try:
+            size = patiently(path.stat, path, within=self.path).st_size
+            if size != entry["bytes"]:
+                return f"{path} has {size} bytes instead of {entry['bytes']}"
+            if not checksums:
+                return None
+            found = patiently(lambda: checksum(path, advance), path, within=self.path)
+            return None if found == entry["xxh3_64"] else f"{path} does not match its checksum"
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            raise _refusal(path, error) from None
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it a run that removes old checkpoints leaves this one; InputError where it cannot be opened, as it was removed say."""
+        """Within it a run that removes old checkpoints leaves this one.
+
+        Raises DamagedError where it was removed, and InputError where it may not be read.
+        """
+        manifest = self.path / MANIFEST
         try:
-            file = (self.path / MANIFEST).open()
+            file = patiently(manifest.open, manifest)
         except OSError as error:
-            raise InputError(f"checkpoint {self.path} cannot be read any more: {error.strerror}") from None
+            raise _refusal(self.path, error) from None
         with file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def _tensors(self, kind: str) -> TensorFiles:
-        return TensorFiles([self.path / name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)])
+        names = [name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)]
+        paths = [self.path / name for name in names]
+        return patiently(lambda: TensorFiles(paths), self.path)
 
 
 def newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint of a run folder that agrees with its manifest; says which ones it passed over.
 
-    None where there is no checkpoint; InputError where there are some but none is usable: that is not a run to start again.
+    None where there is no checkpoint. InputError where there are some but none is usable, or the newest is of another format: that is
+    no run to start again. UnreachableError where one cannot be read at the moment: it may be whole.
     """
     paths = committed(run)
     for path in paths:
         try:
             checkpoint, faults = _examine(path)
-        except InputError as error:
+        except DamagedError as error:
             faults = [str(error)]
         if not faults:
             return checkpoint
@@ -212,27 +242,60 @@ def newest_of(run: Path, count: int) -> list[Checkpoint]:
 
 def committed(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [(int(match[1]), path) for path in (run / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    folder = run / FOLDER
+    try:
+        names = patiently(lambda: os.listdir(folder), folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(int(match[1]), folder / name) for name in names if (match := _NAME.fullmatch(name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint whose tensors have not been looked at; InputError where state or manifest cannot be read."""
+    """A checkpoint whose tensors have not been looked at.
+
+    Raises DamagedError where state or manifest are not what was written, InputError where they are of
+    another format, and UnreachableError where they stay out of reach.
+    """
     try:
-        state = parse_json((path / "state.json").read_text())
-        manifest = parse_json((path / MANIFEST).read_text())
+        return _read(path)
+    except DamagedError as error:
+        logger.warning("%s; looking again", error)
+        time.sleep(SECOND_LOOK_SECONDS)
+        return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        state = parse_json(read_text(path / "state.json"))
+        manifest = parse_json(read_text(path / MANIFEST))
         if not isinstance(state, dict) or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values()):
             raise ValueError("state.json or manifest.json is not what a checkpoint holds")
         for name in manifest["files"]:
             if not is_inside_name(name):
                 raise ValueError(f"{MANIFEST} names {name!r}, which is no file of the checkpoint's folder")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"checkpoint {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise _refusal(path, error) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"checkpoint {path} cannot be read: {error}") from None
     if state.get("version") != FORMAT_VERSION:
         raise InputError(
             f"checkpoint {path} has format version {state.get('version')}, but this megaconsa reads {FORMAT_VERSION}"
         )
     return Checkpoint(path, state, manifest)
+
+
+def _refusal(path: Path, error: OSError) -> InputError:
+    """What an error that is an answer says: a missing file is damage, one that may not be read is
+    for a person to mend."""
+    kind = DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else InputError
+    return kind(f"checkpoint {path} cannot be read: {error}")
+
+
+def _forget(path: Path) -> None:
+    """Drops what this machine's memory holds of a file, so that the next read asks the disk."""
+    with suppress(OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:

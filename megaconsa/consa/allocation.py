@@ -13,6 +13,7 @@ from torch import Tensor
 from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
+from megaconsa.reading import read_text
 
 FORMAT_VERSION = 1
 FULL_WINDOW = 2**31 - 1
@@ -163,7 +164,7 @@ class Allocation:
     @classmethod
     def load(cls, path: Path) -> Allocation:
         try:
-            data = parse_json(path.read_text())
+            data = parse_json(read_text(path))
         except FileNotFoundError:
             raise InputError(f"allocation file {path} does not exist") from None
         except (OSError, ValueError) as error:

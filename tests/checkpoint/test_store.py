@@ -132,6 +132,12 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     assert kept(tmp_path) == ["step_5"]
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage is looked at twice without a pause."""
+    monkeypatch.setattr(store, "SECOND_LOOK_SECONDS", 0.0)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -158,7 +164,7 @@ def test_a_damaged_newest_one_is_passed_over(
     with caplog.at_level(logging.WARNING, logger="megaconsa.checkpoint"):
         assert newest_step(tmp_path) == 1
         assert store.resolve(tmp_path).step == 1
-    assert f"checkpoint {path} is passed over" in caplog.messages[0]
+    assert f"checkpoint {path} is passed over" in caplog.text
     with pytest.raises(InputError, match="step_2"):
         store.resolve(path)
 
@@ -173,7 +179,6 @@ def test_a_damaged_newest_one_is_passed_over(
         ("manifest.json", '{"version": 1, "files": {"model.safetensors": {}}}'),
         ("state.json", None),
         ("state.json", "[]"),
-        ("state.json", '{"version": 2}'),
     ],
 )
 def test_a_checkpoint_without_its_descriptions_is_passed_over(
