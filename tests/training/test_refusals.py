@@ -148,7 +148,7 @@ def test_two_processes_in_one_run_folder(make_config: MakeConfig, refused: Any, 
     lock = RunLock(Path(values["run"]["dir"]))
     assert "is in use" in refused("train", write(values, tmp_path / "config.yaml"))
     assert [path.name for path in Path(values["run"]["dir"]).iterdir()] == [".lock"]
-    lock.file.close()
+    lock.release()
 
 
 def test_no_usable_checkpoint_is_not_a_fresh_start(make_config: MakeConfig, refused: Any, train: Any, tmp_path: Path) -> None:

@@ -1,85 +1,279 @@
-"""One process at a time trains in a run folder."""
+"""One process at a time trains in a run folder: a lease, RUN/.lock, that its holder renews.
+
+Locks of the file system are not used. When a node loses power, NFS, Lustre and GPFS may hold a dead
+client's lock for ever; and some mounts lock within one machine only. Here the holder touches its file
+every BEAT_SECONDS. Whoever finds another's file watches it for a while by its own clock, so clocks need
+not agree:
+
+    touched meanwhile          the holder lives: refused
+    not touched                it is gone: the lease is taken over
+    of an earlier start of the same Slurm job, or of a process of this machine that is gone
+                               taken over at once
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import socket
+import threading
 import time
+import uuid
+import weakref
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megaconsa.errors import InputError
+from megaconsa import incidents
+from megaconsa.errors import InputError, UnreachableError
+from megaconsa.exit_codes import FAILED
+from megaconsa.reading import patiently, read_text
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 NAME = ".lock"
+BEAT_SECONDS = 10.0
+"""Between two touches of the file."""
+WATCH_SECONDS = 60.0
+"""For a holder to touch its file. NFS may show a touch up to a minute late."""
+LOOK_SECONDS = 0.5
+SETTLE_SECONDS = 1.0
+"""For another start that takes the lease over in the same moment to have written."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The content of the file."""
+
+    token: str
+    """Another one for each start."""
+    host: str
+    pid: int
+    since: str
+    started: int = 0
+    """When the process began, in the kernel's ticks: numbers of processes are used again."""
+    machine: str = ""
+    """The kernel that runs now, and the name space of its process numbers."""
+    job: str = ""
+    """Slurm's number of the job, of an array with the task's; empty outside of Slurm."""
+    start: int = 0
+    """How often Slurm has started the job again."""
+
+    @classmethod
+    def of_this_process(cls) -> Holder:
+        environment = os.environ
+        job = environment.get("SLURM_JOB_ID", "")
+        if "SLURM_ARRAY_JOB_ID" in environment:
+            job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            started=_started(os.getpid()) or 0,
+            machine=_machine(),
+            job=job,
+            start=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since},"
 
 
 class RunLock(Callback):
-    """Makes the folder and holds a lock in it from construction to the end of the run.
-
-    The kernel drops the lock when the process dies, so that what a killed run leaves in the file (host, pid, time) locks nobody out.
-    """
+    """Makes the folder and holds its lease from construction to the end of the run, or of the object."""
 
     def __init__(self, run: Path) -> None:
+        """Raises InputError where another process holds the lease, or the folder cannot be written."""
+        self.run = run
+        self.path = run / NAME
+        self.own = Holder.of_this_process()
+        refuse_if_held(run, self.own)
+        before = _read(self.path)
         try:
             run.mkdir(parents=True, exist_ok=True)
-            self.file = (run / NAME).open("a+")
+            self._take(before)
         except OSError as error:
             raise InputError(f"run.dir={run} cannot be written: {error.strerror}") from None
-        self.file.seek(0)
-        holder = _describe(self.file.read())
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise _in_use(run, holder) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): make sure that no second process trains in it", run, error.strerror)
-        if holder is not None:
-            logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, holder)
-        # Processes that read data ahead are forks of this one and may outlive it for a while: they must not hold on to the lock.
-        os.register_at_fork(after_in_child=self.file.close)
-        self.file.truncate(0)
-        self.file.write(
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-        )
-        self.file.flush()
+        if before is not None:
+            logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, before)
+        _held[self.own.token] = self
+        self._released = threading.Event()
+        arguments = (weakref.ref(self), self._released)
+        threading.Thread(target=_renew, args=arguments, name="run_lock", daemon=True).start()
 
     def on_finish(self, trainer: Trainer) -> None:
         self.release()
 
     def release(self) -> None:
-        self.file.truncate(0)
-        self.file.close()
+        self._released.set()
+        _held.pop(self.own.token, None)
+        if _read(self.path) == self.own:
+            self.path.unlink(missing_ok=True)
+
+    def _take(self, before: Holder | None) -> None:
+        """Writes the file. Raises InputError where another start does so in the same moment."""
+        mine = self.path.with_name(f"{NAME}.{self.own.token}")
+        mine.write_text(json.dumps(asdict(self.own)) + "\n")
+        try:
+            if before is None and not self.path.exists() and self._linked(mine):
+                return
+            mine.replace(self.path)
+        finally:
+            mine.unlink(missing_ok=True)
+        time.sleep(SETTLE_SECONDS)
+        now = _read(self.path)
+        if now != self.own:
+            raise _in_use(self.run, now)
+
+    def _linked(self, mine: Path) -> bool:
+        """Gives the file its name in one step, in which only one of several starts succeeds; False
+        where the file system has no links."""
+        try:
+            os.link(mine, self.path)
+        except FileExistsError:
+            raise _in_use(self.run, _read(self.path)) from None
+        except OSError:
+            return False
+        return True
+
+    def touch(self) -> None:
+        """Renews the lease. If it was taken over the process ends, for another one trains here."""
+        now = _read(self.path)
+        if now == self.own:
+            os.utime(self.path)
+        elif now is not None:
+            text = f"run.dir={self.run} was taken over by {now} while this process stood still; it ends"
+            logger.error("%s", text)
+            incidents.record(self.run, "error", text, step=None, rank=0)
+            os._exit(FAILED)
 
 
-def refuse_if_held(run: Path) -> None:
-    """InputError where another process trains in the folder; writes nothing, so that it can be asked before all else."""
-    try:
-        with (run / NAME).open() as file:
-            content = file.read()
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _in_use(run, _describe(content)) from None
-    except OSError:
+_held: weakref.WeakValueDictionary[str, RunLock] = weakref.WeakValueDictionary()
+"""The leases of this process, by token."""
+
+
+def _renew(reference: weakref.ref[RunLock], released: threading.Event) -> None:
+    """Touches the file of a lease until that is released or gone."""
+    warned = False
+    while not released.wait(BEAT_SECONDS):
+        lock = reference()
+        if lock is None:
+            return
+        try:
+            lock.touch()
+        except (OSError, UnreachableError) as error:
+            # Storage that does not answer shows nobody a touch, but nobody can write there either.
+            if not warned:
+                logger.warning("%s cannot be touched: %s", lock.path, error)
+            warned = True
+        del lock
+
+
+def refuse_if_held(run: Path, own: Holder | None = None) -> None:
+    """Raises InputError where another process trains in the folder; writes nothing, so that it can be
+    asked before all else. It may watch the folder for WATCH_SECONDS."""
+    path = run / NAME
+    holder = _read(path)
+    if holder is None or _is_gone(path, holder, own or Holder.of_this_process()):
         return
+    raise _in_use(run, holder)
 
 
-def _in_use(run: Path, holder: str | None) -> InputError:
+def _is_gone(path: Path, holder: Holder, own: Holder) -> bool:
+    if holder.job and holder.job == own.job and holder.start < own.start:
+        return True
+    if not holder.machine or holder.machine != own.machine:
+        return _is_silent(path, holder)
+    if holder.pid == os.getpid():
+        return holder.token not in _held
+    started = _started(holder.pid)
+    if started is not None:
+        return started != holder.started
+    return _is_number_free(holder.pid) or _is_silent(path, holder)
+
+
+def _is_silent(path: Path, holder: Holder) -> bool:
+    """Whether a holder's file is not touched for WATCH_SECONDS."""
+    # A start asks twice: before it builds anything, and when it takes the lease.
+    if holder.token in _silent:
+        return True
+    logger.info(
+        "%s says that %s trains in it; watching for up to %.0f s whether that lives",
+        path.parent,
+        holder,
+        WATCH_SECONDS,
+    )
+    seen = _touched(path)
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+        if _touched(path) != seen:
+            return _read(path) is None  # released meanwhile, or alive
+    _silent.add(holder.token)
+    return True
+
+
+_silent: set[str] = set()
+"""Tokens of the holders that were watched and did not touch their files."""
+
+
+def _touched(path: Path) -> int | None:
+    """When the file was last touched, by whatever clock; None where it is gone."""
+
+    def look() -> int:
+        # Opening asks a file server; a mere stat may be answered from this machine's memory.
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+
+    try:
+        return patiently(look, path)
+    except FileNotFoundError:
+        return None
+
+
+def _read(path: Path) -> Holder | None:
+    """Who wrote the file; None where there is none, or it holds nothing of ours."""
+    try:
+        return Holder(**json.loads(read_text(path)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in the kernel's ticks; None where there is none, or it is hidden."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    state = fields[0]
+    return None if state in "ZX" else int(fields[19])
+
+
+def _is_number_free(pid: int) -> bool:
+    """Whether no process has the number; one that is dead and not yet reaped still has it."""
+    try:
+        os.kill(pid, 0)  # asks only whether it is there
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _started(pid) is None
+
+
+def _machine() -> str:
+    """Names the running kernel and the name space of its process numbers; empty where neither is
+    known. Containers on one machine see other processes under the same numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _in_use(run: Path, holder: Holder | None) -> InputError:
     return InputError(
         f"run.dir={run} is in use: {holder or 'another process'} trains in it; wait for it or choose another run.dir"
     )
-
-
-def _describe(content: str) -> str | None:
-    """Who wrote the lock; None where nobody did, or has finished since."""
-    try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
-    except (ValueError, KeyError, TypeError):
-        return None if not content else "another process"

@@ -1,0 +1,204 @@
+"""The lease of a run folder: living holders are refused, dead ones never keep a run from going on.
+
+Another machine is a process with a host name and process numbers of its own (unshare).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megaconsa import incidents
+from megaconsa.errors import InputError
+from megaconsa.exit_codes import FAILED
+from megaconsa.training.callbacks import run_lock
+from megaconsa.training.callbacks.run_lock import Holder, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from megaconsa.training.callbacks import run_lock
+run_lock.BEAT_SECONDS = 0.2
+print("ready", flush=True)
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.01)
+lock = run_lock.RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+ELSEWHERE = ("unshare", "--user", "--map-root-user", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc")
+AT_ONCE_SECONDS = 2.0
+
+Hold = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(autouse=True)
+def _short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", 3.0)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """Starts a process that takes the lease of a run, here or on another machine."""
+    processes = []
+    start = tmp_path / "start"
+
+    def begin(run: Path, prefix: tuple[str, ...] = (), *, wait: bool = True, **environment: str) -> subprocess.Popen[str]:
+        command = [*prefix, sys.executable, "-c", HOLD, str(run), str(start)]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if wait:
+            start.touch()
+            assert process.stdout.readline() == "held\n"
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def elsewhere() -> tuple[str, ...]:
+    """What makes a command run on another machine."""
+    if shutil.which("unshare") is None or subprocess.run([*ELSEWHERE, "true"], check=False).returncode:
+        pytest.skip("name spaces cannot be made here")
+    return ELSEWHERE
+
+
+def seconds_to_take(run: Path) -> float:
+    began = time.monotonic()
+    RunLock(run).release()
+    return time.monotonic() - began
+
+
+def leave_behind(run: Path, **changes: object) -> Holder:
+    """The file of a holder that is gone."""
+    holder = replace(Holder.of_this_process(), **changes)  # type: ignore[arg-type]
+    (run / run_lock.NAME).write_text(json.dumps(asdict(holder)))
+    return holder
+
+
+def test_a_process_of_this_machine(hold: Hold, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    holder = hold(run)
+    with pytest.raises(InputError, match=rf"run.dir={run} is in use: process {holder.pid} on \S+, since .*, trains in it"):
+        RunLock(run)
+    holder.kill()  # a killed one is not even reaped
+    time.sleep(0.5)
+    assert seconds_to_take(run) < AT_ONCE_SECONDS
+    assert list(run.iterdir()) == []
+
+
+def test_a_process_of_another_machine(hold: Hold, elsewhere: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    holder = hold(run, elsewhere)
+    with pytest.raises(InputError, match=r"is in use: process \d+ on"):
+        RunLock(run)
+    holder.kill()
+    holder.wait()
+    time.sleep(0.5)
+    assert run_lock.WATCH_SECONDS <= seconds_to_take(run) < run_lock.WATCH_SECONDS + AT_ONCE_SECONDS
+
+
+def test_a_later_start_of_the_same_job_takes_over_and_the_earlier_one_ends(
+    hold: Hold, elsewhere: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    holder = hold(run, elsewhere, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(InputError, match="is in use"):
+        RunLock(run)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    began = time.monotonic()
+    lock = RunLock(run)
+    assert time.monotonic() - began < AT_ONCE_SECONDS
+    assert holder.wait(30) == FAILED
+    assert "was taken over by process" in incidents.read(run)[-1]["text"]
+    assert json.loads((run / run_lock.NAME).read_text())["token"] == lock.own.token
+    lock.release()
+
+
+def test_another_job_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_behind(tmp_path, machine="another", job="7", start=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+
+
+def test_a_number_that_another_process_has_now(tmp_path: Path) -> None:
+    leave_behind(tmp_path, pid=os.getppid(), started=1)
+    assert seconds_to_take(tmp_path) < AT_ONCE_SECONDS
+
+
+def test_a_lock_of_the_file_system_does_not_matter(tmp_path: Path) -> None:
+    """Which a file server may hold for a dead client."""
+    leave_behind(tmp_path, machine="another")
+    with (tmp_path / run_lock.NAME).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        seconds_to_take(tmp_path)
+
+
+@pytest.mark.parametrize("apart", [-3600, 3600])
+def test_clocks_that_differ(apart: int, tmp_path: Path) -> None:
+    leave_behind(tmp_path, machine="another")
+    stop = threading.Event()
+
+    def touch() -> None:
+        while not stop.wait(0.2):
+            now = time.time() + apart
+            os.utime(tmp_path / run_lock.NAME, (now, now))
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(InputError, match="is in use"):
+            RunLock(tmp_path)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path) -> None:
+    leave_behind(tmp_path, machine="another")
+    threading.Timer(0.7, (tmp_path / run_lock.NAME).unlink).start()
+    assert seconds_to_take(tmp_path) < run_lock.WATCH_SECONDS
+
+
+@pytest.mark.parametrize("left", [None, "stale"])
+def test_of_several_starts_at_once_one_goes_on(left: str | None, hold: Hold, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if left is not None:
+        leave_behind(run, pid=os.getppid(), started=1)
+    processes = [hold(run, wait=False) for _ in range(3)]
+    (tmp_path / "start").touch()
+    said = [process.stdout.readline() for process in processes if process.stdout is not None]
+    assert sorted(said) == ["", "", "held\n"]
+
+
+def test_text_that_is_no_lease(tmp_path: Path) -> None:
+    (tmp_path / run_lock.NAME).write_text("{")
+    seconds_to_take(tmp_path)
