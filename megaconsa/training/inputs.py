@@ -153,6 +153,11 @@ def _check_folder(run: Path) -> None:
         raise InputError(f"run.dir={run} cannot be made: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"run.dir={run} cannot be written: no permission for {nearest}")
+    checkpoints = run / store.FOLDER
+    if checkpoints.is_symlink() and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; make it or remove the link")
+    if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):
+        raise InputError(f"{checkpoints} cannot be written: no permission; give it or choose another run.dir")
 
 
 def _check_begun_run(config: Config) -> None:

@@ -17,8 +17,8 @@ from torch import distributed as dist
 
 from megaconsa.errors import InputError
 from megaconsa.files import binary_size
-from megaconsa.model.flops import parameter_count
 from megaconsa.parallel.world import World
+from megaconsa.training.disk_check import check_disk
 from megaconsa.training.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,6 @@ VISIBLE_SECONDS = 20
 """For a file that another node wrote to be seen here; attribute caches of NFS last a few seconds."""
 CLOCK_SECONDS = 5.0
 """By which the nodes' clocks may differ without a warning."""
-BYTES_A_PARAMETER = 12
-"""Of a checkpoint: fp32 weights and two moments."""
 
 
 def check_machines(inputs: Inputs, world: World) -> None:
@@ -40,7 +38,7 @@ def check_machines(inputs: Inputs, world: World) -> None:
     devices = world.agreed(lambda: _check_devices(world, hosts))
     world.agreed(lambda: _check_sum(world))
     world.agreed(lambda: _check_folder(run, world))
-    free, needed = world.from_main(lambda: _check_disk(inputs))
+    free, needed = world.from_main(lambda: check_disk(inputs))
     apart = _clocks_apart(world)
     if not world.is_main:
         return
@@ -132,19 +130,6 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _check_disk(inputs: Inputs) -> tuple[int, int]:
-    """Free bytes, and those of the checkpoints that must still find room: two at once, the newest and the one that takes its place."""
-    run, size = inputs.config.run.dir, parameter_count(inputs.shape).total * BYTES_A_PARAMETER
-    needed = size * (1 if inputs.found else 2)
-    free = shutil.disk_usage(next(path for path in (run.absolute(), *run.absolute().parents) if path.is_dir())).free
-    if free < needed:
-        raise InputError(
-            f"run.dir={run} has {binary_size(free)} free, but its checkpoints need {binary_size(needed)} ({binary_size(size)} each, and an "
-            "old one stays until the new one is whole); make room or choose another disk"
-        )
-    return free, needed
 
 
 def _clocks_apart(world: World) -> float:

@@ -38,9 +38,11 @@ class Stop(IntEnum):
     NO = 0
     REWIND = 1
     """Without a save: a spike sends it back to its newest checkpoint."""
-    INTERRUPTED = 2
+    UNSAVED = 2
+    """Without a save: saves fail one after another, and more steps would be lost with the others."""
+    INTERRUPTED = 3
     """By a signal, or because the job's time ends: it is to go on."""
-    ASKED = 3
+    ASKED = 4
     """By a person, who does not want it queued again."""
 
 
@@ -74,7 +76,7 @@ class Trainer:
     rewinds: int = 0
     """Times that the run went back to the checkpoint it goes on from."""
     stop: Stop = field(default=Stop.NO, init=False)
-    """Whether the run ends after the present step, and why; all ranks agree on it. It saves before, unless it is to go back."""
+    """Whether the run ends after the present step, and why; all ranks agree on it. It saves before where it can and is not to go back."""
     completed: bool = field(default=False, init=False)
     """All steps are done, or all up to a stop; False where an error ended them."""
     work_seconds: float = field(default=0.0, init=False)

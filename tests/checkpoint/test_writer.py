@@ -16,7 +16,7 @@ from disks import fill
 from megaconsa.checkpoint import store, writer
 from megaconsa.checkpoint.writer import Snapshot, Staging, Writer
 from megaconsa.config import build
-from megaconsa.errors import InputError, RunError
+from megaconsa.errors import InputError, RunError, UnreachableError
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.callbacks.base import Callback, Row
@@ -175,13 +175,41 @@ def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixt
 
 
 @small_disk
-def test_a_disk_that_stays_full_ends_the_run_at_its_last_save(disk: Path, make_config: MakeConfig, train: Any) -> None:
+def test_a_last_save_that_fails_alone(disk: Path, make_config: MakeConfig, train: Any) -> None:
     values = make_config(run={"dir": str(disk / "run")})
-    with pytest.raises(RunError, match=r"checkpoint of step 6 could not be written: .*No space left on device.*older ones"):
-        trainer_with(values, {3: lambda: fill(disk)}).run()
-    assert kept(disk / "run") == [2]
+    with pytest.raises(RunError, match=r"checkpoint of step 6 could not be written: .*No space left") as raised:
+        trainer_with(values, {5: lambda: fill(disk)}).run()
+    assert not isinstance(raised.value, UnreachableError)
+    assert kept(disk / "run") == [4, 2]
     (disk / "filler").unlink()
     assert len(train(values)) == 6
+
+
+@small_disk
+def test_two_saves_that_fail_end_the_run_long_before_its_last_step(
+    disk: Path, make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not at the first one: what fails once may be mended by the next save."""
+    values = make_config(run={"dir": str(disk / "run")}, training={"steps": 40})
+    trainer = trainer_with(values, {3: lambda: fill(disk)})
+    with pytest.raises(UnreachableError, match=r"2 checkpoints in a row .*No space left on device.* same command"):
+        trainer.run()
+    # Saves of steps 4 and 6 fail; the end of a write is heard of by the save after it.
+    assert 6 < trainer.progress.step <= 8
+    assert "checkpoint of step 4 could not be written" in caplog.text
+    assert "checkpoint of step 6 could not be written" in caplog.text
+    assert kept(disk / "run") == [2]
+    (disk / "filler").unlink()
+    assert len(train(values)) == 40
+
+
+@small_disk
+def test_a_save_between_two_that_fail(disk: Path, make_config: MakeConfig) -> None:
+    values = make_config(run={"dir": str(disk / "run")}, training={"steps": 10})
+    filler = disk / "filler"
+    at = {3: lambda: fill(disk), 5: filler.unlink, 7: lambda: fill(disk), 9: filler.unlink}
+    assert trainer_with(values, at).run()
+    assert kept(disk / "run") == [10, 6]
 
 
 @small_disk
@@ -193,7 +221,7 @@ def test_a_folder_that_turns_read_only(disk: Path, make_config: MakeConfig, trai
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)
 
     try:
-        with pytest.raises(RunError, match="step 6 could not be written: Read-only file system"):
+        with pytest.raises(UnreachableError, match=r"could not be written .*Read-only file system"):
             trainer_with(values, {3: hide}).run()
         values["run"]["dir"] = str(folder / "run")
         with pytest.raises(InputError, match="cannot be written: no permission"):
@@ -208,9 +236,11 @@ def test_a_lock_names_its_holder_and_a_dead_ones_is_void(tmp_path: Path, caplog:
     first = RunLock(tmp_path)
     with pytest.raises(InputError, match=rf"run.dir={tmp_path} is in use: process \d+ on \S+, since .*, trains in it"):
         RunLock(tmp_path)
-    first.file.close()  # as when the process is killed: the kernel drops the lock, the words stay
+    words = (tmp_path / ".lock").read_text()
+    first.release()
+    (tmp_path / ".lock").write_text(words)  # as when it was killed
     with caplog.at_level(logging.INFO, "megaconsa"):
-        RunLock(tmp_path).file.close()
+        RunLock(tmp_path).release()
     assert "ended without a word; its lock is void" in caplog.text
 
 

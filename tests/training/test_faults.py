@@ -151,17 +151,19 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
 def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(disk: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DISK_FILLS.replace("DISK", repr(str(disk))))
-    values = make_config(run={"dir": str(disk / "run")})
+    values = make_config(run={"dir": str(disk / "run")}, training={"steps": 12})
     configuration = write(values, tmp_path)
     main, other = ended(start(configuration, [str(script)]))
-    assert (main.code, other.code) == (1, 1), main.err + other.err
+    assert (main.code, other.code) == (76, 76), main.err + other.err
     assert "checkpoint of step 4 could not be written" in main.out
-    assert "error: the checkpoint of step 6 could not be written" in main.err
+    assert "checkpoint of step 6 could not be written" in main.out
+    assert "error: 2 checkpoints in a row could not be written" in main.err + other.err
+    assert read_metrics(disk / "run" / "metrics.jsonl")[-1]["step"] <= 9
     assert "Traceback" not in main.err + other.err
     assert [store.read(path).step for path in store.committed(disk / "run")] == [2]
     (disk / "filler").unlink()
     assert [task.code for task in ended(start(configuration))] == [0, 0]
-    whole = make_config(run={"dir": str(tmp_path / "whole")})
+    whole = make_config(run={"dir": str(tmp_path / "whole")}, training={"steps": 12})
     assert [task.code for task in ended(start(write(whole, tmp_path)))] == [0, 0]
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (disk / "run", tmp_path / "whole")]
     assert losses[0] == losses[1]

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import ended, start, write
-
-from megaconsa.checkpoint import store
-from megaconsa.config import build
-from megaconsa.errors import InputError
-from megaconsa.parallel.world import ALONE
-from megaconsa.training import start_checks
-from megaconsa.training.inputs import check_inputs
 
 MakeConfig = Callable[..., dict[str, Any]]
 CHECK = """
@@ -94,23 +86,3 @@ def test_clocks_that_differ_are_said(make_config: MakeConfig, tmp_path: Path) ->
     assert (main.code, other.code) == (0, 0)
     assert "the nodes' clocks differ by 60." in main.out
     assert "2 ranks on 1 node, CPU; the sum over all ranks is right, " in main.out
-
-
-@pytest.mark.parametrize("disk", ["1m"], indirect=True)
-def test_a_disk_without_room_for_two_checkpoints(disk: Path, make_config: MakeConfig) -> None:
-    """Room for less than one checkpoint of the small model, which takes 1.8 MB."""
-    inputs = check_inputs(build(make_config(run={"dir": str(disk / "run")})))
-    with pytest.raises(InputError, match=r"has 1 MiB free, but its checkpoints need .* MiB \(.* each, and an old one stays"):
-        start_checks.check_machines(inputs, ALONE)
-    assert list(disk.iterdir()) == []
-
-
-def test_the_size_of_a_checkpoint_is_foreseen(make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture) -> None:
-    values = make_config()
-    config = build(values)
-    with caplog.at_level(logging.INFO, "megaconsa"):
-        start_checks.check_machines(check_inputs(config), ALONE)
-    assert "1 rank on 1 node, CPU; " in caplog.text
-    train(values)
-    _, needed = start_checks._check_disk(check_inputs(config))
-    assert needed == pytest.approx(store.resolve(config.run.dir).bytes, rel=0.1)

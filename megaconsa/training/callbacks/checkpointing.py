@@ -15,7 +15,7 @@ from megaconsa import incidents
 from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
 from megaconsa.config import CheckpointSection
 from megaconsa.consa.gates import GateBank
-from megaconsa.errors import RunError
+from megaconsa.errors import RunError, UnreachableError
 from megaconsa.files import replace_text
 from megaconsa.parallel.world import World
 from megaconsa.training.callbacks.base import Callback, Row
@@ -27,6 +27,8 @@ LAST_WAIT_SECONDS = 60.0
 """For a write under way when an error ends the run: the others may be gone, and then it never ends."""
 LONG_WAIT_SECONDS = 1.0
 """A wait for the write before that is worth a line in the log."""
+FAILED_SAVES = 2
+"""In a row, after which the run ends: what it trains from there on would be lost."""
 
 
 class Checkpointing(Callback):
@@ -40,6 +42,10 @@ class Checkpointing(Callback):
         """Seconds from the beginning of a save to its commit; None before the first has ended."""
         self.due = False
         """A save waits for a step that is applied."""
+        self.failed = 0
+        """Saves in a row that failed, of those whose end is known."""
+        self.error: str | None = None
+        """Of the last of them."""
         self._stall = 0.0
         self._saved_at = time.monotonic()
 
@@ -53,7 +59,9 @@ class Checkpointing(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         step = trainer.progress.step
         self._report(trainer, self.writer.poll())
-        last = (step == trainer.training.steps or trainer.stopping) and trainer.stop is not Stop.REWIND
+        if trainer.stop is Stop.UNSAVED and step < trainer.training.steps:
+            raise self._unsaved()
+        last = self._is_last(trainer)
         by_steps = self.every > 0 and step % self.every == 0
         self.due = self.due or by_steps or trainer.saving
         # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
@@ -66,6 +74,9 @@ class Checkpointing(Callback):
         if last:
             result = self.writer.wait()
             if result is not None and result.error is not None:
+                self._count(result)
+                if self.failed >= FAILED_SAVES:
+                    raise self._unsaved()
                 raise RunError(
                     f"the checkpoint of step {step} could not be written: {result.error}; older ones in {self.run} are whole"
                 )
@@ -87,6 +98,9 @@ class Checkpointing(Callback):
                     before.step,
                     before.seconds,
                 )
+        # All ranks have heard of the same saves here. The last one is tried even so.
+        if self.failed >= FAILED_SAVES and not self._is_last(trainer):
+            raise self._unsaved()
         engine, main = trainer.engine, trainer.mesh.is_main
         gates = trainer.gates if main else None
         weights, moments = self.staging.copy(engine.weights()), self.staging.copy(engine.moments())
@@ -114,17 +128,37 @@ class Checkpointing(Callback):
             except OSError as error:
                 logger.error("%s could not be written: %s", self.run / "gates.json", error.strerror)
 
+    def _is_last(self, trainer: Trainer) -> bool:
+        """Whether this step is the last of the process, and is saved."""
+        ends = trainer.progress.step == trainer.training.steps or trainer.stopping
+        return ends and trainer.stop is not Stop.REWIND
+
     def _report(self, trainer: Trainer, result: Result | None) -> None:
-        if result is not None:
-            self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
-        if result is not None and result.error is not None and trainer.mesh.is_main:
+        if result is None:
+            return
+        self._count(result)
+        self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
+        if self.failed >= FAILED_SAVES:
+            # Ranks hear of the end of a write at different steps: they end together after the next.
+            trainer.request_stop(Stop.UNSAVED)
+        if result.error is not None and trainer.mesh.is_main:
             incidents.record(self.run, "checkpoint", f"it could not be written: {result.error}", step=result.step, rank=0)
             logger.error(
-                "the checkpoint of step %d could not be written: %s; training goes on, older checkpoints are whole, and the next one "
-                "is tried as usual",
+                "the checkpoint of step %d could not be written: %s; older checkpoints are whole; %s",
                 result.step,
                 result.error,
+                "training goes on, and ends if the next one fails too" if self.failed < FAILED_SAVES else "the run ends",
             )
+
+    def _count(self, result: Result) -> None:
+        self.failed = 0 if result.error is None else self.failed + 1
+        self.error = result.error
+
+    def _unsaved(self) -> UnreachableError:
+        return UnreachableError(
+            f"{FAILED_SAVES} checkpoints in a row could not be written ({self.error}); make room or mend "
+            f"the disk of {self.run}, then run the same command: it goes on from the newest checkpoint"
+        )
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

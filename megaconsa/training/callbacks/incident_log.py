@@ -16,7 +16,8 @@ STOPS = {
 
 
 class IncidentLog(Callback):
-    """On the main rank. Errors, hangs and lost ranks are recorded by the rank that meets them first, failed saves by Checkpointing."""
+    """On the main rank. Errors, hangs and lost ranks are recorded by the rank that meets them first, failed
+    saves by Checkpointing."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -24,6 +25,6 @@ class IncidentLog(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if trainer.fault is not None:
             incidents.record(self.run, "skipped", f"the step was not applied: {trainer.fault}", step=row["step"], rank=0)
-        if trainer.stopping:
+        if trainer.stop in STOPS:
             kind: incidents.Kind = "rewind" if trainer.stop is Stop.REWIND else "stop"
             incidents.record(self.run, kind, STOPS[trainer.stop], step=row["step"], rank=0)
