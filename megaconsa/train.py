@@ -6,24 +6,24 @@ Example: torchrun --nproc_per_node 8 -m megaconsa.train configs/qwen3_0p6b_learn
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 
 from megaconsa import config as configuration
 from megaconsa.console import console, guarded
-from megaconsa.errors import InputError
-from megaconsa.exit_codes import DONE, STOPPED
+from megaconsa.errors import InputError, UnreachableError
+from megaconsa.exit_codes import DONE, FAILED, LOST, STOPPED
+from megaconsa.parallel import launcher
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
     """Runs or resumes a training run; returns the exit code. Raises InputError for what is refused."""
     _log_to_console()
     # Alone it is looked at before anything is imported: torch and DeepSpeed take seconds. Of many ranks one is to refuse it.
-    alone = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1"
+    alone = launcher.launch().size == 1
     config = configuration.load(config_path, overrides) if alone else None
-    from megaconsa.parallel.world import join, leave
+    from megaconsa.parallel.world import is_joined, join, leave
     from megaconsa.training.inputs import check_inputs
 
     world = join()
@@ -50,7 +50,13 @@ def train(config_path: Path, overrides: list[str]) -> int:
     except Exception as error:
         from megaconsa.training import failures
 
-        return failures.end(error, config.run.dir, world, trainer.progress.step + 1 if trainer else None)
+        code = FAILED
+        if isinstance(error, UnreachableError):
+            if not is_joined():
+                raise  # agreed by all ranks as well
+            code = LOST
+        step = trainer.progress.step + 1 if trainer else None
+        return failures.end(error, config.run.dir, world, step, code=code)
     leave()
     asked = trainer.stop is Stop.ASKED
     if world.is_main:
@@ -65,11 +71,24 @@ def _main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    # DeepSpeed's launcher puts it first, unless told not to; it also sets LOCAL_RANK.
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    arguments = _without_local_rank(arguments)
     if not arguments or arguments[0].startswith("-"):
         raise InputError("give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]")
     return train(Path(arguments[0]), arguments[1:])
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Leaves out --local_rank=N and --local-rank=N, also as two words, which launchers put first;
+    they set LOCAL_RANK as well."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name = word.partition("=")[0]
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(word)
+        elif word == name:
+            next(words, None)
+    return kept
 
 
 def _log_to_console() -> None:
@@ -77,8 +96,8 @@ def _log_to_console() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     # torch deprecates collectives that DeepSpeed calls; nothing a user of this could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.getLogger("megaconsa").setLevel(logging.INFO if main else logging.ERROR)
+    level = logging.INFO if launcher.is_main() else logging.ERROR
+    logging.getLogger("megaconsa").setLevel(level)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from ranks import TRAIN, ended, environment, start, write
 
-from megaconsa.parallel.world import first_host, free_port
+from megaconsa.errors import InputError
+from megaconsa.parallel.launcher import HYDRA, OPEN_MPI, free_port
 from megaconsa.reporting.metrics import read_metrics
+from megaconsa.train import _main
 
 MakeConfig = Callable[..., dict[str, Any]]
+MPIS = {"openmpi": OPEN_MPI, "hydra": HYDRA}
 RANK_1_FAILS = """
 import sys
 from megaconsa.train import _main
@@ -96,6 +100,72 @@ def test_the_first_rank_to_fail_is_heard(make_config: MakeConfig, tmp_path: Path
     assert "a planted error" in (folder / "first.txt").read_text()
 
 
-def test_first_host() -> None:
-    lists = {"node7": "node7", "a,b": "a", "node[003-005,009],x1": "node003", "gpu-[12,15]": "gpu-12", "a1,b[2-3]": "a1"}
-    assert {nodes: first_host(nodes) for nodes in lists} == lists
+@pytest.mark.parametrize("mpi", MPIS)
+def test_mpirun(mpi: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Two processes with the variables that mpirun sets on one node."""
+    names = MPIS[mpi]
+    values = make_config(training={"steps": 3})
+    command = [sys.executable, *TRAIN, str(write(values, tmp_path))]
+    port = {"MASTER_PORT": free_port(), "CUDA_VISIBLE_DEVICES": ""}
+    tasks = [
+        subprocess.Popen(
+            command,
+            env=environment(
+                **port,
+                **{names.rank: str(rank), names.size: "2"},
+                **{names.local_rank: str(rank), names.local_size: "2"},
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    main, other = ended(tasks)
+    assert (main.code, other.code) == (0, 0), main.err + other.err
+    assert "2 ranks on 1 node, CPU" in main.out
+    assert other.out == ""
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0", "--local-rank 0"])
+def test_a_launchers_local_rank_is_no_field(flag: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    """torch.distributed.launch and DeepSpeed put it before the configuration, others behind it."""
+    config = str(write(make_config(training={"steps": 3}), tmp_path))
+    for arguments in ([*flag.split(), config, "run.seed=1"], [config, *flag.split(), "run.seed=1"]):
+        assert _main(arguments) == 0
+    with pytest.raises(InputError, match="give a configuration"):
+        _main(flag.split())
+
+
+def test_a_port_in_use_ends_the_launch(make_config: MakeConfig, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        variables = {"MASTER_PORT": str(taken.getsockname()[1]), "CUDA_VISIBLE_DEVICES": ""}
+        task = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+        node = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+        main = subprocess.run(
+            [sys.executable, *TRAIN, str(write(make_config(), tmp_path))],
+            env=environment(**variables, **task, **node),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert main.returncode == 76
+    said = f"error: MASTER_PORT={variables['MASTER_PORT']} of this machine, where the ranks are to "
+    assert main.stderr.splitlines()[-1].startswith(said + "meet, is taken by another process; set")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_cannot_know_their_place(make_config: MakeConfig, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, *TRAIN, str(write(make_config(), tmp_path))],
+        env=environment(WORLD_SIZE="8"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: WORLD_SIZE=8 is set, but RANK is not; start with ")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,34 @@
+"""Open files: every connection to another rank is one."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+from megaconsa.parallel.launcher import Launch
+
+logger = logging.getLogger(__name__)
+
+OWN_FILES = 256
+"""Of a process by itself: libraries, data, logs, threads."""
+FILES_A_RANK = 4
+"""Of each other rank: a connection in each group over gloo, and on rank 0 one to its store."""
+
+
+def raise_limit(launch: Launch) -> None:
+    """Raises this process's limit of open files (ulimit -n) to what the administrator allows.
+
+    Rank 0 warns where that is too little for the launch.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = OWN_FILES + FILES_A_RANK * launch.size
+    if hard != resource.RLIM_INFINITY and hard < needed and launch.rank == 0:
+        logger.warning(
+            "a process may open %d files (ulimit -Hn), but %d ranks need about %d each for their "
+            "connections; ask the administrator for more, or start fewer processes",
+            hard,
+            launch.size,
+            needed,
+        )

@@ -1,0 +1,161 @@
+"""How the ranks of a launch find each other, before there is a process group."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from megaconsa.errors import UnreachableError
+from megaconsa.parallel.launcher import Launch
+
+PATIENCE_SECONDS = 600.0
+"""For all ranks to come: the slowest may read its imports from a busy file system."""
+NOTICE_SECONDS = 10.0
+"""After which a rank says whom it waits for."""
+REPEAT_SECONDS = 60.0
+"""Between two such lines of rank 0."""
+POLL_SECONDS = 0.05
+NAMED_RANKS = 16
+"""Of those that are awaited, in a line."""
+
+
+def meet(launch: Launch) -> Store:
+    """A key-value store that all ranks of this start share, and no other start; returns when all
+    have come.
+
+    Raises UnreachableError where a port is taken, or a rank does not come within PATIENCE_SECONDS.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    store = _connect(launch, deadline)
+    try:
+        join = _gather if launch.rank == 0 else _report
+        return PrefixStore(join(store, launch, deadline), store)
+    except DistError as error:
+        raise UnreachableError(
+            f"{_place(launch)} hears nothing more from rank 0 at {_meeting(launch)} "
+            f"({_first_line(error)}); look at why rank 0 ended, or never came"
+        ) from None
+
+
+def _connect(launch: Launch, deadline: float) -> Store:
+    """The store of the launch: torchrun serves it, or else rank 0."""
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    connecting: Future[Store] = Future()
+
+    def connect() -> None:
+        try:
+            store = TCPStore(
+                launch.address,
+                launch.port,
+                is_master=launch.rank == 0 and not served,
+                timeout=timedelta(seconds=PATIENCE_SECONDS),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            connecting.set_result(store)
+        except RuntimeError as error:
+            connecting.set_exception(error)
+
+    # In a thread: against a program that listens but does not answer it has no limit of time.
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    try:
+        with _notice(f"{_place(launch)} waits for rank 0 at {_meeting(launch)}"):
+            return connecting.result(deadline - time.monotonic())
+    except (DistError, TimeoutError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UnreachableError(
+                f"MASTER_PORT={launch.port} of this machine, where the ranks are to meet, is taken "
+                "by another process; set MASTER_PORT to a free port, or wait for it to end"
+            ) from None
+        reason = _first_line(error) or "no answer"
+        raise UnreachableError(
+            f"{_place(launch)} cannot reach rank 0 at {_meeting(launch)} ({reason}); look at "
+            "whether rank 0 runs there and the network lets it be reached"
+        ) from None
+
+
+def _gather(store: Store, launch: Launch, deadline: float) -> str:
+    """Rank 0: names the start, tells each rank that comes, and waits for all of them.
+
+    torchrun keeps one store for all its restarts, so it may hold the keys of an earlier start. Its
+    count of restarts is no name: each node has its own. So a rank asks under a number nobody had
+    before, and only the rank 0 that is starting at that moment answers it.
+    """
+    start = f"start_{store.add('starts', 1)}"
+    awaited = [f"{start}/{rank}" for rank in range(1, launch.size)]
+    answered = 0
+    notice = time.monotonic() + NOTICE_SECONDS
+    while awaited and not store.check(awaited):
+        asked = store.add("asked", 0)
+        for number in range(answered + 1, asked + 1):
+            store.set(f"answer/{number}", start)
+        answered = asked
+        now = time.monotonic()
+        if now > min(notice, deadline):
+            awaited = [key for key in awaited if not store.check([key])]
+            ranks = [int(key.rpartition("/")[2]) for key in awaited]
+            if now > deadline:
+                raise UnreachableError(
+                    f"{_named(ranks)} of {launch.size} did not come to {_meeting(launch)} within "
+                    f"{PATIENCE_SECONDS:g} s; look at why they did not start, or cannot reach it"
+                )
+            _say(f"waiting for {_named(ranks)} of {launch.size} at {_meeting(launch)}")
+            notice = now + REPEAT_SECONDS
+        time.sleep(POLL_SECONDS)
+    store.set(f"{start}/all", "")
+    return start
+
+
+def _report(store: Store, launch: Launch, deadline: float) -> str:
+    """Every other rank: asks rank 0 for the name of the start, and waits for the rest."""
+    answer = f"answer/{store.add('asked', 1)}"
+    with _notice(f"{_place(launch)} waits for rank 0 at {_meeting(launch)}"):
+        store.wait([answer], timedelta(seconds=PATIENCE_SECONDS))
+    start = str(store.get(answer).decode())
+    store.set(f"{start}/{launch.rank}", "")
+    # A little longer than rank 0, which can name those that are missing.
+    store.wait([f"{start}/all"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 5))
+    return start
+
+
+@contextmanager
+def _notice(text: str) -> Iterator[None]:
+    """Says `text` once if what is done within takes long."""
+    timer = threading.Timer(NOTICE_SECONDS, _say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _place(launch: Launch) -> str:
+    return f"rank {launch.rank} of {launch.size}"
+
+
+def _meeting(launch: Launch) -> str:
+    return f"{launch.address}:{launch.port}"
+
+
+def _named(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks[:NAMED_RANKS]))
+    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

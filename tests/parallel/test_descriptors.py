@@ -1,0 +1,42 @@
+"""The limit of open files, which connections to many ranks would meet."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+RAISE = """
+import resource, sys
+from megaconsa.parallel.descriptors import raise_limit
+from megaconsa.parallel.launcher import Launch
+soft, hard, size, rank = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+raise_limit(Launch(rank, size, 0, "head", 7))
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def raised(soft: int, hard: int, size: int, rank: int = 0) -> tuple[str, str]:
+    """The limits afterwards, and what was said. In a process of its own: no limit goes up again."""
+    arguments = [str(number) for number in (soft, hard, size, rank)]
+    command = [sys.executable, "-c", RAISE, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    return ended.stdout.strip(), ended.stderr.strip()
+
+
+def test_raised_to_what_is_allowed() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= 1024, "too few for this test"
+    assert raised(100, 1024, 8) == ("1024 1024", "")
+    assert raised(1024, 1024, 8) == ("1024 1024", "")
+
+
+def test_too_few_for_the_launch() -> None:
+    limits, said = raised(100, 1024, 512)
+    assert limits == "1024 1024"
+    assert said == (
+        "a process may open 1024 files (ulimit -Hn), but 512 ranks need about 2304 each for their "
+        "connections; ask the administrator for more, or start fewer processes"
+    )
+    assert raised(100, 1024, 512, rank=1) == ("1024 1024", "")

@@ -1,0 +1,83 @@
+"""torchrun starts all ranks again after one was killed, and the run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import TRAIN, await_step, ended, environment, write
+
+from megaconsa.checkpoint import store
+from megaconsa.parallel.launcher import free_port
+from megaconsa.reporting.metrics import read_metrics
+
+MakeConfig = Callable[..., dict[str, Any]]
+STEPS = 40
+C10D = ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint", "127.0.0.1:PORT"]
+LAUNCHES = {
+    "static": [["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "PORT"]],
+    "c10d": [["--nproc-per-node", "2", *C10D]],
+    "nodes": [["--nproc-per-node", "1", "--nnodes", "2", *C10D]] * 2,
+}
+"""Options of torchrun, for each torchrun of a launch. Of two nodes each counts its own restarts."""
+
+
+def torchruns(kind: str, config: Path) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
+            + [option.replace("PORT", port) for option in options]
+            + [*TRAIN, str(config)],
+            env=environment(CUDA_VISIBLE_DEVICES=""),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for options in LAUNCHES[kind]
+    ]
+
+
+def processes(launchers: list[subprocess.Popen[str]]) -> dict[str, int]:
+    """Process ids of the launchers' ranks."""
+    found = {}
+    for launcher in launchers:
+        for task in Path(f"/proc/{launcher.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                own = [entry[5:].decode() for entry in variables if entry.startswith(b"RANK=")]
+                found |= dict.fromkeys(own, int(child))
+    return found
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.resolve(run).path.glob("*.safetensors")}
+
+
+SLOW = pytest.param("nodes", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["static", "c10d", SLOW])
+def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    results = {}
+    for name in ("killed", "whole"):
+        folder = tmp_path / name
+        folder.mkdir()
+        run = {"dir": str(folder / "run")}
+        values = make_config(run=run, training={"steps": STEPS}, checkpoint={"every": 10})
+        launchers = torchruns(kind, write(values, folder))
+        if name == "killed":
+            await_step(folder / "run", STEPS // 2)
+            os.kill(processes(launchers)["1"], signal.SIGKILL)
+        for launcher in ended(launchers):
+            assert launcher.code == 0, launcher.err
+        rows = read_metrics(folder / "run" / "metrics.jsonl")
+        results[name] = [(row["step"], row["loss"]) for row in rows], weights(folder / "run")
+        assert (folder / "run" / "failures").exists() == (name == "killed")
+    assert results["killed"] == results["whole"]
