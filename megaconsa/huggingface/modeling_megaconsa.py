@@ -33,6 +33,57 @@ ONE_CALL = "megaconsa"
 MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 # transformers 5.24 renamed the argument in all layers of a model.
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
+# transformers 5 keeps all that concerns the rotary embedding in one field; 4 ignores that field.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+IN_ONE_FIELD = hasattr(Qwen3Config(), "rope_parameters")
+
+
+def rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the rotary embedding: `rope_type`, `rope_theta` and what else the type needs.
+
+    fields: in the spelling of transformers 4 (`rope_theta`, `rope_scaling`), of 5 (`rope_parameters`), or both. Raises
+    ValueError where they contradict each other or are not what Qwen3 reads: releases would settle on different ones.
+    """
+    thetas = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = fields.get(name)
+        if given is None or given == {}:
+            continue
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise ValueError(f"{name}={given!r} must be one flat mapping: Qwen3 has one rotary embedding for all layers")
+        parameters = dict(given)
+        if "rope_theta" in parameters:
+            thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta")
+        old_name = parameters.pop("type", None)
+        if parameters.setdefault("rope_type", old_name or "default") != (old_name or parameters["rope_type"]):
+            raise ValueError(f"{name}={given!r} has a type and another rope_type; remove the wrong one")
+        found[name] = {key: value for key, value in parameters.items() if value is not None}
+    for name, theta in thetas.items():
+        if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+            raise ValueError(f"{name}={theta!r} is not a positive number")
+    first, *others = thetas.items() or [("rope_theta", 10_000.0)]  # Qwen3's own default
+    for name, theta in others:
+        if theta != first[1]:
+            raise ValueError(
+                f"{first[0]}={first[1]!r} and {name}={theta!r} contradict each other; keep the one the model was trained with"
+            )
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        both = " and ".join(f"{name}={fields[name]!r}" for name in found)
+        raise ValueError(f"{both} contradict each other; keep the one the model was trained with")
+    return next(iter(found.values()), {"rope_type": "default"}) | {"rope_theta": first[1]}
+
+
+def native_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The fields by which this release of transformers is told what `rope_parameters` returned."""
+    return {"rope_parameters": parameters} if IN_ONE_FIELD else old_rope(parameters)
+
+
+def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """As native_rope, the fields of transformers 4."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    plain = scaling == {"rope_type": "default"}
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 class MegaconsaConfig(Qwen3Config):
@@ -57,7 +108,9 @@ class MegaconsaConfig(Qwen3Config):
         use_sliding_window: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(use_sliding_window=use_sliding_window, **kwargs)
+        rope = native_rope(rope_parameters(kwargs))
+        others = {key: value for key, value in kwargs.items() if key not in ROPE_FIELDS}
+        super().__init__(use_sliding_window=use_sliding_window, **others, **rope)
         layers, heads = self.num_hidden_layers, self.num_key_value_heads
         if num_full_kv_heads is None:
             num_full_kv_heads = [heads] * layers
@@ -71,6 +124,13 @@ class MegaconsaConfig(Qwen3Config):
         self.num_full_kv_heads = num_full_kv_heads
         self.full_attention = full_attention
         self.layer_types = [FULL] * layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with the rotary embedding in both spellings: 4 would read 1e4 in what 5 writes."""
+        fields: dict[str, Any] = super().to_dict()
+        names = ("rope_parameters",) if IN_ONE_FIELD else ("rope_theta", "rope_scaling")
+        parameters = rope_parameters({name: getattr(self, name) for name in names})
+        return fields | {"rope_parameters": parameters} | old_rope(parameters)
 
 
 class HeadGroup(NamedTuple):
