@@ -52,6 +52,7 @@ def main(
     from megaconsa.consa.allocation import Allocation
     from megaconsa.consa.rules import dense
     from megaconsa.console import progress
+    from megaconsa.data.tokenizer_folder import GENERATION_CONFIG
     from megaconsa.errors import InputError, RunError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export, export_bytes
@@ -79,7 +80,11 @@ def main(
     origin = checkpoint.origin
     if average > 1:
         origin["averaged_steps"] = [each.step for each in checkpoints]
-    name = dtype or (checkpoint.imported or {}).get("dtype", "bfloat16")
+    imported = checkpoint.imported or {}
+    name = dtype or imported.get("dtype", "bfloat16")
+    # An import without a tokenizer keeps the file beside its weights.
+    kept = checkpoint.path / GENERATION_CONFIG
+    generation_config = kept if imported and tokenizer is None and kept.is_file() else None
     precision = getattr(torch, name)
     with ExitStack() as reading:
         for each in checkpoints:
@@ -94,6 +99,9 @@ def main(
                 tokenizer=words,
                 dtype=precision,
                 origin=origin,
+                fingerprint=checkpoint.state["data"]["tokenizer_fingerprint"],
+                token_ids=imported.get("token_ids") if tokenizer is None else None,
+                generation_config=generation_config,
                 max_shard_size=max_shard_size,
                 heat_map=partial(save_allocation, table) if table.sparsity else None,
                 advance=task.advance,

@@ -32,22 +32,21 @@ def main(
     from megaconsa.data.tokenizer import Tokenizer
     from megaconsa.errors import InputError
     from megaconsa.files import check_new_folder, check_space
-    from megaconsa.huggingface.export import copy_tokenizer
-    from megaconsa.huggingface.source import open_source
+    from megaconsa.huggingface.source import add_generation_config, open_source
 
     check_new_folder(out)
     source = open_source(folder)
     tokenizer = Tokenizer.load(folder) if source.has_tokenizer else None
     if tokenizer and tokenizer.vocab_size > source.shape.vocab_size:
         raise InputError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but vocab_size={source.shape.vocab_size} in config.json"
+            f"{folder}: its tokenizer has a token {tokenizer.vocab_size - 1}, but vocab_size={source.shape.vocab_size} in config.json"
         )
     check_space(out, source.bytes)
 
-    def add_tokenizer(made: Path) -> None:
+    def add_files(made: Path) -> None:
         if tokenizer:
-            (made / TOKENIZER).mkdir()
-            copy_tokenizer(folder, made / TOKENIZER)
+            tokenizer.copy(made / TOKENIZER)
+        add_generation_config(source, made / TOKENIZER if tokenizer else made)
 
     with progress("importing", source.bytes, "bytes") as task:
         imported.write(
@@ -58,8 +57,8 @@ def main(
             source.read,
             allocation=source.allocation,
             fingerprint=tokenizer.fingerprint if tokenizer else None,
-            origin={"folder": str(folder), "model_type": source.model_type},
-            add_files=add_tokenizer,
+            origin={"folder": str(folder), "model_type": source.model_type, "token_ids": source.token_ids},
+            add_files=add_files,
             advance=task.advance,
         )
     console.print(

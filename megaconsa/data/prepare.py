@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import xxhash
 
 from megaconsa.console import Task, console, progress
 from megaconsa.data import TOKENIZER
+from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.packing import pack
 from megaconsa.data.shards import (
     INFO,
@@ -25,7 +25,7 @@ from megaconsa.data.shards import (
     write_split,
 )
 from megaconsa.data.text import find_files, read_documents
-from megaconsa.data.tokenizer import GENERATION_CONFIG, Tokenizer, train_sentencepiece
+from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
 TRAINING_CHARACTERS = 20_000_000
@@ -65,10 +65,7 @@ def prepare(
 
     with preparation(out):
         if given:
-            given.save(out / TOKENIZER)
-            assert tokenizer is not None
-            if (tokenizer / GENERATION_CONFIG).is_file():
-                shutil.copyfile(tokenizer / GENERATION_CONFIG, out / TOKENIZER / GENERATION_CONFIG)
+            given.copy(out / TOKENIZER)
         else:
             assert train_tokenizer is not None
             stride = max(1, round(source.characters / TRAINING_CHARACTERS))
@@ -143,7 +140,8 @@ def _same(out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int
         "source (hash of all text)": (info.source.digest, source.digest),
     }
     if given:
-        pairs["--tokenizer (fingerprint)"] = (info.tokenizer_fingerprint, given.fingerprint)
+        if not same_tokenizer(info.tokenizer_fingerprint, given.fingerprint):
+            pairs["--tokenizer (fingerprint)"] = (info.tokenizer_fingerprint, given.fingerprint)
     else:
         pairs["--train-tokenizer"] = (info.source.trained_vocabulary, source.trained_vocabulary)
     different = [f"{name} is {old} there and {new} here" for name, (old, new) in pairs.items() if old != new]

@@ -24,6 +24,7 @@ from streaming.base.hashing import get_hash
 
 from megaconsa.console import Task
 from megaconsa.data import TOKENIZER
+from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.errors import InputError, RunError
 from megaconsa.files import is_bare_name, parse_json
 
@@ -205,7 +206,7 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
     faults = []
     try:
         fingerprint = Tokenizer.load(folder / TOKENIZER).fingerprint
-        if fingerprint != info.tokenizer_fingerprint:
+        if not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
             expected = info.tokenizer_fingerprint
             faults.append(f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} but the data was made with {expected}")
     except InputError as error:

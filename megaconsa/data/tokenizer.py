@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -12,14 +11,14 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from megaconsa.data.fingerprint import fingerprint
+from megaconsa.data.tokenizer_folder import TOKENIZER_JSON, copy_tokenizer, largest_id, load_pretrained, read_mapping
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
-GENERATION_CONFIG = "generation_config.json"
-"""Of a model's folder: the ids that end its answers, and how it samples. It goes where the tokenizer goes."""
 SPACE = "\u2581"
 """What sentencepiece writes for a space. A text that holds this character itself reads back with a space in its place."""
 SMALLEST_VOCABULARY = 512
@@ -32,38 +31,43 @@ CHECKED_DOCUMENTS = 200
 class Tokenizer:
     """Text to ids and back, without special tokens. Literal names of special tokens in a text are encoded as plain text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path | None = None) -> None:
+        """folder: where it was loaded from; None for one that was just made."""
         self._tokenizer = tokenizer
+        self._folder = folder
         self._backend = tokenizer.backend_tokenizer
         # A document that spells "<|endoftext|>" must not end there; and nothing may cut or pad documents.
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocab_size: int = len(tokenizer)
-        """Number of ids, special tokens included."""
+        self.vocab_size: int = largest_id(tokenizer) + 1
+        """One more than the largest id, special tokens included: what a model needs, also where ids have holes."""
         self.end_of_text: int = tokenizer.eos_token_id
         """Id of the token that follows each document."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Reads a tokenizer folder; InputError where it is missing, unreadable, or has no end-of-text token."""
+        """Reads a tokenizer folder; InputError where it is missing, contradictory, or has no end-of-text token."""
         if not folder.is_dir():
             raise InputError(f"tokenizer {folder}: no such folder, name one that holds tokenizer.json")
-        try:
-            tokenizer = _load(folder)
-        except Exception as error:  # transformers raises whatever its readers raise; all of it means "not a tokenizer"
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"tokenizer {folder}: transformers cannot load it ({reason}), name one with tokenizer.json"
-            ) from error
+        tokenizer = load_pretrained(folder)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InputError(f"tokenizer {folder}: it has no fast version, add its tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer {folder}: it has no end-of-text token, set eos_token in tokenizer_config.json")
-        return cls(tokenizer)
+        return cls(tokenizer, folder)
+
+    def copy(self, folder: Path) -> None:
+        """Makes `folder`, which `load` reads as this tokenizer under every release, of the files it was loaded from."""
+        assert self._folder is not None
+        folder.mkdir(parents=True)
+        copy_tokenizer(self._folder, folder)
+        if not (folder / TOKENIZER_JSON).exists():
+            # Converted from an older format, which the next release may do otherwise.
+            self._backend.save(str(folder / TOKENIZER_JSON))
 
     def save(self, folder: Path) -> None:
-        """Writes the folder that `load` reads."""
+        """Writes the folder that `load` reads; for a tokenizer of our own, as transformers' writer bends those of others."""
         self._tokenizer.save_pretrained(str(folder))
         # transformers 5 notes a class that 4 does not know; both know this one.
         file = folder / "tokenizer_config.json"
@@ -81,24 +85,12 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change when an id comes to mean something else, and not with the file's layout."""
+        """Changes when a text gets other ids; compare with `same_tokenizer`."""
         content = json.loads(self._backend.to_str())
-        model = content["model"]
-        canonical = {
-            "type": model["type"],
-            "vocab": model["vocab"],
-            "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])],
-            "added": {token["content"]: token["id"] for token in content["added_tokens"]},
-        }
-        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _load(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as the class its folder names, or, where this transformers does not know that, as its tokenizer.json says."""
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except ValueError:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        written = content
+        if self._folder is not None and (self._folder / TOKENIZER_JSON).is_file():
+            written = read_mapping(self._folder / TOKENIZER_JSON)
+        return fingerprint(content, written.get("post_processor"))
 
 
 def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import TokenShards
-from megaconsa.errors import RunError
+from megaconsa.errors import InputError, RunError
 from megaconsa.huggingface.load import compare_logits
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
@@ -22,8 +24,18 @@ TOLERANCE = 1e-5
 
 
 def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
-    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at most one sequence."""
-    shards = TokenShards(Path(checkpoint.state["config"]["data"]["path"]), "validation")
+    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at most one sequence.
+
+    InputError where the run's data folder has come to hold tokens of another tokenizer.
+    """
+    folder = Path(checkpoint.state["config"]["data"]["path"])
+    trained, found = checkpoint.state["data"]["tokenizer_fingerprint"], DatasetInfo.load(folder).tokenizer_fingerprint
+    if not same_tokenizer(trained, found):
+        raise InputError(
+            f"data.path={folder} has come to hold data of another tokenizer (fingerprint {found}) than the run was trained with "
+            f"({trained}); restore the run's data, or give its tokenizer's folder with --tokenizer and leave --verify out"
+        )
+    shards = TokenShards(folder, "validation")
     return torch.from_numpy(shards[0][:length].astype("int64"))[None]
 
 

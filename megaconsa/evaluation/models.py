@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
@@ -107,5 +108,5 @@ def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInf
             f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, but the data {data} one of {info.vocab_size}; "
             "give the data that it was trained on"
         )
-    if source.has_tokenizer and Tokenizer.load(folder).fingerprint != info.tokenizer_fingerprint:
+    if source.has_tokenizer and not same_tokenizer(Tokenizer.load(folder).fingerprint, info.tokenizer_fingerprint):
         raise InputError(f"{folder} has another tokenizer than the data {data}; prepare the data with it: --tokenizer {folder}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.constraint import Constraint, Granularity
 from megaconsa.consa.scores import Estimate
+from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError, RunError
@@ -196,7 +197,7 @@ def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
         raise InputError(f"data {data} has {counts}; give the data it was trained on")
     fingerprint = checkpoint.state["data"]["tokenizer_fingerprint"]
     # An import without a tokenizer has None: then nothing can be compared.
-    if fingerprint not in (None, info.tokenizer_fingerprint):
+    if fingerprint is not None and not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
         raise InputError(
             f"data {data} has tokenizer fingerprint {info.tokenizer_fingerprint}, but "
             f"{checkpoint.path} was trained with {fingerprint}; give the data it was trained on"

@@ -14,12 +14,14 @@ import torch
 import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.data.tokenizer import GENERATION_CONFIG
+from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.tokenizer_folder import GENERATION_CONFIG, check_vocabulary, copy_tokenizer, load_pretrained
 from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, check_space, new_folder
+from megaconsa.huggingface.config_file import TOKEN_IDS, check_generation_config
 from megaconsa.huggingface.model_card import HEAT_MAP, model_card
 from megaconsa.huggingface.names import name_difference, parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import ModelConfig
@@ -27,20 +29,6 @@ from megaconsa.tensor_files import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "additional_chat_templates",
-    GENERATION_CONFIG,
-)
-"""Files and folders that stand in a tokenizer folder, as far as it has them. How to generate belongs to the words that a model knows."""
 
 
 @torch.no_grad()
@@ -53,6 +41,9 @@ def export(
     tokenizer: Path | None,
     dtype: torch.dtype,
     origin: dict[str, Any] | None,
+    fingerprint: str | None = None,
+    token_ids: dict[str, Any] | None = None,
+    generation_config: Path | None = None,
     max_shard_size: str = "5GB",
     heat_map: Callable[[Path], None] | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -62,6 +53,9 @@ def export(
     weights: canonical name -> unsharded fp32 tensor, heads in original order. `allocation`: in the same order; all-true is dense.
     tokenizer: folder with `tokenizer_config.json`, whose files are copied; None leaves the export without one.
     origin: where the weights came from (run, step, ...), shown in the model card.
+    fingerprint: of the tokenizer that the weights were trained with, as far as known; another is refused.
+    token_ids: bos_token_id and so on for config.json; the tokenizer's if not given.
+    generation_config: the file to copy; the tokenizer folder's if not given, and where that has none, one of the token ids.
     max_shard_size: of a weight file, a number and KB, MB, GB or TB; a larger weight has a file of its own.
     heat_map: draws the allocation into the file it is given, for the model card. advance is told of bytes as they are written.
     The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
@@ -79,9 +73,11 @@ def export(
     split = _split(model, dtype, max_shard_size)
     check_space(out, export_bytes(model, dtype))
     _check_weights(weights, model, dtype)
-    special_tokens = _special_tokens(tokenizer, model) if tokenizer else {}
-    if tokenizer:
-        _check_generation_config(tokenizer)
+    special_tokens = _special_tokens(tokenizer, model, fingerprint) if tokenizer else {}
+    if generation_config is None and tokenizer and (tokenizer / GENERATION_CONFIG).is_file():
+        generation_config = tokenizer / GENERATION_CONFIG
+    if generation_config is not None:
+        check_generation_config(generation_config, model.vocab_size)
 
     def read(name: str) -> Tensor:
         tensor = weights[name]
@@ -92,11 +88,16 @@ def export(
     with new_folder(out) as folder:
         if not allocation.is_layer_wise:
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-        _write_json(folder / "config.json", _config(model, allocation, dtype, special_tokens))
+        # The padding token is left to the generation config: in the model's it would freeze its embedding in fine-tuning.
+        in_config = token_ids or {name: value for name, value in special_tokens.items() if name != "pad_token_id"}
+        _write_json(folder / "config.json", _config(model, allocation, dtype, in_config))
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
-        if not (folder / GENERATION_CONFIG).exists():
-            _write_json(folder / GENERATION_CONFIG, special_tokens | {"transformers_version": transformers.__version__})
+        if generation_config is not None:
+            shutil.copyfile(generation_config, folder / GENERATION_CONFIG)
+        else:
+            generation = (token_ids or special_tokens) | {"transformers_version": transformers.__version__}
+            _write_json(folder / GENERATION_CONFIG, generation)
         allocation.save(folder / "allocation.json")
         if heat_map is not None:
             heat_map(folder / HEAT_MAP)
@@ -120,15 +121,6 @@ def export(
 def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights in `dtype`."""
     return sum(math.prod(shape) for shape in parameter_shapes(model).values()) * dtype.itemsize
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer folder that transformers reads, byte for byte."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequence[int]) -> Tensor:
@@ -162,30 +154,27 @@ def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: tor
             raise InputError(f"{name} holds {max(-low, high):g}, which overflows {dtype}; export in torch.bfloat16")
 
 
-def _special_tokens(tokenizer: Path, model: ModelConfig) -> dict[str, int]:
-    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id, pad_token_id."""
+def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None) -> dict[str, int]:
+    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id, pad_token_id.
+
+    InputError where the tokenizer does not fit the model or has another fingerprint than `fingerprint`.
+    """
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise InputError(f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:  # what a broken file raises depends on the tokenizer's class
-        raise InputError(f"tokenizer={tokenizer} cannot be loaded: {' '.join(str(error).split())}") from error
-    largest = max(loaded.get_vocab().values(), default=-1)
-    if largest >= model.vocab_size:
-        raise InputError(f"tokenizer={tokenizer} has a token {largest}, but the model's vocab_size is {model.vocab_size}")
-    ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    loaded = load_pretrained(tokenizer)
+    check_vocabulary(tokenizer, loaded, model.vocab_size)
+    if fingerprint is not None:
+        found = Tokenizer.load(tokenizer).fingerprint
+        if not same_tokenizer(fingerprint, found):
+            raise InputError(
+                f"tokenizer={tokenizer} has fingerprint {found}, but the weights were trained with {fingerprint}; "
+                "give the folder of that one with --tokenizer"
+            )
+    ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _check_generation_config(tokenizer: Path) -> None:
-    if (tokenizer / GENERATION_CONFIG).is_file():
-        try:
-            GenerationConfig.from_pretrained(tokenizer, local_files_only=True)
-        except Exception as error:  # what a broken file raises is not specified
-            raise InputError(f"{tokenizer / GENERATION_CONFIG} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, special_tokens: dict[str, int]) -> dict[str, Any]:
+def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, token_ids: dict[str, Any]) -> dict[str, Any]:
     fields = qwen3_config_fields(model)
     if allocation.sparsity > 0:
         fields |= {"use_sliding_window": True, "sliding_window": allocation.window}
@@ -210,8 +199,7 @@ def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, spec
                 # Ignored beside layer_types; an engine that knows only this field must see that not all layers are full.
                 "max_window_layers": full_layers.index(False),
             }
-    # The padding token is left to the generation config: in the model's it would freeze that token's embedding in fine-tuning.
-    fields |= {name: value for name, value in special_tokens.items() if name != "pad_token_id"}
+    fields |= token_ids
     return fields | {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
 
 

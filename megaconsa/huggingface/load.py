@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
+from megaconsa.data.tokenizer_folder import TOKENIZER_CONFIG, check_vocabulary, load_pretrained
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
-from megaconsa.huggingface.modeling_megaconsa import MegaconsaConfig, MegaconsaForCausalLM, MegaconsaModel
+from megaconsa.huggingface.modeling_megaconsa import (
+    MegaconsaConfig,
+    MegaconsaForCausalLM,
+    MegaconsaModel,
+    native_rope,
+    rope_parameters,
+)
 
 
 def register() -> None:
@@ -29,18 +39,43 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
 
     No code in the folder is run: a head-wise export is loaded by megaconsa's own classes, whatever model file lies there.
-    Raises InputError where the folder is not an export.
+    Raises InputError where the folder is not an export, or its tokenizer has more tokens than its model.
     """
     try:
-        parse_json((folder / "config.json").read_text())
+        fields = parse_json((folder / "config.json").read_text())
+        if not isinstance(fields, dict):
+            raise ValueError("it is not a mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not an exported model: config.json cannot be read ({error})") from None
+    try:
+        rope = native_rope(rope_parameters(fields))
+    except ValueError as error:
+        raise InputError(f"{folder}: in config.json, {error}") from None
     register()
     # False, not left out: transformers would ask on the terminal.
     where = {"trust_remote_code": False, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **where) if has_tokenizer else None
+    config = AutoConfig.from_pretrained(folder, **where)
+    # transformers 4 would not see the base that 5 saves, and take 10,000.
+    for name, value in rope.items():
+        setattr(config, name, value)
+    tokenizer = load_pretrained(folder) if (folder / TOKENIZER_CONFIG).is_file() else None
+    if tokenizer is not None:
+        check_vocabulary(folder, tokenizer, config.vocab_size)
+    with _without_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **where)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers 5 draws one over the weights of even the smallest model, into the commands' messages."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, differences
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
@@ -195,7 +196,7 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
             f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): the preset {config.model.preset} has changed; "
             "give the old values in section model, or use another run.dir"
         )
-    if resume.state["data"] != describe_data(inputs.data):
+    if not same_data(resume.state["data"], describe_data(inputs.data)):
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
         )
@@ -223,7 +224,7 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
         logger.warning(
             "model.init_from=%s was imported without a tokenizer: nothing tells whether the data's is its own", origin.path
         )
-    elif theirs != data.tokenizer_fingerprint:
+    elif not same_tokenizer(theirs, data.tokenizer_fingerprint):
         raise InputError(
             f"data {config.data.path} was tokenised with another vocabulary (fingerprint {data.tokenizer_fingerprint}) than "
             f"model.init_from={config.model.init_from} was trained on ({theirs})"
@@ -234,3 +235,9 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
 def describe_data(data: DatasetInfo) -> dict[str, Any]:
     """What identifies a data set in a checkpoint."""
     return data.model_dump(mode="json", exclude={"source": {"names"}})
+
+
+def same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions are of one data set, also where one has a fingerprint of an earlier version."""
+    tokenizer = "tokenizer_fingerprint"
+    return same_tokenizer(one[tokenizer], other[tokenizer]) and one | {tokenizer: ""} == other | {tokenizer: ""}

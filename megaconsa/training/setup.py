@@ -35,7 +35,7 @@ from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.callbacks.watchdog import Watchdog
-from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data
+from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data, same_data
 from megaconsa.training.trainer import Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
             "weights from %s, imported from %s; optimizer and data order start anew", source.path, source.imported["folder"]
         )
         return Progress()
-    continues = source.state["data"] == describe_data(inputs.data) and (
+    continues = same_data(source.state["data"], describe_data(inputs.data)) and (
         source.state["config"]["run"]["seed"] == inputs.config.run.seed
     )
     logger.log(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megaconsa.checkpoint import store
+from megaconsa.checkpoint.writer import file_entry
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import TokenShards
 from megaconsa.evaluation.export_check import TOLERANCE
 from megaconsa.model.qwen3 import Qwen3
@@ -111,3 +115,46 @@ def test_verify_finds_a_wrong_export(
     assert "the export is wrong" in outcome.err
     assert not (tmp_path / "hf").exists()
     assert outcome.err.count("\n") == 1
+
+
+def test_another_tokenizer_than_the_runs_is_refused(
+    make_config: Callable[..., dict[str, Any]],
+    train: Callable[[dict[str, Any]], Any],
+    done: Done,
+    refused: Callable[..., str],
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
+    """After the data folder was made anew, say. What --verify compares are logits, which do not tell."""
+    data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "hf"
+    shutil.copytree(small_data, data)
+    train(make_config(data={"path": str(data)}, allocation={"source": "rule", "rule": "dense"}, training={"steps": 2}))
+    words = shutil.copytree(data / "tokenizer", tmp_path / "words")
+    trained = DatasetInfo.load(data).tokenizer_fingerprint
+    shutil.rmtree(data)
+    sources = [str(Path(sysconfig.get_paths()["stdlib"]) / name) for name in ("difflib.py", "pdb.py", "optparse.py")]
+    settings = ("--train-tokenizer", 512, "--sequence-length", SEQUENCE_LENGTH, "--validation-share", 0.2)
+    done("prepare-data", *sources, "--out", data, *settings)
+    said = refused("export-hf", run, "--out", out)
+    assert f"tokenizer={data / 'tokenizer'} has fingerprint" in said
+    assert f"trained with {trained}" in said
+    assert "--tokenizer" in said
+    said = refused("export-hf", run, "--out", out, "--tokenizer", words, "--verify", 8)
+    assert f"data.path={data} has come to hold data of another tokenizer" in said
+    assert not out.exists()
+    done("export-hf", run, "--out", out, "--tokenizer", words)
+    assert (out / "tokenizer.json").read_bytes() == (words / "tokenizer.json").read_bytes()
+
+
+def test_a_run_with_an_earlier_fingerprint_is_exported(finished: Finished, done: Done, tmp_path: Path) -> None:
+    """It has the first of today's two parts."""
+    checkpoint = shutil.copytree(store.resolve(finished("stock")).path, tmp_path / "checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text())
+    first, second = state["data"]["tokenizer_fingerprint"].split("-")
+    assert len(first) == len(second) == 16
+    state["data"]["tokenizer_fingerprint"] = first
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] |= file_entry(checkpoint / "state.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    done("export-hf", checkpoint, "--out", tmp_path / "hf", "--verify", 8)

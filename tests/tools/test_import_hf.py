@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.data.stream import BatchStream
-from megaconsa.huggingface.export import TOKENIZER_FILES, copy_tokenizer
+from megaconsa.data.tokenizer_folder import TOKENIZER_FILES, copy_tokenizer
+from megaconsa.huggingface.load import load_exported
 
 VOCABULARY = 512  # of small_data
 SEQUENCE_LENGTH = 64
@@ -101,6 +102,66 @@ def test_exports_come_back(full: list[list[bool]], done: Done, tmp_path: Path) -
     assert [list(row) for row in again.allocation.full] == full
     done("export-hf", tmp_path / "again", "--out", tmp_path / "once more")
     assert_same_bytes(tensors(tmp_path / "once more"), tensors(tmp_path / "export"))
+
+
+def test_a_head_wise_model_that_transformers_saved_again_comes_back(done: Done, tmp_path: Path) -> None:
+    """It has no allocation.json: the table is in its configuration."""
+    folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
+    done("import-hf", folder, "--out", tmp_path / "import")
+    table = {"version": 1, "num_layers": 4, "num_kv_heads": 4, "window": 8, "scope": "per_layer", "target_sparsity": 0.5}
+    table |= {"granularity": "kv_head", "full": [[False, True, False, True], [True, False, False, True]] * 2}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    done("export-hf", tmp_path / "import", "--out", tmp_path / "export", "--allocation", tmp_path / "table.json")
+    load_exported(tmp_path / "export")[0].save_pretrained(tmp_path / "saved")
+    done("import-hf", tmp_path / "saved", "--out", tmp_path / "again")
+    again = store.resolve(tmp_path / "again")
+    assert_same_bytes(again.weights(), tensors(folder))
+    assert again.allocation is not None
+    assert [list(row) for row in again.allocation.full] == table["full"]
+
+
+@pytest.mark.parametrize("words", [False, True], ids=["without a tokenizer", "with one"])
+@pytest.mark.parametrize("generation", [False, True], ids=["without a generation config", "with one"])
+def test_ids_of_special_tokens_stay_as_they_are(
+    words: bool, generation: bool, done: Done, small_data: Path, tmp_path: Path
+) -> None:
+    """Lists too, and without a generation config transformers generates by the model's."""
+    folder = save_qwen3(tmp_path / "hf")
+    ids = {"bos_token_id": 5, "eos_token_id": [7, 8], "pad_token_id": 9}
+    change_config(**ids)(folder)
+    generating = folder / "generation_config.json"
+    generating.unlink()
+    if generation:
+        generating.write_text('{"eos_token_id": [7, 8, 10],   "do_sample": true}')
+    if words:
+        copy_tokenizer(small_data / "tokenizer", folder)
+    done("import-hf", folder, "--out", tmp_path / "import")
+    done("verify", tmp_path / "import")
+    done("export-hf", tmp_path / "import", "--out", tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert {name: config.get(name) for name in ids} == ids
+    written = tmp_path / "export" / "generation_config.json"
+    if generation:
+        assert written.read_bytes() == generating.read_bytes()
+    else:
+        assert ids.items() <= json.loads(written.read_text()).items()
+    assert (tmp_path / "export" / "tokenizer.json").exists() == words
+    if words:  # so that they go on into the data, and into what is trained on it
+        assert (tmp_path / "import" / "tokenizer" / "generation_config.json").read_bytes() == written.read_bytes()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(refused: Refused, small_data: Path, tmp_path: Path) -> None:
+    """By the largest id: with a hole in them there are no more ids than embeddings."""
+    folder = save_qwen3(tmp_path / "hf")
+    copy_tokenizer(small_data / "tokenizer", folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary[last] = VOCABULARY
+    file.write_text(json.dumps(content))
+    said = refused("import-hf", folder, "--out", tmp_path / "import")
+    assert f"its tokenizer has a token {VOCABULARY}, but vocab_size={VOCABULARY}" in said
 
 
 def test_a_stored_copy_of_the_tied_output_layer_is_dropped(done: Done, refused: Refused, tmp_path: Path) -> None:
