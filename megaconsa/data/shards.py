@@ -7,6 +7,7 @@ dataset.json comes last and in one piece: a folder without it is unfinished.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,9 @@ from megaconsa.data import TOKENIZER
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.errors import InputError, RunError
 from megaconsa.files import is_bare_name, parse_json
+from megaconsa.reading import patiently, read_bytes
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "train", "validation"
 INFO = "dataset.json"
@@ -86,7 +90,10 @@ class DatasetInfo(BaseModel):
     @classmethod
     def load(cls, folder: Path) -> DatasetInfo:
         """Reads `folder`/dataset.json; InputError where the folder is missing, empty, unfinished or not a data folder."""
-        folder = Path(folder)
+        return patiently(lambda: cls._load(Path(folder)), folder)
+
+    @classmethod
+    def _load(cls, folder: Path) -> DatasetInfo:
         if not folder.is_dir():
             raise InputError(f"data {folder}: no such folder, make it with `megaconsa prepare-data`")
         file = folder / INFO
@@ -126,7 +133,7 @@ class Shard(MDSReader):
     def check_file(self) -> str | None:
         """What is wrong with the file as far as its presence and size tell, or None."""
         try:
-            size = self.path.stat().st_size
+            size = patiently(self.path.stat, self.path).st_size
         except OSError as error:
             return f"{self.path}: shard cannot be found ({error.strerror})"
         if size != self._stored.bytes:
@@ -134,12 +141,18 @@ class Shard(MDSReader):
         return None
 
     def load(self) -> None:
-        """Reads, checks and decompresses the file; DataError, which names it, where any of that fails."""
+        """Reads, checks and decompresses the file.
+
+        Raises DataError, which names it, where any of that fails, and UnreachableError where the file
+        stays out of reach.
+        """
+        data = self._read()
         try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
-        self._check(data, self._stored, "")
+            self._check(data, self._stored, "")
+        except DataError as error:
+            logger.warning("%s; reading it again", error)
+            data = self._read()
+            self._check(data, self._stored, "")
         if self.compression:
             try:
                 data = decompress(self.compression, data)
@@ -147,6 +160,12 @@ class Shard(MDSReader):
                 raise DataError(f"{self.path}: shard does not decompress ({error})") from error
             self._check(data, self.raw_data, "decompressed ")
         self._data = data
+
+    def _read(self) -> bytes:
+        try:
+            return read_bytes(self.path, within=self.path.parent)
+        except OSError as error:
+            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
 
     def unload(self) -> None:
         """Frees the memory."""
@@ -171,7 +190,7 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
         raise InputError(f"data {folder}: it has no {split} split, prepare it with --validation-share above 0")
     file = folder / split / INDEX
     try:
-        records: list[dict[str, Any]] = parse_json(file.read_bytes())["shards"]
+        records: list[dict[str, Any]] = parse_json(read_bytes(file))["shards"]
         shards = [Shard.from_json(str(folder), split, record) for record in records]
         for part in (part for shard in shards for part in (shard.raw_data, shard._stored)):
             if not is_bare_name(part.basename):

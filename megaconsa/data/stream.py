@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
-from megaconsa.data.shards import COLUMN, TRAIN, DataError, DatasetInfo, open_split
-from megaconsa.errors import InputError
+from megaconsa.data.shards import COLUMN, TRAIN, DatasetInfo, open_split
+from megaconsa.errors import InputError, RunError
 
 SHUFFLE_SHARDS = 8
 """Sequences of about this many shards are mixed with one another at any time."""
@@ -70,7 +70,7 @@ class TokenShards(Dataset[np.ndarray]):
         return np.stack([self[i] for i in ids])
 
 
-class _Rows(Dataset[np.ndarray | DataError]):
+class _Rows(Dataset[np.ndarray | RunError]):
     """The rows of a micro-batch as one item. NumPy, for tensors would cross from a worker through /dev/shm.
 
     An error is handed over as an item too: raised in a worker it would come wrapped in the worker's traceback.
@@ -79,10 +79,10 @@ class _Rows(Dataset[np.ndarray | DataError]):
     def __init__(self, shards: TokenShards) -> None:
         self.shards = shards
 
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray | DataError:
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray | RunError:
         try:
             return self.shards.rows(ids)
-        except DataError as error:
+        except RunError as error:
             return error
 
 
@@ -151,7 +151,7 @@ class BatchStream:
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
         """Each step's micro-batches of this rank, endlessly, from the place after `taken` sequences of the stream.
 
-        DataError, naming the file, when a shard turns out damaged.
+        DataError, naming the file, when a shard turns out damaged; UnreachableError when it stays out of reach.
         """
         # With a generator of its own, the loader draws nothing from torch's: a resumed run would draw at another time.
         loader = DataLoader(
@@ -225,9 +225,9 @@ class BatchStream:
         )
 
 
-def _sound(rows: np.ndarray | DataError) -> np.ndarray:
-    if isinstance(rows, DataError):
-        raise DataError(str(rows))
+def _sound(rows: np.ndarray | RunError) -> np.ndarray:
+    if isinstance(rows, RunError):
+        raise type(rows)(str(rows))
     return rows
 
 

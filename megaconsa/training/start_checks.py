@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, UnreachableError
 from megaconsa.files import binary_size
 from megaconsa.parallel.world import World
 from megaconsa.training.disk_check import check_disk
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 SUM_SECONDS = 300
 """For the first sum over all ranks: NCCL connects them in it."""
-VISIBLE_SECONDS = 20
-"""For a file that another node wrote to be seen here; attribute caches of NFS last a few seconds."""
+VISIBLE_SECONDS = 120
+"""For a file that another node wrote to be seen here: attribute caches of NFS last up to a minute."""
 CLOCK_SECONDS = 5.0
 """By which the nodes' clocks may differ without a warning."""
 
@@ -90,9 +90,11 @@ def _check_sum(world: World) -> None:
         found = float(value)
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
-        raise InputError(f"a sum over all ranks by {backend} failed ({first}); look at the network between the nodes") from None
+        raise UnreachableError(
+            f"a sum over all ranks by {backend} failed ({first}); look at the network between the nodes"
+        ) from None
     if found != expected:
-        raise InputError(
+        raise UnreachableError(
             f"a sum over all ranks by {backend} gave {found:g} instead of {expected}; look at the network between the nodes"
         )
 
@@ -120,7 +122,9 @@ def _check_folder(run: Path, world: World) -> None:
     if fault is not None:
         raise InputError(fault)
     if not seen:
-        raise InputError(f"run.dir={run} is not the folder that rank 0 writes in; put it on a file system that all nodes share")
+        raise UnreachableError(
+            f"run.dir={run} is not the folder that rank 0 writes in; put it on a file system that all nodes share"
+        )
 
 
 def _appears(path: Path) -> bool:

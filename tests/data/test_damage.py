@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 
+from megaconsa import reading
+from megaconsa.data import shards
 from megaconsa.data.shards import INFO, DataError, DatasetInfo, verify
 from megaconsa.data.stream import BatchStream, TokenShards
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, UnreachableError
 from megaconsa.tools import verify_data
 
 NAME = "shard.00003.mds.zstd"
@@ -69,6 +74,48 @@ def test_damage_at_read(copy: Path, damage: Callable[[Path], None], workers: int
     damage(shard(copy))
     with pytest.raises(DataError, match=NAME):
         read_epoch(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_out_of_reach_is_waited_for(copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
+    stream = open_stream(copy, workers)
+    steps = len(stream.shards) // 8
+    expected = [batch.tokens for step in islice(open_stream(copy).steps(), steps) for batch in step]
+    aside = shard(copy).rename(copy / "aside")
+    shard(copy).symlink_to("/proc/self/mem")  # gives EIO
+    threading.Timer(1.0, lambda: aside.replace(shard(copy))).start()
+    found = [batch.tokens for step in islice(stream.steps(), steps) for batch in step]
+    for tokens, others in zip(found, expected, strict=True):
+        assert torch.equal(tokens, others)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_stays_out_of_reach_is_no_damage(copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 0.5)
+    stream = open_stream(copy, workers)
+    shard(copy).unlink()
+    shard(copy).symlink_to("/proc/self/mem")
+    with pytest.raises(UnreachableError, match=NAME):
+        read_epoch(stream)
+
+
+def test_a_shard_is_read_twice_before_it_counts_as_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "logger", _Repairing(shard(copy)))
+    stream = open_stream(copy)
+    flip(shard(copy))
+    read_epoch(stream)
+
+
+class _Repairing:
+    """In the place of the logger: mends the file between the two reads, of which it is told."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def warning(self, *said: object) -> None:
+        flip(self.file)
 
 
 def test_flipped_byte_is_found_by_verify(copy: Path) -> None:

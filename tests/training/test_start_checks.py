@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from ranks import ended, start, write
 
+from megaconsa.exit_codes import LOST
+
 MakeConfig = Callable[..., dict[str, Any]]
 CHECK = """
 import logging, os, sys, time
@@ -71,10 +73,10 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
     ],
     ids=["folder", "sum", "late"],
 )
-def test_what_cannot_work_is_refused_by_all(fault: str, said: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_cannot_work_now_ends_all_with_the_code_that_requeues(fault: str, said: str, make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config()
     main, other = run_with(fault, values, tmp_path)
-    assert (main.code, other.code) == (2, 2)
+    assert (main.code, other.code) == (LOST, LOST)
     assert said in main.err
     assert main.err.count("\n") == 1
     assert other.err == ""
