@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from dataclasses import fields as dataclass_fields
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
@@ -24,6 +26,9 @@ from megaconsa.errors import InputError
 from megaconsa.model.budget import QUANTITIES, Budget
 from megaconsa.model.config import PRESETS, ModelConfig
 from megaconsa.reading import read_text
+from megaconsa.run_paths import has_moved_to, relocated
+
+logger = logging.getLogger(__name__)
 
 PipelineSchedule = Literal["1f1b", "dualpipev"]
 """Order of the pipeline's forward and backward passes."""
@@ -386,8 +391,14 @@ UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", UniqueKeyLoader.constru
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole."""
+    """Reads a YAML file, applies `section.field=value` overrides (values are YAML) and checks the whole.
+
+    The config.yaml of a run that was moved means the run where it is now.
+    """
     data = read_yaml(path, "configuration", "sections")
+    if has_moved_to(path.parent, data):
+        logger.warning("%s was moved here from %s", path.parent.absolute(), data["run"]["dir"])
+        data = relocated(data, path.parent)
     for override in overrides or []:
         _apply(data, override)
     return build(data)
@@ -419,6 +430,21 @@ def build(data: dict[str, Any]) -> Config:
     config = _keep_budget(config)
     _check_allocation(config)
     return config
+
+
+def with_defaults(values: dict[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
+    """Plain values of a configuration, with the default of each field that they lack.
+
+    For what an earlier version wrote, before it had the field.
+    """
+    full = dict(values)
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if name not in full and not field.is_required():
+            full[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(full.get(name), dict):
+            full[name] = with_defaults(full[name], kind)
+    return full
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

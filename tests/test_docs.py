@@ -17,7 +17,7 @@ from megaconsa import config as configuration
 from megaconsa.cli import app
 from megaconsa.config import Config
 from megaconsa.model.config import PRESETS
-from megaconsa.training import inputs
+from megaconsa.training import same_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,7 +157,7 @@ def test_choices_stand_in_the_configuration_page() -> None:
 
 def test_what_may_change_on_resume_stands_in_the_training_page() -> None:
     paragraph = (ROOT / "docs" / "training.md").read_text().split("## Resuming")[1].split("\n## ")[0]
-    for name in inputs.FREE:
+    for name in same_run.FREE | same_run.OF_THE_START | {"training.steps"}:
         assert f"`{name}`" in paragraph
 
 

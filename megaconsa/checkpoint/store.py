@@ -39,6 +39,7 @@ from megaconsa.errors import InputError
 from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
 from megaconsa.reading import patiently, read_text
+from megaconsa.run_paths import relocated
 from megaconsa.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,10 @@ class DamagedError(InputError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. `state` and `manifest` are the contents of its files of these names."""
+    """A committed checkpoint. `state` and `manifest` are the contents of its files of these names.
+
+    Where the run was moved since, paths in the state are those that hold now.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -282,6 +286,8 @@ def _read(path: Path) -> Checkpoint:
         raise InputError(
             f"checkpoint {path} has format version {state.get('version')}, but this megaconsa reads {FORMAT_VERSION}"
         )
+    if "config" in state:  # otherwise imported
+        state["config"] = relocated(state["config"], path.absolute().parent.parent)
     return Checkpoint(path, state, manifest)
 
 

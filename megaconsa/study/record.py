@@ -13,7 +13,8 @@ from megaconsa.config import differences
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
 from megaconsa.study.runs import Runs
-from megaconsa.training.inputs import CONFIG_NAME, check_same_run
+from megaconsa.training.inputs import CONFIG_NAME
+from megaconsa.training.same_run import check_same_run
 
 FILE = "study.json"
 GROWING = {"sparsities", "seeds", "draws"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.config import Config, differences
+from megaconsa.config import Config, differences, with_defaults
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.shards import DatasetInfo
@@ -24,17 +24,17 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
+from megaconsa.run_paths import relocated
 from megaconsa.training.callbacks.run_lock import refuse_if_held
+from megaconsa.training.same_run import check_same_run
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-FREE = {
-    *("parallel", "validation", "checkpoint", "logging", "watchdog", "bad_steps"),
-    *("run.dir", "attention.backend", "training.micro_batch", "training.activation_checkpointing", "data.path", "data.workers"),
-}
-"""Sections and fields that may change on resume: they change nothing of what is learned but for rounding, and `bad_steps` only which
-later steps are skipped."""
+EXTENSIONS = {"rope_theta", "max_position_embeddings"}
+"""Fields of the shape that a new run may change on the weights of an old one: they extend its context."""
+_DEFAULT_SHAPE = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+"""For checkpoints of versions whose shapes had fewer fields."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
 
@@ -83,7 +83,7 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     topology = Topology.of(config, processes)
     data = DatasetInfo.load(config.data.path)
     _check_data(config, shape, data)
-    allocation = config.fixed_allocation()
+    allocation = _table(config)
     if allocation is not None and allocation.window != config.attention.window:
         raise InputError(
             f"attention.window={config.attention.window}, but allocation.file={config.allocation.file} was made for a window of "
@@ -96,6 +96,20 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             f"logging.wandb={config.logging.wandb} needs the package wandb; install it with pip install 'megaconsa[wandb]'"
         )
     return Inputs(config, shape, data, topology, allocation)
+
+
+def _table(config: Config) -> Allocation | None:
+    """The finished table; the one that the run trained on where its file is gone. None while learning."""
+    file = config.allocation.file
+    if file is None or file.exists():
+        return config.fixed_allocation()
+    for path in store.committed(config.run.dir):
+        held = path / "allocation.json"
+        if held.exists():
+            logger.info("allocation.file=%s is gone; the run goes on with its own table, %s", file, held)
+            allocation = config.model_copy(update={"allocation": config.allocation.model_copy(update={"file": held})})
+            return allocation.fixed_allocation()
+    return config.fixed_allocation()
 
 
 def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
@@ -168,35 +182,21 @@ def _check_begun_run(config: Config) -> None:
     except (OSError, yaml.YAMLError):
         return
     if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean
-        check_same_run(config, old)
-
-
-def check_same_run(config: Config, old: dict[str, Any]) -> list[str]:
-    """Refuses a configuration that would train on as another run; returns the changes that are harmless."""
-    changed: list[str] = []
-    harmless: list[str] = []
-    for line in differences(old, config.to_dict()):
-        name = line.split(":")[0]
-        (harmless if name in FREE or name.split(".")[0] in FREE else changed).append(line)
-    if changed:
-        raise InputError(
-            f"run.dir={config.run.dir} was made with another configuration ({'; '.join(changed)}); choose another run.dir, with "
-            f"model.init_from={config.run.dir} to go on from its newest checkpoint"
-        )
-    return harmless
+        check_same_run(config, relocated(old, config.run.dir))
 
 
 def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
     """Refuses to go on from the run's own checkpoint with anything that would make it another run."""
     config, allocation = inputs.config, inputs.allocation
-    if harmless := check_same_run(config, resume.state["config"]):
+    if harmless := check_same_run(config, resume.state["config"], resume.step):
         logger.info("goes on with %s", "; ".join(harmless))
-    if changed := differences(resume.state["shape"], asdict(inputs.shape)):
+    if changed := differences(_DEFAULT_SHAPE | resume.state["shape"], asdict(inputs.shape)):
         raise InputError(
             f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): the preset {config.model.preset} has changed; "
             "give the old values in section model, or use another run.dir"
         )
-    if not same_data(resume.state["data"], describe_data(inputs.data)):
+    theirs, ours = (with_defaults(data, DatasetInfo) for data in (resume.state["data"], describe_data(inputs.data)))
+    if not same_data(theirs, ours):
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
         )
@@ -216,9 +216,12 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
 def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
     """Refuses to begin from a checkpoint of another model or tokenizer."""
     config, data = inputs.config, inputs.data
-    changed = differences(origin.state["shape"], asdict(inputs.shape))
-    if changed:
+    changed = differences(_DEFAULT_SHAPE | origin.state["shape"], asdict(inputs.shape))
+    extensions = [line for line in changed if line.split(":")[0] in EXTENSIONS]
+    if len(changed) > len(extensions):
         raise InputError(f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})")
+    if extensions:
+        logger.info("the weights of %s go on with %s", origin.path, "; ".join(extensions))
     theirs = origin.state["data"]["tokenizer_fingerprint"]
     if theirs is None:
         logger.warning(

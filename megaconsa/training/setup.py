@@ -22,6 +22,7 @@ from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
+from megaconsa.run_paths import absolute
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callbacks.base import Callback
 from megaconsa.training.callbacks.checkpointing import Checkpointing
@@ -73,8 +74,9 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     if place > progress.sequences:
         logger.warning("passes over %s sequences, up to the last spike", f"{place - progress.sequences:,}")
         progress.sequences = place
+    recorded = absolute(config.to_dict())
     if mesh.is_main:
-        replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(recorded, sort_keys=False))
         if inputs.allocation is not None:
             inputs.allocation.save(config.run.dir / "allocation.json")
         if (budget := config.allocation.budget()) is not None:
@@ -85,7 +87,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         )
     description = {
         "learning": config.learning,
-        "config": config.to_dict(),
+        "config": recorded,
         "shape": asdict(shape),
         "precision": engine.precision,
         "data": describe_data(inputs.data),
