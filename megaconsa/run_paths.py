@@ -56,6 +56,15 @@ def has_moved_to(folder: Path, config: dict[str, Any]) -> bool:
     return is_run and old is not None and os.path.isabs(old) and not os.path.exists(f"{old}/config.yaml")
 
 
+def shown(path: str) -> str:
+    """A recorded path as people name it: relative where it lies below the working directory.
+
+    For tables and model cards, which are published and need not tell of this machine.
+    """
+    inside = os.path.relpath(path)
+    return path if inside.startswith("..") else inside
+
+
 def _run_dir(config: object) -> str | None:
     """run.dir of what may be no configuration at all."""
     section = config.get("run") if isinstance(config, dict) else None

@@ -53,7 +53,7 @@ def main(
         raise InputError(f"{run}: the cut is not supported by evidence: {fault}")
     margin = constraint.margin(scores)
     origin = {
-        "run": checkpoint.state["config"]["run"]["dir"],
+        "run": checkpoint.origin["run"],
         "step": checkpoint.step,
         "controller": bank.settings.controller,
         "method": method,

@@ -39,7 +39,7 @@ from megaconsa.errors import InputError
 from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
 from megaconsa.reading import patiently, read_text
-from megaconsa.run_paths import relocated
+from megaconsa.run_paths import relocated, shown
 from megaconsa.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Checkpoint:
     @property
     def origin(self) -> dict[str, Any]:
         """The run or the imported folder that the weights are of, step and tokens."""
-        begun = self.imported["folder"] if self.imported else self.state["config"]["run"]["dir"]
+        begun = self.imported["folder"] if self.imported else shown(self.state["config"]["run"]["dir"])
         return {"run": begun, "step": self.step, "tokens": self.state["tokens"]}
 
     @property

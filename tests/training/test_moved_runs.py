@@ -110,6 +110,10 @@ def test_relative_paths_are_those_of_the_place_where_they_were_written(
     assert config.data.path == project / "data"
     checkpoint = store.resolve(project / "runs" / "a")
     assert checkpoint.tokenizer == project / "data" / "tokenizer"
+    # What is published with a table or a model names the run as it was named.
+    assert checkpoint.origin["run"] == "project/runs/a"
+    monkeypatch.chdir(project / "data")
+    assert checkpoint.origin["run"] == str(project / "runs" / "a")
 
 
 def test_what_the_run_began_with_may_be_gone(project: Path, make_config: MakeConfig, train: Any, caplog: Any) -> None:
