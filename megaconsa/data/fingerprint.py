@@ -7,15 +7,18 @@ import json
 from typing import Any
 
 PARTS = "-"
-"""Between the two digests. Data folders and checkpoints of before 2026-11-27 have the first alone."""
+"""Between the two digests. Data folders and checkpoints of earlier versions have the first alone."""
 
 
 def fingerprint(content: dict[str, Any], post_processor: dict[str, Any] | None) -> str:
-    """Two times 16 hex digits that change when a text gets other ids, and not with the layout of the tokenizer's file.
+    """Two times 16 hex digits that change when a text gets other ids, and not with the layout of
+    the tokenizer's file.
 
-    The first covers vocabulary, merges and added tokens; the second normalizer, pre-tokenizer, post-processor and the
-    model's settings. content: of a tokenizer.json, as the tokenizers library writes it, so that defaults are filled in.
-    post_processor: as the file itself has it; releases of transformers put different ones in its place.
+    The first covers vocabulary, merges and added tokens; the second normalizer, pre-tokenizer,
+    post-processor and the model's settings. content: of a tokenizer.json, as the tokenizers library
+    writes it, so that defaults are filled in.
+    post_processor: as the file itself has it; releases of transformers put different ones in its
+    place.
     """
     model = content["model"]
     ids = {
@@ -35,12 +38,14 @@ def fingerprint(content: dict[str, Any], post_processor: dict[str, Any] | None) 
 
 
 def same_tokenizer(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one tokenizer; those of earlier versions, of one part, are compared by that part."""
+    """Whether two fingerprints are of one tokenizer; those of earlier versions, of one part, are
+    compared by that part.
+    """
     return all(mine == theirs for mine, theirs in zip(one.split(PARTS), other.split(PARTS), strict=False))
 
 
 def _post_processor(content: dict[str, Any] | None) -> dict[str, Any] | None:
-    """None for a template that adds nothing: transformers 5 puts one where there is no post-processor."""
+    """None for a template that adds nothing, as transformers 5 puts in the place of none."""
     if content is not None and content["type"] == "TemplateProcessing" and not content["special_tokens"]:
         return None
     return content

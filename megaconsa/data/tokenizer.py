@@ -41,13 +41,18 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size: int = largest_id(tokenizer) + 1
-        """One more than the largest id, special tokens included: what a model needs, also where ids have holes."""
+        """One more than the largest id, special tokens included: what a model needs, also where ids
+        have holes.
+        """
         self.end_of_text: int = tokenizer.eos_token_id
         """Id of the token that follows each document."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Reads a tokenizer folder; InputError where it is missing, contradictory, or has no end-of-text token."""
+        """Reads a tokenizer folder.
+
+        InputError where it is missing, contradictory, or has no end-of-text token.
+        """
         if not folder.is_dir():
             raise InputError(f"tokenizer {folder}: no such folder, name one that holds tokenizer.json")
         tokenizer = load_pretrained(folder)
@@ -58,7 +63,9 @@ class Tokenizer:
         return cls(tokenizer, folder)
 
     def copy(self, folder: Path) -> None:
-        """Makes `folder`, which `load` reads as this tokenizer under every release, of the files it was loaded from."""
+        """Makes `folder`, which `load` reads as this tokenizer under every release, of the files it
+        was loaded from.
+        """
         assert self._folder is not None
         folder.mkdir(parents=True)
         copy_tokenizer(self._folder, folder)
@@ -67,7 +74,9 @@ class Tokenizer:
             self._backend.save(str(folder / TOKENIZER_JSON))
 
     def save(self, folder: Path) -> None:
-        """Writes the folder that `load` reads; for a tokenizer of our own, as transformers' writer bends those of others."""
+        """Writes the folder that `load` reads; for a tokenizer of our own, as transformers' writer
+        bends those of others.
+        """
         self._tokenizer.save_pretrained(str(folder))
         # transformers 5 notes a class that 4 does not know; both know this one.
         file = folder / "tokenizer_config.json"

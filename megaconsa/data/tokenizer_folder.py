@@ -1,8 +1,9 @@
-"""A tokenizer folder of Hugging Face's format: its files, and reading it alike under every release of transformers."""
+"""A tokenizer folder of Hugging Face's format: its files, and reading it alike under every release
+of transformers.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
 GENERATION_CONFIG = "generation_config.json"
-"""Of a model's folder: the ids that end its answers, and how it samples. It goes where the tokenizer goes."""
+"""Of a model's folder: the ids that end its answers, and how it samples. It goes where the
+tokenizer goes.
+"""
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -32,8 +35,6 @@ TOKENIZER_FILES = (
     GENERATION_CONFIG,
 )
 """Files and folders that stand in a tokenizer folder, as far as it has them."""
-CUTTING = ("normalizer", "pre_tokenizer")
-"""Parts of a tokenizer.json that decide how a text is cut before the vocabulary is looked at."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -49,10 +50,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of the folder, which cuts a text as tokenizer.json says and gives the ids that it says.
+    """transformers' tokenizer of the folder, which cuts a text as tokenizer.json says and gives the
+    ids that it says.
 
-    No code in the folder is run. InputError where transformers cannot load it, where a token would have another id than
-    the files give it, and where the text would end with a token that they do not have.
+    No code in the folder is run. InputError where transformers cannot load it, where a token would
+    have another id than the files give it, and where the text would end with a token that they do
+    not have.
     """
     file = folder / TOKENIZER_JSON
     try:
@@ -73,7 +76,9 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """InputError where the tokenizer of `folder` has an id that a model of `vocab_size` tokens has no embedding for."""
+    """InputError where the tokenizer of `folder` has an id that a model of `vocab_size` tokens has
+    no embedding for.
+    """
     largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise InputError(
@@ -81,10 +86,10 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_siz
         )
 
 
-def _cutting(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """What of `CUTTING` the tokenizer has."""
-    content = json.loads(backend.to_str())
-    return {name: content[name] for name in CUTTING}
+def _cutting(backend: tokenizers.Tokenizer) -> list[Any]:
+    """What decides how a text is cut before the vocabulary is looked at."""
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    return [None if part is None else part.__getstate__() for part in parts]
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
@@ -96,15 +101,22 @@ def read_mapping(file: Path) -> dict[str, Any]:
 
 
 def _readable(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings to load with, beside those of tokenizer_config.json: what transformers 5 saves there stops transformers 4."""
+    """Settings to load with, beside those of tokenizer_config.json: what transformers 5 saves there
+    stops transformers 4.
+    """
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and int(transformers.__version__.split(".")[0]) < 5:
         return {"extra_special_tokens": {}, "additional_special_tokens": extra}
     return {}
 
 
-def _load(folder: Path, written: tokenizers.Tokenizer | None, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """As the class that the folder names, unless this transformers lacks it or builds it otherwise than tokenizer.json.
+def _load(
+    folder: Path,
+    written: tokenizers.Tokenizer | None,
+    settings: dict[str, Any],
+) -> PreTrainedTokenizerBase:
+    """As the class that the folder names, unless this transformers lacks it or builds it otherwise
+    than tokenizer.json.
 
     transformers 5 has classes that take the vocabulary alone from tokenizer.json.
     """
@@ -121,8 +133,14 @@ def _load(folder: Path, written: tokenizers.Tokenizer | None, settings: dict[str
     return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **settings)
 
 
-def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, written: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    # tokenizers numbers added tokens anew where they do not follow on the vocabulary, so they are taken from the file.
+def _check_ids(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    written: tokenizers.Tokenizer,
+    config: dict[str, Any],
+) -> None:
+    # tokenizers numbers added tokens anew where they do not follow on the vocabulary, so they are
+    # taken from the file.
     added = read_mapping(folder / TOKENIZER_JSON).get("added_tokens") or []
     promised = {token["content"]: int(index) for index, token in (config.get("added_tokens_decoder") or {}).items()}
     promised |= written.get_vocab(with_added_tokens=False) | {token["content"]: token["id"] for token in added}

@@ -24,7 +24,8 @@ TOLERANCE = 1e-5
 
 
 def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
-    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at most one sequence.
+    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at
+    most one sequence.
 
     InputError where the run's data folder has come to hold tokens of another tokenizer.
     """

@@ -1,6 +1,8 @@
-"""What the config.json of a Qwen3 folder says: shape, windows and token ids, checked before a weight is read.
+"""What the config.json of a Qwen3 folder says: shape, windows and token ids, checked before a
+weight is read.
 
-A field that would change what the model computes is understood or refused, and so is a contradiction between two fields.
+A field that would change what the model computes is understood or refused, and so is a
+contradiction between two fields.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(path: Path, config: dict[str, Any]) -> float:
-    """The base of the plain rotary embedding, in whichever spelling; InputError for every other embedding."""
+    """The base of the plain rotary embedding, in whichever spelling; InputError for every other
+    embedding.
+    """
     try:
         parameters = rope_parameters(config)
     except ValueError as error:
@@ -113,8 +117,9 @@ def _unsupported(path: Path, config: dict[str, Any], field: str) -> InputError:
 def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
     """The table of windows, in the model's original head order; None where every layer is full.
 
-    It is in allocation.json, where export-hf made the folder, and always in config.json, which a model that transformers
-    saved again has alone. InputError where the two disagree or config.json contradicts itself.
+    It is in allocation.json, where export-hf made the folder, and always in config.json, which a
+    model that transformers saved again has alone. InputError where the two disagree or config.json
+    contradicts itself.
     """
     table = _table(path, config, shape)
     file = path / "allocation.json"
@@ -160,7 +165,14 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
     return _checked(path, "layer_types", [[kind == FULL] * heads for kind in types], config, shape, "layer")
 
 
-def _checked(path: Path, field: str, full: Any, config: dict[str, Any], shape: ModelConfig, granularity: str) -> Allocation:
+def _checked(
+    path: Path,
+    field: str,
+    full: Any,
+    config: dict[str, Any],
+    shape: ModelConfig,
+    granularity: str,
+) -> Allocation:
     window = config.get("sliding_window")
     if isinstance(full, list) and all(isinstance(row, list) and all(row) for row in full) and window is None:
         window = shape.max_position_embeddings  # of no effect
@@ -179,7 +191,8 @@ def _checked(path: Path, field: str, full: Any, config: dict[str, Any], shape: M
 
 
 def check_token_ids(where: str, fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The special tokens' ids among `fields`, as they are: a number, or a list where several tokens end a text.
+    """The special tokens' ids among `fields`, as they are: a number, or a list where several tokens
+    end a text.
 
     InputError, which begins with `where`, for one that the vocabulary does not have.
     """
@@ -192,7 +205,9 @@ def check_token_ids(where: str, fields: dict[str, Any], vocab_size: int) -> dict
 
 
 def check_generation_config(file: Path, vocab_size: int) -> None:
-    """InputError where transformers cannot load the generation config, or it names tokens that the model does not have."""
+    """InputError where transformers cannot load the generation config, or it names tokens that the
+    model does not have.
+    """
     check_token_ids(str(file), read_json(file.parent, file.name), vocab_size)
     try:
         GenerationConfig.from_pretrained(file.parent, file.name, local_files_only=True)

@@ -53,9 +53,11 @@ def export(
     weights: canonical name -> unsharded fp32 tensor, heads in original order. `allocation`: in the same order; all-true is dense.
     tokenizer: folder with `tokenizer_config.json`, whose files are copied; None leaves the export without one.
     origin: where the weights came from (run, step, ...), shown in the model card.
-    fingerprint: of the tokenizer that the weights were trained with, as far as known; another is refused.
+    fingerprint: of the tokenizer that the weights were trained with, as far as known; another is
+    refused.
     token_ids: bos_token_id and so on for config.json; the tokenizer's if not given.
-    generation_config: the file to copy; the tokenizer folder's if not given, and where that has none, one of the token ids.
+    generation_config: the file to copy; the tokenizer folder's if not given, and where that has
+    none, one of the token ids.
     max_shard_size: of a weight file, a number and KB, MB, GB or TB; a larger weight has a file of its own.
     heat_map: draws the allocation into the file it is given, for the model card. advance is told of bytes as they are written.
     The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
@@ -88,7 +90,8 @@ def export(
     with new_folder(out) as folder:
         if not allocation.is_layer_wise:
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-        # The padding token is left to the generation config: in the model's it would freeze its embedding in fine-tuning.
+        # The padding token is left to the generation config: in the model's it would freeze its
+        # embedding in fine-tuning.
         in_config = token_ids or {name: value for name, value in special_tokens.items() if name != "pad_token_id"}
         _write_json(folder / "config.json", _config(model, allocation, dtype, in_config))
         if tokenizer:
@@ -155,9 +158,11 @@ def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: tor
 
 
 def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None) -> dict[str, int]:
-    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id, pad_token_id.
+    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id,
+    pad_token_id.
 
-    InputError where the tokenizer does not fit the model or has another fingerprint than `fingerprint`.
+    InputError where the tokenizer does not fit the model or has another fingerprint than
+    `fingerprint`.
     """
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise InputError(f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
@@ -174,7 +179,12 @@ def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _config(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, token_ids: dict[str, Any]) -> dict[str, Any]:
+def _config(
+    model: ModelConfig,
+    allocation: Allocation,
+    dtype: torch.dtype,
+    token_ids: dict[str, Any],
+) -> dict[str, Any]:
     fields = qwen3_config_fields(model)
     if allocation.sparsity > 0:
         fields |= {"use_sliding_window": True, "sliding_window": allocation.window}

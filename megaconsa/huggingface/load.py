@@ -39,7 +39,8 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
 
     No code in the folder is run: a head-wise export is loaded by megaconsa's own classes, whatever model file lies there.
-    Raises InputError where the folder is not an export, or its tokenizer has more tokens than its model.
+    Raises InputError where the folder is not an export, or its tokenizer has more tokens than its
+    model.
     """
     try:
         fields = parse_json((folder / "config.json").read_text())
@@ -68,7 +69,9 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers 5 draws one over the weights of even the smallest model, into the commands' messages."""
+    """transformers 5 draws one over the weights of even the smallest model, into the commands'
+    messages.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -39,10 +39,12 @@ IN_ONE_FIELD = hasattr(Qwen3Config(), "rope_parameters")
 
 
 def rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the rotary embedding: `rope_type`, `rope_theta` and what else the type needs.
+    """What a configuration says of the rotary embedding: `rope_type`, `rope_theta` and what else
+    the type needs.
 
-    fields: in the spelling of transformers 4 (`rope_theta`, `rope_scaling`), of 5 (`rope_parameters`), or both. Raises
-    ValueError where they contradict each other or are not what Qwen3 reads: releases would settle on different ones.
+    fields: in the spelling of transformers 4 (`rope_theta`, `rope_scaling`), of 5
+    (`rope_parameters`), or both. Raises ValueError where they contradict each other or are not what
+    Qwen3 reads: releases would settle on different ones.
     """
     thetas = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
     found: dict[str, dict[str, Any]] = {}
@@ -126,7 +128,9 @@ class MegaconsaConfig(Qwen3Config):
         self.layer_types = [FULL] * layers
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', with the rotary embedding in both spellings: 4 would read 1e4 in what 5 writes."""
+        """As transformers', with the rotary embedding in both spellings: 4 would read 1e4 in what 5
+        writes.
+        """
         fields: dict[str, Any] = super().to_dict()
         names = ("rope_parameters",) if IN_ONE_FIELD else ("rope_theta", "rope_scaling")
         parameters = rope_parameters({name: getattr(self, name) for name in names})

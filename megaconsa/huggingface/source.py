@@ -43,7 +43,9 @@ class Source:
     shape: ModelConfig
     dtype: torch.dtype
     allocation: Allocation | None
-    """Where heads have windows, and of every folder that export-hf made: the table, in original head order."""
+    """Where heads have windows, and of every folder that export-hf made: the table, in original
+    head order.
+    """
     model_type: str
     """Of a head-wise export, in which full heads stand first, another than Qwen3's."""
     token_ids: dict[str, Any]
@@ -88,7 +90,9 @@ def open_source(path: Path) -> Source:
 
 
 def add_generation_config(source: Source, folder: Path) -> None:
-    """Copies generation_config.json; where the source has none, writes what transformers then takes: config.json's ids."""
+    """Copies generation_config.json; where the source has none, writes what transformers then
+    takes: config.json's ids.
+    """
     if (source.path / GENERATION_CONFIG).is_file():
         shutil.copyfile(source.path / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     elif source.token_ids:

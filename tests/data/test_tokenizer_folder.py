@@ -1,4 +1,6 @@
-"""Tokenizer folders of others: read alike under every release of transformers, copied as they are, told apart."""
+"""Tokenizer folders of others: read alike under every release of transformers, copied as they are,
+told apart.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,26 @@ def byte_level() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes a folder of `byte_level`, changed as asked for, without transformers, which would change it in its own ways."""
+    """Writes a folder of `byte_level`, changed as asked for, without transformers, which would
+    change it in its own ways.
+    """
 
-    def write(name: str = "tokenizer", change: Callable[[tokenizers.Tokenizer], None] | None = None, **fields: Any) -> Path:
+    def write(
+        name: str = "tokenizer",
+        change: Callable[[tokenizers.Tokenizer], None] | None = None,
+        **fields: Any,
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         made = byte_level()
         if change:
             change(made)
         (folder / "tokenizer.json").write_text(made.to_str())
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": 4096} | fields
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "model_max_length": 4096,
+        } | fields
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=3))
         return folder
 
@@ -102,13 +114,21 @@ def test_the_largest_id_counts_where_ids_have_holes(make: Make, tmp_path: Path) 
     assert tokenizer.vocab_size == 3003
     assert len(load_pretrained(folder)) < 1500
     (tmp_path / "text.txt").write_text("999 998 1999 " * 100)
-    info = prepare([str(tmp_path / "text.txt")], tmp_path / "data", tokenizer=folder, sequence_length=8, validation_share=0)
+    info = prepare(
+        [str(tmp_path / "text.txt")],
+        tmp_path / "data",
+        tokenizer=folder,
+        sequence_length=8,
+        validation_share=0,
+    )
     assert info.vocab_size == 3003
     assert not verify(tmp_path / "data")
 
 
 def test_tokens_that_would_load_with_other_ids_are_refused(make: Make) -> None:
-    """tokenizers closes a gap before added tokens without a word, and the model has other embeddings there."""
+    """tokenizers closes a gap before added tokens without a word, and the model has other
+    embeddings there.
+    """
 
     def gap(content: dict[str, Any]) -> None:
         for token in content["added_tokens"]:
@@ -123,7 +143,10 @@ def test_tokens_that_would_load_with_other_ids_are_refused(make: Make) -> None:
 
 def test_an_end_that_is_no_token_is_refused(make: Make) -> None:
     """transformers adds it as a token that the model has never seen."""
-    with pytest.raises(InputError, match=r"eos_token='<\|end\|>' in tokenizer_config.json is no token of tokenizer.json"):
+    with pytest.raises(
+        InputError,
+        match=r"eos_token='<\|end\|>' in tokenizer_config.json is no token of tokenizer.json",
+    ):
         Tokenizer.load(make(eos_token="<|end|>"))
 
 
@@ -131,7 +154,9 @@ CHANGES: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
     "normalizer": lambda made: setattr(made, "normalizer", normalizers.Lowercase()),
     "pre_tokenizer": lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "post_processor": lambda made: setattr(
-        made, "post_processor", processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 1356)])
+        made,
+        "post_processor",
+        processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 1356)]),
     ),
     "model": lambda made: setattr(made.model, "dropout", 0.1),
     "vocabulary": lambda made: made.add_tokens(["<think>"]) and None,
@@ -174,7 +199,13 @@ def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path
     (tmp_path / "text.txt").write_text(TEXT * 50)
 
     def prepared(tokenizer: Path) -> DatasetInfo:
-        return prepare([str(tmp_path / "text.txt")], out, tokenizer=tokenizer, sequence_length=8, validation_share=0)
+        return prepare(
+            [str(tmp_path / "text.txt")],
+            out,
+            tokenizer=tokenizer,
+            sequence_length=8,
+            validation_share=0,
+        )
 
     prepared(folder)
     content = json.loads((out / INFO).read_text()) | {"tokenizer_fingerprint": first_fingerprint(folder)}
@@ -189,9 +220,19 @@ def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path
 
 def test_files_are_copied_byte_for_byte(make: Make, tmp_path: Path) -> None:
     """So that the data folder's tokenizer loads wherever the user's does."""
-    folder = make(tokenizer_class="Qwen2Tokenizer", additional_special_tokens=["<|im_end|>"], chat_template="{{ messages }}")
+    folder = make(
+        tokenizer_class="Qwen2Tokenizer",
+        additional_special_tokens=["<|im_end|>"],
+        chat_template="{{ messages }}",
+    )
     (folder / "generation_config.json").write_text('{ "eos_token_id": [1356, 1357] }')
     (tmp_path / "text.txt").write_text(TEXT * 50)
-    prepare([str(tmp_path / "text.txt")], tmp_path / "data", tokenizer=folder, sequence_length=8, validation_share=0)
+    prepare(
+        [str(tmp_path / "text.txt")],
+        tmp_path / "data",
+        tokenizer=folder,
+        sequence_length=8,
+        validation_share=0,
+    )
     copied = {file.name: file.read_bytes() for file in (tmp_path / "data" / "tokenizer").iterdir()}
     assert copied == {file.name: file.read_bytes() for file in folder.iterdir()}

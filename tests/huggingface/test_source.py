@@ -1,4 +1,6 @@
-"""What a folder of another origin says, and what is refused because two readers would take it for different models."""
+"""What a folder of another origin says, and what is refused because two readers would take it for
+different models.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, removed: tuple[str, ...] = (), **fields: Any) -> Path:
-    """Changes fields of config.json; the rotary embedding's are all replaced where one of them is given."""
+    """Changes fields of config.json; the rotary embedding's are all replaced where one of them is
+    given.
+    """
     file = folder / "config.json"
     removed += ROPE_FIELDS if fields.keys() & set(ROPE_FIELDS) else ()
     config = {name: value for name, value in json.loads(file.read_text()).items() if name not in removed}
@@ -61,8 +65,14 @@ def change(folder: Path, removed: tuple[str, ...] = (), **fields: Any) -> Path:
         {"rope_scaling": PLAIN},
     ],
 )
-def test_every_spelling_of_the_base_is_read(folder: Path, weights: dict[str, Tensor], fields: dict[str, Any]) -> None:
-    """By the import and by what evaluates a folder, also where this release of transformers has another spelling."""
+def test_every_spelling_of_the_base_is_read(
+    folder: Path,
+    weights: dict[str, Tensor],
+    fields: dict[str, Any],
+) -> None:
+    """By the import and by what evaluates a folder, also where this release of transformers has
+    another spelling.
+    """
     change(folder, **fields)
     assert open_source(folder).shape == MODEL
     tokens = torch.arange(2 * WINDOW)[None]
@@ -80,32 +90,78 @@ def test_a_folder_without_a_base_has_transformers_default(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"rope_parameters": PLAIN, "rope_scaling": YARN}, "rope_parameters=.* and rope_scaling=.*yarn.* contradict"),
-        ({"rope_parameters": {"full_attention": YARN | {"rope_theta": THETA}}}, "rope_parameters=.* one flat mapping"),
-        ({"rope_parameters": {"full_attention": PLAIN}, "rope_theta": THETA}, "rope_parameters=.* one flat mapping"),
-        ({"rope_parameters": PLAIN, "rope_theta": 1e4}, "rope_theta=10000.0 and rope_parameters.rope_theta=50000.0 contr"),
-        ({"rope_scaling": PLAIN, "rope_theta": 1e4}, "rope_theta=10000.0 and rope_scaling.rope_theta=50000.0 contr"),
-        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}, "rope_theta": THETA}, "a type and another rope_type"),
-        ({"rope_parameters": YARN | {"rope_theta": THETA}}, "rope_parameters=.*yarn.* is not supported"),
+        (
+            {"rope_parameters": PLAIN, "rope_scaling": YARN},
+            "rope_parameters=.* and rope_scaling=.*yarn.* contradict",
+        ),
+        (
+            {"rope_parameters": {"full_attention": YARN | {"rope_theta": THETA}}},
+            "rope_parameters=.* one flat mapping",
+        ),
+        (
+            {"rope_parameters": {"full_attention": PLAIN}, "rope_theta": THETA},
+            "rope_parameters=.* one flat mapping",
+        ),
+        (
+            {"rope_parameters": PLAIN, "rope_theta": 1e4},
+            "rope_theta=10000.0 and rope_parameters.rope_theta=50000.0 contr",
+        ),
+        (
+            {"rope_scaling": PLAIN, "rope_theta": 1e4},
+            "rope_theta=10000.0 and rope_scaling.rope_theta=50000.0 contr",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "yarn"}, "rope_theta": THETA},
+            "a type and another rope_type",
+        ),
+        (
+            {"rope_parameters": YARN | {"rope_theta": THETA}},
+            "rope_parameters=.*yarn.* is not supported",
+        ),
         ({"rope_scaling": YARN, "rope_theta": THETA}, "rope_scaling=.*yarn.* is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": THETA}, "rope_scaling=.*linear.* not supported"),
-        ({"rope_parameters": PLAIN | {"factor": 4.0}}, "rope_parameters=.*factor.* is not supported"),
-        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor.* is not supported"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": THETA},
+            "rope_scaling=.*linear.* not supported",
+        ),
+        (
+            {"rope_parameters": PLAIN | {"factor": 4.0}},
+            "rope_parameters=.*factor.* is not supported",
+        ),
+        (
+            {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor.* is not supported",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"rope_parameters": PLAIN | {"rope_theta": None}}, "rope_parameters.rope_theta=None is not a positive number"),
+        (
+            {"rope_parameters": PLAIN | {"rope_theta": None}},
+            "rope_parameters.rope_theta=None is not a positive number",
+        ),
         ({"rope_theta": True}, "rope_theta=True is not a positive number"),
-        ({"rope_scaling": "yarn", "rope_theta": THETA}, "rope_scaling='yarn' must be one flat mapping"),
+        (
+            {"rope_scaling": "yarn", "rope_theta": THETA},
+            "rope_scaling='yarn' must be one flat mapping",
+        ),
         ({"is_causal": False}, "is_causal=false"),
         ({"auto_map": {"AutoModelForCausalLM": "other.Model"}}, "auto_map="),
-        ({"layer_types": ["chunked_attention"] * 4}, "layer_types=.* must be full_attention or sliding_attention"),
+        (
+            {"layer_types": ["chunked_attention"] * 4},
+            "layer_types=.* must be full_attention or sliding_attention",
+        ),
         ({"layer_types": ["full_attention"] * 3}, "layer_types=.* for each of 4 layers"),
-        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "use_sliding_window=false and layer_types"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "use_sliding_window=false and layer_types",
+        ),
         ({"eos_token_id": 256}, "eos_token_id=256 is no token of a vocabulary of 256"),
         ({"eos_token_id": [3, 300]}, r"eos_token_id=\[3, 300\] is no token"),
         ({"bos_token_id": -1}, "bos_token_id=-1 is no token"),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(folder: Path, fields: dict[str, Any], said: str) -> None:
+def test_what_would_be_computed_otherwise_is_refused(
+    folder: Path,
+    fields: dict[str, Any],
+    said: str,
+) -> None:
     change(folder, **fields)
     with pytest.raises(InputError, match=said) as refusal:
         open_source(folder)
@@ -118,7 +174,11 @@ def test_an_unclear_base_is_not_evaluated(folder: Path) -> None:
         load_exported(folder)
 
 
-def test_a_table_in_the_configuration_alone_is_read(exported: Export, weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_table_in_the_configuration_alone_is_read(
+    exported: Export,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
     """As in a folder that transformers saved again, which leaves allocation.json behind."""
     for allocation in (HEAD_WISE, LAYER_WISE):
         again = tmp_path / allocation.granularity
@@ -142,7 +202,12 @@ def test_a_table_in_the_configuration_alone_is_read(exported: Export, weights: d
         ({"use_sliding_window": False}, "use_sliding_window"),
     ],
 )
-def test_tables_that_contradict_are_refused(exported: Export, tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+def test_tables_that_contradict_are_refused(
+    exported: Export,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    said: str,
+) -> None:
     folder = Path(shutil.copytree(exported(HEAD_WISE), tmp_path / "model"))
     change(folder, **fields)
     for table in ("with allocation.json", "without"):
@@ -153,11 +218,17 @@ def test_tables_that_contradict_are_refused(exported: Export, tmp_path: Path, fi
 
 
 def sharded(folder: Path, weights: dict[str, Tensor]) -> dict[str, str]:
-    """Puts the weights into two files with an index, whose map is returned, and removes the single file."""
+    """Puts the weights into two files with an index, whose map is returned, and removes the single
+    file.
+    """
     names = sorted(load_file(folder / WEIGHTS))
     files = {name: f"model-{1 + (index % 2):05}-of-00002.safetensors" for index, name in enumerate(names)}
     for file in set(files.values()):
-        save_file({name: weights[name] for name in names if files[name] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {name: weights[name] for name in names if files[name] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (folder / WEIGHTS).unlink()
     return files
@@ -175,7 +246,10 @@ def test_weights_that_are_there_twice_are_refused(folder: Path, weights: dict[st
     assert open_source(folder).shape == MODEL
 
 
-def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path, weights: dict[str, Tensor]) -> None:
+def test_an_index_that_does_not_fit_its_files_is_refused(
+    folder: Path,
+    weights: dict[str, Tensor],
+) -> None:
     files = sharded(folder, weights)
     names = list(files)
     (folder / INDEX).write_text(json.dumps({"weight_map": files | {names[0]: files[names[1]]}}))

@@ -28,7 +28,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 source, out = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=True).save_pretrained(out)
+AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+trust_remote_code=True).save_pretrained(out)
 """
 LOGITS = """
 import sys
@@ -44,10 +45,22 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module", params=RELEASES)
-def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def release(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
     """The environment of a process that has that release."""
     aside = tmp_path_factory.mktemp("site")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(aside)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(aside),
+    ]
     subprocess.run([*install, request.param], check=True)
     found = "import transformers; print(transformers.__version__, transformers.__file__)"
     environment = os.environ | {"PYTHONPATH": str(aside), "OMP_NUM_THREADS": "1"}
@@ -60,7 +73,16 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_other_releases_of_transformers(release: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow and not gpu", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *TESTS,
+        "-m",
+        "not slow and not gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     result = subprocess.run(command, cwd=REPOSITORY, env=release, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
 
@@ -87,6 +109,13 @@ def test_what_another_release_saved_is_the_same_model_here(
     assert source.allocation is not None
     assert (source.allocation.full, source.allocation.window) == (allocation.full, WINDOW)
     if allocation is HEAD_WISE:
-        command = [sys.executable, "-c", LOGITS, str(again), str(tokens.shape[1]), str(tmp_path / "logits")]
+        command = [
+            sys.executable,
+            "-c",
+            LOGITS,
+            str(again),
+            str(tokens.shape[1]),
+            str(tmp_path / "logits"),
+        ]
         subprocess.run(command, cwd=tmp_path, check=True)
         torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, rtol=0, atol=1e-4)

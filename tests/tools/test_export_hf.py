@@ -125,7 +125,9 @@ def test_another_tokenizer_than_the_runs_is_refused(
     small_data: Path,
     tmp_path: Path,
 ) -> None:
-    """After the data folder was made anew, say. What --verify compares are logits, which do not tell."""
+    """After the data folder was made anew, say. What --verify compares are logits, which do not
+    tell.
+    """
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "hf"
     shutil.copytree(small_data, data)
     train(make_config(data={"path": str(data)}, allocation={"source": "rule", "rule": "dense"}, training={"steps": 2}))
@@ -146,7 +148,11 @@ def test_another_tokenizer_than_the_runs_is_refused(
     assert (out / "tokenizer.json").read_bytes() == (words / "tokenizer.json").read_bytes()
 
 
-def test_a_run_with_an_earlier_fingerprint_is_exported(finished: Finished, done: Done, tmp_path: Path) -> None:
+def test_a_run_with_an_earlier_fingerprint_is_exported(
+    finished: Finished,
+    done: Done,
+    tmp_path: Path,
+) -> None:
     """It has the first of today's two parts."""
     checkpoint = shutil.copytree(store.resolve(finished("stock")).path, tmp_path / "checkpoint")
     state = json.loads((checkpoint / "state.json").read_text())

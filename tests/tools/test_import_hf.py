@@ -104,7 +104,10 @@ def test_exports_come_back(full: list[list[bool]], done: Done, tmp_path: Path) -
     assert_same_bytes(tensors(tmp_path / "once more"), tensors(tmp_path / "export"))
 
 
-def test_a_head_wise_model_that_transformers_saved_again_comes_back(done: Done, tmp_path: Path) -> None:
+def test_a_head_wise_model_that_transformers_saved_again_comes_back(
+    done: Done,
+    tmp_path: Path,
+) -> None:
     """It has no allocation.json: the table is in its configuration."""
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
@@ -150,7 +153,11 @@ def test_ids_of_special_tokens_stay_as_they_are(
         assert (tmp_path / "import" / "tokenizer" / "generation_config.json").read_bytes() == written.read_bytes()
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(refused: Refused, small_data: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
+    refused: Refused,
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
     """By the largest id: with a hole in them there are no more ids than embeddings."""
     folder = save_qwen3(tmp_path / "hf")
     copy_tokenizer(small_data / "tokenizer", folder)
