@@ -34,6 +34,16 @@ PipelineSchedule = Literal["1f1b", "dualpipev"]
 """Order of the pipeline's forward and backward passes."""
 
 
+def expand_path(value: str) -> str:
+    """A path with `~` and `$VARIABLES` replaced. Raises ValueError for those that nobody knows."""
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if unknown := re.search(r"\$\{?\w+\}?", expanded):
+        raise ValueError(f"the environment has no variable {unknown[0]}")
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no user {expanded.partition('/')[0]}")
+    return expanded
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -60,12 +70,7 @@ class Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if not isinstance(value, str) or (annotation is not Path and Path not in get_args(annotation)):
             return value
-        expanded = os.path.expanduser(os.path.expandvars(value))
-        if unknown := re.search(r"\$\{?\w+\}?", expanded):
-            raise ValueError(f"the environment has no variable {unknown[0]}")
-        if expanded.startswith("~"):
-            raise ValueError(f"there is no user {expanded.partition('/')[0]}")
-        return expanded
+        return expand_path(value)
 
 
 class RunSection(Section):
@@ -263,7 +268,7 @@ class WatchdogSection(Section):
     minimum_seconds: float = Field(120.0, gt=0)
     """No step is given up sooner."""
     pause_seconds: float = Field(1800.0, gt=0)
-    """Limit for start-up with the first step, and for validation and saves between steps."""
+    """Limit for start-up with the first step, for waiting for data, and for validation and saves."""
 
 
 class LoggingSection(Section):

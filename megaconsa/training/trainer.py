@@ -59,6 +59,21 @@ class Progress:
     bad_steps: BadSteps = field(default_factory=BadSteps)
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """The data of a step, and how long they were waited for."""
+
+    batches: list[Batch]
+    labelled: int
+    """Labelled tokens of all ranks."""
+    began: float
+    """When the step did, by time.perf_counter."""
+    own_seconds: float
+    """Until this rank had its own."""
+    data_seconds: float
+    """Until all ranks had theirs."""
+
+
 @dataclass
 class Trainer:
     """One run on one rank. Exactly one of `gates` (learning) and `allocation` (a finished table) is there."""
@@ -83,6 +98,8 @@ class Trainer:
     """Of the last step, this rank's own: waiting for its data, forward and backward passes. In the others it waits for other ranks too."""
     saving: bool = field(default=False, init=False)
     """Whether a checkpoint is due after the present step because a rank asked for one; all ranks agree on it."""
+    _fetched: Fetched | None = field(default=None, init=False)
+    """The data of the step that begins: its callbacks come after them."""
     _requested: Stop = field(default=Stop.NO, init=False)
     _save_requested: bool = field(default=False, init=False)
     fault: str | None = field(default=None, init=False)
@@ -107,6 +124,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.progress.step < self.training.steps and not self.stopping:
+                self._fetched = self._fetch()
                 for callback in self.callbacks:
                     callback.before_step(self)
                 row = self.step()
@@ -131,23 +149,32 @@ class Trainer:
 
     def step(self) -> dict[str, Any]:
         """One optimizer step of weights and gates; returns its row of metrics."""
-        started = time.perf_counter()
+        fetched = self._fetched or self._fetch()
+        self._fetched = None
+        return self._work(fetched)
+
+    def _fetch(self) -> Fetched:
+        """Waits until every rank has its data."""
+        began = time.perf_counter()
         batches = next(self.steps)
-        own_seconds = time.perf_counter() - started
+        own_seconds = time.perf_counter() - began
         labelled = labelled_tokens(batches, self.mesh)
-        data_seconds = time.perf_counter() - started
+        return Fetched(batches, labelled, began, own_seconds, time.perf_counter() - began)
+
+    def _work(self, fetched: Fetched) -> dict[str, Any]:
+        batches = fetched.batches
         rate = learning_rate(self.progress.step, self.training)
         if self.gates:
             self.gates.sample(self.progress.step)
         # Where the gradient is not finite, the engine asks nobody.
         self.fault, self._is_spike = "its gradient is not finite", False
-        loss = self.engine.train_step(carries(batches, labelled, self.mesh), rate, self._accepts)
+        loss = self.engine.train_step(carries(batches, fetched.labelled, self.mesh), rate, self._accepts)
         self._count_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        self.work_seconds = own_seconds + self.engine.compute_seconds()
+        seconds = time.perf_counter() - fetched.began
+        self.work_seconds = fetched.own_seconds + self.engine.compute_seconds()
         tokens = self.training.global_batch * self.training.sequence_length
         self.progress.step += 1
         self.progress.tokens += tokens
@@ -162,7 +189,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(batches, seconds),
             "step_seconds": seconds,
-            "data_seconds": data_seconds,
+            "data_seconds": fetched.data_seconds,
             "memory_gib": self._memory(),
             **gate_metrics,
         }

@@ -43,6 +43,19 @@ def hanging(trainer):
 Trainer.step = hanging
 sys.exit(_main(sys.argv[1:]))
 """
+RANK_1_WAITS_FOR_DATA = """
+import sys, time
+from megaconsa.train import _main
+from megaconsa.training.trainer import Trainer
+
+fetch = Trainer._fetch
+def late(trainer):
+    if trainer.mesh.world.rank == 1 and trainer.progress.step == 5:
+        time.sleep(10)
+    return fetch(trainer)
+Trainer._fetch = late
+sys.exit(_main(sys.argv[1:]))
+"""
 DISK_FILLS = f"""
 import sys
 from pathlib import Path
@@ -90,7 +103,7 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(device: str, make_config:
     assert "error: nothing has moved for " in main.err + other.err
     (folder,) = (run / "incidents").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["rank_0.json", "rank_0.txt", "rank_1.json", "rank_1.txt"]
-    assert "in labelled_tokens" in (folder / "rank_0.txt").read_text()  # over NCCL where the sum is asked for, not in all_reduce
+    assert "in train_step" in (folder / "rank_0.txt").read_text()
     assert "in hanging" in (folder / "rank_1.txt").read_text()
     collectives = [json.loads((folder / f"rank_{rank}.json").read_text())["entries"] for rank in (0, 1)]
     # The one that rank 1 never came to.
@@ -145,6 +158,14 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     await_step(run, reached + 3)
     (run / "stop").touch()
     assert [task.code for task in ended(tasks)] == [0, 0]
+
+
+def test_data_may_be_waited_for_longer_than_a_step_may_take(make_config: MakeConfig, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RANK_1_WAITS_FOR_DATA)
+    values = make_config(training={"steps": 8}, watchdog={"factor": 5, "minimum_seconds": 4})
+    main, other = ended(start(write(values, tmp_path), [str(script)]), 150)
+    assert (main.code, other.code) == (0, 0), main.err + other.err
 
 
 @pytest.mark.parametrize("disk", ["8m"], indirect=True)
