@@ -273,7 +273,11 @@ def _read(path: Path) -> Checkpoint:
     try:
         state = parse_json(read_text(path / "state.json"))
         manifest = parse_json(read_text(path / MANIFEST))
-        if not isinstance(state, dict) or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values()):
+        if (
+            not isinstance(state, dict)
+            or "version" not in state
+            or not all({"bytes", "xxh3_64"} <= entry.keys() for entry in manifest["files"].values())
+        ):
             raise ValueError("state.json or manifest.json is not what a checkpoint holds")
         for name in manifest["files"]:
             if not is_inside_name(name):
