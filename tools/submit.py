@@ -23,6 +23,11 @@ def main(
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of a training job.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each, with a process on each.")] = 8,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="Cores of each process.")] = 8,
+    exclusive: Annotated[
+        bool | None,
+        typer.Option(help="Share a training job's nodes with nobody. Default: where it takes 8 GPUs of each."),
+    ] = None,
     time: Annotated[
         str | None, typer.Option(help="Time limit of one start, such as 24:00:00. Default: that of the file in slurm/.")
     ] = None,
@@ -51,11 +56,22 @@ def main(
     from megaconsa.cluster import jobs
     from megaconsa.errors import InputError
 
-    resources = jobs.Resources(nodes, gpus_per_node, time, partition, account, tuple(sbatch or ()))
+    resources = jobs.Resources(
+        nodes,
+        gpus_per_node,
+        time,
+        partition,
+        account,
+        tuple(sbatch or ()),
+        cpus_per_task,
+        exclusive,
+    )
     wanted = {"chain": 2, "evaluate": 0}.get(job, 1)
     configs, overrides = [Path(word) for word in arguments[:wanted]], arguments[wanted:]
     if len(configs) < wanted or any("=" in config.name for config in configs):
         raise InputError(f"{job} needs {wanted} configuration{'s' if wanted > 1 else ''} before its fields; see --help")
+    configs = [jobs.expanded(config, "configuration") for config in configs]
+    out = out and jobs.expanded(out, "--out")
     if (job in ("chain", "sweep")) != (out is not None):
         raise InputError(
             f"--out FOLDER {'is missing' if out is None else 'belongs to chain and sweep'}: it holds the runs of several jobs"

@@ -22,6 +22,9 @@ FILES = Path(slurm.__file__).parent
 TIME = re.compile(r"\d+(:\d\d(:\d\d)?)?|\d+-\d\d?(:\d\d(:\d\d)?)?")
 """Slurm's forms of a time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
+WHOLE_NODE_GPUS = 8
+"""GPUs of a node from which on a job has all of it, on most clusters."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -35,6 +38,10 @@ class Resources:
     account: str | None = None
     options: tuple[str, ...] = ()
     """Further options of sbatch, each a word: --qos=high."""
+    cpus_per_task: int = 8
+    """Cores of each process: Python, NCCL, data workers, the writer of checkpoints, the watchdog."""
+    exclusive: bool | None = None
+    """Whether nobody else's jobs share the nodes; None where a job takes WHOLE_NODE_GPUS or more."""
 
     @property
     def gpus(self) -> int:
@@ -58,8 +65,17 @@ class Resources:
 
     def of_training(self) -> list[str]:
         """sbatch's options of size and time: a task for each GPU."""
-        size = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.gpus_per_node}", f"--gpus-per-node={self.gpus_per_node}"]
-        return size + self.limit()
+        size = {
+            "nodes": self.nodes,
+            "ntasks-per-node": self.gpus_per_node,
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_task,
+        }
+        exclusive = self.exclusive
+        if exclusive is None:
+            exclusive = self.gpus_per_node >= WHOLE_NODE_GPUS
+        options = [f"--{name}={number}" for name, number in size.items()]
+        return options + (["--exclusive"] if exclusive else []) + self.limit()
 
     def limit(self) -> list[str]:
         return [f"--time={self.time}"] if self.time else []
@@ -114,7 +130,9 @@ def evaluation(arguments: Sequence[str], resources: Resources) -> Submission:
     if not arguments:
         raise InputError("give the arguments of megaconsa evaluate behind --: megaconsa submit evaluate -- --model a=FOLDER ...")
     logs = Path("slurm-logs")
-    command = ["sbatch", "--parsable", *resources.of_every_job(logs / "%x-%j.out"), *resources.limit()]
+    cores = f"--cpus-per-task={resources.cpus_per_task}"
+    options = [*resources.of_every_job(logs / "%x-%j.out"), cores, *resources.limit()]
+    command = ["sbatch", "--parsable", *options]
     return Submission([*command, str(FILES / "evaluate.sbatch"), *arguments], _variables(), logs)
 
 
@@ -170,7 +188,23 @@ def _checked(path: Path, overrides: Sequence[str], resources: Resources, learnin
         Topology.of(config, resources.gpus)
     except InputError as error:
         raise InputError(f"--nodes {resources.nodes} --gpus-per-node {resources.gpus_per_node}: {error}") from None
+    tensor = config.parallel.tensor
+    if resources.gpus_per_node % tensor:
+        raise InputError(
+            f"--gpus-per-node {resources.gpus_per_node}: parallel.tensor={tensor} does not divide "
+            "it, and a tensor group across nodes waits for the network in every layer; set "
+            "parallel.tensor to a number that does"
+        )
     return config
+
+
+def expanded(path: Path, name: str) -> Path:
+    """A path with `~` and `$VARIABLES` replaced, as in a configuration. name: what the user calls
+    it. Raises InputError for those that nobody knows."""
+    try:
+        return Path(configuration.expand_path(str(path)))
+    except ValueError as error:
+        raise InputError(f"{name} {path}: {error}") from None
 
 
 def _variables() -> dict[str, str]:

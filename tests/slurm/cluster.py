@@ -59,7 +59,7 @@ JobRequeue=0
 {nodes}
 PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
 
 
 def missing() -> str | None:

@@ -37,9 +37,35 @@ def test_train(done: Done) -> None:
     )
     assert f"MEGACONSA_SLURM={FILES}" in printed
     options = "--partition=gpu --account=me --output=runs/train/slurm/%x-%j.out --qos=high "
-    size = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --time=1-00"
+    size = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --time=1-00"
     assert printed.endswith(f"sbatch --parsable {options}{size} {FILES}/train.sbatch train.yaml run.seed=1\n")
     assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("configs")
+def test_cores_and_whole_nodes(done: Done) -> None:
+    """Eight GPUs of a node are all of it on most clusters; either way a user decides otherwise."""
+
+    def options(*arguments: object) -> list[str]:
+        batch = ("training.global_batch=16", "--dry-run")
+        return done("submit", "learn", "learn.yaml", *batch, *arguments).split()
+
+    assert "--exclusive" in options()
+    assert "--exclusive" not in options("--no-exclusive")
+    assert "--exclusive" not in options("--gpus-per-node", 4)
+    assert "--exclusive" in options("--gpus-per-node", 4, "--exclusive")
+    assert "--cpus-per-task=12" in options("--cpus-per-task", 12)
+
+
+@pytest.mark.usefixtures("configs")
+def test_paths_are_expanded(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the paths of a configuration are: no shell does it within --out=~/a, or in a script's quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    chain = ("submit", "chain", "~/learn.yaml", "$HOME/train.yaml", "--out=$SCRATCH/a")
+    printed = done(*chain, "--gpus-per-node", 1, "--dry-run")
+    assert f"chain.sbatch {tmp_path}/learn.yaml {tmp_path}/train.yaml /scratch/me/a" in printed
+    assert "--output=/scratch/me/a/slurm/" in printed
 
 
 @pytest.mark.usefixtures("configs")
@@ -54,7 +80,7 @@ def test_chain_prints_its_four_jobs(done: Done) -> None:
     chain = ("submit", "chain", "learn.yaml", "train.yaml", "run.seed=2", "--out", "out", "--nodes", 2, "--gpus-per-node", 1)
     lines = done(*chain, "--dry-run").partition("# which submits\n")[2].splitlines()
     ends = [
-        f"--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 {FILES}/learn.sbatch learn.yaml run.seed=2 run.dir=out/learn",
+        f"--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 {FILES}/learn.sbatch learn.yaml run.seed=2 run.dir=out/learn",
         f"--dependency=afterok:ID_OF_learn {FILES}/command.sbatch finalize-masks out/learn --out out/allocation.json",
         f"{FILES}/train.sbatch train.yaml run.seed=2 run.dir=out/train model.init_from=out/learn allocation.source=file "
         "allocation.file=out/allocation.json",
@@ -70,7 +96,9 @@ def test_chain_prints_its_four_jobs(done: Done) -> None:
 def test_evaluate_hands_its_arguments_on(done: Done) -> None:
     arguments = ("--model", "a=runs/hf", "--data", "data", "--out", "evaluation")
     printed = done("submit", "evaluate", "--time", "60", "--dry-run", "--", *arguments)
-    assert printed.endswith(f"--time=60 {FILES}/evaluate.sbatch --model a=runs/hf --data data --out evaluation\n")
+    assert printed.endswith(
+        f"--cpus-per-task=8 --time=60 {FILES}/evaluate.sbatch --model a=runs/hf --data data --out evaluation\n"
+    )
 
 
 @pytest.mark.usefixtures("configs")
@@ -83,6 +111,15 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
         (("learn", "learn.yaml", "training.stepz=1"), "did you mean training.steps?"),
         (("learn", "learn.yaml", "--nodes", 3), "--nodes 3 --gpus-per-node 1: training.global_batch=4 must be a multiple"),
         (("learn", "learn.yaml", "parallel.tensor=2"), "1 processes are not a multiple of parallel.tensor=2"),
+        (
+            ("learn", "learn.yaml", "parallel.tensor=2", "--nodes", 2),
+            "--gpus-per-node 1: parallel.tensor=2 does not divide it, and a tensor group across",
+        ),
+        (("learn", "~nosuchuser/learn.yaml"), "configuration ~nosuchuser/learn.yaml: there is no user ~nosuchuser"),
+        (
+            ("chain", "learn.yaml", "train.yaml", "--out", "$NOWHERE/a"),
+            "--out $NOWHERE/a: the environment has no variable $NOWHERE",
+        ),
         (("learn", "learn.yaml", "--time", "a day"), "--time a day is not a time limit"),
         (("learn", "learn.yaml", "--sbatch", "-p gpu"), "is not one option of sbatch"),
         (("learn", "learn.yaml", "--out", "runs"), "belongs to chain and sweep"),
