@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from megaconsa import incidents
 from megaconsa.errors import RunError
 from megaconsa.exit_codes import FAILED, LOST
 from megaconsa.files import replace_text
+from megaconsa.parallel.launcher import node
 from megaconsa.parallel.world import World
 
 FOLDER = "failures"
@@ -70,7 +70,7 @@ def _report(error: Exception, run: Path, world: World, step: int | None, code: i
     meant_for_user = isinstance(error, RunError)
     cause = f"error: {error}" if meant_for_user else "".join(traceback.format_exception(error)).rstrip()
     summary = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    place = f"rank {world.rank} of {world.size} on {socket.gethostname()}, pid {os.getpid()}"
+    place = f"rank {world.rank} of {world.size} on {node()}, pid {os.getpid()}"
     where = f"{place}, {'while starting' if step is None else f'in step {step}'}"
     path = run / FOLDER / world.launch / f"rank_{world.rank}.txt"
     first = None

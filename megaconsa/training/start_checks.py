@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +16,11 @@ from torch import distributed as dist
 
 from megaconsa.errors import InputError, UnreachableError
 from megaconsa.files import binary_size
+from megaconsa.parallel.launcher import node
 from megaconsa.parallel.world import World
 from megaconsa.training.disk_check import check_disk
 from megaconsa.training.inputs import Inputs
+from megaconsa.training.tensor_groups import check_tensor_groups
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ CLOCK_SECONDS = 5.0
 def check_machines(inputs: Inputs, world: World) -> None:
     """All ranks call it, and refuse together with InputError. The main one logs a line of what it found."""
     run = inputs.config.run.dir
-    hosts = world.exchange(socket.gethostname())
+    hosts = world.exchange(node())
+    world.from_main(lambda: check_tensor_groups(inputs.config.parallel.tensor, hosts))
     devices = world.agreed(lambda: _check_devices(world, hosts))
     world.agreed(lambda: _check_sum(world))
     world.agreed(lambda: _check_folder(run, world))

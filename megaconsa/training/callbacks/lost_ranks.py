@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from megaconsa.parallel.launcher import node
 from megaconsa.parallel.world import World
 from megaconsa.training import failures
 from megaconsa.training.callbacks.base import Callback
@@ -30,7 +30,7 @@ class LostRanks(Callback):
         """Every rank makes one at the same time."""
         self.run, self.world = run, world
         self.next, self.before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-        self.host = world.exchange(socket.gethostname())[self.next]
+        self.host = world.exchange(node())[self.next]
         self.ring: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.thread = threading.Thread(target=self._wait, name="lost_ranks", daemon=True)
         self.trainer: Trainer | None = None

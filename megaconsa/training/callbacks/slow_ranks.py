@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import socket
 from pathlib import Path
 from statistics import median_low
 
 from megaconsa import incidents
+from megaconsa.parallel.launcher import node
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
@@ -29,7 +29,7 @@ class SlowRanks(Callback):
     def __init__(self, run: Path, mesh: Mesh) -> None:
         """All ranks make one at the same time."""
         self.run, self.mesh = run, mesh
-        self.hosts = mesh.world.exchange(socket.gethostname())
+        self.hosts = mesh.world.exchange(node())
         self.steps = 0
         self.seconds = 0.0
         self.slow: set[int] = set()
