@@ -91,6 +91,26 @@ trap stop USR1
 # Preempted or cancelled: Slurm signals the tasks itself.
 trap 'interrupted=yes; say "SIGTERM from Slurm"' TERM
 
+avoided=
+# avoid NODES: keeps the next start off them (node3,node5), where the partition has enough others.
+avoid() {
+    local nodes=$1 known others
+    known=$(squeue --noheader --jobs "$job" --Format ExcNodes:4096 | tr -d ' ')
+    [[ -z $known || $known == *null* ]] || nodes=$known,$nodes
+    others=$(
+        sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format %N \
+            --states=IDLE,ALLOC,MIX,COMP,PLANNED |
+            sort --unique | grep --count --invert-match --line-regexp --fixed-strings \
+            "$(scontrol show hostnames "$nodes")"
+    )
+    if [[ $others -lt $SLURM_JOB_NUM_NODES ]]; then
+        say "$1 failed, but $SLURM_JOB_PARTITION has too few other nodes to do without it"
+        return
+    fi
+    say "$1 failed: excluded from the next starts; scontrol update JobId=$job ExcNodeList= allows it again"
+    avoided=$nodes
+}
+
 # requeue CODE SENTENCE
 requeue() {
     local state
@@ -98,7 +118,14 @@ requeue() {
     # scontrol would revive a job that is being cancelled.
     [[ $state == RUNNING ]] || end "$1" "$2; Slurm has the job as $state and decides what becomes of it"
     say "$2; requeued"
-    scontrol requeue "$job" || end "$1" "$2, but scontrol could not requeue the job; submit it again to go on"
+    # The nodes to avoid are set at once in the same process: Slurm takes them for a job that waits,
+    # not for one that runs, and requeueing kills this script.
+    if ! {
+        echo "requeue $job"
+        [[ -z $avoided ]] || echo "update JobId=$job ExcNodeList=$avoided"
+    } | scontrol --quiet; then
+        end "$1" "$2, but scontrol could not requeue the job; submit it again to go on"
+    fi
     exit "$1"
 }
 
@@ -113,7 +140,9 @@ train() {
         75) requeue 75 "stopped after saving a checkpoint" ;;
     esac
     if verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@"); then
-        requeue "$code" "$verdict"
+        # Its second line.
+        [[ $verdict != *$'\n'* ]] || avoid "${verdict##*$'\n'}"
+        requeue "$code" "${verdict%%$'\n'*}"
     fi
     end "$code" "${verdict:-exit code $code, and the failures before it could not be counted}; not requeued"
 }

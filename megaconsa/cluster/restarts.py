@@ -1,7 +1,8 @@
 """Whether a job whose training failed is started again: a crash loop ends after some failures without a new checkpoint.
 
 slurm/lib.sh asks, in the job: python -m megaconsa.cluster.restarts JOB EXIT_CODE MOST CONFIG [section.field=value ...]. It prints one
-sentence; exit code 0 says to requeue, 1 to give up. RUN/restarts.json keeps every failure.
+sentence, and a line with the nodes to be avoided if there are any; exit code 0 says to requeue, 1 to give up. RUN/restarts.json
+keeps every failure.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from megaconsa import config as configuration
 from megaconsa.checkpoint import store
+from megaconsa.cluster.bad_nodes import suspects
 from megaconsa.console import guarded
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 
 NAME = "restarts.json"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
     path = run / NAME
     checkpoints = store.committed(run)
     step = int(checkpoints[0].name.removeprefix("step_")) if checkpoints else 0
-    failures = [*read(path), Failure(job, exit_code, step, time.strftime("%Y-%m-%d %H:%M:%S"))]
+    failures = [*read(path), Failure(job, exit_code, step, time.strftime(TIME_FORMAT))]
     replace_text(path, json.dumps([asdict(failure) for failure in failures], indent=1) + "\n")
     own, row, reached = [failure for failure in failures if failure.job == job], 0, 0
     for failure in own:
@@ -68,8 +72,13 @@ def read(path: Path) -> list[Failure]:
 
 def _main(arguments: list[str]) -> int:
     job, exit_code, most, path, *overrides = arguments
-    again, sentence = record(configuration.load(Path(path), overrides).run.dir, job, int(exit_code), int(most))
+    run = configuration.load(Path(path), overrides).run.dir
+    earlier = read(run / NAME)
+    again, sentence = record(run, job, int(exit_code), int(most))
     print(sentence)
+    since = datetime.strptime(earlier[-1].time, TIME_FORMAT) if earlier else None
+    if again and (nodes := suspects(run, since)):
+        print(",".join(nodes))
     return 0 if again else 1
 
 
