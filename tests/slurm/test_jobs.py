@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ WriteConfig = Callable[..., Path]
 ONE_NODE = ("--gpus-per-node", 2)
 LONG = {"training": {"steps": 120}, "checkpoint": {"every": 20}}
 """Long enough to be met in the middle."""
+EIO_SECONDS = float(os.environ.get("MEGACONSA_TEST_EIO_SECONDS", "10"))
+"""For which storage does not answer."""
 
 
 def number(printed: str) -> str:
@@ -73,6 +77,40 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
     disturbed, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed"))
     assert computed(disturbed) == computed(whole)
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
+
+
+def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Two ranks. They are killed, the lock says that a host holds it which is no more, and the newest
+    checkpoint gives EIO for a while."""
+    run = tmp_path / "disturbed"
+    job = number(submit("learn", write_config("disturbed", **LONG), *ONE_NODE))
+    undisturbed = number(submit("learn", write_config("undisturbed", **LONG), *ONE_NODE))
+    running_at(cluster, run, 50)
+    cluster.call("scancel", "--signal=KILL", f"{job}.0")
+    lock = run / ".lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "gone", "machine": "another"}))
+    newest = store.committed(run)[0]
+    state = newest / "state.json"
+    aside = state.rename(run / "aside")
+    state.symlink_to("/proc/self/mem")
+    await_until(lambda: "trying again" in log(run), "the next start", 120, lambda: log(run))
+    time.sleep(EIO_SECONDS)
+    aside.replace(state)
+    for each in (job, undisturbed):
+        assert cluster.ended(each)["JobState"] == "COMPLETED", log(run)
+
+    said = log(run)
+    assert "on gone, since" in said
+    assert "its lock is void" in said
+    assert f"{state} cannot be read (Input/output error), trying again" in said
+    assert f"resumes at step {newest.name.removeprefix('step_')} " in said
+    assert cluster.job(job)["Restarts"] == "1"
+    assert not list((run / "checkpoints").glob("*.damaged"))
+    disturbed, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed"))
+    assert computed(disturbed) == computed(whole)
+    assert weights(run) == weights(tmp_path / "undisturbed")
 
 
 def test_the_time_limit_is_foreseen(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:

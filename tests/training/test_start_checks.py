@@ -73,7 +73,9 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
     ],
     ids=["folder", "sum", "late"],
 )
-def test_what_cannot_work_now_ends_all_with_the_code_that_requeues(fault: str, said: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_cannot_work_now_ends_all_with_the_code_that_requeues(
+    fault: str, said: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
     values = make_config()
     main, other = run_with(fault, values, tmp_path)
     assert (main.code, other.code) == (LOST, LOST)
