@@ -24,12 +24,15 @@ LONGEST_PAUSE = 30.0
 """Seconds between two attempts; each pause is twice the one before."""
 OUT_OF_REACH = {
     errno.EAGAIN,
+    errno.ECOMM,
+    errno.ECONNABORTED,
     errno.ECONNREFUSED,
     errno.ECONNRESET,
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.EIO,
     errno.ENETDOWN,
+    errno.ENETRESET,
     errno.ENETUNREACH,
     errno.ENOLINK,
     errno.ENOTCONN,
@@ -54,7 +57,7 @@ def patiently(read: Callable[[], Result], what: object, within: Path | None = No
         try:
             return read()
         except OSError as error:
-            if not _is_out_of_reach(error, within):
+            if not is_out_of_reach(error, within):
                 raise
             if time.monotonic() + pause > deadline:
                 raise UnreachableError(
@@ -66,7 +69,8 @@ def patiently(read: Callable[[], Result], what: object, within: Path | None = No
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _is_out_of_reach(error: OSError, within: Path | None) -> bool:
+def is_out_of_reach(error: OSError, within: Path | None = None) -> bool:
+    """Whether an error says nothing about the file; `within` as in `patiently`."""
     if error.errno == errno.ENOENT and within is not None:
         try:
             return not within.is_dir()

@@ -15,6 +15,7 @@ from megaconsa.console import console, guarded
 from megaconsa.errors import InputError, UnreachableError
 from megaconsa.exit_codes import DONE, FAILED, LOST, STOPPED
 from megaconsa.parallel import launcher
+from megaconsa.reading import is_out_of_reach
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -50,11 +51,10 @@ def train(config_path: Path, overrides: list[str]) -> int:
     except Exception as error:
         from megaconsa.training import failures
 
-        code = FAILED
-        if isinstance(error, UnreachableError):
-            if not is_joined():
-                raise  # agreed by all ranks as well
-            code = LOST
+        if isinstance(error, UnreachableError) and not is_joined():
+            raise  # agreed by all ranks as well
+        away = isinstance(error, OSError) and is_out_of_reach(error)
+        code = LOST if away or isinstance(error, UnreachableError) else FAILED
         step = trainer.progress.step + 1 if trainer else None
         return failures.end(error, config.run.dir, world, step, code=code)
     leave()

@@ -139,10 +139,16 @@ train() {
         2) end 2 "refused; see the line that begins with \"error:\". Not requeued: the same input would be refused again" ;;
         75) requeue 75 "stopped after saving a checkpoint" ;;
     esac
-    if verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@"); then
+    local verdict_code=0
+    verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@") || verdict_code=$?
+    if [[ $verdict_code == 0 ]]; then
         # Its second line.
         [[ $verdict != *$'\n'* ]] || avoid "${verdict##*$'\n'}"
         requeue "$code" "${verdict%%$'\n'*}"
+    fi
+    # Storage that did not answer the run does not answer this either: Slurm's own count is all there is.
+    if [[ $code == 76 && $verdict_code == 76 && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
+        requeue "$code" "exit code $code, and the failures before it cannot be read at the moment"
     fi
     end "$code" "${verdict:-exit code $code, and the failures before it could not be counted}; not requeued"
 }

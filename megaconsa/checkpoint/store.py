@@ -122,12 +122,11 @@ class Checkpoint:
 
     def gates(self) -> dict[str, Tensor] | None:
         path = self.path / "gates.safetensors"
-        return patiently(lambda: load_file(path), path) if path.exists() else None
+        return _load(path) if path.exists() else None
 
     def random_states(self) -> dict[str, Tensor]:
         """`RANK/cpu` and, of a GPU, `RANK/cuda`."""
-        path = self.path / "random.safetensors"
-        return patiently(lambda: load_file(path), path)
+        return _load(self.path / "random.safetensors")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes without reading the weights."""
@@ -188,7 +187,9 @@ class Checkpoint:
     def _tensors(self, kind: str) -> TensorFiles:
         names = [name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)]
         paths = [self.path / name for name in names]
-        return patiently(lambda: TensorFiles(paths), self.path)
+        for path in paths:
+            _await_opening(path)
+        return TensorFiles(paths)
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -293,6 +294,17 @@ def _read(path: Path) -> Checkpoint:
     if "config" in state:  # otherwise imported
         state["config"] = relocated(state["config"], path.absolute().parent.parent)
     return Checkpoint(path, state, manifest)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a small file."""
+    _await_opening(path)
+    return load_file(path)
+
+
+def _await_opening(path: Path) -> None:
+    """Waits until a file can be opened: safetensors takes every reason why not for a missing file."""
+    patiently(lambda: path.open("rb").close(), path, within=path.parent)
 
 
 def _refusal(path: Path, error: OSError) -> InputError:

@@ -181,10 +181,14 @@ class Writer:
         sync(temporary / MANIFEST)
         sync(temporary)
         final = temporary.with_name(f"step_{snapshot.step}")
+        replaced = temporary.with_name(f".{final.name}.old")
         if final.exists():  # a damaged one, which the run passed over
-            _remove(final)
+            # Only moved now, not removed file by file: a process that is killed there would leave neither.
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:

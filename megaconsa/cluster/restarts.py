@@ -20,6 +20,7 @@ from megaconsa.cluster.bad_nodes import suspects
 from megaconsa.console import guarded
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
+from megaconsa.reading import patiently, read_text
 
 NAME = "restarts.json"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -45,7 +46,8 @@ def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
     checkpoints = store.committed(run)
     step = int(checkpoints[0].name.removeprefix("step_")) if checkpoints else 0
     failures = [*read(path), Failure(job, exit_code, step, time.strftime(TIME_FORMAT))]
-    replace_text(path, json.dumps([asdict(failure) for failure in failures], indent=1) + "\n")
+    text = json.dumps([asdict(failure) for failure in failures], indent=1) + "\n"
+    patiently(lambda: replace_text(path, text), path)
     own, row, reached = [failure for failure in failures if failure.job == job], 0, 0
     for failure in own:
         # A checkpoint that was put aside as damaged takes the run back, and saving it again is no progress.
@@ -63,7 +65,7 @@ def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
 def read(path: Path) -> list[Failure]:
     """The failures so far, oldest first; none where there is no file. Raises InputError where it holds something else."""
     try:
-        return [Failure(**entry) for entry in json.loads(path.read_text())]
+        return [Failure(**entry) for entry in json.loads(read_text(path))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ from megaconsa.exit_codes import LOST, REFUSED
 from megaconsa.parallel.descriptors import raise_limit
 from megaconsa.parallel.launcher import VARIABLES, Launch, free_port, launch
 from megaconsa.parallel.rendezvous import meet
+from megaconsa.reading import is_out_of_reach
 
 __all__ = [
     "ALONE",
@@ -51,11 +52,14 @@ class World:
         """Whether this rank writes logs and shared files."""
         return self.rank == 0
 
-    def agreed(self, check: Callable[[], Result]) -> Result:
+    def agreed(self, check: Callable[[], Result], *, alike: bool = False) -> Result:
         """The result of `check`, called on every rank, if none raises InputError or UnreachableError.
 
         Otherwise all ranks end together: the main one with that error of what was said, each sentence once, the others without a word
         and with its exit code. InputError goes first: what a person must change is not worth another start.
+
+        alike: the check reads the same files everywhere, so that what only some ranks refuse says that their nodes do not see them: an
+        UnreachableError.
         """
         if self.size == 1:
             return check()
@@ -67,7 +71,8 @@ class World:
                 ranks_of.setdefault(str(own), []).append(rank)
         if ranks_of:
             said = "; ".join(text + self._named(ranks) for text, ranks in ranks_of.items())
-            mendable = any(isinstance(own, InputError) for own in refusals)
+            refused = sum(isinstance(own, InputError) for own in refusals)
+            mendable = refused == self.size if alike else refused > 0
             self._refuse(InputError(said) if mendable else UnreachableError(said))
         return result  # type: ignore[return-value]
 
@@ -109,6 +114,10 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Refusal | N
         return function(), None
     except (InputError, UnreachableError) as error:
         return None, error
+    except OSError as error:
+        if not is_out_of_reach(error):
+            raise
+        return None, UnreachableError(str(error))
 
 
 def join() -> World:

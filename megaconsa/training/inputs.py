@@ -62,16 +62,18 @@ def check_inputs(config: Config, world: World = ALONE) -> Inputs:
 
     Raises InputError. Only the main rank checks every byte of checkpoints: a rank each would read them as often.
     """
-    inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size))
+    inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size), alike=True)
     world.from_main(lambda: refuse_if_held(config.run.dir))
     found, resume = world.from_main(lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir))))
     if resume is not None:
-        return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, store.read(resume))))
+        own = world.agreed(lambda: store.read(resume), alike=True)
+        return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, own)))
     world.agreed(lambda: _check_begun_run(config))
     if (init_from := config.model.init_from) is None:
         return inputs
     origin = world.from_main(lambda: store.resolve(init_from).path)
-    return world.agreed(lambda: replace(inputs, origin=_check_origin(inputs, store.read(origin))))
+    begun = world.agreed(lambda: store.read(origin), alike=True)
+    return world.agreed(lambda: replace(inputs, origin=_check_origin(inputs, begun)))
 
 
 def _path(checkpoint: Checkpoint | None) -> Path | None:

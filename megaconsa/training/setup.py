@@ -16,7 +16,7 @@ from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config
 from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch, BatchStream
-from megaconsa.errors import InputError
+from megaconsa.errors import UnreachableError
 from megaconsa.files import replace_text
 from megaconsa.parallel.engine import Engine
 from megaconsa.parallel.mesh import Mesh
@@ -52,7 +52,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     """
     config, shape = inputs.config, inputs.shape
     training, topology = config.training, inputs.topology
-    stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh))
+    stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh), alike=True)
     validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
     lock = mesh.world.agreed(lambda: [_lock(inputs)] if mesh.is_main else [])
     # Nothing in a step draws from torch's own generators; whatever a library may draw follows from the seed too.
@@ -117,7 +117,7 @@ def _lock(inputs: Inputs) -> RunLock:
     lock = RunLock(run)
     if store.committed(run) != inputs.found:
         lock.release()
-        raise InputError(f"another process trained in run.dir={run} a moment ago; run the command again")
+        raise UnreachableError(f"another process trained in run.dir={run} a moment ago; run the command again")
     if inputs.resume is not None:
         for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:
             # Passed over once: it must neither count among those to keep nor be gone on from by a later start.
@@ -179,7 +179,7 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
         engine.initialize(inputs.config.run.seed)
         return Progress()
     with ExitStack() as reading:
-        world.agreed(lambda: reading.enter_context(source.in_use()))
+        world.agreed(lambda: reading.enter_context(source.in_use()), alike=True)
         engine.load_weights(source.weights())
         takes_moments = inputs.resume is not None or not (inputs.config.training.reset_optimizer or source.imported)
         if takes_moments:

@@ -6,7 +6,6 @@ A refusal says what would otherwise show as a hang or a lost checkpoint after ho
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -111,7 +110,7 @@ def _check_folder(run: Path, world: World) -> None:
         made = next((path for path in reversed([run, *run.parents]) if not path.exists()), None)
         try:
             run.mkdir(parents=True, exist_ok=True)
-            probe.write_text(world.launch)
+            probe.touch()  # of no bytes: the disk may be full of what the run will remove
         except OSError as error:
             fault = f"run.dir={run} cannot be written: {error.strerror}"
     fault = world.exchange(fault)[0]
@@ -120,13 +119,25 @@ def _check_folder(run: Path, world: World) -> None:
     if world.is_main:
         probe.unlink(missing_ok=True)
         if not all(saw) and made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+            _remove_empty(run, made)
     if fault is not None:
         raise InputError(fault)
     if not seen:
         raise UnreachableError(
             f"run.dir={run} is not the folder that rank 0 writes in; put it on a file system that all nodes share"
         )
+
+
+def _remove_empty(folder: Path, outermost: Path) -> None:
+    """Removes the folder and those above it up to `outermost`, as far as they hold nothing: meanwhile
+    other runs may have begun there."""
+    for path in (folder, *folder.parents):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+        if path == outermost:
+            return
 
 
 def _appears(path: Path) -> bool:

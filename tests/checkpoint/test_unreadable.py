@@ -76,6 +76,22 @@ def test_a_stale_handle_while_checksums_are_made(run: Path, monkeypatch: pytest.
     assert next(failures, None) is None
 
 
+def test_a_stale_handle_when_tensors_are_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which safetensors would report as a missing file."""
+    newest = store.resolve(run)
+    real = Path.open
+    failures = iter([errno.ESTALE, errno.EIO])
+
+    def stale(path: Path, *arguments: Any) -> Any:
+        for number in failures:
+            raise OSError(number, "no answer")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", stale)
+    assert list(newest.weights())
+    assert next(failures, None) is None
+
+
 def test_damage_is_what_is_wrong_twice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = store.checksum
     wrong: dict[Path, int] = {}

@@ -52,6 +52,26 @@ def test_every_so_many_stay_for_ever(tmp_path: Path) -> None:
     assert kept(tmp_path) == [55, 50, 40, 20]
 
 
+def test_a_replaced_checkpoint_goes_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_run = Writer(tmp_path, keep=1)
+    save(of_run, 1)
+
+    real = writer.shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.name.endswith(".old") and path.exists():
+            raise OSError("killed while it removes")
+        real(path, ignore_errors)
+
+    monkeypatch.setattr(writer.shutil, "rmtree", killed)
+    of_run.begin(snapshot(1))
+    of_run.wait()
+    monkeypatch.undo()
+    newest = store.newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 1
+
+
 def test_one_that_is_read_stays_until_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     of_run = Writer(tmp_path, keep=1)
     save(of_run, 1)

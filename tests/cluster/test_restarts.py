@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megaconsa import reading
 from megaconsa.cluster.restarts import NAME, record
 from megaconsa.errors import InputError
 
@@ -65,3 +67,16 @@ def test_as_the_job_asks(make_config: Callable[..., dict[str, Any]], tmp_path: P
     assert ended.returncode == 1
     assert ended.stdout.startswith("given up: failed 1 times in a row")
     assert (tmp_path / "other" / NAME).is_file()
+
+
+def test_storage_that_does_not_answer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
+    record(tmp_path, "7", 1, 3)
+    file = tmp_path / NAME
+    aside = file.rename(tmp_path / "aside")
+    file.symlink_to("/proc/self/mem")  # gives EIO
+    threading.Timer(0.5, lambda: aside.replace(file)).start()
+    assert record(tmp_path, "7", 76, 3) == (
+        True,
+        "exit code 76, failure 2 of 3 since the start of the run",
+    )

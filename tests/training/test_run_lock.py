@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from disks import fill
 
 from megaconsa import incidents
 from megaconsa.errors import InputError
@@ -199,6 +200,84 @@ def test_of_several_starts_at_once_one_goes_on(left: str | None, hold: Hold, tmp
     assert sorted(said) == ["", "", "held\n"]
 
 
-def test_text_that_is_no_lease(tmp_path: Path) -> None:
-    (tmp_path / run_lock.NAME).write_text("{")
-    seconds_to_take(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[]", '{"host": "node7", "pid": 12, "since": "2026-11-24 10:00:00"}'])
+def test_text_that_is_no_lease_is_watched(text: str, tmp_path: Path) -> None:
+    (tmp_path / run_lock.NAME).write_text(text)
+    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+
+
+def test_an_empty_file_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / run_lock.NAME).touch()
+    assert seconds_to_take(tmp_path) < AT_ONCE_SECONDS
+
+
+def test_a_field_of_a_later_version_hides_no_living_holder(hold: Hold, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hold(run)
+    lock = run / run_lock.NAME
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"later": 1}))
+    with pytest.raises(InputError, match="is in use"):
+        RunLock(run)
+
+
+def test_a_file_that_was_removed_is_written_again(hold: Hold, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    holder = hold(run)
+    (run / run_lock.NAME).unlink()
+    time.sleep(1)
+    with pytest.raises(InputError, match="is in use"):
+        RunLock(run)
+    assert holder.poll() is None
+
+
+def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_behind(tmp_path, machine="another")
+    run_lock.refuse_if_held(tmp_path)
+    os.utime(tmp_path / run_lock.NAME)
+    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+
+
+def test_time_in_which_storage_does_not_answer_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher is answered first, the holder touches its file a second later."""
+    leave_behind(tmp_path, machine="another")
+    real = run_lock._touched
+    looks = []
+
+    def touched(path: Path) -> int | None:
+        looks.append(path)
+        if len(looks) == 3:
+            time.sleep(run_lock.WATCH_SECONDS + 1)
+            threading.Timer(1.0, os.utime, [path]).start()
+        return real(path)
+
+    monkeypatch.setattr(run_lock, "_touched", touched)
+    with pytest.raises(InputError, match="is in use"):
+        RunLock(tmp_path)
+
+
+def test_a_lost_answer_is_no_other_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS may make the link and, asked again, say that it is there."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    RunLock(tmp_path / "run").release()
+
+
+def test_an_end_that_cannot_remove_the_file_raises_nothing(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run")
+    lock.path.unlink()
+    lock.path.symlink_to("/proc/self/mem")
+    lock.release()
+
+
+@pytest.mark.parametrize("disk", ["1m"], indirect=True)
+def test_a_disk_that_a_killed_save_filled(disk: Path) -> None:
+    left = disk / "checkpoints" / ".step_6.tmp"
+    left.mkdir(parents=True)
+    fill(left)
+    RunLock(disk).release()
+    assert not left.exists()

@@ -10,6 +10,7 @@ import pytest
 from ranks import ended, start, write
 
 from megaconsa.exit_codes import LOST
+from megaconsa.training import start_checks
 
 MakeConfig = Callable[..., dict[str, Any]]
 CHECK = """
@@ -34,6 +35,15 @@ guarded(main)
 """What one rank does before training. FAULT: statements that make the other rank's machine a bad one."""
 ELSEWHERE = "start_checks._appears = lambda path: False"
 """As on a node that does not share the folder."""
+NO_DATA = """
+from megaconsa.data.shards import DatasetInfo
+from megaconsa.errors import InputError
+def missing(folder):
+    raise InputError(f"data {folder}: no such folder")
+if other:
+    DatasetInfo.load = missing
+"""
+"""As on a node without the mount."""
 WRONG_SUM = """
 all_reduce = dist.all_reduce
 def wrong(tensor, *arguments, **named):
@@ -68,10 +78,11 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
     ("fault", "said"),
     [
         (ELSEWHERE, "is not the folder that rank 0 writes in; put it on a file system that all nodes share (on rank 1 of 2)\n"),
+        (NO_DATA, ": no such folder (on rank 1 of 2)\n"),
         (WRONG_SUM, "error: a sum over all ranks by gloo gave 4 instead of 3; look at the network between the nodes\n"),
         pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.slow),
     ],
-    ids=["folder", "sum", "late"],
+    ids=["folder", "data", "sum", "late"],
 )
 def test_what_cannot_work_now_ends_all_with_the_code_that_requeues(
     fault: str, said: str, make_config: MakeConfig, tmp_path: Path
@@ -90,3 +101,15 @@ def test_clocks_that_differ_are_said(make_config: MakeConfig, tmp_path: Path) ->
     assert (main.code, other.code) == (0, 0)
     assert "the nodes' clocks differ by 60." in main.out
     assert "2 ranks on 1 node, CPU; the sum over all ranks is right, " in main.out
+
+
+def test_only_empty_folders_are_removed_again(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "study" / "a"
+    run.mkdir(parents=True)
+    start_checks._remove_empty(run, tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+    run.mkdir(parents=True)
+    other = tmp_path / "runs" / "study" / "b"
+    other.mkdir()
+    start_checks._remove_empty(run, tmp_path / "runs")
+    assert list((tmp_path / "runs" / "study").iterdir()) == [other]

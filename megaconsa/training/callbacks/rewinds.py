@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
+from megaconsa.reading import read_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Stop, Trainer
 
@@ -40,7 +41,7 @@ def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
 def _read(run: Path) -> list[dict[str, int]]:
     path = run / NAME
     try:
-        return [{name: int(entry[name]) for name in ("step", "sequences")} for entry in json.loads(path.read_text())]
+        return [{name: int(entry[name]) for name in ("step", "sequences")} for entry in json.loads(read_text(path))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError):

@@ -13,6 +13,7 @@ not agree:
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,11 +22,13 @@ import threading
 import time
 import uuid
 import weakref
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megaconsa import incidents
-from megaconsa.errors import InputError, UnreachableError
+from megaconsa.checkpoint.writer import Writer
+from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
 from megaconsa.reading import patiently, read_text
 from megaconsa.training.callbacks.base import Callback
@@ -39,6 +42,8 @@ BEAT_SECONDS = 10.0
 WATCH_SECONDS = 60.0
 """For a holder to touch its file. NFS may show a touch up to a minute late."""
 LOOK_SECONDS = 0.5
+SLOW_LOOK_SECONDS = 1.0
+"""A look that takes longer says that the storage had stopped answering."""
 SETTLE_SECONDS = 1.0
 """For another start that takes the lease over in the same moment to have written."""
 
@@ -75,11 +80,15 @@ class Holder:
             started=_started(os.getpid()) or 0,
             machine=_machine(),
             job=job,
-            start=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            start=int(environment.get("SLURM_RESTART_COUNT") or 0),
         )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since},"
+
+
+UNKNOWN = Holder(token="", host="an unknown host", pid=0, since="an unknown time")
+"""Of a file that cannot be read or understood. A run of version 0.1.0 holds such a file open."""
 
 
 class RunLock(Callback):
@@ -93,14 +102,14 @@ class RunLock(Callback):
         refuse_if_held(run, self.own)
         before = _read(self.path)
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            self._take(before)
+            self._take_with_room(before)
         except OSError as error:
             raise InputError(f"run.dir={run} cannot be written: {error.strerror}") from None
         if before is not None:
             logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, before)
         _held[self.own.token] = self
         self._released = threading.Event()
+        self._guard = threading.Lock()
         arguments = (weakref.ref(self), self._released)
         threading.Thread(target=_renew, args=arguments, name="run_lock", daemon=True).start()
 
@@ -110,17 +119,33 @@ class RunLock(Callback):
     def release(self) -> None:
         self._released.set()
         _held.pop(self.own.token, None)
-        if _read(self.path) == self.own:
-            self.path.unlink(missing_ok=True)
+        # Without patience, and whatever comes: the run's own end decides the exit code.
+        with self._guard, suppress(OSError):
+            if _parse(self.path.read_text()) == self.own:
+                self.path.unlink()
+
+    def _take_with_room(self, before: Holder | None) -> None:
+        try:
+            patiently(lambda: self._take(before), self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # What a process that was killed left of its last save may fill the disk, and goes at every start.
+            Writer(self.run, keep=1).clean()
+            self._take(before)
 
     def _take(self, before: Holder | None) -> None:
         """Writes the file. Raises InputError where another start does so in the same moment."""
+        self.run.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f"{NAME}.{self.own.token}")
-        mine.write_text(json.dumps(asdict(self.own)) + "\n")
         try:
+            mine.write_text(json.dumps(asdict(self.own)) + "\n")
             if before is None and not self.path.exists() and self._linked(mine):
                 return
             mine.replace(self.path)
+        except FileNotFoundError:
+            if _read(self.path) != self.own:  # otherwise the answer to the first of two tries was lost
+                raise
         finally:
             mine.unlink(missing_ok=True)
         time.sleep(SETTLE_SECONDS)
@@ -134,17 +159,34 @@ class RunLock(Callback):
         try:
             os.link(mine, self.path)
         except FileExistsError:
-            raise _in_use(self.run, _read(self.path)) from None
+            now = _read(self.path)
+            if now != self.own:  # otherwise the answer to the first of two tries was lost
+                raise _in_use(self.run, now) from None
         except OSError:
             return False
         return True
 
     def touch(self) -> None:
         """Renews the lease. If it was taken over the process ends, for another one trains here."""
-        now = _read(self.path)
+        with self._guard:
+            if not self._released.is_set():
+                self._touch()
+
+    def _touch(self) -> None:
+        try:
+            now = _parse(self.path.read_text())
+        except FileNotFoundError:
+            now = None
         if now == self.own:
             os.utime(self.path)
-        elif now is not None:
+        elif now == UNKNOWN:
+            return  # that tells of no other start
+        elif now is None:
+            # Somebody removed it, by hand perhaps.
+            mine = self.path.with_name(f"{NAME}.{self.own.token}")
+            mine.write_text(json.dumps(asdict(self.own)) + "\n")
+            mine.replace(self.path)
+        else:
             text = f"run.dir={self.run} was taken over by {now} while this process stood still; it ends"
             logger.error("%s", text)
             incidents.record(self.run, "error", text, step=None, rank=0)
@@ -164,7 +206,7 @@ def _renew(reference: weakref.ref[RunLock], released: threading.Event) -> None:
             return
         try:
             lock.touch()
-        except (OSError, UnreachableError) as error:
+        except OSError as error:
             # Storage that does not answer shows nobody a touch, but nobody can write there either.
             if not warned:
                 logger.warning("%s cannot be touched: %s", lock.path, error)
@@ -197,8 +239,9 @@ def _is_gone(path: Path, holder: Holder, own: Holder) -> bool:
 
 def _is_silent(path: Path, holder: Holder) -> bool:
     """Whether a holder's file is not touched for WATCH_SECONDS."""
+    seen = _touched(path)
     # A start asks twice: before it builds anything, and when it takes the lease.
-    if holder.token in _silent:
+    if holder.token in _silent and _silent[holder.token] == seen:
         return True
     logger.info(
         "%s says that %s trains in it; watching for up to %.0f s whether that lives",
@@ -206,18 +249,21 @@ def _is_silent(path: Path, holder: Holder) -> bool:
         holder,
         WATCH_SECONDS,
     )
-    seen = _touched(path)
-    deadline = time.monotonic() + WATCH_SECONDS
-    while time.monotonic() < deadline:
+    watched = 0.0
+    while watched < WATCH_SECONDS:
         time.sleep(LOOK_SECONDS)
+        began = time.monotonic()
         if _touched(path) != seen:
             return _read(path) is None  # released meanwhile, or alive
-    _silent.add(holder.token)
+        # While storage answers nobody, the holder cannot touch either: such time does not count.
+        quick = time.monotonic() - began < SLOW_LOOK_SECONDS
+        watched = watched + LOOK_SECONDS if quick else 0.0
+    _silent[holder.token] = seen
     return True
 
 
-_silent: set[str] = set()
-"""Tokens of the holders that were watched and did not touch their files."""
+_silent: dict[str, int | None] = {}
+"""Holders that were watched and did not touch their files: when those were last touched, by token."""
 
 
 def _touched(path: Path) -> int | None:
@@ -235,11 +281,25 @@ def _touched(path: Path) -> int | None:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who wrote the file; None where there is none, or it holds nothing of ours."""
+    """Who wrote the file; None where there is none, or it is empty."""
     try:
-        return Holder(**json.loads(read_text(path)))
-    except (OSError, ValueError, TypeError):
+        return _parse(read_text(path))
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        return UNKNOWN
+
+
+def _parse(text: str) -> Holder | None:
+    """Text of another version has other fields, and text of nobody is a holder to be watched."""
+    if not text:
+        return None
+    try:
+        content = json.loads(text)
+        known = {field.name: content[field.name] for field in fields(Holder) if field.name in content}
+        return Holder(**known)
+    except (ValueError, TypeError):
+        return UNKNOWN
 
 
 def _started(pid: int) -> int | None:
