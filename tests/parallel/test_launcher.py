@@ -147,7 +147,9 @@ def in_terminal(command: list[str], typed: str) -> str:
     """What appears in the terminal of a command that leads the terminal's session."""
     child, terminal = pty.fork()
     if child == 0:
-        os.execvpe(command[0], command, os.environ | SRUN)
+        # Not the whole environment: tests before this one leave a launch of their own there.
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TERM") if name in os.environ}
+        os.execvpe(command[0], command, kept | SRUN)
     os.write(terminal, typed.encode())
     said = b""
     try:
