@@ -232,8 +232,9 @@ def hopper_forward_kernel(
     block_barrier()
     store_tile(out_desc, [row, head, first, 0], q_tile)
     tma.store_wait(0)
-    # Until here, so that the compiler gives no barrier's memory to anything else. When a GPU that processes share comes
-    # back to a program, it restores the 8 bytes of every barrier that was not invalidated, whatever they hold by then.
+    # The barriers live until here, so that the compiler gives their memory to nothing else. A GPU that
+    # processes share restores the 8 bytes of every valid barrier when it comes back to a program,
+    # whatever they hold by then.
     mbarrier.invalidate(q_ready)
     for slot in gl.static_range(2):
         mbarrier.invalidate(k_ready.index(slot))

@@ -10,5 +10,5 @@ class RunError(Exception):
 
 
 class UnreachableError(RunError):
-    """What should be there cannot be reached at the moment: a file, a network. Exit code 76: the same
-    command goes on later."""
+    """A file or a network cannot be reached at the moment. Exit code 76: the same command goes on
+    later."""

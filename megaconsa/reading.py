@@ -1,6 +1,7 @@
-"""Reading files that may be out of reach for a while: a file server restarts, a network path fails over.
+"""Reading files that may be out of reach for a while, because a file server restarts or a network
+path fails over.
 
-A read that fails for such a reason says nothing about the file. It is repeated for some minutes.
+A read that fails for such a reason says nothing about the file. It is tried again for some minutes.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ OUT_OF_REACH = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-"""Errors of a storage that does not answer. Others (no such file, no permission) are answers."""
+"""Errors of storage that does not answer. Others (no such file, no permission) are answers."""
 
 
 def patiently(read: Callable[[], Result], what: object, within: Path | None = None) -> Result:
     """The result of `read`, which may be called several times.
 
-    what: names the file or folder in messages. within: a folder that was there before. While it is
-    not, a missing file only says that the folder's storage is away. Raises UnreachableError where it
-    stays out of reach, and at once whatever else `read` raises.
+    what: names the file or folder in messages. within: a folder that was there before; while it is
+    missing, a missing file only says that the folder's storage is away. Raises UnreachableError where
+    the file stays out of reach, and whatever else `read` raises at once.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     pause = FIRST_PAUSE

@@ -1,7 +1,8 @@
 """Paths in a run's own files: config.yaml and the configuration in state.json.
 
-They are written absolute, so that they mean the same from any working directory. When a run is moved
-together with what it names, all of it keeps its place relative to the run folder, and is found by that.
+They are written absolute, so that they mean the same from any working directory. A run may be moved
+together with what it names. Then all of it keeps its place relative to the run folder, and is found
+there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ PATHS = (("run", "dir"), ("model", "init_from"), ("allocation", "file"), ("data"
 
 
 def absolute(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of plain values of a configuration, its relative paths taken from the working directory."""
+    """A copy of a configuration's plain values, with paths made absolute from the working directory."""
     return _with_paths(config, os.path.abspath)
 
 

@@ -91,6 +91,8 @@ trap stop USR1
 # Preempted or cancelled: Slurm signals the tasks itself.
 trap 'interrupted=yes; say "SIGTERM from Slurm"' TERM
 
+# Starts of a job after which it is given up, where its failures cannot be counted.
+most_uncounted_starts=20
 avoided=
 # avoid NODES: keeps the next start off them (node3,node5), where the partition has enough others.
 avoid() {
@@ -146,8 +148,8 @@ train() {
         [[ $verdict != *$'\n'* ]] || avoid "${verdict##*$'\n'}"
         requeue "$code" "${verdict%%$'\n'*}"
     fi
-    # Storage that did not answer the run does not answer this either: Slurm's own count is all there is.
-    if [[ $code == 76 && $verdict_code == 76 && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
+    # Storage that did not answer the run does not answer this either. Then only Slurm counts the starts.
+    if [[ $code == 76 && $verdict_code == 76 && ${SLURM_RESTART_COUNT:-0} -lt $most_uncounted_starts ]]; then
         requeue "$code" "exit code $code, and the failures before it cannot be read at the moment"
     fi
     end "$code" "${verdict:-exit code $code, and the failures before it could not be counted}; not requeued"

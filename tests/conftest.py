@@ -107,3 +107,13 @@ def train() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
         return read_metrics(config.run.dir / "metrics.jsonl")
 
     return run
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is out of reach is tried again at short intervals, for a second."""
+    from megaconsa import reading
+
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(reading, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 1.0)

@@ -1,8 +1,11 @@
-"""What tests do to the `disk` that conftest.py gives them."""
+"""Disks that fail: what tests do to the `disk` that conftest.py gives them, and files out of reach."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+OUT_OF_REACH = Path("/proc/self/mem")
+"""Gives EIO when it is read from its start, as storage that does not answer: for links in the place of files."""
 
 
 def fill(disk: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that cannot be read for a while. /proc/self/mem gives EIO when it is read from its start."""
+"""Files that cannot be read for a while."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.console import guarded
 from megaconsa.errors import UnreachableError
 from megaconsa.exit_codes import LOST
 
-OUT_OF_REACH = Path("/proc/self/mem")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(reading, "LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 1.0)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def test_a_file_that_comes_back_is_read(tmp_path: Path) -> None:

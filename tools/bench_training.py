@@ -81,14 +81,14 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     import subprocess
     import sys
 
+    from megaconsa.cluster.bad_nodes import FAILURES, FIRST
     from megaconsa.errors import RunError
-    from megaconsa.training import failures
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launcher, "-m", "megaconsa.training.benchmark", str(config), str(out), *fields]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        first = out.parent.glob(f"{failures.FOLDER}/*/{failures.FIRST}")
+        first = out.parent.glob(f"{FAILURES}/*/{FIRST}")
         said = [path.read_text() for path in first] or [done.stderr[-3000:]]
         raise RunError(f"{processes} processes failed:\n{said[0]}")
     result: dict[str, object] = json.loads(out.read_text())

@@ -195,8 +195,9 @@ class Checkpoint:
 def newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint of a run folder that agrees with its manifest; says which ones it passed over.
 
-    None where there is no checkpoint. InputError where there are some but none is usable, or the newest is of another format: that is
-    no run to start again. UnreachableError where one cannot be read at the moment: it may be whole.
+    None where there is no checkpoint. Raises InputError where there are some but none is usable, or
+    the newest is of another format: such a run is not started again. Raises UnreachableError where one
+    cannot be read at the moment: it may be whole.
     """
     paths = committed(run)
     for path in paths:
@@ -259,7 +260,7 @@ def committed(run: Path) -> list[Path]:
 def read(path: Path) -> Checkpoint:
     """A checkpoint whose tensors have not been looked at.
 
-    Raises DamagedError where state or manifest are not what was written, InputError where they are of
+    Raises DamagedError where state or manifest are not what was written, InputError where they have
     another format, and UnreachableError where they stay out of reach.
     """
     try:
@@ -303,13 +304,13 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _await_opening(path: Path) -> None:
-    """Waits until a file can be opened: safetensors takes every reason why not for a missing file."""
+    """Waits until a file can be opened. safetensors reports every failure to open as a missing file."""
     patiently(lambda: path.open("rb").close(), path, within=path.parent)
 
 
 def _refusal(path: Path, error: OSError) -> InputError:
-    """What an error that is an answer says: a missing file is damage, one that may not be read is
-    for a person to mend."""
+    """The refusal for an error that is an answer: a missing file is damage, and a person must mend
+    permissions."""
     kind = DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else InputError
     return kind(f"checkpoint {path} cannot be read: {error}")
 

@@ -181,14 +181,13 @@ class Writer:
         sync(temporary / MANIFEST)
         sync(temporary)
         final = temporary.with_name(f"step_{snapshot.step}")
-        replaced = temporary.with_name(f".{final.name}.old")
-        if final.exists():  # a damaged one, which the run passed over
-            # Only moved now, not removed file by file: a process that is killed there would leave neither.
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
+        # A damaged one may be there, which the run passed over. It is only moved now: a process that
+        # is killed while it removes file by file would leave neither.
+        replaced = _put_aside(final) if final.exists() else None
         temporary.rename(final)
         sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
@@ -233,11 +232,16 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Under another name first: a folder named step_N is whole at any moment."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    """Removes a checkpoint."""
+    shutil.rmtree(_put_aside(path))
+
+
+def _put_aside(path: Path) -> Path:
+    """Gives a checkpoint another name, and returns that: a folder named step_N is whole at any moment."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def _is_in_use(path: Path) -> bool:

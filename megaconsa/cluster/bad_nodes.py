@@ -6,12 +6,15 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from megaconsa.parallel.launcher import START_FORMAT
+
 FAILURES = "failures"
 """In the run folder: a folder for each start that an error ended, named by when it began."""
 FIRST = "first.txt"
 """What the rank that failed first wrote."""
-START_FORMAT = "%Y%m%dT%H%M%S"
-LOST = re.compile(r"^error: rank \d+ of \d+ on (\S+) died without a word", re.MULTILINE)
+DIED = "died without a word"
+"""What the other ranks say of one that left no error."""
+LOST = re.compile(rf"^error: rank \d+ of \d+ on (\S+) {DIED}", re.MULTILINE)
 FAILED = re.compile(r"rank \d+ of \d+ on (\S+), pid")
 HARDWARE = re.compile(
     "uncorrectable (ECC|NVLink) error|hardware stack error|GPU is lost|busy or unavailable|system not yet initialized"

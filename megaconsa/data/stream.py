@@ -151,7 +151,8 @@ class BatchStream:
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
         """Each step's micro-batches of this rank, endlessly, from the place after `taken` sequences of the stream.
 
-        DataError, naming the file, when a shard turns out damaged; UnreachableError when it stays out of reach.
+        Raises DataError, naming the file, when a shard turns out damaged, and UnreachableError when it
+        stays out of reach.
         """
         # With a generator of its own, the loader draws nothing from torch's: a resumed run would draw at another time.
         loader = DataLoader(

@@ -14,6 +14,8 @@ from megaconsa.errors import InputError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torch.distributed and DeepSpeed read of the environment."""
+START_FORMAT = "%Y%m%dT%H%M%S"
+"""Names a start by when it began, of time.strftime."""
 MPI_PORT = 29_500
 """Where the ranks of mpirun meet, which passes on no number that differs from launch to launch."""
 LARGEST_PORT = 65_535
@@ -74,7 +76,7 @@ def launch() -> Launch:
     if "SLURM_STEP_ID" in environment:
         return _of_srun()
     _refuse_half_said()
-    return _alone()
+    return alone()
 
 
 def is_main() -> bool:
@@ -117,7 +119,7 @@ def _of_torch() -> Launch:
 def _of_mpi(mpi: Mpi) -> Launch:
     rank, size = _place(mpi.rank, mpi.size)
     if size == 1:
-        return _alone()
+        return alone()
     _check_world_size(size, "mpirun")
     address = os.environ.get("MASTER_ADDR")
     if not address and _number(mpi.local_size) == size:
@@ -137,7 +139,7 @@ def _of_srun() -> Launch:
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
     rank, size = _place("SLURM_PROCID", size_name)
     if size == 1:
-        return _alone()
+        return alone()
     _check_world_size(size, "srun")
     if _is_typed_into_a_shell():
         raise InputError(
@@ -153,7 +155,8 @@ def _of_srun() -> Launch:
     return Launch(rank, size, _number("SLURM_LOCALID"), address, port, hides_gpus=True)
 
 
-def _alone() -> Launch:
+def alone() -> Launch:
+    """A world of one, with a port of its own."""
     return Launch(0, 1, 0, "127.0.0.1", int(free_port()))
 
 

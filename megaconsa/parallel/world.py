@@ -15,19 +15,9 @@ from torch import distributed as dist
 from megaconsa.errors import InputError, UnreachableError
 from megaconsa.exit_codes import LOST, REFUSED
 from megaconsa.parallel.descriptors import raise_limit
-from megaconsa.parallel.launcher import VARIABLES, Launch, free_port, launch
+from megaconsa.parallel.launcher import START_FORMAT, Launch, launch
 from megaconsa.parallel.rendezvous import meet
 from megaconsa.reading import is_out_of_reach
-
-__all__ = [
-    "ALONE",
-    "VARIABLES",
-    "World",
-    "free_port",
-    "is_joined",
-    "join",
-    "leave",
-]
 
 Result = TypeVar("Result")
 Refusal = InputError | UnreachableError
@@ -53,13 +43,15 @@ class World:
         return self.rank == 0
 
     def agreed(self, check: Callable[[], Result], *, alike: bool = False) -> Result:
-        """The result of `check`, called on every rank, if none raises InputError or UnreachableError.
-
-        Otherwise all ranks end together: the main one with that error of what was said, each sentence once, the others without a word
-        and with its exit code. InputError goes first: what a person must change is not worth another start.
-
-        alike: the check reads the same files everywhere, so that what only some ranks refuse says that their nodes do not see them: an
+        """The result of `check`, which every rank calls, unless one raises InputError or
         UnreachableError.
+
+        Otherwise all ranks end together. The main one raises that error with each sentence once; the
+        others end without a word and with its exit code. If there are both, it is an InputError: another
+        start would not help.
+
+        alike: the check reads the same files on every rank. If only some ranks refuse, their nodes do
+        not see the files, and the error is an UnreachableError.
         """
         if self.size == 1:
             return check()
@@ -121,7 +113,8 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Refusal | N
 
 
 def join() -> World:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) of the launch; alone it is a world of one.
+    """Joins the process group of the launch: NCCL on GPUs, gloo on CPUs. A lone process is a world
+    of one.
 
     Raises InputError where the launcher's variables or the GPUs do not fit, UnreachableError where
     the ranks do not find each other.
@@ -149,7 +142,7 @@ def join() -> World:
         )
     began = torch.tensor(int(time.time()), device=device)
     dist.broadcast(began, 0)
-    began_at = time.strftime("%Y%m%dT%H%M%S", time.localtime(int(began)))
+    began_at = time.strftime(START_FORMAT, time.localtime(int(began)))
     size = dist.get_world_size()
     background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if size > 1 else None
     return World(dist.get_rank(), size, device, background, began_at)

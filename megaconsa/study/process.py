@@ -1,7 +1,7 @@
 """One job in a process of its own.
 
-On a CPU it forks from a server that has imported torch and DeepSpeed, which takes seconds. On a GPU it
-starts afresh: in a forked process the first step took 15 seconds instead of 2.
+On a CPU it forks from a server that has imported torch and DeepSpeed, which takes seconds. On a GPU
+it starts afresh: in a forked process the first step took 15 seconds instead of 2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from megaconsa.console import console, guarded
-from megaconsa.parallel.world import free_port
+from megaconsa.exit_codes import FAILED
+from megaconsa.parallel.launcher import alone
 from megaconsa.study.jobs import Job
 from megaconsa.study.runs import Runs
 
@@ -111,19 +112,12 @@ def _main(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> 
     torch.set_num_threads(threads)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    # A world of one, whatever torchrun or srun started the study with. Jobs run side by side, so
-    # each needs its own port.
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
+    # A world of one, whatever torchrun or srun started the study with.
+    alone().export()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     from megaconsa.study import work  # not by the study's own process, which needs none of it
 
-    code: Any = 1
+    code: Any = FAILED
     try:
         guarded(lambda: sys.exit(work.run(runs, job)))
     except SystemExit as end:

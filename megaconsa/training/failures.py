@@ -12,14 +12,13 @@ from pathlib import Path
 from torch import distributed as dist
 
 from megaconsa import incidents
+from megaconsa.cluster.bad_nodes import DIED, FAILURES, FIRST
 from megaconsa.errors import RunError
 from megaconsa.exit_codes import FAILED, LOST
 from megaconsa.files import replace_text
 from megaconsa.parallel.launcher import node
 from megaconsa.parallel.world import World
 
-FOLDER = "failures"
-FIRST = "first.txt"
 NEIGHBOUR_SECONDS = 3.0
 """For the rank beside one that is gone to say so, before those that met a broken connection report that."""
 
@@ -49,8 +48,8 @@ def end(
 
 def end_after(gone: str, run: Path, world: World, step: int) -> None:
     """Ends the process because the rank `gone`, which it was waiting for, is no more: with the exit code of the cause."""
-    without_a_word = "died without a word: killed from outside (kill -9, the kernel for want of memory), or its node is down"
-    left_a_file = (run / FOLDER / world.launch / FIRST).exists()
+    without_a_word = f"{DIED}: killed from outside (kill -9, the kernel for want of memory), or its node is down"
+    left_a_file = (run / FAILURES / world.launch / FIRST).exists()
     lost = RunError(f"{gone} {'has ended' if left_a_file else without_a_word}")
     end(lost, run, world, step, code=LOST, kind="lost_rank", always=True)
 
@@ -72,7 +71,7 @@ def _report(error: Exception, run: Path, world: World, step: int | None, code: i
     summary = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     place = f"rank {world.rank} of {world.size} on {node()}, pid {os.getpid()}"
     where = f"{place}, {'while starting' if step is None else f'in step {step}'}"
-    path = run / FOLDER / world.launch / f"rank_{world.rank}.txt"
+    path = run / FAILURES / world.launch / f"rank_{world.rank}.txt"
     first = None
     try:
         replace_text(path, f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {where}, exit code {code}\n{cause}\n")

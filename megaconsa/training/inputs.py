@@ -24,6 +24,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
+from megaconsa.reading import read_text
 from megaconsa.run_paths import relocated
 from megaconsa.training.callbacks.run_lock import refuse_if_held
 from megaconsa.training.same_run import check_same_run
@@ -180,7 +181,7 @@ def _check_folder(run: Path) -> None:
 def _check_begun_run(config: Config) -> None:
     """Refuses a run folder without a checkpoint that was begun with another configuration."""
     try:
-        old = yaml.safe_load((config.run.dir / CONFIG_NAME).read_text())
+        old = yaml.safe_load(read_text(config.run.dir / CONFIG_NAME))
     except (OSError, yaml.YAMLError):
         return
     if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean

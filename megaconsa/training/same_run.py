@@ -11,7 +11,14 @@ from megaconsa.training.schedule import learning_rate
 
 FREE = {
     *("parallel", "validation", "checkpoint", "logging", "watchdog", "bad_steps"),
-    *("run.dir", "attention.backend", "training.micro_batch", "training.activation_checkpointing", "data.path", "data.workers"),
+    *(
+        "run.dir",
+        "attention.backend",
+        "training.micro_batch",
+        "training.activation_checkpointing",
+        "data.path",
+        "data.workers",
+    ),
 }
 """Sections and fields that may change on resume: they change nothing of what is learned but for rounding, and `bad_steps` only which
 later steps are skipped."""

@@ -26,13 +26,17 @@ logger = logging.getLogger(__name__)
 SUM_SECONDS = 300
 """For the first sum over all ranks: NCCL connects them in it."""
 VISIBLE_SECONDS = 120
-"""For a file that another node wrote to be seen here: attribute caches of NFS last up to a minute."""
+"""For another node's file to be seen here: attribute caches of NFS last up to a minute."""
 CLOCK_SECONDS = 5.0
 """By which the nodes' clocks may differ without a warning."""
 
 
 def check_machines(inputs: Inputs, world: World) -> None:
-    """All ranks call it, and refuse together with InputError. The main one logs a line of what it found."""
+    """Looks at the machines. All ranks call it, and the main one logs a line of what it found.
+
+    Raises InputError where a person must change something, and UnreachableError where a later start
+    may find all well. All ranks then end together.
+    """
     run = inputs.config.run.dir
     hosts = world.exchange(node())
     world.from_main(lambda: check_tensor_groups(inputs.config.parallel.tensor, hosts))
@@ -129,8 +133,10 @@ def _check_folder(run: Path, world: World) -> None:
 
 
 def _remove_empty(folder: Path, outermost: Path) -> None:
-    """Removes the folder and those above it up to `outermost`, as far as they hold nothing: meanwhile
-    other runs may have begun there."""
+    """Removes the folder and those above it up to `outermost`, if they are empty.
+
+    Other runs may have begun there meanwhile.
+    """
     for path in (folder, *folder.parents):
         try:
             path.rmdir()

@@ -33,7 +33,7 @@ from torch import distributed as dist
 
 from megaconsa.checkpoint import store, writer
 from megaconsa.consa.allocation import Allocation
-from megaconsa.parallel.world import VARIABLES
+from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.train import train
 

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read at the moment are no damaged ones. /proc/self/mem gives EIO when it is read from its start."""
+"""Checkpoints that cannot be read at the moment are not damaged."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import OUT_OF_REACH
 
-from megaconsa import reading
 from megaconsa.checkpoint import store
 from megaconsa.errors import InputError, UnreachableError
 
 MakeConfig = Callable[..., dict[str, Any]]
-OUT_OF_REACH = Path("/proc/self/mem")
+
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(reading, "LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 1.0)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SECOND_LOOK_SECONDS", 0.0)
 
 

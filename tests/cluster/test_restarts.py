@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.cluster.restarts import NAME, record
@@ -74,7 +75,7 @@ def test_storage_that_does_not_answer_is_waited_for(tmp_path: Path, monkeypatch:
     record(tmp_path, "7", 1, 3)
     file = tmp_path / NAME
     aside = file.rename(tmp_path / "aside")
-    file.symlink_to("/proc/self/mem")  # gives EIO
+    file.symlink_to(OUT_OF_REACH)
     threading.Timer(0.5, lambda: aside.replace(file)).start()
     assert record(tmp_path, "7", 76, 3) == (
         True,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.data import shards
@@ -83,7 +84,7 @@ def test_a_shard_out_of_reach_is_waited_for(copy: Path, workers: int, monkeypatc
     steps = len(stream.shards) // 8
     expected = [batch.tokens for step in islice(open_stream(copy).steps(), steps) for batch in step]
     aside = shard(copy).rename(copy / "aside")
-    shard(copy).symlink_to("/proc/self/mem")  # gives EIO
+    shard(copy).symlink_to(OUT_OF_REACH)
     threading.Timer(1.0, lambda: aside.replace(shard(copy))).start()
     found = [batch.tokens for step in islice(stream.steps(), steps) for batch in step]
     for tokens, others in zip(found, expected, strict=True):
@@ -96,7 +97,7 @@ def test_a_shard_that_stays_out_of_reach_is_no_damage(copy: Path, workers: int, 
     monkeypatch.setattr(reading, "PATIENCE_SECONDS", 0.5)
     stream = open_stream(copy, workers)
     shard(copy).unlink()
-    shard(copy).symlink_to("/proc/self/mem")
+    shard(copy).symlink_to(OUT_OF_REACH)
     with pytest.raises(UnreachableError, match=NAME):
         read_epoch(stream)
 

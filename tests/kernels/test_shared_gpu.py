@@ -16,7 +16,10 @@ from torch import Tensor
 
 from megaconsa.kernels.triton_attention import backward, document_bounds, forward
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 REPETITIONS = 300
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 16, 4096, 16, 8, 64

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.parallel.world import VARIABLES
+from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting.metrics import CLOCK, read_metrics
 
 TOLERANCE = 1e-5

@@ -12,8 +12,8 @@ from torch import distributed as dist
 
 from megaconsa.model import loss
 from megaconsa.parallel import vocabulary
+from megaconsa.parallel.launcher import free_port
 from megaconsa.parallel.tensor import TensorParallel
-from megaconsa.parallel.world import free_port
 
 VOCABULARY, HIDDEN, BATCH, LENGTH = 301, 8, 2, 12
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cluster import ROOT, Cluster, await_until
+from disks import OUT_OF_REACH
 
 from megaconsa.checkpoint import store
 from megaconsa.consa.allocation import Allocation
@@ -94,7 +95,7 @@ def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
     newest = store.committed(run)[0]
     state = newest / "state.json"
     aside = state.rename(run / "aside")
-    state.symlink_to("/proc/self/mem")
+    state.symlink_to(OUT_OF_REACH)
     await_until(lambda: "trying again" in log(run), "the next start", 120, lambda: log(run))
     time.sleep(EIO_SECONDS)
     aside.replace(state)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from megaconsa.incidents import record
-from megaconsa.parallel.world import VARIABLES
+from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting import status as reporting
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.reporting.status import newest_rows, status

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megaconsa.parallel.world import VARIABLES, free_port
+from megaconsa.parallel.launcher import VARIABLES, free_port
 from megaconsa.reporting.metrics import read_metrics
 
 TRAIN = ("-m", "megaconsa.train")

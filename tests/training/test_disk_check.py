@@ -90,7 +90,9 @@ def test_leftovers_of_a_killed_run_are_room(disk: Path, make_config: MakeConfig)
 @pytest.mark.parametrize("disk", ["4m"], indirect=True)
 def test_those_that_stay_for_ever_are_told_of(disk: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     values = make_config(
-        run={"dir": str(disk / "run")}, training={"steps": 60}, checkpoint={"every": 2, "keep": 1, "keep_every": 6}
+        run={"dir": str(disk / "run")},
+        training={"steps": 60},
+        checkpoint={"every": 2, "keep": 1, "keep_every": 6},
     )
     check_disk(inputs_of(values))
     assert "checkpoint.keep_every=6 keeps 10 more checkpoints" in caplog.text

@@ -30,32 +30,21 @@ MakeConfig = Callable[..., dict[str, Any]]
 ENDLESS = {"steps": 100_000}
 TWO_GPUS = [pytest.mark.multigpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-RANK_1_HANGS = """
+RANK_1_SLEEPS = """
 import sys, time
 from megaconsa.train import _main
 from megaconsa.training.trainer import Trainer
 
-step = Trainer.step
+method = Trainer.METHOD
 def hanging(trainer):
     if trainer.mesh.world.rank == 1 and trainer.progress.step == 5:
-        time.sleep(1000)
-    return step(trainer)
-Trainer.step = hanging
+        time.sleep(SECONDS)
+    return method(trainer)
+Trainer.METHOD = hanging
 sys.exit(_main(sys.argv[1:]))
 """
-RANK_1_WAITS_FOR_DATA = """
-import sys, time
-from megaconsa.train import _main
-from megaconsa.training.trainer import Trainer
-
-fetch = Trainer._fetch
-def late(trainer):
-    if trainer.mesh.world.rank == 1 and trainer.progress.step == 5:
-        time.sleep(10)
-    return fetch(trainer)
-Trainer._fetch = late
-sys.exit(_main(sys.argv[1:]))
-"""
+RANK_1_HANGS = RANK_1_SLEEPS.replace("METHOD", "step").replace("SECONDS", "1000")
+RANK_1_WAITS_FOR_DATA = RANK_1_SLEEPS.replace("METHOD", "_fetch").replace("SECONDS", "10")
 DISK_FILLS = f"""
 import sys
 from pathlib import Path

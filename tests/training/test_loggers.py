@@ -84,7 +84,11 @@ def rows(found: list[Any]) -> list[dict[str, Any]]:
     ("project", "variables", "said"),
     [
         ("project", {}, "No API key"),
-        ("project", {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}, "127.0.0.1:9"),
+        (
+            "project",
+            {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40},
+            "127.0.0.1:9",
+        ),
         ("a:b#c", {"WANDB_MODE": "offline"}, "a:b#c"),
     ],
     ids=["key", "server", "project"],
@@ -122,7 +126,10 @@ class KillService(Callback):
 
 
 def test_wandb_that_dies_on_the_way(
-    wandb: Any, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    wandb: Any,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     trainer = build_trainer(check_inputs(build(logging_run(make_config))), mesh.initialize())
@@ -148,7 +155,14 @@ def test_a_resumed_run_is_the_same_at_wandb_and_another_is_not(
         starts = [next(record.run for record in found if record.HasField("run")) for found in (first, second)]
         assert starts[0].run_id == starts[1].run_id == json.loads((tmp_path / name / "wandb.json").read_text())["id"]
         assert starts[0].display_name == str(tmp_path / name)
-        assert [row["step"] for found in (first, second) for row in rows(found)] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for found in (first, second) for row in rows(found)] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
         identities.append(starts[0].run_id)
     assert identities[0] != identities[1]
 

@@ -23,7 +23,11 @@ WSD = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4}
 @pytest.fixture
 def run_of(make_config: MakeConfig, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def values(name: str, steps: int, allocation: dict[str, Any] = RULE, **training: Any) -> dict[str, Any]:
-        return make_config(run={"dir": str(tmp_path / name)}, allocation=allocation, training=WSD | {"steps": steps} | training)
+        return make_config(
+            run={"dir": str(tmp_path / name)},
+            allocation=allocation,
+            training=WSD | {"steps": steps} | training,
+        )
 
     return values
 
@@ -49,7 +53,11 @@ def test_within_the_warmup_any_schedule_allows_it(run_of: Any, train: Any) -> No
     ("stopped", "training", "said"),
     [
         (8, {}, r"its step 8 of 8 would have had another learning rate in a longer run"),
-        (5, {"schedule": "cosine", "decay_steps": 0}, r"its step 4 of 5 would have had another learning rate"),
+        (
+            5,
+            {"schedule": "cosine", "decay_steps": 0},
+            r"its step 4 of 5 would have had another learning rate",
+        ),
     ],
     ids=["decay", "cosine"],
 )
@@ -85,7 +93,11 @@ def test_a_new_run_may_extend_the_context(
     make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(make_config(run={"dir": str(tmp_path / "short")}, allocation=RULE))
-    longer = {"init_from": str(tmp_path / "short"), "rope_theta": 5e6, "max_position_embeddings": 8192}
+    longer = {
+        "init_from": str(tmp_path / "short"),
+        "rope_theta": 5e6,
+        "max_position_embeddings": 8192,
+    }
     values = make_config(run={"dir": str(tmp_path / "long")}, allocation=RULE, model=longer)
     with caplog.at_level(logging.INFO, "megaconsa"):
         check_inputs(build(values))
@@ -95,6 +107,10 @@ def test_a_new_run_may_extend_the_context(
     values["model"]["rope_theta"] = 1e6
     with pytest.raises(InputError, match="another configuration"):  # on resume they stay what they are
         check_inputs(build(values))
-    wider = make_config(run={"dir": str(tmp_path / "wide")}, allocation=RULE, model=longer | {"intermediate_size": 96})
+    wider = make_config(
+        run={"dir": str(tmp_path / "wide")},
+        allocation=RULE,
+        model=longer | {"intermediate_size": 96},
+    )
     with pytest.raises(InputError, match="has another shape than the model"):
         check_inputs(build(wider))

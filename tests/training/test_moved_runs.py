@@ -62,7 +62,11 @@ def test_every_path_of_a_configuration_is_known() -> None:
 
 
 def test_moved_with_all_it_names(
-    project: Path, make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    project: Path,
+    make_config: MakeConfig,
+    train: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its own config.yaml is enough, and what reads a checkpoint finds the data."""
     expected = whole(make_config, train, project)
@@ -87,7 +91,11 @@ def test_a_copy_does_not_take_the_runs_place(project: Path, tmp_path: Path) -> N
 
 
 def test_spelled_otherwise_and_from_elsewhere(
-    project: Path, make_config: MakeConfig, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    make_config: MakeConfig,
+    train: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = whole(make_config, train, project)
     (tmp_path / "link").symlink_to(project)
@@ -99,7 +107,11 @@ def test_spelled_otherwise_and_from_elsewhere(
 
 
 def test_relative_paths_are_those_of_the_place_where_they_were_written(
-    project: Path, make_config: MakeConfig, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    make_config: MakeConfig,
+    train: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(project)
     values = make_config(run={"dir": "runs/a"}, data={"path": "data"})

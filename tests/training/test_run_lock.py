@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from disks import fill
+from disks import OUT_OF_REACH, fill
 
 from megaconsa import incidents
 from megaconsa.errors import InputError
@@ -38,7 +38,16 @@ lock = run_lock.RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
-ELSEWHERE = ("unshare", "--user", "--map-root-user", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc")
+ELSEWHERE = (
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--pid",
+    "--uts",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)
 AT_ONCE_SECONDS = 2.0
 
 Hold = Callable[..., subprocess.Popen[str]]
@@ -104,7 +113,10 @@ def leave_behind(run: Path, **changes: object) -> Holder:
 def test_a_process_of_this_machine(hold: Hold, tmp_path: Path) -> None:
     run = tmp_path / "run"
     holder = hold(run)
-    with pytest.raises(InputError, match=rf"run.dir={run} is in use: process {holder.pid} on \S+, since .*, trains in it"):
+    with pytest.raises(
+        InputError,
+        match=rf"run.dir={run} is in use: process {holder.pid} on \S+, since .*, trains in it",
+    ):
         RunLock(run)
     holder.kill()  # a killed one is not even reaped
     time.sleep(0.5)
@@ -230,7 +242,7 @@ def test_a_file_that_was_removed_is_written_again(hold: Hold, tmp_path: Path) ->
     assert holder.poll() is None
 
 
-def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path) -> None:
     leave_behind(tmp_path, machine="another")
     run_lock.refuse_if_held(tmp_path)
     os.utime(tmp_path / run_lock.NAME)
@@ -270,7 +282,7 @@ def test_a_lost_answer_is_no_other_start(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_end_that_cannot_remove_the_file_raises_nothing(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "run")
     lock.path.unlink()
-    lock.path.symlink_to("/proc/self/mem")
+    lock.path.symlink_to(OUT_OF_REACH)
     lock.release()
 
 

@@ -1,14 +1,15 @@
 """One process at a time trains in a run folder: a lease, RUN/.lock, that its holder renews.
 
 Locks of the file system are not used. When a node loses power, NFS, Lustre and GPFS may hold a dead
-client's lock for ever; and some mounts lock within one machine only. Here the holder touches its file
-every BEAT_SECONDS. Whoever finds another's file watches it for a while by its own clock, so clocks need
-not agree:
+client's lock for ever, and some mounts lock within one machine only. Here the holder touches its
+file every BEAT_SECONDS. Another start watches that file for WATCH_SECONDS. It measures them by its
+own clock, so clocks need not agree:
 
-    touched meanwhile          the holder lives: refused
-    not touched                it is gone: the lease is taken over
-    of an earlier start of the same Slurm job, or of a process of this machine that is gone
-                               taken over at once
+    touched meanwhile      the holder lives, and the start is refused
+    not touched            the holder is gone, and the start takes the lease over
+
+It takes over at once if the holder was an earlier start of the same Slurm job, or a process of this
+machine that is gone.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ class Holder:
 
 
 UNKNOWN = Holder(token="", host="an unknown host", pid=0, since="an unknown time")
-"""Of a file that cannot be read or understood. A run of version 0.1.0 holds such a file open."""
+"""Of a file that cannot be read or understood."""
 
 
 class RunLock(Callback):
-    """Makes the folder and holds its lease from construction to the end of the run, or of the object."""
+    """Makes the folder, and holds its lease from construction to the end of the run or of the object."""
 
     def __init__(self, run: Path) -> None:
         """Raises InputError where another process holds the lease, or the folder cannot be written."""
@@ -130,7 +131,7 @@ class RunLock(Callback):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            # What a process that was killed left of its last save may fill the disk, and goes at every start.
+            # A killed process may have filled the disk with its last save. Every start removes that.
             Writer(self.run, keep=1).clean()
             self._take(before)
 
@@ -139,7 +140,7 @@ class RunLock(Callback):
         self.run.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f"{NAME}.{self.own.token}")
         try:
-            mine.write_text(json.dumps(asdict(self.own)) + "\n")
+            self._write(mine)
             if before is None and not self.path.exists() and self._linked(mine):
                 return
             mine.replace(self.path)
@@ -166,6 +167,9 @@ class RunLock(Callback):
             return False
         return True
 
+    def _write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self.own)) + "\n")
+
     def touch(self) -> None:
         """Renews the lease. If it was taken over the process ends, for another one trains here."""
         with self._guard:
@@ -184,7 +188,7 @@ class RunLock(Callback):
         elif now is None:
             # Somebody removed it, by hand perhaps.
             mine = self.path.with_name(f"{NAME}.{self.own.token}")
-            mine.write_text(json.dumps(asdict(self.own)) + "\n")
+            self._write(mine)
             mine.replace(self.path)
         else:
             text = f"run.dir={self.run} was taken over by {now} while this process stood still; it ends"
@@ -263,7 +267,7 @@ def _is_silent(path: Path, holder: Holder) -> bool:
 
 
 _silent: dict[str, int | None] = {}
-"""Holders that were watched and did not touch their files: when those were last touched, by token."""
+"""When the files of silent holders were last touched, by token."""
 
 
 def _touched(path: Path) -> int | None:
