@@ -160,6 +160,9 @@ class BatchStream:
             sampler=self._sampler(taken),
             batch_size=None,
             num_workers=self.workers,
+            # Named, because a process inherits another way from the one that started it. Workers
+            # that start afresh import torch for 15 seconds.
+            multiprocessing_context="fork" if self.workers else None,
             collate_fn=_as_is,
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),

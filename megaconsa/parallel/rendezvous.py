@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megaconsa.errors import UnreachableError
@@ -34,6 +34,9 @@ def meet(launch: Launch) -> Store:
 
     Raises UnreachableError where a port is taken, or a rank does not come within PATIENCE_SECONDS.
     """
+    if launch.size == 1:
+        # In its own memory: a port that was free when it was chosen may be taken by now.
+        return HashStore()
     deadline = time.monotonic() + PATIENCE_SECONDS
     store = _connect(launch, deadline)
     try:

@@ -1,8 +1,5 @@
-"""One job in a process of its own.
-
-On a CPU it forks from a server that has imported torch and DeepSpeed, which takes seconds. On a GPU
-it starts afresh: in a forked process the first step took 15 seconds instead of 2.
-"""
+"""One job in a process of its own, forked from a server that has imported torch and DeepSpeed, which
+takes seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -60,7 +57,7 @@ class RunningJob:
     def __post_init__(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         arguments = (self.runs, self.job, self.log, self.device, self.threads)
-        self.process = _context(self.device).Process(target=_main, args=arguments, name=self.job.name)
+        self.process = _context().Process(target=_main, args=arguments, name=self.job.name)
         self.began = time.monotonic()
         self.process.start()
 
@@ -95,9 +92,7 @@ class RunningJob:
         return said[-1] if said else f"exit code {code}"
 
 
-def _context(device: str | None) -> ForkServerContext | SpawnContext:
-    if device is not None:
-        return multiprocessing.get_context("spawn")
+def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

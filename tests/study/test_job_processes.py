@@ -46,7 +46,7 @@ def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
     assert "in linger" in log.read_text()
 
 
-def test_a_job_runs_in_a_process_that_starts_afresh(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
+def test_a_job_runs_on_a_device_of_its_own(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
     """As where there are GPUs; this device's name hides them all."""
     runs = make_runs()
     job = start_job(runs)
