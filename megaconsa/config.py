@@ -121,7 +121,7 @@ class AllocationSection(Section):
     context: int | None = Field(None, ge=1)
     """Tokens of the sequence for which the budget holds."""
     granularity: Granularity = "kv_head"
-    scope: Scope = "per_layer"
+    scope: Scope = "global"
     floor: int = Field(0, ge=0)
     """Full KV heads that every layer keeps at least; with scope=global."""
     file: Path | None = None
@@ -177,13 +177,13 @@ class AllocationSection(Section):
 class GatesSection(Section):
     controller: ControllerName = "evidence"
     """evidence: measure every unit under equal conditions, then decide, the clearest first. paper: hard concrete samples,
-    Adam on log_alpha and on both multipliers. damped: the same with plain ascent on lambda and constant phi."""
+    Adam on log_alpha and on both multipliers."""
     warmup_steps: int = Field(100, ge=0)
     """Steps over which the target rises from 0 to allocation.sparsity."""
     learning_rate: float = Field(0.1, gt=0)
-    """Adam's learning rate for log_alpha, of paper and damped."""
+    """Adam's learning rate for log_alpha, of paper."""
     initial: float = 2.5
-    """First value of every log_alpha, of paper and damped; 2.5 starts at 98 % open."""
+    """First value of every log_alpha, of paper; 2.5 starts at 98 % open."""
 
 
 class ParallelSection(Section):

@@ -19,10 +19,11 @@ STUDIES = {"study.yaml", "study_cpu.yaml"}
 """These name a run configuration, and are none."""
 CONFIGS = [path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if path.name not in STUDIES]
 
+PER_LAYER: dict[str, Any] = {"source": "learn", "scope": "per_layer"}
 BASE: dict[str, Any] = {
     "run": {"dir": "runs/a"},
     "attention": {"window": 8},
-    "allocation": {"source": "learn"},
+    "allocation": PER_LAYER,
     "gates": {"warmup_steps": 3},
     "training": {"steps": 10, "micro_batch": 2, "global_batch": 4, "sequence_length": 32, "learning_rate": 0.001},
     "data": {"path": "data/a"},
@@ -67,10 +68,10 @@ def test_there_are_configurations() -> None:
 
 
 def test_the_smallest_configuration() -> None:
-    config = build(BASE)
+    config = build(changed(allocation={"source": "learn"}))
     assert config.learning
     assert config.shape() == PRESETS["tiny"]
-    assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (0.5, "kv_head", "per_layer")
+    assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (0.5, "kv_head", "global")
     assert not build(changed(allocation={"source": "rule"})).learning
 
 
@@ -164,7 +165,7 @@ def test_shape_fields_override_the_preset() -> None:
             "gates.learning_rate=0.1 cannot bring the gates from gates.initial=2.5 to allocation.sparsity=0.5 in training.steps=10",
         ),
         (
-            {"allocation": {"source": "learn", "floor": 1}},
+            {"allocation": PER_LAYER | {"floor": 1}},
             "allocation.floor=1 needs allocation.scope=global and allocation.granularity=kv_head",
         ),
         ({"allocation__floor": -1}, "allocation.floor=-1 is refused: input should be greater than or equal to 0"),
@@ -174,11 +175,11 @@ def test_shape_fields_override_the_preset() -> None:
         ({"allocation__cache_share": 0.5}, "allocation.cache_share=0.5 needs allocation.context"),
         ({"allocation__context": 64}, "allocation.context=64 belongs to a budget, but there is none; leave it out"),
         (
-            {"allocation": {"source": "learn", "cache_share": 0.5, "attention_share": 0.5, "context": 64}},
+            {"allocation": PER_LAYER | {"cache_share": 0.5, "attention_share": 0.5, "context": 64}},
             "allocation.cache_share and allocation.attention_share are both given; keep one of them",
         ),
         (
-            {"allocation": {"source": "learn", "cache_share": 0.5, "context": 64, "sparsity": 0.5}},
+            {"allocation": PER_LAYER | {"cache_share": 0.5, "context": 64, "sparsity": 0.5}},
             "allocation.sparsity=0.5 is given, but allocation.cache_share=0.5 at 64 tokens makes it 0.75; leave out one of the two",
         ),
         (
@@ -191,7 +192,7 @@ def test_shape_fields_override_the_preset() -> None:
             "with allocation.rule=interleaved leave it and allocation.context out",
         ),
         (
-            {"allocation": {"source": "learn", "cache_share": 0.1, "context": 64}},
+            {"allocation": PER_LAYER | {"cache_share": 0.1, "context": 64}},
             "allocation.cache_share=0.1 at 64 tokens is a budget below 0.109375, what all-windowed costs with attention.window=8",
         ),
         (
@@ -243,22 +244,22 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
 def test_a_budget_becomes_the_lowest_sparsity_that_keeps_it(quantity: str) -> None:
     """Tiny with a window of 1: at 31 tokens a windowed head caches nothing and sees a sixteenth of the pairs."""
     limit = {"cache_bytes": 4 * 4 * 128 // 2, "cache_share": 0.5, "attention_share": 0.53125}[quantity]
-    config = build(changed(attention__window=1, allocation={"source": "learn", quantity: limit, "context": 31}))
+    config = build(changed(attention__window=1, allocation=PER_LAYER | {quantity: limit, "context": 31}))
     assert config.allocation.sparsity == 0.5
     assert config.constraint() == Constraint(4, 4, 0.5)
     just_below = limit - 1 if quantity == "cache_bytes" else limit - 0.001
-    less = build(changed(attention__window=1, allocation={"source": "learn", quantity: just_below, "context": 31}))
+    less = build(changed(attention__window=1, allocation=PER_LAYER | {quantity: just_below, "context": 31}))
     assert less.allocation.sparsity == 0.75
 
 
 def test_a_budget_on_a_model_that_the_default_sparsity_does_not_fit() -> None:
     shape = {"num_attention_heads": 6, "num_key_value_heads": 3}
-    config = build(changed(model=shape, allocation={"source": "learn", "cache_share": 0.5, "context": 64}))
+    config = build(changed(model=shape, allocation=PER_LAYER | {"cache_share": 0.5, "context": 64}))
     assert config.constraint().windowed == 2
 
 
 def test_a_resolved_budget_loads_again_and_is_held_to() -> None:
-    config = build(changed(allocation={"source": "learn", "cache_share": 0.5, "context": 64}))
+    config = build(changed(allocation=PER_LAYER | {"cache_share": 0.5, "context": 64}))
     written = yaml.safe_load(yaml.safe_dump(config.to_dict()))
     assert (written["allocation"]["sparsity"], written["allocation"]["cache_share"]) == (0.75, 0.5)
     assert build(written) == config

@@ -24,7 +24,6 @@ from torch import Tensor
 from megaconsa.consa import hard_concrete
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.controller import DampedController, PaperController
 from megaconsa.consa.evidence import Evidence, EvidenceSummary
 from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
 from megaconsa.consa.sampled_gates import DECAY_SHARE, SampledGates
@@ -36,7 +35,7 @@ MEMORY_SHARE = 1.0
 """The evidence's memory as a share of the run. Shorter memories follow moving weights, longer ones average more noise away:
 at 1.0 the first step still counts a third of the last, and the standard errors are 4 % above those of a plain mean."""
 
-ControllerName = Literal["evidence", "paper", "damped"]
+ControllerName = Literal["evidence", "paper"]
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,6 @@ class GateBank:
             return EvidenceGates(self.constraint, self.evidence, settings.steps)
         return SampledGates(
             self.constraint,
-            PaperController if settings.controller == "paper" else DampedController,
             initial=settings.initial,
             learning_rate=settings.learning_rate,
             seed=settings.seed,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa import hard_concrete, philox
+from megaconsa.consa.augmented_lagrangian import AugmentedLagrangian
 from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.controller import DampedController, PaperController
 
 GRADIENT_CLIPPING = 1.0
 """Largest norm of the loss's gradient in log_alpha; clipped apart from the model's."""
@@ -18,12 +18,11 @@ DECAY_SHARE = 0.2
 
 
 class SampledGates:
-    """log_alpha fp32 (layers, units), and the controller that holds the expected sparsity at the target."""
+    """log_alpha fp32 (layers, units), and the Lagrangian that holds the expected sparsity at the target."""
 
     def __init__(
         self,
         constraint: Constraint,
-        controller: type[PaperController] | type[DampedController],
         *,
         initial: float,
         learning_rate: float,
@@ -36,7 +35,7 @@ class SampledGates:
         self.seed = seed
         self.steps = steps
         self.log_alpha = torch.full(constraint.shape, initial, dtype=torch.float32, device=device, requires_grad=True)
-        self.controller = controller(self.log_alpha, constraint.count)
+        self.lagrangian = AugmentedLagrangian(self.log_alpha, constraint.count)
         self._sampled: Tensor | None = None
 
     def rate(self, step: int) -> float:
@@ -60,16 +59,16 @@ class SampledGates:
         self._sampled = None
         norm = torch.linalg.vector_norm(own)
         own *= (GRADIENT_CLIPPING / norm).clamp(max=1)
-        penalty = self.controller.penalty(self._expected() - target)
+        penalty = self.lagrangian.penalty(self._expected() - target)
         (penalty_gradient,) = torch.autograd.grad(penalty, self.log_alpha)
-        self.controller.descend(own, penalty_gradient, self.rate(step))
+        self.lagrangian.descend(own, penalty_gradient, self.rate(step))
         with torch.no_grad():
             # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
-            self.controller.ascend(self._expected() - target)
+            self.lagrangian.ascend(self._expected() - target)
         at_threshold = self.log_alpha.detach() > 0
         return {
             "threshold_sparsity": 1 - float(at_threshold.float().mean()),
-            "multipliers": {"lambda": self.controller.lambda_.tolist(), "phi": self.controller.phi.tolist()},
+            "multipliers": {"lambda": self.lagrangian.lambda_.tolist(), "phi": self.lagrangian.phi.tolist()},
             "penalty": penalty.item(),
             "gate_grad_norm": norm.item(),
         }
@@ -96,7 +95,7 @@ class SampledGates:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs; the gates' own, not copies."""
-        return {"log_alpha": self.log_alpha.detach()} | self.controller.state()
+        return {"log_alpha": self.log_alpha.detach()} | self.lagrangian.state()
 
     def _expected(self) -> Tensor:
         """Expected sparsity of each constraint, with a gradient."""

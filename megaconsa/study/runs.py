@@ -122,6 +122,9 @@ class Runs:
         arm = self.arm(trial)
         if arm.rule in rules.OWN_UNITS:
             return rules.OWN_UNITS[arm.rule]
+        if arm.file is not None:
+            table = Allocation.load(arm.file)
+            return table.granularity, table.scope
         section = self.start_config.allocation
         return arm.granularity or section.granularity, arm.scope or section.scope
 

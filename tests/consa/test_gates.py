@@ -15,7 +15,6 @@ from torch import Tensor
 from megaconsa.consa import hard_concrete, philox
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.controller import CONSTRAINT_BETAS, DAMPED_PHI, DAMPED_RATE, LOSS_BETAS
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.consa.sampled_gates import DECAY_SHARE, GRADIENT_CLIPPING, SampledGates
 
@@ -29,7 +28,7 @@ CONSTRAINTS = [
 SETTINGS = GateSettings(
     CONSTRAINT,
     8,
-    "damped",
+    "paper",
     learning_rate=0.15,
     initial=0.3,
     warmup_steps=3,
@@ -38,8 +37,7 @@ SETTINGS = GateSettings(
     steps=20,
 )
 KINDS = [replace(SETTINGS, constraint=constraint) for constraint in CONSTRAINTS]
-SAMPLED = [replace(kind, controller=controller) for kind in KINDS for controller in ("damped", "paper")]
-VARIANTS = SAMPLED + [replace(kind, controller="evidence") for kind in KINDS]
+VARIANTS = KINDS + [replace(kind, controller="evidence") for kind in KINDS]
 
 Select = Callable[[int, Tensor], Tensor]
 Descent = tuple[Tensor, Tensor, float]
@@ -51,7 +49,7 @@ def name(settings: GateSettings) -> str:
 
 
 variants = pytest.mark.parametrize("settings", VARIANTS, ids=name)
-sampled = pytest.mark.parametrize("settings", SAMPLED, ids=name)
+sampled = pytest.mark.parametrize("settings", KINDS, ids=name)
 
 
 def loss(select: Select, sequences: Tensor, scale: float = 0.02) -> Tensor:
@@ -112,13 +110,13 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
 
     def spy(bank: GateBank) -> list[Descent]:
         calls: list[Descent] = []
-        descend = sampler(bank).controller.descend
+        descend = sampler(bank).lagrangian.descend
 
         def record(loss_gradient: Tensor, penalty_gradient: Tensor, learning_rate: float) -> None:
             calls.append((loss_gradient.clone(), penalty_gradient.clone(), learning_rate))
             descend(loss_gradient, penalty_gradient, learning_rate)
 
-        monkeypatch.setattr(sampler(bank).controller, "descend", record)
+        monkeypatch.setattr(sampler(bank).lagrangian, "descend", record)
         return calls
 
     return spy
@@ -127,17 +125,14 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
 @sampled
 @pytest.mark.parametrize("scale", [0.02, 0.5], ids=["small", "clipped"])
 def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Spied) -> None:
-    """Loss, samples and penalty in one autograd graph with torch's own Adams, against micro-batches that accumulate into leaves."""
+    """Loss, samples and penalty in one autograd graph with torch's own Adam, against micro-batches that accumulate into leaves."""
     bank = spread(GateBank(settings))
     calls = spied(bank)
     log_alpha = sampler(bank).log_alpha.detach().clone().requires_grad_()
-    paper = settings.controller == "paper"
-    betas = [(0.9, 0.999)] if paper else [LOSS_BETAS, CONSTRAINT_BETAS]
-    adams = [torch.optim.Adam([log_alpha], betas=pair) for pair in betas]
+    adam = torch.optim.Adam([log_alpha], betas=(0.9, 0.999))
     constraints = LAYERS if settings.constraint.scope == "per_layer" else 1
-    factor = 1 if paper else log_alpha.numel() // constraints
     lambda_ = torch.zeros(constraints)
-    phi = torch.full((constraints,), 0.0 if paper else DAMPED_PHI)
+    phi = torch.zeros(constraints)
     ascent = torch.optim.Adam([lambda_, phi], betas=(0.9, 0.999), maximize=True)
     sequences = torch.arange(SEQUENCES)
     norms = []
@@ -146,26 +141,20 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
         uniform = philox.uniform(9, step, sequences, LAYERS, settings.constraint.units_per_layer)
         z = hard_concrete.sample(log_alpha, uniform)
         error = expected_sparsity(log_alpha, settings) - target
-        penalty = factor * (lambda_ * error + phi * error**2).sum()
+        penalty = (lambda_ * error + phi * error**2).sum()
         whole = loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences, scale) + penalty  # noqa: B023
         (penalty_gradient,) = torch.autograd.grad(penalty, log_alpha, retain_graph=True)
         loss_gradient = torch.autograd.grad(whole, log_alpha)[0] - penalty_gradient
         norm = float(loss_gradient.norm())
         norms.append(norm)
         loss_gradient /= max(1.0, norm / GRADIENT_CLIPPING)
-        for adam, gradient in zip(
-            adams, [loss_gradient + penalty_gradient] if paper else [loss_gradient, penalty_gradient], strict=True
-        ):
-            adam.param_groups[0]["lr"] = sampler(bank).rate(step)
-            log_alpha.grad = gradient
-            adam.step()
+        adam.param_groups[0]["lr"] = sampler(bank).rate(step)
+        log_alpha.grad = loss_gradient + penalty_gradient
+        adam.step()
         error = expected_sparsity(log_alpha.detach(), settings) - target
-        if paper:
-            ascent.param_groups[0]["lr"] = sampler(bank).rate(step)
-            lambda_.grad, phi.grad = error, error**2
-            ascent.step()
-        else:
-            lambda_ += DAMPED_RATE * error
+        ascent.param_groups[0]["lr"] = sampler(bank).rate(step)
+        lambda_.grad, phi.grad = error, error**2
+        ascent.step()
 
         bank.sample(step)
         backward(bank, [[4, 1], [0], [5, 3, 2]], scale)
@@ -174,8 +163,8 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
         torch.testing.assert_close(calls[-1][1], penalty_gradient, rtol=1e-5, atol=2e-6)
         assert calls[-1][2] == sampler(bank).rate(step)
         torch.testing.assert_close(sampler(bank).log_alpha, log_alpha, rtol=0, atol=5e-6)
-        torch.testing.assert_close(sampler(bank).controller.lambda_, lambda_, rtol=0, atol=5e-6)
-        torch.testing.assert_close(sampler(bank).controller.phi, phi, rtol=0, atol=5e-6)
+        torch.testing.assert_close(sampler(bank).lagrangian.lambda_, lambda_, rtol=0, atol=5e-6)
+        torch.testing.assert_close(sampler(bank).lagrangian.phi, phi, rtol=0, atol=5e-6)
         assert metrics["gate_grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert metrics["penalty"] == pytest.approx(penalty.item(), rel=1e-5, abs=1e-6)
     assert (max(norms) < GRADIENT_CLIPPING) if scale == 0.02 else (min(norms) > GRADIENT_CLIPPING)
@@ -183,20 +172,21 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
 
 @pytest.mark.parametrize("settings", KINDS, ids=name)
 def test_without_a_loss_only_the_penalty_has_a_gradient(settings: GateSettings, spied: Spied) -> None:
-    """units (lambda + 2 phi error) d error / d log_alpha, with d error = -p (1 - p) / units."""
+    """(lambda + 2 phi error) d error / d log_alpha, with d error = -p (1 - p) / units."""
     bank = spread(GateBank(settings))
     calls = spied(bank)
-    sampler(bank).controller.lambda_.copy_(torch.linspace(0.01, 0.02, len(sampler(bank).controller.lambda_)))
-    sampler(bank).controller.phi.fill_(0.7)
+    sampler(bank).lagrangian.lambda_.copy_(torch.linspace(0.01, 0.02, len(sampler(bank).lagrangian.lambda_)))
+    sampler(bank).lagrangian.phi.fill_(0.7)
     before = sampler(bank).log_alpha.detach().clone()
     error = expected_sparsity(before, settings) - settings.constraint.sparsity / 3
     p = torch.sigmoid(before - (2 / 3) * math.log(0.1 / 1.1))
-    slope = sampler(bank).controller.lambda_ + 2 * 0.7 * error
+    slope = sampler(bank).lagrangian.lambda_ + 2 * 0.7 * error
     bank.sample(0)
     assert bank.update()["gate_grad_norm"] == 0
     ((loss_gradient, penalty_gradient, _),) = calls
     assert not loss_gradient.any()  # a norm of 0 must not become NaN by the clipping
-    torch.testing.assert_close(penalty_gradient, -slope[:, None] * p * (1 - p), rtol=1e-5, atol=1e-8)
+    expected = -slope[:, None] * p * (1 - p) / settings.constraint.units
+    torch.testing.assert_close(penalty_gradient, expected, rtol=1e-5, atol=1e-8)
     assert bool(sampler(bank).log_alpha.isfinite().all())
 
 
@@ -204,7 +194,7 @@ def test_without_a_loss_only_the_penalty_has_a_gradient(settings: GateSettings, 
 def test_only_the_losss_gradient_is_clipped(settings: GateSettings, spied: Spied) -> None:
     bank = spread(GateBank(settings))
     calls = spied(bank)
-    sampler(bank).controller.lambda_.fill_(1e4)
+    sampler(bank).lagrangian.lambda_.fill_(1e4)
     bank.sample(0)
     backward(bank, [range(SEQUENCES)], scale=50.0)
     metrics = bank.update()
@@ -269,10 +259,12 @@ def test_state_restores_bitwise_the_same_next_steps(settings: GateSettings) -> N
 
 
 def test_state_of_another_kind_is_refused() -> None:
-    paper = GateBank(replace(SETTINGS, controller="paper"))
+    evidence = GateBank(replace(SETTINGS, controller="evidence"))
     bank = GateBank(SETTINGS)
-    with pytest.raises(ValueError, match=r"ascent\.0\.exp_avg.*constraint\.0\.exp_avg"):
-        bank.load_state(paper.state())
+    with pytest.raises(ValueError, match=r"adam\.0\.exp_avg.*ascent\.0\.exp_avg"):
+        bank.load_state(evidence.state())
+    with pytest.raises(ValueError, match=r"adam\.0\.exp_avg.*ascent\.0\.exp_avg"):
+        evidence.load_state(bank.state())
     with pytest.raises(ValueError, match="log_alpha"):
         bank.load_state({key: value for key, value in bank.state().items() if key != "log_alpha"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -43,6 +44,16 @@ def global_tokens(steps: list[list[Batch]], global_batch: int) -> torch.Tensor:
     order = torch.cat([batch.sequences for batch in batches])
     assert sorted(order.tolist()) == list(range(global_batch))
     return torch.cat([batch.tokens for batch in batches])[order.argsort()]
+
+
+def test_workers_fork_whatever_started_this_process(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of a study inherits another default, by which each worker would import torch anew."""
+    monkeypatch.setattr(multiprocessing, "_default_context", multiprocessing.get_context("spawn"), raising=False)
+    steps = open_stream(prepared, workers=2).steps()
+    next(steps)
+    kinds = [type(process).__name__ for process in multiprocessing.active_children()]
+    steps.close()
+    assert kinds.count("ForkProcess") == 2
 
 
 @pytest.mark.parametrize("start", [0, 1, 17, 20, 100])

@@ -83,6 +83,14 @@ def test_a_port_in_use() -> None:
         assert error.startswith("error: rank 1 of 2 ")
 
 
+def test_a_lone_process_needs_no_port() -> None:
+    """The one that was free when it was chosen may be taken by the time it is needed."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert said_by(start(0, 1, str(taken.getsockname()[1]), 1, 5)) == (0, [])
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_late_rank_is_waited_for(late: int) -> None:
     port = free_port()

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.constraint import Constraint
 from megaconsa.study.comparison import (
     T_QUANTILES,
     agreement,
@@ -146,11 +149,14 @@ def save_measures(runs: Runs, trial: Trial, loss: float) -> None:
 
 
 def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
-    make_runs: Callable[..., Runs],
+    make_runs: Callable[..., Runs], tmp_path: Path
 ) -> None:
     def scored(scope: str, **fields: Any) -> dict[str, Any]:
         return {"score": "leave-one-out", "scope": scope} | fields
 
+    table = torch.tensor([[True, True, False, False]] * 2)
+    from_scores = Allocation.from_scores(table.double(), Constraint(2, 4, 0.5, scope="global"), 16, {})
+    from_scores.save(tmp_path / "found.json")
     drawn = {"rule": "random", "draws": [0], "seeds": [0, 1, 2]}
     runs = make_runs(
         arms={
@@ -159,9 +165,11 @@ def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
             "global": scored("global", seeds=[0, 1]),
             "drawn": drawn | {"scope": "global"},
             "drawn-layers": drawn | {"scope": "per_layer"},
+            # The file says what its scope was.
+            "found": {"file": str(tmp_path / "found.json")},
         },
     )
-    bases = {"dense": 2.0, "layers": 2.25, "global": 2.5, "drawn": 3.0, "drawn-layers": 3.0}
+    bases = {"dense": 2.0, "layers": 2.25, "global": 2.5, "drawn": 3.0, "drawn-layers": 3.0, "found": 3.0}
     for trial in runs.study.trials():
         save_measures(runs, trial, bases[trial.arm] + trial.seed)
     found = {row.arm: row.leave_one_out_difference for row in collect(runs)}
@@ -172,4 +180,6 @@ def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
     assert found["drawn-layers"] is not None
     assert found["drawn-layers"].mean == pytest.approx(0.75)
     assert found["drawn-layers"].over == "sequences"
+    assert found["found"] is not None
+    assert found["found"].mean == pytest.approx(0.5)
     assert found["dense"] is None

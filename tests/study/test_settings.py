@@ -171,7 +171,7 @@ def test_refused_by_the_file_alone(
             "arms.a: gates.warmup_steps=20 must be at most 18 of training.steps=24",
         ),
         (
-            {"arms": {"dense": DENSE, "a": {"score": "gradient", "sparsities": [0.3]}}},
+            {"arms": {"dense": DENSE, "a": {"score": "gradient", "scope": "per_layer", "sparsities": [0.3]}}},
             "arms.a: allocation.sparsity=0.3 cannot be met by the 4 KV heads of a layer",
         ),
         (

@@ -130,7 +130,7 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
         (("chain", "train.yaml", "learn.yaml", "--out", "out"), "train.yaml has allocation.source=rule"),
         (("chain", "learn.yaml", "train.yaml", "--out", "my out"), "has a space in it"),
         (("sweep", "learn.yaml", "--out", "out"), "--sparsity, at least once"),
-        (("sweep", "learn.yaml", *SWEEP, "--sparsity", 0.3), "possible are 0, 0.25, 0.5, 0.75, 1"),
+        (("sweep", "learn.yaml", *SWEEP, "--sparsity", 0.3), "cannot be met by 16 KV heads; possible are 0, 0.0625,"),
         (("sweep", "learn.yaml", *SWEEP, "--granularity", "tall"), "allocation.granularity='tall'"),
     ],
 )
