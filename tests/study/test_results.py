@@ -148,9 +148,7 @@ def save_measures(runs: Runs, trial: Trial, loss: float) -> None:
     measures.save(file)
 
 
-def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
-    make_runs: Callable[..., Runs], tmp_path: Path
-) -> None:
+def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
     def scored(scope: str, **fields: Any) -> dict[str, Any]:
         return {"score": "leave-one-out", "scope": scope} | fields
 
