@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,31 @@ def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixt
         metrics.on_step(nobody, row)
         assert read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]  # whole rows only
     assert caplog.text.count("its rows wait in memory") == 1
+    assert read_metrics(metrics.path) == rows
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsFile(tmp_path)
+    nobody: Any = None  # the trainer is asked for nothing
+    answers = threading.Event()
+    answers.set()
+    open_file = Path.open
+
+    def open_late(path: Path, *arguments: Any, **options: Any) -> Any:
+        answers.wait()
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_late)
+    rows = [{"step": step} for step in range(1, 101)]
+    for row in rows:
+        if row["step"] == 5:
+            answers.clear()
+            began = time.monotonic()
+        metrics.on_step(nobody, row)
+    # One step gave it the fifth of a second, the other 95 did not wait.
+    assert time.monotonic() - began < 2
+    answers.set()
+    metrics.on_finish(nobody)
     assert read_metrics(metrics.path) == rows
 
 
