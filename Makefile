@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# kernels/, tools/, configs/ and slurm/ are subpackages of megaconsa by pyproject's package-dir; the checkers see them in a tree of links.
-TREE := build/tree
 
 .PHONY: quickstart test check unit test-slurm install clean
 
@@ -13,11 +11,11 @@ quickstart: $(INSTALLED)
 
 test: check unit
 
-check: $(INSTALLED) $(TREE)
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p megaconsa
-	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+	$(BIN)/mypy -p megaconsa
+	$(BIN)/lint-imports --no-cache
 
 unit: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not multigpu and not slurm and not slow"
@@ -32,12 +30,6 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
-
-$(TREE): FORCE
-	rm -rf $@ && mkdir -p $@/megaconsa
-	ln -s $(CURDIR)/megaconsa/* $(CURDIR)/kernels $(CURDIR)/tools $(CURDIR)/configs $(CURDIR)/slurm $@/megaconsa/
-
-FORCE:
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

@@ -4,12 +4,9 @@ Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publ
 triton only, FlashAttention where it is installed. `reference` is the slow truth; every other backend is tested against it.
 """
 
-# Run from the repository root, transformers 5 imports this folder as top-level `kernels`, looking for that other package; it must
-# find nothing here rather than a second copy of our modules.
-if __name__ == "megaconsa.kernels":
-    from megaconsa.kernels.attention import hybrid_attention
-    from megaconsa.kernels.backends import Backend, Problem, choose_backend
-    from megaconsa.kernels.decode import decode_attention
-    from megaconsa.kernels.kv_cache import KVCache
+from megaconsa.kernels.attention import hybrid_attention
+from megaconsa.kernels.backends import Backend, Problem, choose_backend
+from megaconsa.kernels.decode import decode_attention
+from megaconsa.kernels.kv_cache import KVCache
 
-    __all__ = ["Backend", "KVCache", "Problem", "choose_backend", "decode_attention", "hybrid_attention"]
+__all__ = ["Backend", "KVCache", "Problem", "choose_backend", "decode_attention", "hybrid_attention"]
