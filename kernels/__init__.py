@@ -1,12 +1,13 @@
-"""Hybrid attention: full, sliding-window and gated KV heads behind one entry point, `hybrid_attention`.
+"""Kernels by operator. In each folder the plain truth lies beside the fast versions that are compared with it.
 
 Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publishes a package of that name. Imports torch and
-triton only, FlashAttention where it is installed. `reference` is the slow truth; every other backend is tested against it.
+triton only, FlashAttention where it is installed.
 """
 
-from megaconsa.kernels.attention import hybrid_attention
-from megaconsa.kernels.backends import Backend, Problem, choose_backend
-from megaconsa.kernels.decode import decode_attention
-from megaconsa.kernels.kv_cache import KVCache
+from megaconsa.kernels.attention.backends import Backend, choose_backend
+from megaconsa.kernels.attention.hybrid_attention import hybrid_attention
+from megaconsa.kernels.attention.problem import Problem
+from megaconsa.kernels.decode.decode_attention import decode_attention
+from megaconsa.kernels.decode.kv_cache import KVCache
 
 __all__ = ["Backend", "KVCache", "Problem", "choose_backend", "decode_attention", "hybrid_attention"]

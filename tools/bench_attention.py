@@ -10,7 +10,7 @@ import typer
 from megaconsa.console import check_out, console, run_tool
 
 if TYPE_CHECKING:
-    from megaconsa.kernels.benchmark_cases import Shape
+    from megaconsa.benchmarks.attention.cases import Shape
 
 
 def main(
@@ -40,12 +40,12 @@ def main(
 
     import torch
 
+    from megaconsa.benchmarks.attention.benchmark import device_name, run_benchmark
+    from megaconsa.benchmarks.attention.cases import Shape
+    from megaconsa.benchmarks.attention.peers import contestants
+    from megaconsa.benchmarks.attention.tables import errors_table, footer, times_table
     from megaconsa.errors import InputError
     from megaconsa.files import replace_text
-    from megaconsa.kernels.benchmark_cases import Shape
-    from megaconsa.kernels.benchmark_peers import contestants
-    from megaconsa.reporting.benchmark import device_name, run_benchmark
-    from megaconsa.reporting.benchmark_tables import errors_table, footer, times_table
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -85,7 +85,7 @@ def _tune(shape: Shape) -> None:
     """Puts the fastest launches for the shape into the user's file, beside the others it holds."""
     from megaconsa.errors import InputError, RunError
     from megaconsa.files import replace_text
-    from megaconsa.kernels.launch import FILE_VARIABLE, merged, read, to_text, user_file
+    from megaconsa.kernels.attention.launch import FILE_VARIABLE, merged, read, to_text, user_file
 
     if shape.device.type != "cuda":
         raise InputError("--tune needs a CUDA GPU; run it on the machine that trains")
@@ -93,7 +93,7 @@ def _tune(shape: Shape) -> None:
     if path is None:
         raise InputError(f"--tune writes the file named by {FILE_VARIABLE}, which is not set; export {FILE_VARIABLE}=launch.json")
     check_out(path)
-    from megaconsa.kernels.tuning import Trial, refusal, tune
+    from megaconsa.benchmarks.attention.tuning import Trial, refusal, tune
 
     def show(trial: Trial) -> None:
         launch = " ".join(f"{name}={value}" for name, value in trial.launch._asdict().items())

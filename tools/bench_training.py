@@ -31,11 +31,11 @@ def main(
     from json import dumps
     from tempfile import TemporaryDirectory
 
+    from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
     from megaconsa.config import load
     from megaconsa.errors import InputError
     from megaconsa.files import replace_text
     from megaconsa.parallel.topology import Topology
-    from megaconsa.reporting.benchmark_training import Layout, measure, training_table
 
     if skip >= steps:
         raise InputError(f"--skip {skip} must be less than --steps {steps}, or nothing is timed")
@@ -85,7 +85,7 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     from megaconsa.errors import RunError
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launcher, "-m", "megaconsa.training.benchmark", str(config), str(out), *fields]
+    command = [*launcher, "-m", "megaconsa.benchmarks.training.rank", str(config), str(out), *fields]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = out.parent.glob(f"{FAILURES}/*/{FIRST}")

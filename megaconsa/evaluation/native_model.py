@@ -13,7 +13,7 @@ from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.scores import UnitSelector
 from megaconsa.data.stream import Batch, BatchStream
-from megaconsa.kernels.rotary import rotate
+from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.loss import IGNORED, summed_cross_entropy
 from megaconsa.model.qwen3 import Block, Qwen3
 from megaconsa.model.rope import rotary_angles

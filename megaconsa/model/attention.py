@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megaconsa.kernels import hybrid_attention
-from megaconsa.kernels.rotary import rotate
+from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.rope import rotary_angles

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.cross_entropy import Softmax, cross_entropy_, gradient_, softmax_and_target
+from megaconsa.kernels.cross_entropy.cross_entropy import Softmax, cross_entropy_, gradient_, softmax_and_target
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""

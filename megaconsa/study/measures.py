@@ -19,7 +19,7 @@ from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.native_model import NativeModel
 from megaconsa.files import parse_json, replace_text
-from megaconsa.kernels.cross_entropy import cross_entropy_
+from megaconsa.kernels.cross_entropy.cross_entropy import cross_entropy_
 from megaconsa.model.loss import CHUNK_BYTES, IGNORED
 from megaconsa.reporting.evaluation_record import NeedleCell
 from megaconsa.study import fields

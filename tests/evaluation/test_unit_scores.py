@@ -25,7 +25,7 @@ from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.unit_scores import Method, ScoreRequest, UnitScores, score_units
 from megaconsa.huggingface.names import parameter_shapes
-from megaconsa.kernels.rotary import rotate
+from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
 from megaconsa.model.rope import rotary_angles

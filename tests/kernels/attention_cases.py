@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from megaconsa.kernels import reference
+from megaconsa.kernels.attention import reference
 
 Attention = Callable[..., Tensor]
 """The signature of `reference.attention`."""

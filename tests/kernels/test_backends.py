@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import Problem, backends, choose_backend, flash_library, hybrid_attention
+from megaconsa.kernels import Problem, choose_backend, hybrid_attention
+from megaconsa.kernels.attention import backends, flash_library
 
 CPU = Problem(
     device=torch.device("cpu"),

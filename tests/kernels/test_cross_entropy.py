@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.kernels import cross_entropy, triton_cross_entropy, triton_limits
-from megaconsa.kernels.cross_entropy import Softmax, cross_entropy_
+from megaconsa.kernels import limits
+from megaconsa.kernels.cross_entropy import cross_entropy, triton
+from megaconsa.kernels.cross_entropy.cross_entropy import Softmax, cross_entropy_
 
 IGNORED = -100
 CASES = pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 7), (5, 64), (2, 4096), (3, 4097), (4, 10_001)])
@@ -68,7 +69,7 @@ def check_parts(functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tole
 
 
 PLAIN = (cross_entropy._plain, cross_entropy._plain_gradient_)
-TRITON = (triton_cross_entropy.softmax_and_target, triton_cross_entropy.gradient_)
+TRITON = (triton.softmax_and_target, triton.gradient_)
 
 
 @CASES
@@ -79,7 +80,7 @@ def test_plain(rows: int, vocab: int, checks: Any) -> None:
 
 @CASES
 @pytest.mark.parametrize("checks", [check, check_parts])
-@pytest.mark.skipif(not triton_limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_triton_interpreted(rows: int, vocab: int, checks: Any) -> None:
     checks(TRITON, *draw(rows, vocab, torch.float32), 2e-6)
 

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import KVCache, decode, decode_attention, reference, triton_decode, triton_limits
+from megaconsa.kernels import KVCache, decode_attention, limits
+from megaconsa.kernels.attention import reference
+from megaconsa.kernels.decode import decode_attention as decode
+from megaconsa.kernels.decode import triton
 
-interpreted = pytest.mark.skipif(not triton_limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 both = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 PRECISION = {"reference": (torch.float64, 1e-13), "triton": (torch.float32, 2e-6)}
 
@@ -134,7 +137,7 @@ def test_many_pieces_of_uneven_heads_join(backend: str) -> None:
 @interpreted
 def test_more_pieces_than_are_joined_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many programs as a GPU runs: every tile of keys is a piece of its own."""
-    monkeypatch.setattr(triton_decode, "PROGRAMS_PER_PROCESSOR", 66)
+    monkeypatch.setattr(triton, "PROGRAMS_PER_PROCESSOR", 66)
     windows = (FULL_WINDOW, 7)
     dtype, tolerance = PRECISION["triton"]
     inputs = draw(1, 1100, 2, 1, 256, dtype)
@@ -213,7 +216,7 @@ def cases(draw_: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[int]
     window = st.one_of(st.integers(1, 100), st.just(FULL_WINDOW))
     windows = tuple(draw_(st.lists(window, min_size=kv_heads, max_size=kv_heads)))
     starts = draw_(st.lists(st.integers(0, length - 1), min_size=1, max_size=3))
-    shape = (len(starts), length, kv_heads, draw_(st.integers(1, 5)), draw_(st.sampled_from(triton_limits.HEAD_DIMS)))
+    shape = (len(starts), length, kv_heads, draw_(st.integers(1, 5)), draw_(st.sampled_from(limits.HEAD_DIMS)))
     return shape, windows, starts, draw_(st.integers(1, length)), draw_(st.integers(0, 40))
 
 
@@ -253,12 +256,12 @@ def test_arguments_that_do_not_fit_are_refused(q: Tensor, arguments: dict[str, s
 
 
 def test_what_triton_refuses() -> None:
-    assert "head_dim is 20" in str(triton_decode.refusal("cuda", torch.float32, 20))
-    assert "float64" in str(triton_decode.refusal("cuda", torch.float64, 64))
-    if triton_limits.INTERPRETED:
-        assert "bf16" in str(triton_decode.refusal("cpu", torch.bfloat16, 64))
+    assert "head_dim is 20" in str(triton.refusal("cuda", torch.float32, 20))
+    assert "float64" in str(triton.refusal("cuda", torch.float64, 64))
+    if limits.INTERPRETED:
+        assert "bf16" in str(triton.refusal("cpu", torch.bfloat16, 64))
     else:
-        assert "needs a CUDA GPU" in str(triton_decode.refusal("cpu", torch.float32, 64))
+        assert "needs a CUDA GPU" in str(triton.refusal("cpu", torch.float32, 64))
     inputs = draw(1, 1, 1, 1, 20, torch.float32)
     cache = poisoned(inputs, (1,), 1)
     cache.append(*inputs[1:])

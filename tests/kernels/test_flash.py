@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import flash, flash_library, reference
-from megaconsa.kernels.flash_library import Library
-from megaconsa.kernels.visibility import visible
+from megaconsa.kernels.attention import flash, flash_library, reference
+from megaconsa.kernels.attention.flash_library import Library
+from megaconsa.kernels.attention.visibility import visible
 
 
 def log_weights(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import Problem, backends, hybrid_attention
+from megaconsa.kernels import Problem, hybrid_attention
+from megaconsa.kernels.attention import backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -15,10 +15,11 @@ import triton
 from attention_cases import FULL, Case, check, draw
 
 from megaconsa import cli
-from megaconsa.kernels import launch, tuning
-from megaconsa.kernels.benchmark_cases import Shape
-from megaconsa.kernels.launch import HOPPER, Launch, find, forced, packaged, read, shape_key, to_text
-from megaconsa.kernels.triton_attention import DTYPES, HEAD_DIMS, attention
+from megaconsa.benchmarks.attention import tuning
+from megaconsa.benchmarks.attention.cases import Shape
+from megaconsa.kernels.attention import launch
+from megaconsa.kernels.attention.launch import HOPPER, Launch, find, forced, packaged, read, shape_key, to_text
+from megaconsa.kernels.attention.triton.operators import DTYPES, HEAD_DIMS, attention
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.kernels import rotary, triton_limits, triton_rotary
+from megaconsa.kernels import limits
+from megaconsa.kernels.rotary import rotary, triton
 from megaconsa.model.rope import rotary_angles
 
 SHAPES = pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 6), (8, 64), (5, 128), (16, 80)])
@@ -37,11 +38,11 @@ def test_plain(heads: int, dim: int) -> None:
 
 
 @SHAPES
-@pytest.mark.skipif(not triton_limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_triton_interpreted(heads: int, dim: int) -> None:
     x, cos, sin = draw(heads, dim, torch.float32)
-    assert close(triton_rotary.rotate(x, cos, sin, inverse=False), truth(x, cos, sin))
-    assert close(triton_rotary.rotate(x, cos, sin, inverse=True), truth(x, cos, -sin))
+    assert close(triton.rotate(x, cos, sin, inverse=False), truth(x, cos, sin))
+    assert close(triton.rotate(x, cos, sin, inverse=True), truth(x, cos, -sin))
 
 
 @SHAPES

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.triton_attention import backward, document_bounds, forward
+from megaconsa.kernels.attention.triton.operators import backward, document_bounds, forward
 
 pytestmark = [
     pytest.mark.gpu,

@@ -36,10 +36,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megaconsa.kernels import hybrid_attention, reference, triton_attention
-from megaconsa.kernels.backends import Problem
-from megaconsa.kernels.launch import Launch
-from megaconsa.kernels.triton_attention import attention, document_bounds, refusal
+from megaconsa.kernels import hybrid_attention
+from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.backends import Problem
+from megaconsa.kernels.attention.launch import Launch
+from megaconsa.kernels.attention.triton import operators
+from megaconsa.kernels.attention.triton.operators import attention, document_bounds, refusal
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here: test_triton_cuda.py covers it"
@@ -66,8 +68,8 @@ def test_16_bits(length: int) -> None:
 @pytest.mark.parametrize("case", [Case(20, (20,), (0.4,)), Case(65, (5,), (0.4,), ((64, 1),))], ids=["short", "late document"])
 def test_rows_of_padding_that_see_no_key(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of queries longer than those of keys: their softmax has no sum, and must leave the gradients alone."""
-    monkeypatch.setattr(triton_attention, "forward_launch", lambda q, gated: Launch(128, 32, 4, 1))
-    monkeypatch.setattr(triton_attention, "backward_launch", lambda q, gated: Launch(64, 64, 4, 1))
+    monkeypatch.setattr(operators, "forward_launch", lambda q, gated: Launch(128, 32, 4, 1))
+    monkeypatch.setattr(operators, "backward_launch", lambda q, gated: Launch(64, 64, 4, 1))
     check(attention, draw(case, "cpu", torch.float16), 1e-3)
 
 
@@ -228,8 +230,8 @@ def test_some_inputs_need_gradients(needed: tuple[str, ...]) -> None:
 def test_tile_shapes(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int) -> None:
     """The tiles of other precisions and devices."""
     launch = Launch(queries, keys, num_warps=4, num_stages=2)
-    monkeypatch.setattr(triton_attention, "forward_launch", lambda *_, **__: launch)
-    monkeypatch.setattr(triton_attention, "backward_launch", lambda *_, **__: launch)
+    monkeypatch.setattr(operators, "forward_launch", lambda *_, **__: launch)
+    monkeypatch.setattr(operators, "backward_launch", lambda *_, **__: launch)
     documents = random_documents(200, batch=1)
     check(attention, draw(Case(200, (70,), documents=documents)), TOLERANCE)
     check(attention, draw(Case(200, (70, 1), (0.3, 0.8), ((150, 1, 49),))), TOLERANCE)
@@ -238,7 +240,7 @@ def test_tile_shapes(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int) -
 @pytest.mark.parametrize("cache_bytes", [1, 40_000])
 def test_sections_of_heads(monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
     """A launch whose data exceed the cache is worked off in sections of heads, the last of them smaller."""
-    monkeypatch.setattr(triton_attention, "_cache_bytes", lambda device: cache_bytes)
+    monkeypatch.setattr(operators, "_cache_bytes", lambda device: cache_bytes)
     check(attention, draw(Case(40, (9, FULL, 3, 20, FULL), (0.3, 0.8, 0.0, 0.5, 1.0))), TOLERANCE)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megaconsa.kernels import hybrid_attention
-from megaconsa.kernels.triton_attention import attention
+from megaconsa.kernels.attention.triton.operators import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.kernels import benchmark, benchmark_peers, benchmark_truth, hybrid_attention, reference
-from megaconsa.kernels.benchmark import check, errors, time_in_turns
-from megaconsa.kernels.benchmark_cases import Inputs, Shape, all_cases, draw
-from megaconsa.kernels.benchmark_contestants import Contestant, OurBackend, Peer, Run
-from megaconsa.kernels.benchmark_truth import Results, truth
-from megaconsa.reporting.benchmark import Quartiles, Row, compare, forward_flops
+from megaconsa.benchmarks.attention import peers, timing
+from megaconsa.benchmarks.attention import truth as truth_module
+from megaconsa.benchmarks.attention.benchmark import Quartiles, Row, compare, forward_flops
+from megaconsa.benchmarks.attention.cases import Inputs, Shape, all_cases, draw
+from megaconsa.benchmarks.attention.contestants import Contestant, OurBackend, Peer, Run
+from megaconsa.benchmarks.attention.timing import check, errors, time_in_turns
+from megaconsa.benchmarks.attention.truth import Results, truth
+from megaconsa.kernels import hybrid_attention
+from megaconsa.kernels.attention import reference
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 37, 6, 3, 8, 5, torch.float32, CPU)
@@ -57,7 +60,7 @@ def test_flops_count_the_visible_pairs(name: str) -> None:
 
 @every_case
 def test_truth_is_the_reference_in_fp64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_truth, "BLOCK", 16)
+    monkeypatch.setattr(truth_module, "BLOCK", 16)
     inputs = inputs_of(name)
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     gate = None if inputs.gate is None else inputs.gate.double().requires_grad_()
@@ -99,14 +102,14 @@ def test_what_a_peer_launches_is_the_case(name: str, heads_first: bool, launch_p
 
 def test_peers_without_windows_serve_the_dense_case_alone() -> None:
     cases = all_cases(SHAPE)
-    served = {peer.name: [case.name for case in cases if peer.serves(case)] for peer in benchmark_peers.PEERS}
+    served = {peer.name: [case.name for case in cases if peer.serves(case)] for peer in peers.PEERS}
     assert served == {
         "FlashAttention 4": NAMES,
         "cuDNN (SDPA)": ["dense"],
         "FlashAttention 2 (SDPA)": ["dense"],
         "FlexAttention": ["dense", "window", "mixed"],
     }
-    assert "needs a CUDA GPU" in str(benchmark_peers.PEERS[0].refusal(inputs_of("dense")))
+    assert "needs a CUDA GPU" in str(peers.PEERS[0].refusal(inputs_of("dense")))
 
 
 @every_case
@@ -140,14 +143,14 @@ def runs(*contestants: OurBackend) -> dict[str, Run]:
 
 def test_all_are_timed_in_every_round_unless_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants, seen = runs(OurBackend("sdpa"), OurBackend("reference")), []
-    monkeypatch.setattr(benchmark, "SECONDS", 60.0)
+    monkeypatch.setattr(timing, "SECONDS", 60.0)
     timings = time_in_turns(contestants, CPU, seen.append)
-    assert [len(x) for t in timings.values() for x in (t.forward, t.backward)] == [benchmark.ROUNDS] * 4
+    assert [len(x) for t in timings.values() for x in (t.forward, t.backward)] == [timing.ROUNDS] * 4
     assert min(x for t in timings.values() for x in (*t.forward, *t.backward)) > 0
-    assert len(seen) == benchmark.ROUNDS
-    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    assert len(seen) == timing.ROUNDS
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
     timings = time_in_turns(contestants, CPU, seen.append)
-    assert [len(t.forward) for t in timings.values()] == [benchmark.FEWEST_ROUNDS] * 2
+    assert [len(t.forward) for t in timings.values()] == [timing.FEWEST_ROUNDS] * 2
 
 
 def test_quotients_of_what_was_timed() -> None:
@@ -228,7 +231,7 @@ WRONG = {
 def test_no_speed_of_a_wrong_backend(
     function: Callable[..., Tensor], megaconsa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(benchmark_peers, "contestants", lambda device: [OurBackend("reference"), OurBackend("sdpa", function)])
+    monkeypatch.setattr(peers, "contestants", lambda device: [OurBackend("reference"), OurBackend("sdpa", function)])
     outcome = megaconsa("bench-attention", *SMALL, "--case", "mixed", "--out", tmp_path / "out.json")
     assert outcome.code == 1
     assert outcome.err.startswith(
@@ -264,8 +267,8 @@ def missing(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
 def test_a_peer_that_fails_is_left_out_with_its_reason(
     done: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    peers = [*map(peer_by, (hybrid_attention, narrower, crashing)), OnCpu("absent", missing, False, True, True)]
-    monkeypatch.setattr(benchmark_peers, "contestants", lambda device: [OurBackend("sdpa"), *peers])
+    found = [*map(peer_by, (hybrid_attention, narrower, crashing)), OnCpu("absent", missing, False, True, True)]
+    monkeypatch.setattr(peers, "contestants", lambda device: [OurBackend("sdpa"), *found])
     printed = done("bench-attention", *SMALL, "--case", "mixed", "--case", "gated-half", "--out", tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
     timed = [(row["case"], row["contestant"], row["launches"]) for row in content["results"]]

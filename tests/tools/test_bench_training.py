@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megaconsa.benchmarks.training.layouts import Layout
 from megaconsa.errors import InputError, RunError
-from megaconsa.reporting.benchmark_training import Layout
 from megaconsa.tools import bench_training
 
 

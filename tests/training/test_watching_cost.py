@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from watching_cost import measure
-
+from megaconsa.benchmarks.watching import measure
 from megaconsa.config import build
 
 

@@ -1,0 +1,1 @@
+"""Hybrid attention: the entry, the backends that it chooses from, and the reference that all of them are compared with."""

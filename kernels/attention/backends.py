@@ -1,0 +1,125 @@
+"""The implementations of hybrid attention: what each serves, and which one serves a call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megaconsa.kernels.attention import flash, reference, sdpa
+from megaconsa.kernels.attention.problem import Problem
+
+logger = logging.getLogger(__name__)
+
+Attention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], Tensor | None, Tensor | None, float], Tensor]
+"""(q, k, v, windows, gate, documents, scale) -> out, as `reference.attention`"""
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    refusal: Callable[[Problem], str | None]
+    """Why it cannot serve a problem, as `cause; mend` in one sentence, or None."""
+    attention: Attention
+    allocated: str
+    """How it computes a finished allocation, for the log."""
+    gated: str
+    """How it computes gated heads, for the log."""
+
+
+def _refuse_triton(problem: Problem) -> str | None:
+    if not _triton_is_installed():
+        return "triton is not installed; install the package triton (Linux only) or take sdpa"
+    from megaconsa.kernels.attention.triton import operators
+
+    return operators.refusal(problem)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+) -> Tensor:
+    # Imported where it is used: machines without triton have the other backends.
+    from megaconsa.kernels.attention.triton import operators
+
+    return operators.attention(q, k, v, windows, gate, documents, scale)
+
+
+REFERENCE = Backend("reference", reference.refusal, reference.attention, "explicit masks", "explicit masks")
+SDPA = Backend("sdpa", sdpa.refusal, sdpa.attention, "a call for each kind of head", "two calls for gated heads")
+TRITON = Backend("triton", _refuse_triton, _triton, "a window for each head in one pass", "gates in one pass")
+FLASH = Backend("flash", flash.refusal, flash.attention, "a call for each run of heads of a kind", "two calls for gated heads")
+
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, TRITON, FLASH)}
+
+
+def choose_backend(name: str, problem: Problem) -> Backend:
+    """The backend that runs: the named one, or for `auto` the fastest by measurement that serves the problem.
+
+    Says in the log, once for each choice and reason, what `auto` took and why. Raises ValueError for a name that is unknown, and for
+    a backend that cannot serve the problem, with its refusal.
+    """
+    if torch.compiler.is_compiling():
+        # Dynamo follows the choice: it has no use for a cache, and a symbolic length cannot be hashed.
+        return _choose(name, problem)
+    return _choose_once(name, problem)
+
+
+def _choose(name: str, problem: Problem) -> Backend:
+    if name == "auto":
+        return _automatic(problem)
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    refusal = BACKENDS[name].refusal(problem)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return BACKENDS[name]
+
+
+_choose_once = lru_cache(maxsize=1024)(_choose)
+
+
+def _automatic(problem: Problem) -> Backend:
+    """The first of the preferred backends that serves the problem; reference serves everything."""
+    causes: list[str] = []
+    for backend in _preferred(problem):
+        # Asked before the refusal, for Triton's interpreter serves a CPU, and is slow.
+        on_gpu_only = backend is TRITON or backend is FLASH
+        refusal = (
+            f"{backend.name} needs a CUDA GPU" if on_gpu_only and problem.device.type != "cuda" else backend.refusal(problem)
+        )
+        if refusal is None:
+            manner = backend.gated if problem.gated else backend.allocated
+            because = f", because {' and '.join(causes)}" if causes else ""
+            _say_once(f"attention.backend=auto takes {backend.name}: {manner}{because}")
+            return backend
+        causes.append(refusal.split(";")[0])
+    return REFERENCE
+
+
+def _preferred(problem: Problem) -> tuple[Backend, ...]:
+    """By measured speed on Hopper: both softmaxes of a gated head in one pass beat two calls; a finished allocation is faster as calls
+    of FlashAttention, where it is installed and serves the problem, than in one launch of ours."""
+    if problem.gated:
+        return TRITON, FLASH, SDPA, REFERENCE
+    return FLASH, TRITON, SDPA, REFERENCE
+
+
+# Dynamo evaluates these two while it traces instead of looking inside: they ask the system, and log.
+@torch.compiler.assume_constant_result
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _say_once(message: str) -> None:
+    _log(message)
+
+
+@lru_cache(maxsize=1024)
+def _log(message: str) -> None:
+    logger.info(message)

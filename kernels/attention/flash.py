@@ -1,0 +1,147 @@
+"""Hybrid attention through FlashAttention: a call for each run of neighbouring heads of one kind, two calls for gated heads.
+
+The calls read and write slices of whole tensors, so that a finished allocation whose heads are sorted by kind costs its two calls
+and nothing else: no copy of q, k, v, and no zero-padded gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaconsa.kernels.attention import flash_library
+from megaconsa.kernels.attention.gating import mix
+from megaconsa.kernels.attention.problem import Problem
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why FlashAttention cannot serve the problem, or None."""
+    if problem.device.type != "cuda":
+        return "flash needs a CUDA GPU; take sdpa on this device"
+    missing = flash_library.missing(problem.device)
+    if missing is not None:
+        return missing
+    if problem.dtype not in DTYPES:
+        return f"flash computes in bf16 and fp16, not {problem.dtype}; set training.precision=bf16, or take triton or sdpa"
+    served = flash_library.served_head_dims(problem.device)
+    if problem.head_dim not in served:
+        return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
+    if problem.packed:
+        return (
+            "flash does not hide packed documents from each other; take triton or sdpa, or set attention.separate_documents=false"
+        )
+    return None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+) -> Tensor:
+    """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None; documents None."""
+    out, _ = forward(q, k, v, windows, scale)
+    if gate is None:
+        return out
+    full, _ = forward(q, k, v, [q.shape[1]] * len(windows), scale)
+    return mix(full, out, gate)
+
+
+class Run(NamedTuple):
+    """Neighbouring heads of one kind: their slices of the KV heads and of the query heads."""
+
+    window: int | None
+    """None is full attention."""
+    kv: slice
+    q: slice
+
+
+def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
+    """Cuts the heads into runs as long as possible. group: query heads of a KV head."""
+    first = 0
+    for window, heads in groupby(windows, lambda window: None if window >= length else window):
+        last = first + len(list(heads))
+        yield Run(window, slice(first, last), slice(first * group, last * group))
+        first = last
+
+
+@torch.library.custom_op("megaconsa::flash_attention", mutates_args=())
+def forward(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """(out (B, S, heads, D), lse): the log of the softmaxes' sums, fp32, (B, heads, S) of run after run as one vector."""
+    out, lse = _outputs(q)
+    library = flash_library.find(q.device)
+    for run, run_lse in _with_lse(q, k, windows, lse):
+        library.forward(q[:, :, run.q], k[:, :, run.kv], v[:, :, run.kv], out[:, :, run.q], run_lse, run.window, scale)
+    return out, lse
+
+
+@torch.library.custom_op("megaconsa::flash_attention_backward", mutates_args=())
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv). The order of sums over tiles varies unless torch.use_deterministic_algorithms is on."""
+    dq, dk, dv = _gradients(q, k)
+    library = flash_library.find(q.device)
+    dout = dout.contiguous()
+    for run, run_lse in _with_lse(q, k, windows, lse):
+        rows, columns = (slice(None), slice(None), run.q), (slice(None), slice(None), run.kv)
+        library.backward(
+            dout[rows],
+            q[rows],
+            k[columns],
+            v[columns],
+            out[rows],
+            run_lse,
+            dq[rows],
+            dk[columns],
+            dv[columns],
+            run.window,
+            scale,
+        )
+    return dq, dk, dv
+
+
+def _with_lse(q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor) -> Iterator[tuple[Run, Tensor]]:
+    """Each run with its part of lse as (B, heads, S)."""
+    batch, length, heads, _ = q.shape
+    per_head = batch * length
+    for run in runs(windows, length, heads // k.shape[2]):
+        yield run, lse[run.q.start * per_head : run.q.stop * per_head].view(batch, -1, length)
+
+
+@forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    return _outputs(q)
+
+
+@backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(q, k)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads * batch * length,), dtype=torch.float32)
+
+
+def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, ctx.windows, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, dout, _):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse = ctx.saved_tensors
+    return *backward(dout, q, k, v, out, lse, ctx.windows, ctx.scale), None, None
+
+
+forward.register_autograd(_autograd, setup_context=_save)

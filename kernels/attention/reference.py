@@ -1,0 +1,36 @@
+"""The slow truth: hybrid attention written out with explicit masks. Any device; fp64 in, fp64 through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaconsa.kernels.attention.problem import Problem
+from megaconsa.kernels.attention.visibility import visible
+
+
+def refusal(problem: Problem) -> str | None:
+    """None: it serves everything that fits into memory."""
+    return None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+) -> Tensor:
+    """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None. Holds (B, heads, S, S)."""
+    group = q.shape[2] // k.shape[2]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_, k_, v_ = (x.transpose(1, 2).to(compute) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    scores = q_ @ k_.transpose(-1, -2) * scale  # (B, heads, S, S)
+    length = q.shape[1]
+
+    def attend(per_head: tuple[int, ...]) -> Tensor:
+        masks = [visible(length, window, documents, q.device) for window in per_head]
+        mask = torch.cat(masks, dim=1).repeat_interleave(group, dim=1)
+        return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_
+
+    out = attend(windows)
+    if gate is not None:
+        z = gate.to(compute).repeat_interleave(group, dim=1)[:, :, None, None]
+        out = z * attend((length,) * len(windows)) + (1 - z) * out
+    return out.transpose(1, 2).to(q.dtype)

@@ -1,0 +1,1 @@
+"""Hybrid and gated attention in Triton, for every GPU that Triton serves."""

@@ -1,0 +1,90 @@
+"""Cross-entropy in Triton: a program reads a row twice and writes it once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megaconsa.kernels.cross_entropy import cross_entropy
+from megaconsa.kernels.cross_entropy.cross_entropy import Softmax
+
+LOWEST: tl.constexpr = tl.constexpr(cross_entropy.LOWEST)
+BLOCK = 4096
+
+
+def softmax_and_target(logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool) -> tuple[Softmax, Tensor]:
+    """As `megaconsa.kernels.cross_entropy.cross_entropy.softmax_and_target`; with `gradient` then also as `gradient_`."""
+    maximum, total, target = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
+    softmax = Softmax(maximum, total)
+    _launch(logits, labels, ignored, columns, softmax, target, STATISTICS=True, GRADIENT=gradient)
+    return softmax, target
+
+
+def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int) -> None:
+    """As `megaconsa.kernels.cross_entropy.cross_entropy.gradient_`."""
+    nothing = softmax.total  # in the place of the target, which is neither read nor written
+    _launch(logits, labels, ignored, columns, softmax, nothing, STATISTICS=False, GRADIENT=True)
+
+
+def _launch(logits: Tensor, labels: Tensor, ignored: int, columns: int, softmax: Softmax, target: Tensor, **modes: bool) -> None:
+    rows, width = logits.shape
+    if rows:
+        block = min(BLOCK, triton.next_power_of_2(width))
+        with torch.cuda.device_of(logits):
+            _cross_entropy[(rows,)](logits, labels, *softmax, target, width, columns, ignored, **modes, BLOCK=block, num_warps=8)
+
+
+@triton.jit
+def _cross_entropy(
+    logits_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    width: tl.tensor,
+    columns: tl.tensor,
+    ignored: tl.tensor,
+    STATISTICS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    row_ptr = logits_ptr + row * width
+    column = tl.arange(0, BLOCK)
+    if label == ignored:
+        if STATISTICS:
+            tl.store(maximum_ptr + row, 0.0)
+            tl.store(total_ptr + row, 1.0)
+            tl.store(target_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, width, BLOCK):
+                tl.store(row_ptr + start + column, 0.0, mask=start + column < width)
+    else:
+        if STATISTICS:
+            # Before the reductions, whose barriers part it from the gradient that another warp writes there.
+            target = tl.load(row_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+            # Each lane has its own online softmax: they are joined once.
+            lane_maximum = tl.full([BLOCK], LOWEST, tl.float32)
+            lane_total = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, columns, BLOCK):
+                x = tl.load(row_ptr + start + column, mask=start + column < columns, other=LOWEST).to(tl.float32)
+                higher = tl.maximum(lane_maximum, x)
+                lane_total = lane_total * tl.exp(lane_maximum - higher) + tl.exp(x - higher)
+                lane_maximum = higher
+            maximum = tl.max(lane_maximum, axis=0)
+            # A lane beyond a short row has counted LOWEST itself; it weighs nothing beside a logit.
+            total = tl.sum(lane_total * tl.exp(lane_maximum - maximum), axis=0)
+            tl.store(maximum_ptr + row, maximum)
+            tl.store(total_ptr + row, total)
+            tl.store(target_ptr + row, target)
+        else:
+            maximum = tl.load(maximum_ptr + row)
+            total = tl.load(total_ptr + row)
+        if GRADIENT:
+            for start in range(0, width, BLOCK):
+                x = tl.load(row_ptr + start + column, mask=start + column < columns, other=LOWEST).to(tl.float32)
+                p = tl.exp(x - maximum) / total - tl.where(start + column == label, 1.0, 0.0)
+                tl.store(row_ptr + start + column, p.to(logits_ptr.dtype.element_ty), mask=start + column < width)

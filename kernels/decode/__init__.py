@@ -1,0 +1,1 @@
+"""Attention of one new token to a KV cache in which windowed heads hold only their window."""

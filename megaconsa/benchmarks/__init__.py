@@ -1,0 +1,1 @@
+"""What measures speed, beside the peers. The results stand in docs/benchmarks.md."""

@@ -1,0 +1,90 @@
+"""Other libraries' attention: FlashAttention 4, cuDNN and FlashAttention through torch's SDPA, FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from megaconsa.benchmarks.attention.cases import Shape
+from megaconsa.benchmarks.attention.contestants import Contestant, OurBackend, Peer
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def contestants(device: torch.device) -> list[Contestant]:
+    """Our backends and the peers, fused kernels that exist on a GPU only; on a CPU the reference takes their place.
+
+    flash gets its heads sorted, as the peers do: it calls its library once for every run of neighbours of a kind.
+    """
+    if device.type != "cuda":
+        return [OurBackend("sdpa"), OurBackend("reference")]
+    return [OurBackend("triton"), OurBackend("flash", sorted_heads=True), OurBackend("sdpa"), *PEERS]
+
+
+def _flash_attention_4(shape: Shape, windows: tuple[int, ...]) -> Attention:
+    flash_attn_func = import_module("flash_attn.cute").flash_attn_func
+    window = windows[0]
+    limits = (None, None) if window >= shape.length else (window - 1, 0)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flash_attn_func(q, k, v, softmax_scale=shape.scale, causal=True, window_size=limits)[0]
+        return out
+
+    return attention
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Shape, tuple[int, ...]], Attention]:
+    def build(shape: Shape, windows: tuple[int, ...]) -> Attention:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
+
+        return attention
+
+    return build
+
+
+def _flex_attention(shape: Shape, windows: tuple[int, ...]) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Otherwise each case and length counts as one more recompilation of the same function, of which torch allows few.
+    torch.compiler.reset()
+    window = windows[0]
+    per_head = torch.tensor(windows, device=shape.device).repeat_interleave(shape.group)
+
+    def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    def windowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    def mixed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < per_head[head])
+
+    same = len(set(windows)) == 1
+    mask_mod = mixed if not same else causal if window >= shape.length else windowed
+    heads = None if same else shape.heads
+    # Uncompiled, it would hold a boolean for every pair of every head.
+    mask = create_block_mask(mask_mod, None, heads, shape.length, shape.length, shape.device, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = compiled(q, k, v, block_mask=mask, scale=shape.scale, enable_gqa=True)
+        return out
+
+    return attention
+
+
+FLASH_ATTENTION_4 = "FlashAttention 4"
+FLEX_ATTENTION = "FlexAttention"
+PEERS = [
+    Peer(FLASH_ATTENTION_4, _flash_attention_4, heads_first=False, windowed=True, launch_per_window=True),
+    Peer("cuDNN (SDPA)", _sdpa(SDPBackend.CUDNN_ATTENTION), heads_first=True, windowed=False, launch_per_window=False),
+    Peer("FlashAttention 2 (SDPA)", _sdpa(SDPBackend.FLASH_ATTENTION), heads_first=True, windowed=False, launch_per_window=False),
+    Peer(FLEX_ATTENTION, _flex_attention, heads_first=True, windowed=True, launch_per_window=False),
+]

@@ -1,0 +1,1 @@
+"""`megaconsa bench-training`: the speed of topologies beside one process on the same batches."""

@@ -1,0 +1,97 @@
+"""What watching a run costs, of a step's time: python -m megaconsa.benchmarks.watching configs/quickstart.yaml [section.field=value ...]
+
+Trains for 100 steps and times, on this rank, every callback that only watches (not metrics, validation, checkpoints) and the decision about
+bad steps. Without the first steps, which warm up. Example, on the GPU: torchrun --nproc_per_node 8 -m megaconsa.benchmarks.watching
+configs/tiny_gpu.yaml run.dir=/tmp/watched
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaconsa import config as configuration
+from megaconsa.config import Config
+from megaconsa.console import console, guarded
+from megaconsa.parallel.mesh import initialize
+from megaconsa.parallel.world import join, leave
+from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.metrics_file import MetricsFile
+from megaconsa.training.callbacks.tensorboard import TensorBoard
+from megaconsa.training.callbacks.terminal import Terminal
+from megaconsa.training.callbacks.validation import Validation
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
+
+STEPS, WARM_UP = 100, 20
+OTHERS = (Checkpointing, MetricsFile, TensorBoard, Terminal, Validation)
+"""Callbacks that a run is for, and that tell its metrics."""
+
+
+@dataclass
+class Clock:
+    """Seconds spent in the functions it was put around."""
+
+    on: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                if self.on:
+                    self.seconds[name] += time.perf_counter() - started
+
+        return timed
+
+
+def measure(config: Config, steps: int = STEPS, warm_up: int = WARM_UP) -> tuple[dict[str, float], float]:
+    """Mean seconds a step of each watcher, and of the whole step with all callbacks."""
+    world = join()
+    inputs = check_inputs(config, world)
+    mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
+    trainer = build_trainer(inputs, mesh)
+    clock = Clock()
+    for callback in trainer.callbacks:
+        if not isinstance(callback, OTHERS):
+            for moment in ("before_step", "on_step"):
+                setattr(callback, moment, clock.around(type(callback).__name__, getattr(callback, moment)))
+    trainer._accepts = clock.around("bad steps", trainer._accepts)  # type: ignore[method-assign]
+    for callback in trainer.callbacks:
+        callback.on_start(trainer)
+    started = 0.0
+    for number in range(warm_up + steps):
+        if number == warm_up:
+            clock.on, started = True, time.perf_counter()
+        for callback in trainer.callbacks:
+            callback.before_step(trainer)
+        row = trainer.step()
+        for callback in trainer.callbacks:
+            callback.on_step(trainer, row)
+    whole = time.perf_counter() - started
+    trainer.completed = True
+    for callback in reversed(trainer.callbacks):
+        callback.on_finish(trainer)
+    return {name: seconds / steps for name, seconds in clock.seconds.items()}, whole / steps
+
+
+def main() -> None:
+    config = configuration.load(Path(sys.argv[1]), sys.argv[2:])
+    watchers, whole = measure(config)
+    leave()
+    for name, seconds in sorted(watchers.items(), key=lambda item: -item[1]):
+        console.print(f"{name:<16} {seconds * 1e6:9.1f} us  {seconds / whole:7.3%}")
+    console.print(
+        f"{'all':<16} {sum(watchers.values()) * 1e6:9.1f} us  {sum(watchers.values()) / whole:7.3%} of {whole * 1e3:.1f} ms a step"
+    )
+
+
+if __name__ == "__main__":
+    guarded(main)
