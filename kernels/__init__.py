@@ -10,4 +10,11 @@ from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.decode.decode_attention import decode_attention
 from megaconsa.kernels.decode.kv_cache import KVCache
 
-__all__ = ["Backend", "KVCache", "Problem", "choose_backend", "decode_attention", "hybrid_attention"]
+__all__ = [
+    "Backend",
+    "KVCache",
+    "Problem",
+    "choose_backend",
+    "decode_attention",
+    "hybrid_attention",
+]

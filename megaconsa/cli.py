@@ -41,8 +41,12 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration; configs/ has commented ones.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value, as many as needed.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration; configs/ has commented ones.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.field=value, as many as needed.")
+    ] = None,
 ) -> None:
     """Learn masks or train on a finished allocation; the same command resumes.
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_jsonable_python
 
 from megaconsa.consa import rules
@@ -68,7 +76,9 @@ class Section(BaseModel):
     def _expand_paths(cls, value: Any, info: ValidationInfo) -> Any:
         """`~` and `$VARIABLES`, which no shell has replaced in a file or behind an equals sign."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if not isinstance(value, str) or (annotation is not Path and Path not in get_args(annotation)):
+        if not isinstance(value, str) or (
+            annotation is not Path and Path not in get_args(annotation)
+        ):
             return value
         return expand_path(value)
 
@@ -299,8 +309,13 @@ class Config(Section):
 
     def shape(self) -> ModelConfig:
         """The preset with the section's overrides applied."""
-        overrides = {field.name: getattr(self.model, field.name) for field in dataclass_fields(ModelConfig)}
-        return replace(PRESETS[self.model.preset], **{name: value for name, value in overrides.items() if value is not None})
+        overrides = {
+            field.name: getattr(self.model, field.name) for field in dataclass_fields(ModelConfig)
+        }
+        return replace(
+            PRESETS[self.model.preset],
+            **{name: value for name, value in overrides.items() if value is not None},
+        )
 
     def constraint(self) -> Constraint:
         """The target of learning, or of a rule that takes a sparsity.
@@ -428,7 +443,9 @@ def build(data: dict[str, Any]) -> Config:
     """Checks plain values and returns the typed configuration."""
     try:
         # A section whose fields are all commented out reads as null.
-        config = Config.model_validate({name: value for name, value in data.items() if value is not None})
+        config = Config.model_validate(
+            {name: value for name, value in data.items() if value is not None}
+        )
     except ValidationError as error:
         raise InputError(_describe(error)) from None
     check(config)
@@ -447,7 +464,11 @@ def with_defaults(values: dict[str, Any], model: type[BaseModel] = Config) -> di
         kind = field.annotation
         if name not in full and not field.is_required():
             full[name] = to_jsonable_python(field.get_default(call_default_factory=True))
-        elif isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(full.get(name), dict):
+        elif (
+            isinstance(kind, type)
+            and issubclass(kind, BaseModel)
+            and isinstance(full.get(name), dict)
+        ):
             full[name] = with_defaults(full[name], kind)
     return full
 
@@ -467,13 +488,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def check(config: Config) -> None:
     """Everything that can be known to fail without touching data, files or devices."""
     if config.model.preset not in PRESETS:
-        raise InputError(f"model.preset={config.model.preset} is unknown; choose one of {', '.join(PRESETS)}")
+        raise InputError(
+            f"model.preset={config.model.preset} is unknown; choose one of {', '.join(PRESETS)}"
+        )
     shape, training = config.shape(), config.training
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     if heads % kv_heads:
-        raise InputError(f"model.num_attention_heads={heads} must be a multiple of model.num_key_value_heads={kv_heads}")
+        raise InputError(
+            f"model.num_attention_heads={heads} must be a multiple of model.num_key_value_heads={kv_heads}"
+        )
     if shape.head_dim % 2:
-        raise InputError(f"model.head_dim={shape.head_dim} must be even: rotary embeddings turn pairs")
+        raise InputError(
+            f"model.head_dim={shape.head_dim} must be even: rotary embeddings turn pairs"
+        )
     if not 1 <= config.attention.window <= training.sequence_length:
         raise InputError(
             f"attention.window={config.attention.window} must lie between 1 and training.sequence_length={training.sequence_length}"
@@ -513,18 +540,28 @@ def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_leng
         raise InputError(
             f"parallel.tensor={tensor} exceeds the model's {kv_heads} KV heads, which are not split further; use {kv_heads} or less"
         )
-    for name, size in (("num_key_value_heads", kv_heads), ("intermediate_size", shape.intermediate_size)):
+    for name, size in (
+        ("num_key_value_heads", kv_heads),
+        ("intermediate_size", shape.intermediate_size),
+    ):
         if size % tensor:
-            raise InputError(f"parallel.tensor={tensor} does not divide model.{name}={size}; use a number that does")
+            raise InputError(
+                f"parallel.tensor={tensor} does not divide model.{name}={size}; use a number that does"
+            )
     if parallel.sequence and sequence_length % tensor:
         raise InputError(
             f"training.sequence_length={sequence_length} must be a multiple of parallel.tensor={tensor} to be divided over its ranks; "
             "or set parallel.sequence=false"
         )
     if parallel.schedule == "dualpipev" and pipeline == 1:
-        raise InputError("parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b")
+        raise InputError(
+            "parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b"
+        )
     # Embedding and first layer stay together, and so do final norm and output head.
-    stages_of_a_rank, pieces = 2 if parallel.schedule == "dualpipev" else 1, shape.num_hidden_layers + 1
+    stages_of_a_rank, pieces = (
+        2 if parallel.schedule == "dualpipev" else 1,
+        shape.num_hidden_layers + 1,
+    )
     if stages_of_a_rank * pipeline > pieces:
         raise InputError(
             f"parallel.pipeline={pipeline} with parallel.schedule={parallel.schedule} needs {stages_of_a_rank * pipeline} stages, but "
@@ -567,7 +604,9 @@ def _check_allocation(config: Config) -> None:
     if config.learning:
         config.gate_settings()  # refuses a target that cannot be met, or not be reached by the gates
     if allocation.source == "file" and allocation.file is None:
-        raise InputError("allocation.source=file needs allocation.file; make one with finalize-masks or rule-masks")
+        raise InputError(
+            "allocation.source=file needs allocation.file; make one with finalize-masks or rule-masks"
+        )
     if allocation.source != "file" and allocation.file is not None:
         raise InputError(
             f"allocation.file={allocation.file} is given, but allocation.source is {allocation.source}; set it to file"
@@ -585,7 +624,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         section[keys[1]] = yaml.load(text, UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from None
+        raise InputError(
+            f"override {override!r}: the value is not YAML ({_one_line(error)})"
+        ) from None
 
 
 def _describe(error: ValidationError) -> str:
@@ -598,7 +639,11 @@ def _describe(error: ValidationError) -> str:
         known = list(section.model_fields)  # type: ignore[union-attr]
         near = difflib.get_close_matches(place[-1], known, 1, 0.6)
         where = ".".join(place[:-1])
-        hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known are {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*place[:-1], near[0]])}?"
+            if near
+            else f"known are {', '.join(known)}"
+        )
         return f"unknown field {name}{f' in section {where}' if where else ''}; {hint}"
     if fault["type"] == "missing":
         override = f" or as {name}=VALUE" if len(place) == 2 else ""

@@ -85,7 +85,8 @@ class _PlainTask:
         of = f"/{self.total:.12g}" if self.total is not None else ""
         note = f"  {self.note}" if self.note else ""
         console.print(
-            f"{self.description}: {self.done:.12g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}", markup=False
+            f"{self.description}: {self.done:.12g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}",
+            markup=False,
         )
 
 

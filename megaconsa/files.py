@@ -36,7 +36,13 @@ def parse_json(text: str | bytes) -> Any:
 
 def is_bare_name(name: object) -> bool:
     """Whether `name` names a file of a folder, and no other place: no separator, not the folder itself or the one above."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "/" not in name
+        and "\\" not in name
+        and "\0" not in name
+    )
 
 
 def is_inside_name(name: object) -> bool:
@@ -55,7 +61,9 @@ def check_new_folder(out: Path) -> None:
     if out.is_symlink():
         raise InputError(f"out={out} is a link; name the folder itself")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={out} exists and is not an empty folder; choose another or remove it")
+        raise InputError(
+            f"out={out} exists and is not an empty folder; choose another or remove it"
+        )
 
 
 def binary_size(count: float) -> str:
@@ -71,7 +79,9 @@ def check_space(out: Path, needed: int) -> None:
     nearest = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(nearest).free
     if free < needed:
-        raise InputError(f"out={out} needs {binary_size(needed)}, but {binary_size(free)} are free there")
+        raise InputError(
+            f"out={out} needs {binary_size(needed)}, but {binary_size(free)} are free there"
+        )
 
 
 @contextmanager
@@ -90,7 +100,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield folder
         folder.replace(out)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)  # a disk that fails may fail here too; what it failed at first is told
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # a disk that fails may fail here too; what it failed at first is told
         if isinstance(error, OSError):
             raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
         raise

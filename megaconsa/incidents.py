@@ -24,7 +24,13 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 def record(run: Path, kind: Kind, text: str, *, step: int | None, rank: int) -> None:
     """Appends an incident. One that cannot be written, on a full disk say, is an error in the log: it must end no run."""
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "kind": kind, "step": step, "rank": rank, "text": text}
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "kind": kind,
+        "step": step,
+        "rank": rank,
+        "text": text,
+    }
     try:
         # In one write: ranks of one machine append to the same file.
         descriptor = os.open(run / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -33,7 +39,9 @@ def record(run: Path, kind: Kind, text: str, *, step: int | None, rank: int) -> 
         finally:
             os.close(descriptor)
     except OSError as error:
-        logger.error("%s cannot be written: %s; it would have said: %s", run / NAME, error.strerror, text)
+        logger.error(
+            "%s cannot be written: %s; it would have said: %s", run / NAME, error.strerror, text
+        )
 
 
 def read(run: Path) -> list[dict[str, Any]]:

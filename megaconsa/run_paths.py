@@ -54,7 +54,12 @@ def has_moved_to(folder: Path, config: dict[str, Any]) -> bool:
     """
     old = _run_dir(config)
     is_run = (folder / "metrics.jsonl").is_file() and (folder / "checkpoints").is_dir()
-    return is_run and old is not None and os.path.isabs(old) and not os.path.exists(f"{old}/config.yaml")
+    return (
+        is_run
+        and old is not None
+        and os.path.isabs(old)
+        and not os.path.exists(f"{old}/config.yaml")
+    )
 
 
 def shown(path: str) -> str:

@@ -44,7 +44,9 @@ class MeanTensors(Mapping[str, Tensor]):
         self._sources = sources
 
     def __getitem__(self, name: str) -> Tensor:
-        total = sum((source[name].double() for source in self._sources[1:]), self._sources[0][name].double())
+        total = sum(
+            (source[name].double() for source in self._sources[1:]), self._sources[0][name].double()
+        )
         return (total / len(self._sources)).to(torch.float32)
 
     def __iter__(self) -> Iterator[str]:

@@ -34,7 +34,10 @@ def train(config_path: Path, overrides: list[str]) -> int:
         inputs = check_inputs(config, world)
         if inputs.resume is not None and inputs.resume.step == config.training.steps:
             if world.is_main:
-                console.print(f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}", markup=False)
+                console.print(
+                    f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}",
+                    markup=False,
+                )
             leave()
             return DONE
         from megaconsa.parallel.mesh import initialize
@@ -43,7 +46,9 @@ def train(config_path: Path, overrides: list[str]) -> int:
         from megaconsa.training.trainer import Stop
 
         check_machines(inputs, world)
-        mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
+        mesh = initialize(
+            config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
+        )
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
     except InputError:
@@ -60,9 +65,14 @@ def train(config_path: Path, overrides: list[str]) -> int:
     leave()
     asked = trainer.stop is Stop.ASKED
     if world.is_main:
-        state = "finished" if finished else f"stopped{' as asked' if asked else ''}, the same command resumes it"
+        state = (
+            "finished"
+            if finished
+            else f"stopped{' as asked' if asked else ''}, the same command resumes it"
+        )
         console.print(
-            f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens", markup=False
+            f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens",
+            markup=False,
         )
     return DONE if finished or asked else STOPPED
 
@@ -73,7 +83,9 @@ def _main(arguments: list[str]) -> int:
         return 0
     arguments = _without_local_rank(arguments)
     if not arguments or arguments[0].startswith("-"):
-        raise InputError("give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]")
+        raise InputError(
+            "give a configuration: python -m megaconsa.train CONFIG [section.field=value ...]"
+        )
     return train(Path(arguments[0]), arguments[1:])
 
 

@@ -40,9 +40,24 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "python"
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = [
-        str(library / name) for name in ("argparse.py", "ast.py", "inspect.py", "typing.py", "tarfile.py", "json", "email")
+        str(library / name)
+        for name in (
+            "argparse.py",
+            "ast.py",
+            "inspect.py",
+            "typing.py",
+            "tarfile.py",
+            "json",
+            "email",
+        )
     ]
-    prepare(sources, folder, train_tokenizer=VOCABULARY, sequence_length=SEQUENCE_LENGTH, validation_share=0.1)
+    prepare(
+        sources,
+        folder,
+        train_tokenizer=VOCABULARY,
+        sequence_length=SEQUENCE_LENGTH,
+        validation_share=0.1,
+    )
     return folder
 
 
@@ -64,7 +79,13 @@ def make_config(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any
     """Plain values of a small learning run, changed by section: make_config(training={"steps": 3})."""
     base = {
         "run": {"dir": str(tmp_path / "run")},
-        "model": {"preset": "tiny", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
+        "model": {
+            "preset": "tiny",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "head_dim": 8,
+        },
         "attention": {"window": 8},
         "allocation": {"source": "learn"},
         "gates": {"warmup_steps": 2},

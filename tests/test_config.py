@@ -17,7 +17,11 @@ from megaconsa.model.config import PRESETS, ModelConfig
 
 STUDIES = {"study.yaml", "study_cpu.yaml"}
 """These name a run configuration, and are none."""
-CONFIGS = [path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if path.name not in STUDIES]
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    if path.name not in STUDIES
+]
 
 PER_LAYER: dict[str, Any] = {"source": "learn", "scope": "per_layer"}
 BASE: dict[str, Any] = {
@@ -25,7 +29,13 @@ BASE: dict[str, Any] = {
     "attention": {"window": 8},
     "allocation": PER_LAYER,
     "gates": {"warmup_steps": 3},
-    "training": {"steps": 10, "micro_batch": 2, "global_batch": 4, "sequence_length": 32, "learning_rate": 0.001},
+    "training": {
+        "steps": 10,
+        "micro_batch": 2,
+        "global_batch": 4,
+        "sequence_length": 32,
+        "learning_rate": 0.001,
+    },
     "data": {"path": "data/a"},
 }
 
@@ -71,14 +81,26 @@ def test_the_smallest_configuration() -> None:
     config = build(changed(allocation={"source": "learn"}))
     assert config.learning
     assert config.shape() == PRESETS["tiny"]
-    assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (0.5, "kv_head", "global")
+    assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (
+        0.5,
+        "kv_head",
+        "global",
+    )
     assert not build(changed(allocation={"source": "rule"})).learning
 
 
 def test_shape_fields_override_the_preset() -> None:
-    fields = {"vocab_size": 99, "head_dim": 6, "tie_word_embeddings": False, "rope_theta": 5e3, "num_hidden_layers": 3}
+    fields = {
+        "vocab_size": 99,
+        "head_dim": 6,
+        "tie_word_embeddings": False,
+        "rope_theta": 5e3,
+        "num_hidden_layers": 3,
+    }
     shape = build(changed(model={"preset": "small", **fields})).shape()
-    assert shape == ModelConfig(99, 512, 1408, 3, 16, 8, 6, False, 5e3, max_position_embeddings=32_768)
+    assert shape == ModelConfig(
+        99, 512, 1408, 3, 16, 8, 6, False, 5e3, max_position_embeddings=32_768
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,14 +108,29 @@ def test_shape_fields_override_the_preset() -> None:
     [
         ({"trainning": {}}, "unknown field trainning; did you mean training?"),
         ({"zebra": {}}, "unknown field zebra; known are run, model, attention"),
-        ({"training__step": 3}, "unknown field training.step in section training; did you mean training.steps?"),
-        ({"attention__zebra": 3}, "unknown field attention.zebra in section attention; known are window, backend"),
+        (
+            {"training__step": 3},
+            "unknown field training.step in section training; did you mean training.steps?",
+        ),
+        (
+            {"attention__zebra": 3},
+            "unknown field attention.zebra in section attention; known are window, backend",
+        ),
         ({"data": {}}, "field data.path is missing; give it in the file or as data.path=VALUE"),
         ({"allocation": {"sparsity": 0.5}}, "field allocation.source is missing"),
-        ({"training__steps": "many"}, "training.steps='many' is refused: input should be a valid integer"),
-        ({"training__steps": 10.5}, "training.steps=10.5 is refused: input should be a valid integer"),
+        (
+            {"training__steps": "many"},
+            "training.steps='many' is refused: input should be a valid integer",
+        ),
+        (
+            {"training__steps": 10.5},
+            "training.steps=10.5 is refused: input should be a valid integer",
+        ),
         ({"training__steps": None}, "training.steps=None is refused"),
-        ({"training__steps": 0}, "training.steps=0 is refused: input should be greater than or equal to 1"),
+        (
+            {"training__steps": 0},
+            "training.steps=0 is refused: input should be greater than or equal to 1",
+        ),
         ({"training__sequence_length": 1}, "training.sequence_length=1 is refused"),
         ({"training__learning_rate": 0}, "training.learning_rate=0 is refused"),
         ({"training__learning_rate": float("nan")}, "training.learning_rate=nan is refused"),
@@ -101,9 +138,18 @@ def test_shape_fields_override_the_preset() -> None:
         ({"gates__initial": float("nan")}, "gates.initial=nan is refused"),
         ({"gates__initial": float("-inf")}, "gates.initial=-inf is refused"),
         ({"model__rope_theta": float("inf")}, "model.rope_theta=inf is refused"),
-        ({"training__precision": "fp16"}, "training.precision='fp16' is refused: input should be 'auto', 'bf16' or 'fp32'"),
-        ({"attention__backend": "cudnn"}, "attention.backend='cudnn' is refused: input should be 'auto'"),
-        ({"allocation__source": "learned"}, "allocation.source='learned' is refused: input should be 'learn', 'file' or 'rule'"),
+        (
+            {"training__precision": "fp16"},
+            "training.precision='fp16' is refused: input should be 'auto', 'bf16' or 'fp32'",
+        ),
+        (
+            {"attention__backend": "cudnn"},
+            "attention.backend='cudnn' is refused: input should be 'auto'",
+        ),
+        (
+            {"allocation__source": "learned"},
+            "allocation.source='learned' is refused: input should be 'learn', 'file' or 'rule'",
+        ),
         ({"allocation__granularity": "head"}, "allocation.granularity='head' is refused"),
         ({"allocation__ratio": 0}, "allocation.ratio=0 is refused"),
         ({"run__seed": 2**32}, "run.seed=4294967296 is refused"),
@@ -116,13 +162,31 @@ def test_shape_fields_override_the_preset() -> None:
         ({"training__betas": [0.9, "x"]}, "training.betas.1='x' is refused"),
         ({"training__betas": [0.9, 1.0]}, "training.betas=[0.9, 1.0] must lie in [0, 1)"),
         ({"model__preset": "qwen9"}, "model.preset=qwen9 is unknown; choose one of tiny, small"),
-        ({"model__num_attention_heads": 6}, "model.num_attention_heads=6 must be a multiple of model.num_key_value_heads=4"),
+        (
+            {"model__num_attention_heads": 6},
+            "model.num_attention_heads=6 must be a multiple of model.num_key_value_heads=4",
+        ),
         ({"model__head_dim": 7}, "model.head_dim=7 must be even"),
-        ({"attention__window": 0}, "attention.window=0 must lie between 1 and training.sequence_length=32"),
-        ({"attention__window": 33}, "attention.window=33 must lie between 1 and training.sequence_length=32"),
-        ({"model__max_position_embeddings": 31}, "training.sequence_length=32 exceeds model.max_position_embeddings=31"),
-        ({"parallel__tensor": 5}, "parallel.tensor=5 exceeds the model's 4 KV heads, which are not split further; use 4 or less"),
-        ({"parallel__tensor": 3}, "parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does"),
+        (
+            {"attention__window": 0},
+            "attention.window=0 must lie between 1 and training.sequence_length=32",
+        ),
+        (
+            {"attention__window": 33},
+            "attention.window=33 must lie between 1 and training.sequence_length=32",
+        ),
+        (
+            {"model__max_position_embeddings": 31},
+            "training.sequence_length=32 exceeds model.max_position_embeddings=31",
+        ),
+        (
+            {"parallel__tensor": 5},
+            "parallel.tensor=5 exceeds the model's 4 KV heads, which are not split further; use 4 or less",
+        ),
+        (
+            {"parallel__tensor": 3},
+            "parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does",
+        ),
         (
             {"parallel__tensor": 4, "model__intermediate_size": 90},
             "parallel.tensor=4 does not divide model.intermediate_size=90; use a number that does",
@@ -145,21 +209,45 @@ def test_shape_fields_override_the_preset() -> None:
             {"parallel": {"schedule": "dualpipev"}},
             "parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b",
         ),
-        ({"parallel__schedule": "gpipe"}, "parallel.schedule='gpipe' is refused: input should be '1f1b' or 'dualpipev'"),
-        ({"training__micro_batch": 3}, "training.global_batch=4 must be a multiple of training.micro_batch=3"),
-        ({"training__micro_batch": 8}, "training.global_batch=4 must be a multiple of training.micro_batch=8"),
-        ({"training__warmup_steps": 11}, "training.warmup_steps=11 and training.decay_steps=0 do not fit into training.steps=10"),
-        ({"training__schedule": "wsd"}, "training.schedule=wsd needs training.decay_steps of at least 1"),
+        (
+            {"parallel__schedule": "gpipe"},
+            "parallel.schedule='gpipe' is refused: input should be '1f1b' or 'dualpipev'",
+        ),
+        (
+            {"training__micro_batch": 3},
+            "training.global_batch=4 must be a multiple of training.micro_batch=3",
+        ),
+        (
+            {"training__micro_batch": 8},
+            "training.global_batch=4 must be a multiple of training.micro_batch=8",
+        ),
+        (
+            {"training__warmup_steps": 11},
+            "training.warmup_steps=11 and training.decay_steps=0 do not fit into training.steps=10",
+        ),
+        (
+            {"training__schedule": "wsd"},
+            "training.schedule=wsd needs training.decay_steps of at least 1",
+        ),
         ({"training__decay_steps": 2}, "training.decay_steps=2 belongs to training.schedule=wsd"),
-        ({"training__min_learning_rate": 0.01}, "training.min_learning_rate=0.01 exceeds training.learning_rate=0.001"),
+        (
+            {"training__min_learning_rate": 0.01},
+            "training.min_learning_rate=0.01 exceeds training.learning_rate=0.001",
+        ),
         (
             {"allocation__sparsity": 0.3},
             "allocation.sparsity=0.3 cannot be met by the 4 KV heads of a layer; possible are 0, 0.25",
         ),
         ({"allocation__sparsity": 1.5}, "allocation.sparsity=1.5 is refused"),
         ({"allocation__sparsity": float("nan")}, "allocation.sparsity=nan is refused"),
-        ({"allocation__granularity": "layer"}, "allocation.scope=per_layer cannot hold with allocation.granularity=layer"),
-        ({"gates__warmup_steps": 10}, "gates.warmup_steps=10 must be at most 7 of training.steps=10"),
+        (
+            {"allocation__granularity": "layer"},
+            "allocation.scope=per_layer cannot hold with allocation.granularity=layer",
+        ),
+        (
+            {"gates__warmup_steps": 10},
+            "gates.warmup_steps=10 must be at most 7 of training.steps=10",
+        ),
         (
             {"gates__controller": "paper", "gates__learning_rate": 0.1},
             "gates.learning_rate=0.1 cannot bring the gates from gates.initial=2.5 to allocation.sparsity=0.5 in training.steps=10",
@@ -168,12 +256,24 @@ def test_shape_fields_override_the_preset() -> None:
             {"allocation": PER_LAYER | {"floor": 1}},
             "allocation.floor=1 needs allocation.scope=global and allocation.granularity=kv_head",
         ),
-        ({"allocation__floor": -1}, "allocation.floor=-1 is refused: input should be greater than or equal to 0"),
+        (
+            {"allocation__floor": -1},
+            "allocation.floor=-1 is refused: input should be greater than or equal to 0",
+        ),
         ({"allocation__seed": 2**32}, "allocation.seed=4294967296 is refused"),
-        ({"allocation__cache_bytes": 0.5, "allocation__context": 64}, "allocation.cache_bytes=0.5 is refused"),
-        ({"allocation__cache_share": 0, "allocation__context": 64}, "allocation.cache_share=0 is refused"),
+        (
+            {"allocation__cache_bytes": 0.5, "allocation__context": 64},
+            "allocation.cache_bytes=0.5 is refused",
+        ),
+        (
+            {"allocation__cache_share": 0, "allocation__context": 64},
+            "allocation.cache_share=0 is refused",
+        ),
         ({"allocation__cache_share": 0.5}, "allocation.cache_share=0.5 needs allocation.context"),
-        ({"allocation__context": 64}, "allocation.context=64 belongs to a budget, but there is none; leave it out"),
+        (
+            {"allocation__context": 64},
+            "allocation.context=64 belongs to a budget, but there is none; leave it out",
+        ),
         (
             {"allocation": PER_LAYER | {"cache_share": 0.5, "attention_share": 0.5, "context": 64}},
             "allocation.cache_share and allocation.attention_share are both given; keep one of them",
@@ -188,7 +288,14 @@ def test_shape_fields_override_the_preset() -> None:
             "random; with allocation.source=file leave it and allocation.context out",
         ),
         (
-            {"allocation": {"source": "rule", "rule": "interleaved", "cache_share": 0.5, "context": 64}},
+            {
+                "allocation": {
+                    "source": "rule",
+                    "rule": "interleaved",
+                    "cache_share": 0.5,
+                    "context": 64,
+                }
+            },
             "with allocation.rule=interleaved leave it and allocation.context out",
         ),
         (
@@ -196,12 +303,21 @@ def test_shape_fields_override_the_preset() -> None:
             "allocation.cache_share=0.1 at 64 tokens is a budget below 0.109375, what all-windowed costs with attention.window=8",
         ),
         (
-            {"allocation": {"source": "learn", "cache_bytes": 513, "context": 64}, "model__num_hidden_layers": 1},
+            {
+                "allocation": {"source": "learn", "cache_bytes": 513, "context": 64},
+                "model__num_hidden_layers": 1,
+            },
             "allocation.cache_bytes=513 at 64 tokens is above 512, the cost of the dense model",
         ),
         ({"allocation__source": "file"}, "allocation.source=file needs allocation.file"),
-        ({"allocation__file": "a.json"}, "allocation.file=a.json is given, but allocation.source is learn; set it to file"),
-        ({"allocation": {"source": "rule", "file": "a.json"}}, "allocation.source is rule; set it to file"),
+        (
+            {"allocation__file": "a.json"},
+            "allocation.file=a.json is given, but allocation.source is learn; set it to file",
+        ),
+        (
+            {"allocation": {"source": "rule", "file": "a.json"}},
+            "allocation.source is rule; set it to file",
+        ),
     ],
 )
 def test_refusals_name_field_value_and_mend(fields: dict[str, Any], message: str) -> None:
@@ -211,7 +327,9 @@ def test_refusals_name_field_value_and_mend(fields: dict[str, Any], message: str
 def test_warmup_and_decay_must_fit_together() -> None:
     fields = {"training__schedule": "wsd", "training__decay_steps": 6}
     assert build(changed(**fields, training__warmup_steps=4)).training.decay_steps == 6
-    assert "training.warmup_steps=5 and training.decay_steps=6 do not fit" in refusal(changed(**fields, training__warmup_steps=5))
+    assert "training.warmup_steps=5 and training.decay_steps=6 do not fit" in refusal(
+        changed(**fields, training__warmup_steps=5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +350,14 @@ def test_warmup_and_decay_must_fit_together() -> None:
         {"allocation__sparsity": 0},
         {"allocation__sparsity": 1},
         {"allocation": {"source": "file", "file": "a.json"}},
-        {"allocation": {"source": "learn", "granularity": "layer", "scope": "global", "sparsity": 0.25}},
+        {
+            "allocation": {
+                "source": "learn",
+                "granularity": "layer",
+                "scope": "global",
+                "sparsity": 0.25,
+            }
+        },
         {"allocation": {"source": "rule", "rule": "dense"}, "gates__warmup_steps": 100},
     ],
 )
@@ -243,12 +368,18 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("quantity", ["cache_bytes", "cache_share", "attention_share"])
 def test_a_budget_becomes_the_lowest_sparsity_that_keeps_it(quantity: str) -> None:
     """Tiny with a window of 1: at 31 tokens a windowed head caches nothing and sees a sixteenth of the pairs."""
-    limit = {"cache_bytes": 4 * 4 * 128 // 2, "cache_share": 0.5, "attention_share": 0.53125}[quantity]
-    config = build(changed(attention__window=1, allocation=PER_LAYER | {quantity: limit, "context": 31}))
+    limit = {"cache_bytes": 4 * 4 * 128 // 2, "cache_share": 0.5, "attention_share": 0.53125}[
+        quantity
+    ]
+    config = build(
+        changed(attention__window=1, allocation=PER_LAYER | {quantity: limit, "context": 31})
+    )
     assert config.allocation.sparsity == 0.5
     assert config.constraint() == Constraint(4, 4, 0.5)
     just_below = limit - 1 if quantity == "cache_bytes" else limit - 0.001
-    less = build(changed(attention__window=1, allocation=PER_LAYER | {quantity: just_below, "context": 31}))
+    less = build(
+        changed(attention__window=1, allocation=PER_LAYER | {quantity: just_below, "context": 31})
+    )
     assert less.allocation.sparsity == 0.75
 
 
@@ -265,7 +396,10 @@ def test_a_resolved_budget_loads_again_and_is_held_to() -> None:
     assert build(written) == config
     assert build(written).to_dict() == config.to_dict()
     written["attention"]["window"] = 1
-    assert "allocation.sparsity=0.75 is given, but allocation.cache_share=0.5 at 64 tokens makes it 0.5" in refusal(written)
+    assert (
+        "allocation.sparsity=0.75 is given, but allocation.cache_share=0.5 at 64 tokens makes it 0.5"
+        in refusal(written)
+    )
 
 
 def test_an_override_replaces_a_sparsity_by_a_budget(tmp_path: Path) -> None:
@@ -280,16 +414,33 @@ def test_an_override_replaces_a_sparsity_by_a_budget(tmp_path: Path) -> None:
 
 def test_a_sparsity_rounded_by_hand_agrees_with_its_budget() -> None:
     """The exact one is kept."""
-    allocation = {"source": "learn", "granularity": "layer", "scope": "global", "cache_share": 0.5, "context": 64}
+    allocation = {
+        "source": "learn",
+        "granularity": "layer",
+        "scope": "global",
+        "cache_share": 0.5,
+        "context": 64,
+    }
     fields = {"model__num_hidden_layers": 7, "allocation": {**allocation, "sparsity": 0.5714286}}
     assert build(changed(**fields)).allocation.sparsity == 4 / 7
 
 
-@pytest.mark.parametrize(("rule", "sparsity"), [("head-share", 0.75), ("bottom-swa", 0.75), ("middle", 0.75), ("random", 0.5625)])
+@pytest.mark.parametrize(
+    ("rule", "sparsity"),
+    [("head-share", 0.75), ("bottom-swa", 0.75), ("middle", 0.75), ("random", 0.5625)],
+)
 def test_budgets_of_rules_count_their_own_units(rule: str, sparsity: float) -> None:
     """Half of the cache at 64 tokens takes 9 of 16 heads, or 3 of each layer's 4, or 3 of 4 layers."""
-    allocation = {"source": "rule", "rule": rule, "scope": "global", "cache_share": 0.5, "context": 64}
-    config = build(changed(model={"num_hidden_layers": 4, "num_key_value_heads": 4}, allocation=allocation))
+    allocation = {
+        "source": "rule",
+        "rule": rule,
+        "scope": "global",
+        "cache_share": 0.5,
+        "context": 64,
+    }
+    config = build(
+        changed(model={"num_hidden_layers": 4, "num_key_value_heads": 4}, allocation=allocation)
+    )
     table = config.fixed_allocation()
     assert table is not None
     assert table.sparsity == table.target_sparsity == config.allocation.sparsity == sparsity
@@ -297,10 +448,16 @@ def test_budgets_of_rules_count_their_own_units(rule: str, sparsity: float) -> N
 
 def test_constraint_of_learning_and_of_rules() -> None:
     section = {"source": "learn", "scope": "global", "sparsity": 0.5, "floor": 1}
-    assert build(changed(allocation=section)).constraint() == Constraint(4, 4, 0.5, "kv_head", "global", 1)
+    assert build(changed(allocation=section)).constraint() == Constraint(
+        4, 4, 0.5, "kv_head", "global", 1
+    )
     rule = {**section, "source": "rule"}
-    assert build(changed(allocation={**rule, "rule": "middle"})).constraint() == Constraint(4, 4, 0.5, "layer", "global")
-    assert build(changed(allocation={**rule, "rule": "head-share"})).constraint() == Constraint(4, 4, 0.5)
+    assert build(changed(allocation={**rule, "rule": "middle"})).constraint() == Constraint(
+        4, 4, 0.5, "layer", "global"
+    )
+    assert build(changed(allocation={**rule, "rule": "head-share"})).constraint() == Constraint(
+        4, 4, 0.5
+    )
     random = build(changed(allocation={**rule, "rule": "random"}))
     assert random.constraint() == Constraint(4, 4, 0.5, "kv_head", "global", 1)
 
@@ -308,7 +465,9 @@ def test_constraint_of_learning_and_of_rules() -> None:
 def test_seeds_of_rules() -> None:
     def table(**fields: Any) -> Allocation:
         seed = fields.pop("run__seed", 0)
-        allocation = build(changed(run__seed=seed, allocation={"source": "rule", **fields})).fixed_allocation()
+        allocation = build(
+            changed(run__seed=seed, allocation={"source": "rule", **fields})
+        ).fixed_allocation()
         assert allocation is not None
         return allocation
 
@@ -378,7 +537,10 @@ def test_overrides_apply_typed_values(file: Path) -> None:
         ("training.steps=", "training.steps=None is refused"),
         ("training.steps=ten", "training.steps='ten' is refused"),
         ("trainnig.steps=3", "unknown field trainnig; did you mean training?"),
-        ("training.stpes=3", "unknown field training.stpes in section training; did you mean training.steps?"),
+        (
+            "training.stpes=3",
+            "unknown field training.stpes in section training; did you mean training.steps?",
+        ),
         ("attention.window=64", "attention.window=64 must lie between 1 and"),
     ],
 )
@@ -425,7 +587,13 @@ def test_an_override_of_what_is_no_section_is_refused(tmp_path: Path) -> None:
 
 def test_dictionary_goes_through_yaml_and_back(file: Path) -> None:
     config = load(
-        file, ["training.learning_rate=1e-05", "model.init_from=runs/b", "training.betas=[0.8, 0.9]", "model.vocab_size=7"]
+        file,
+        [
+            "training.learning_rate=1e-05",
+            "model.init_from=runs/b",
+            "training.betas=[0.8, 0.9]",
+            "model.vocab_size=7",
+        ],
     )
     text = yaml.safe_dump(config.to_dict())
     assert build(yaml.safe_load(text)) == config
@@ -460,7 +628,9 @@ def test_a_section_without_fields_takes_the_defaults() -> None:
     assert build(changed(model=None)).model.preset == "tiny"
 
 
-@pytest.mark.parametrize("field", ["training__steps", "run__seed", "training__learning_rate", "attention__window"])
+@pytest.mark.parametrize(
+    "field", ["training__steps", "run__seed", "training__learning_rate", "attention__window"]
+)
 def test_booleans_are_no_numbers(field: str) -> None:
     assert "a boolean does not fit" in refusal(changed(**{field: True}))
 
@@ -469,7 +639,9 @@ def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """A folder that is really called ~ or $SCRATCH is nobody's wish."""
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("HOME", "/home/someone")
-    config = load(file, ["run.dir=$SCRATCH/runs/a", "model.init_from=~/runs/b", "data.path=${SCRATCH}/data"])
+    config = load(
+        file, ["run.dir=$SCRATCH/runs/a", "model.init_from=~/runs/b", "data.path=${SCRATCH}/data"]
+    )
     assert config.run.dir == tmp_path / "runs" / "a"
     assert config.model.init_from == Path("/home/someone/runs/b")
     assert config.data.path == tmp_path / "data"
@@ -487,7 +659,9 @@ def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
         ("model.init_from=None", "write null where nothing is meant"),
     ],
 )
-def test_what_yaml_or_a_path_would_take_for_something_else(override: str, said: str, file: Path) -> None:
+def test_what_yaml_or_a_path_would_take_for_something_else(
+    override: str, said: str, file: Path
+) -> None:
     with pytest.raises(InputError) as caught:
         load(file, [override])
     assert said in str(caught.value)

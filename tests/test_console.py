@@ -35,7 +35,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def plain(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed where there is no terminal, whatever the environment of the tests says."""
     output = io.StringIO()
-    monkeypatch.setattr(console_module, "console", Console(file=output, force_terminal=False, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(
+        console_module,
+        "console",
+        Console(file=output, force_terminal=False, highlight=False, soft_wrap=True),
+    )
     return output
 
 
@@ -80,7 +84,9 @@ def test_a_long_line_is_not_broken(plain: io.StringIO, clock: Clock) -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_the_body_raises_comes_out(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console_module, "console", Console(file=io.StringIO(), force_terminal=terminal))
+    monkeypatch.setattr(
+        console_module, "console", Console(file=io.StringIO(), force_terminal=terminal)
+    )
     for error in (ValueError("bad"), KeyboardInterrupt(), InputError("refused")):
         with pytest.raises(type(error)) as caught, progress("reading", 2) as task:  # noqa: PT012
             task.advance()
@@ -97,7 +103,9 @@ def test_a_body_that_raises_does_not_print_the_last_line(plain: io.StringIO) -> 
 
 def test_a_terminal_shows_a_bar_with_the_last_note(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
-    monkeypatch.setattr(console_module, "console", Console(file=output, force_terminal=True, width=200))
+    monkeypatch.setattr(
+        console_module, "console", Console(file=output, force_terminal=True, width=200)
+    )
     with progress("training", 2, "steps") as task:
         task.advance(note="loss 3.14")
         task.advance()

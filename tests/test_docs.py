@@ -20,7 +20,12 @@ from megaconsa.model.config import PRESETS
 from megaconsa.training import same_run
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TOP_LEVEL = ("megaconsa", "kernels", "tools", "configs", "slurm", "docs", "tests")
 
@@ -37,7 +42,9 @@ def fenced(page: Path) -> Iterator[str]:
 
 def inline(page: Path) -> list[str]:
     """What stands in backquotes outside fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    return re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    )
 
 
 def anchors(page: Path) -> set[str]:
@@ -48,8 +55,16 @@ def anchors(page: Path) -> set[str]:
 
 def table(page: str, columns: int) -> dict[str, list[str]]:
     """Rows of the page's tables with that many columns whose first cell is one name in backquotes."""
-    rows = (re.split(r" \| ", line[2:].removesuffix(" |")) for line in (ROOT / page).read_text().splitlines() if line[:2] == "| ")
-    return {row[0].strip("`"): row[1:] for row in rows if len(row) == columns and re.fullmatch(r"`[\w.-]+`", row[0])}
+    rows = (
+        re.split(r" \| ", line[2:].removesuffix(" |"))
+        for line in (ROOT / page).read_text().splitlines()
+        if line[:2] == "| "
+    )
+    return {
+        row[0].strip("`"): row[1:]
+        for row in rows
+        if len(row) == columns and re.fullmatch(r"`[\w.-]+`", row[0])
+    }
 
 
 def check_command(words: list[str]) -> None:
@@ -95,7 +110,9 @@ def test_commands_and_files_named_in_passing_exist(page: Path) -> None:
             assert words[1] in COMMANDS or words[0] == "make", text
         if words[0] == "make":
             check_command(words)
-        if re.fullmatch(rf"({'|'.join(TOP_LEVEL)})/[\w./-]*", text) and not re.search(r"[A-Z]{3}", text):
+        if re.fullmatch(rf"({'|'.join(TOP_LEVEL)})/[\w./-]*", text) and not re.search(
+            r"[A-Z]{3}", text
+        ):
             assert (ROOT / text).exists(), text
 
 
@@ -119,7 +136,9 @@ def test_every_page_is_in_the_index() -> None:
 def test_readme_lists_every_command_and_configuration() -> None:
     readme = (ROOT / "README.md").read_text()
     assert set(re.findall(r"^\| `megaconsa ([a-z-]+)` \|", readme, re.MULTILINE)) == set(COMMANDS)
-    assert set(re.findall(r"\]\(configs/([\w.]+)\)", readme)) == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert set(re.findall(r"\]\(configs/([\w.]+)\)", readme)) == {
+        path.name for path in (ROOT / "configs").glob("*.yaml")
+    }
 
 
 def test_every_field_stands_with_its_default() -> None:
@@ -142,7 +161,13 @@ def test_every_preset_stands_with_its_shape() -> None:
         heads = f"{shape.num_attention_heads} / {shape.num_key_value_heads}"
         widths = (f"{shape.hidden_size:,}", f"{shape.intermediate_size:,}", f"{shape.vocab_size:,}")
         tied = "yes" if shape.tie_word_embeddings else "no"
-        assert rows[name] == [str(shape.num_hidden_layers), heads, str(shape.head_dim), *widths, tied]
+        assert rows[name] == [
+            str(shape.num_hidden_layers),
+            heads,
+            str(shape.head_dim),
+            *widths,
+            tied,
+        ]
 
 
 def test_choices_stand_in_the_configuration_page() -> None:
@@ -156,17 +181,25 @@ def test_choices_stand_in_the_configuration_page() -> None:
 
 
 def test_what_may_change_on_resume_stands_in_the_training_page() -> None:
-    paragraph = (ROOT / "docs" / "training.md").read_text().split("## Resuming")[1].split("\n## ")[0]
+    paragraph = (
+        (ROOT / "docs" / "training.md").read_text().split("## Resuming")[1].split("\n## ")[0]
+    )
     for name in same_run.FREE | same_run.OF_THE_START | {"training.steps"}:
         assert f"`{name}`" in paragraph
 
 
 def test_every_metric_stands_in_the_training_page(
-    make_config: Callable[..., dict[str, Any]], train: Callable[[dict[str, Any]], list[dict[str, Any]]], tmp_path: Path
+    make_config: Callable[..., dict[str, Any]],
+    train: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    tmp_path: Path,
 ) -> None:
     rows = train(make_config(training={"steps": 3}, checkpoint={"every": 0}))
     paper = {"controller": "paper", "learning_rate": 2.0}
     other_run = {"dir": str(tmp_path / "paper")}
-    rows += train(make_config(run=other_run, gates=paper, training={"steps": 3}, checkpoint={"every": 0}))
+    rows += train(
+        make_config(run=other_run, gates=paper, training={"steps": 3}, checkpoint={"every": 0})
+    )
     section = (ROOT / "docs" / "training.md").read_text().split("## Metrics")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {name for row in rows for name in row}
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {
+        name for row in rows for name in row
+    }

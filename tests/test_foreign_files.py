@@ -69,13 +69,19 @@ def test_nasty_contents(reader: str, content: str, tmp_path: Path) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
 
 @readers
-@given(content=st.binary(max_size=64) | VALUES.map(lambda value: repr(value).encode(errors="replace")))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=64) | VALUES.map(lambda value: repr(value).encode(errors="replace"))
+)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_content(reader: str, content: bytes, tmp_path: Path) -> None:
     read(reader, content, tmp_path)

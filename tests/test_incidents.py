@@ -31,7 +31,12 @@ def test_a_torn_or_missing_file_is_read_as_far_as_it_goes(tmp_path: Path) -> Non
     with (tmp_path / NAME).open("a") as file:
         file.write('{"step": 4}\n{"time": "20')
     (entry,) = read(tmp_path)
-    assert (entry["kind"], entry["step"], entry["rank"], entry["text"]) == ("hang", 7, 0, "no step for 300 s")
+    assert (entry["kind"], entry["step"], entry["rank"], entry["text"]) == (
+        "hang",
+        7,
+        0,
+        "no step for 300 s",
+    )
 
 
 def test_what_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,9 @@ def test_a_file_that_comes_back_is_read(tmp_path: Path) -> None:
     assert reading.read_text(file) == "content"
 
 
-def test_one_that_stays_away_ends_with_the_code_that_requeues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_stays_away_ends_with_the_code_that_requeues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "file"
     file.symlink_to(OUT_OF_REACH)
     with pytest.raises(SystemExit) as end:

@@ -14,19 +14,34 @@ if TYPE_CHECKING:
 
 
 def main(
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences. Default 4; without a GPU 1.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence. Default 8192; without a GPU 256.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences. Default 4; without a GPU 1.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a sequence. Default 8192; without a GPU 256."),
+    ] = None,
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 16,
-    kv_heads: Annotated[int, typer.Option(min=2, help="KV heads, at least 2, since some cases mix two kinds.")] = 8,
+    kv_heads: Annotated[
+        int, typer.Option(min=2, help="KV heads, at least 2, since some cases mix two kinds.")
+    ] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Values of a head.")] = 128,
-    window: Annotated[int | None, typer.Option(min=1, help="Keys of a windowed head. Default 1024; without a GPU 64.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default bf16; without a GPU fp32.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Case to run, may be repeated. Default: all.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keys of a windowed head. Default 1024; without a GPU 64."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32. Default bf16; without a GPU fp32.")
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Case to run, may be repeated. Default: all.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     tune: Annotated[
         bool,
         typer.Option(
-            "--tune", help="Find the fastest launches of the Triton kernels for this shape, into MEGACONSA_LAUNCH_FILE."
+            "--tune",
+            help="Find the fastest launches of the Triton kernels for this shape, into MEGACONSA_LAUNCH_FILE.",
         ),
     ] = False,
 ) -> None:
@@ -51,33 +66,60 @@ def main(
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtype or ("bf16" if gpu else "fp32")
-    batch, length, window = batch or (4 if gpu else 1), length or (8192 if gpu else 256), window or (1024 if gpu else 64)
+    batch, length, window = (
+        batch or (4 if gpu else 1),
+        length or (8192 if gpu else 256),
+        window or (1024 if gpu else 64),
+    )
     if dtype not in dtypes:
         raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(dtypes)}")
     if heads % kv_heads:
         raise InputError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
     if window >= length:
-        raise InputError(f"--window {window} must be smaller than --length {length}, or windowed heads are full ones")
+        raise InputError(
+            f"--window {window} must be smaller than --length {length}, or windowed heads are full ones"
+        )
     if out is not None:
         check_out(out)
     shape = Shape(batch, length, heads, kv_heads, head_dim, window, dtypes[dtype], device)
     if tune and (case or out is not None):
-        raise InputError("--tune does not go with --case or --out: it measures cases of its own and writes the launch file")
+        raise InputError(
+            "--tune does not go with --case or --out: it measures cases of its own and writes the launch file"
+        )
     if tune:
         _tune(shape)
         return
-    console.print(f"{device_name(device)}: {dtype}, batch {batch}, length {length}, {heads} / {kv_heads} heads of {head_dim}")
+    console.print(
+        f"{device_name(device)}: {dtype}, batch {batch}, length {length}, {heads} / {kv_heads} heads of {head_dim}"
+    )
     if not gpu:
-        console.print("No GPU: these figures say nothing about the kernels, which run on GPUs alone.")
-    benchmark = run_benchmark(shape, case or [], contestants(device), lambda checked: console.print(errors_table(checked)))
+        console.print(
+            "No GPU: these figures say nothing about the kernels, which run on GPUs alone."
+        )
+    benchmark = run_benchmark(
+        shape, case or [], contestants(device), lambda checked: console.print(errors_table(checked))
+    )
     console.print(times_table(benchmark))
     for line in footer(benchmark):
         console.print(line, markup=False)
     if out is not None:
-        options = {"batch": batch, "length": length, "heads": heads, "kv-heads": kv_heads, "head-dim": head_dim}
-        command = " ".join(f"--{name} {value}" for name, value in {**options, "window": window, "dtype": dtype}.items())
+        options = {
+            "batch": batch,
+            "length": length,
+            "heads": heads,
+            "kv-heads": kv_heads,
+            "head-dim": head_dim,
+        }
+        command = " ".join(
+            f"--{name} {value}"
+            for name, value in {**options, "window": window, "dtype": dtype}.items()
+        )
         chosen = "".join(f" --case {name}" for name in case or [])
-        replace_text(out, dumps(benchmark.to_dict(f"megaconsa bench-attention {command}{chosen}"), indent=1) + "\n")
+        replace_text(
+            out,
+            dumps(benchmark.to_dict(f"megaconsa bench-attention {command}{chosen}"), indent=1)
+            + "\n",
+        )
         console.print(f"wrote {out}", markup=False)
 
 
@@ -91,7 +133,9 @@ def _tune(shape: Shape) -> None:
         raise InputError("--tune needs a CUDA GPU; run it on the machine that trains")
     path = user_file()
     if path is None:
-        raise InputError(f"--tune writes the file named by {FILE_VARIABLE}, which is not set; export {FILE_VARIABLE}=launch.json")
+        raise InputError(
+            f"--tune writes the file named by {FILE_VARIABLE}, which is not set; export {FILE_VARIABLE}=launch.json"
+        )
     check_out(path)
     from megaconsa.benchmarks.attention.tuning import Trial, refusal, tune
 

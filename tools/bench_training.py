@@ -12,10 +12,14 @@ from megaconsa.console import check_out, console, run_tool
 
 def main(
     config: Annotated[Path, typer.Argument(help="Configuration of the run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")
+    ] = None,
     topology: Annotated[
         list[str] | None,
-        typer.Option(help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. Default: one process alone."),
+        typer.Option(
+            help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. Default: one process alone."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each.")] = 20,
     skip: Annotated[int, typer.Option(min=0, help="First steps that are not timed.")] = 5,
@@ -42,10 +46,20 @@ def main(
     if out is not None:
         check_out(out)
     layouts = [Layout(), *(Layout.parse(text) for text in topology or [])]
-    schedule = [f"training.steps={steps}", "training.warmup_steps=0", "training.decay_steps=0", "training.schedule=cosine"]
+    schedule = [
+        f"training.steps={steps}",
+        "training.warmup_steps=0",
+        "training.decay_steps=0",
+        "training.schedule=cosine",
+    ]
     schedule.append(f"gates.warmup_steps={steps - 1}")  # the run's own would not fit
     fields = {
-        layout: [*(overrides or []), *schedule, f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+        layout: [
+            *(overrides or []),
+            *schedule,
+            f"parallel.tensor={layout.tensor}",
+            f"parallel.pipeline={layout.pipeline}",
+        ]
         for layout in layouts
     }
     for layout in layouts:
@@ -56,7 +70,12 @@ def main(
         for number, layout in enumerate(layouts):
             console.print(f"{layout}: {steps} steps", markup=False)
             run = Path(folder) / str(number)
-            results[layout] = _run(config, [*fields[layout], f"run.dir={run}"], layout.processes, Path(folder) / f"{number}.json")
+            results[layout] = _run(
+                config,
+                [*fields[layout], f"run.dir={run}"],
+                layout.processes,
+                Path(folder) / f"{number}.json",
+            )
             measured = measure(layout, results[layout], skip, results[layouts[0]])
             measurements.append(measured)
             console.print(f"{layout}: {measured.tokens_per_second:,.0f} tokens/s", markup=False)
@@ -84,8 +103,22 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     from megaconsa.cluster.bad_nodes import FAILURES, FIRST
     from megaconsa.errors import RunError
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launcher, "-m", "megaconsa.benchmarks.training.rank", str(config), str(out), *fields]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    command = [
+        *launcher,
+        "-m",
+        "megaconsa.benchmarks.training.rank",
+        str(config),
+        str(out),
+        *fields,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = out.parent.glob(f"{FAILURES}/*/{FIRST}")

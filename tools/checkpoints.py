@@ -37,14 +37,29 @@ def main(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
             table.add_row(path.name, *[""] * 7, "damaged")
             faults.append(str(error))
             continue
-        losses = ("-" if (loss := saved.state.get(name)) is None else f"{loss:.4f}" for name in ("loss", "validation_loss"))
+        losses = (
+            "-" if (loss := saved.state.get(name)) is None else f"{loss:.4f}"
+            for name in ("loss", "validation_loss")
+        )
         written = saved.manifest["written"]
         times = (f"{written[name]:.2f} s" for name in ("stall_seconds", "write_seconds"))
-        size = f"{saved.bytes / 2**30:.2f} GiB" if saved.bytes >= 2**28 else f"{saved.bytes / 2**20:.1f} MiB"
+        size = (
+            f"{saved.bytes / 2**30:.2f} GiB"
+            if saved.bytes >= 2**28
+            else f"{saved.bytes / 2**20:.1f} MiB"
+        )
         missing = saved.faults(checksums=False)
         faults += missing
         whole = "damaged" if missing else "whole"
-        table.add_row(path.name, f"{saved.state['tokens']:,}", *losses, size, written["date"][:19], *times, whole)
+        table.add_row(
+            path.name,
+            f"{saved.state['tokens']:,}",
+            *losses,
+            size,
+            written["date"][:19],
+            *times,
+            whole,
+        )
     console.print(table, width=200)  # lines that a script can read, also where there is no terminal
     for fault in faults:
         console.print(fault, markup=False)

@@ -16,37 +16,65 @@ def main(
     model: Annotated[
         list[str],
         typer.Option(
-            metavar="[LABEL=]FOLDER", help="A folder that export-hf made; repeat it. The others are compared with the first."
+            metavar="[LABEL=]FOLDER",
+            help="A folder that export-hf made; repeat it. The others are compared with the first.",
         ),
     ],
-    data: Annotated[Path, typer.Option(help="Data folder, of which the held-out documents are used.")],
+    data: Annotated[
+        Path, typer.Option(help="Data folder, of which the held-out documents are used.")
+    ],
     out: Annotated[
-        Path, typer.Option(help="Folder for evaluation.json and evaluation.png; what it holds is not measured again.")
+        Path,
+        typer.Option(
+            help="Folder for evaluation.json and evaluation.png; what it holds is not measured again."
+        ),
     ],
     length: Annotated[
-        int | None, typer.Option(min=1, help="Positions of a document to predict from. Default: the data's sequence length.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Positions of a document to predict from. Default: the data's sequence length.",
+        ),
     ] = None,
-    documents: Annotated[int, typer.Option(min=0, help="Held-out documents, the longest; 0 leaves perplexity out.")] = 256,
+    documents: Annotated[
+        int, typer.Option(min=0, help="Held-out documents, the longest; 0 leaves perplexity out.")
+    ] = 256,
     needle_length: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Tokens of a haystack; repeat it. Default: 1/8, 1/4, 1/2 and all of the data's sequence length."
+            min=1,
+            help="Tokens of a haystack; repeat it. Default: 1/8, 1/4, 1/2 and all of the data's sequence length.",
         ),
     ] = None,
     depth: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="Place of the needle, 0 at the beginning; repeat it. Default: 0, 0.25, 0.5, 0.75 and 1."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Place of the needle, 0 at the beginning; repeat it. Default: 0, 0.25, 0.5, 0.75 and 1.",
+        ),
     ] = None,
-    needles: Annotated[int, typer.Option(min=0, help="Needles of each length and depth; 0 leaves them out.")] = 8,
+    needles: Annotated[
+        int, typer.Option(min=0, help="Needles of each length and depth; 0 leaves them out.")
+    ] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of needles and haystacks.")] = 0,
-    task: Annotated[list[str] | None, typer.Option(help="Task of lm-eval; repeat it. Needs the extra `harness`.")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder with the tasks' YAML files. Default: lm-eval's own.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")] = "auto",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of lm-eval; repeat it. Needs the extra `harness`."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' YAML files. Default: lm-eval's own.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
+    ] = "auto",
     dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"] | None, typer.Option(help="Default: bfloat16; without a GPU float32.")
+        Literal["bfloat16", "float32", "float16"] | None,
+        typer.Option(help="Default: bfloat16; without a GPU float32."),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a forward pass, if a sequence is not longer itself.")
+        int,
+        typer.Option(min=1, help="Tokens of a forward pass, if a sequence is not longer itself."),
     ] = 16_384,
 ) -> None:
     """Compare exported models: perplexity by position in the document, needle retrieval, tasks of lm-eval.

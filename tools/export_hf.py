@@ -12,25 +12,42 @@ from megaconsa.console import console, run_tool
 
 def main(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint) or a checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run folder (its newest checkpoint) or a checkpoint.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     allocation: Annotated[
-        Path | None, typer.Option(help="allocation.json to export with; needed for a checkpoint of a learning run.")
+        Path | None,
+        typer.Option(
+            help="allocation.json to export with; needed for a checkpoint of a learning run."
+        ),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; that of the run's data if not given.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder; that of the run's data if not given.")
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"] | None,
-        typer.Option(help="Precision of the exported weights; bfloat16, or that of an import, if not given."),
+        typer.Option(
+            help="Precision of the exported weights; bfloat16, or that of an import, if not given."
+        ),
     ] = None,
     average: Annotated[
-        int, typer.Option(min=1, help="Export the mean of the weights of this many newest checkpoints of the run.")
+        int,
+        typer.Option(
+            min=1, help="Export the mean of the weights of this many newest checkpoints of the run."
+        ),
     ] = 1,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file, such as 500MB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weight file, such as 500MB.")
+    ] = "5GB",
     verify: Annotated[
         int,
         typer.Option(
-            min=0, help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not."
+            min=0,
+            help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not.",
         ),
     ] = 0,
 ) -> None:
@@ -64,18 +81,26 @@ def main(
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
     if table is None and checkpoint.imported:
         shape = checkpoint.shape
-        table = dense(shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings)
+        table = dense(
+            shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings
+        )
     if table is None:
-        raise InputError(f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation")
+        raise InputError(
+            f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation"
+        )
     if checkpoint.window not in (None, table.window):
         raise InputError(
             f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {checkpoint.window}"
         )
     if checkpoint.imported and verify:
-        raise InputError(f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on")
+        raise InputError(
+            f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on"
+        )
     words = tokenizer or checkpoint.tokenizer
     if tokenizer is None and words is not None and not words.is_dir():
-        raise InputError(f"the run's tokenizer {words} is not there any more; give its folder with --tokenizer")
+        raise InputError(
+            f"the run's tokenizer {words} is not there any more; give its folder with --tokenizer"
+        )
     tokens = held_out_tokens(checkpoint, verify) if verify else None
     origin = checkpoint.origin
     if average > 1:
@@ -89,7 +114,11 @@ def main(
     with ExitStack() as reading:
         for each in checkpoints:
             reading.enter_context(each.in_use())
-        weights = MeanTensors([each.weights() for each in checkpoints]) if average > 1 else checkpoint.weights()
+        weights = (
+            MeanTensors([each.weights() for each in checkpoints])
+            if average > 1
+            else checkpoint.weights()
+        )
         with progress("exporting", export_bytes(checkpoint.shape, precision), "bytes") as task:
             export(
                 weights,
@@ -107,7 +136,10 @@ def main(
                 advance=task.advance,
             )
         kind = "stock Qwen3" if table.is_layer_wise else "per-head model file"
-        console.print(f"{out}: {kind}, {name}, sparsity {table.sparsity:.4f}, window {table.window}", markup=False)
+        console.print(
+            f"{out}: {kind}, {name}, sparsity {table.sparsity:.4f}, window {table.window}",
+            markup=False,
+        )
         if tokens is not None:
             try:
                 difference = logit_difference(out, checkpoint.shape, weights, table, tokens)

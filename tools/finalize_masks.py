@@ -15,14 +15,24 @@ FAR = 0.05
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a learning run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Option(help="File to write; RUN/allocation.json if not given.")] = Path(),
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a learning run, or one of its checkpoints.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="File to write; RUN/allocation.json if not given.")
+    ] = Path(),
     method: Annotated[
         Literal["top-k", "threshold"],
-        typer.Option(help="top-k meets the target exactly in every constraint; threshold is the paper's log_alpha > 0."),
+        typer.Option(
+            help="top-k meets the target exactly in every constraint; threshold is the paper's log_alpha > 0."
+        ),
     ] = "top-k",
     require_evidence: Annotated[
-        bool, typer.Option("--require-evidence", help="Refuse an allocation that the run's evidence does not support.")
+        bool,
+        typer.Option(
+            "--require-evidence",
+            help="Refuse an allocation that the run's evidence does not support.",
+        ),
     ] = False,
 ) -> None:
     """Turn the learned gates of a run into allocation.json, and say what evidence supports it.
@@ -45,7 +55,9 @@ def main(
     sparsity = constraint.sparsity
     scores = bank.gates.scores
     if method == "threshold" and bank.settings.controller == "evidence":
-        raise InputError("--method threshold is for gates with log_alpha; gates.controller=evidence has none, use top-k")
+        raise InputError(
+            "--method threshold is for gates with log_alpha; gates.controller=evidence has none, use top-k"
+        )
     table = constraint.top_k(scores) if method == "top-k" else scores.cpu() > 0
     evidence = bank.evidence.summary(table)
     fault = evidence.fault(sparsity) if 0 < sparsity < 1 else None

@@ -12,7 +12,10 @@ from megaconsa.console import console, run_tool
 
 def main(
     folder: Annotated[
-        Path, typer.Argument(help="Folder with config.json and safetensors of a dense Qwen3, or an export of export-hf.")
+        Path,
+        typer.Argument(
+            help="Folder with config.json and safetensors of a dense Qwen3, or an export of export-hf."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
 ) -> None:
@@ -57,7 +60,11 @@ def main(
             source.read,
             allocation=source.allocation,
             fingerprint=tokenizer.fingerprint if tokenizer else None,
-            origin={"folder": str(folder), "model_type": source.model_type, "token_ids": source.token_ids},
+            origin={
+                "folder": str(folder),
+                "model_type": source.model_type,
+                "token_ids": source.token_ids,
+            },
             add_files=add_files,
             advance=task.advance,
         )

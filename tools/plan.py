@@ -12,12 +12,21 @@ from megaconsa.console import run_tool
 
 def main(
     config: Annotated[Path, typer.Argument(help="Configuration of the run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run.")] = 1,
     device: Annotated[str, typer.Option(help="Kind of GPU, for its bf16 peak.")] = "h100",
-    mfu: Annotated[float, typer.Option(help="Share of that peak a GPU is expected to reach while it has work.")] = 0.4,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens in the KV cache; default: the training length.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with bytes and FLOPs unrounded.")] = False,
+    mfu: Annotated[
+        float, typer.Option(help="Share of that peak a GPU is expected to reach while it has work.")
+    ] = 0.4,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in the KV cache; default: the training length."),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with bytes and FLOPs unrounded.")
+    ] = False,
 ) -> None:
     """Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or data.
 

@@ -13,15 +13,25 @@ from megaconsa.console import console, run_tool
 def main(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Text files, .jsonl files (field `text`), folders of them, or `python`"),
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Text files, .jsonl files (field `text`), folders of them, or `python`",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DATA", help="The folder to make")],
-    tokenizer: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face tokenizer folder")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face tokenizer folder")
+    ] = None,
     train_tokenizer: Annotated[
-        int | None, typer.Option(metavar="VOCAB", help="Train a BPE of this many tokens on the sources instead")
+        int | None,
+        typer.Option(
+            metavar="VOCAB", help="Train a BPE of this many tokens on the sources instead"
+        ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence")] = 512,
-    validation_share: Annotated[float, typer.Option(help="Share of the documents that is held out for validation")] = 0.02,
+    validation_share: Annotated[
+        float, typer.Option(help="Share of the documents that is held out for validation")
+    ] = 0.02,
 ) -> None:
     """Tokenizes and packs text into a data folder for training.
 

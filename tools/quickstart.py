@@ -14,7 +14,9 @@ from megaconsa.console import console, run_tool
 
 
 def main(
-    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where everything goes.")] = Path("runs/quickstart"),
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where everything goes.")] = Path(
+        "runs/quickstart"
+    ),
 ) -> None:
     """Text in, a learned allocation, a Hugging Face model out: a few minutes on two CPU cores.
 
@@ -34,7 +36,9 @@ def main(
     allocation, exported = folder / "allocation.json", folder / "hf"
 
     _say("Collect Python's own sources, train a tokenizer on them, pack them into shards")
-    _run("prepare-data", "python", "--out", data, "--train-tokenizer", 4096, "--sequence-length", 512)
+    _run(
+        "prepare-data", "python", "--out", data, "--train-tokenizer", 4096, "--sequence-length", 512
+    )
     _say("Stage 1: learn which KV heads keep full attention, together with the weights")
     _run("train", yaml / "quickstart.yaml", f"run.dir={learn}", f"data.path={data}")
     _say("Binarise the gates: half of each layer's KV heads keep full attention")
@@ -49,7 +53,9 @@ def main(
         f"allocation.file={allocation}",
     )
     _say("Hand the model over in Hugging Face format")
-    shutil.rmtree(exported, ignore_errors=True)  # made by an earlier quickstart in this folder; export-hf never overwrites
+    shutil.rmtree(
+        exported, ignore_errors=True
+    )  # made by an earlier quickstart in this folder; export-hf never overwrites
     _run("export-hf", train, "--out", exported, "--dtype", "float32")
     _say("Load it with transformers, compare its logits with the checkpoint's, let it write a line")
     difference, line = try_export(exported, train)
@@ -74,9 +80,14 @@ def _run(*arguments: object) -> None:
     except KeyboardInterrupt:
         code = process.wait()  # the command was interrupted with us, and saves before it ends
     if code == 2:
-        console.print("the quickstart was refused; remove its folder to start clean, or name another with --folder", markup=False)
+        console.print(
+            "the quickstart was refused; remove its folder to start clean, or name another with --folder",
+            markup=False,
+        )
     elif code:
-        console.print("the quickstart stopped; run it again to go on where it stopped", markup=False)
+        console.print(
+            "the quickstart stopped; run it again to go on where it stopped", markup=False
+        )
     if code:
         sys.exit(code)
 

@@ -12,7 +12,9 @@ from megaconsa.console import run_tool
 
 def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds run folders.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in the folder.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: masks, sparsity, losses, speed and settings.
 

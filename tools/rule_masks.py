@@ -17,14 +17,24 @@ SCOPE_HELP = "Of random: the share in each layer, or over all of them. Layers ne
 
 def main(
     rule: Annotated[str, typer.Argument(help=RULES_HELP)],
-    window: Annotated[int, typer.Option(min=1, help="Keys that a sliding-window head sees, itself included.")],
+    window: Annotated[
+        int, typer.Option(min=1, help="Keys that a sliding-window head sees, itself included.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write.")],
-    preset: Annotated[str | None, typer.Option(help="Model whose layers and KV heads are taken.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Model whose layers and KV heads are taken.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Number of KV heads of a layer.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of KV heads of a layer.")
+    ] = None,
     sparsity: Annotated[float, typer.Option(help=SPARSITY_HELP)] = 0.5,
-    ratio: Annotated[int, typer.Option(help="Windowed layers for each full one, of interleaved.")] = 3,
-    granularity: Annotated[Literal["kv_head", "layer"], typer.Option(help="What random draws.")] = "kv_head",
+    ratio: Annotated[
+        int, typer.Option(help="Windowed layers for each full one, of interleaved.")
+    ] = 3,
+    granularity: Annotated[
+        Literal["kv_head", "layer"], typer.Option(help="What random draws.")
+    ] = "kv_head",
     scope: Annotated[Literal["per_layer", "global"], typer.Option(help=SCOPE_HELP)] = "per_layer",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help=SEED_HELP)] = None,
 ) -> None:
@@ -40,7 +50,9 @@ def main(
     from megaconsa.model.config import PRESETS
     from megaconsa.reporting.terminal import text_map
 
-    if (preset is None) == (layers is None and kv_heads is None) or (layers is None) != (kv_heads is None):
+    if (preset is None) == (layers is None and kv_heads is None) or (layers is None) != (
+        kv_heads is None
+    ):
         raise InputError("give either --preset or both --layers and --kv-heads")
     if preset is not None:
         if preset not in PRESETS:
@@ -62,7 +74,10 @@ def main(
     check_out(out)
     allocation.save(out)
     console.print(text_map(allocation))
-    console.print(f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}", markup=False)
+    console.print(
+        f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}",
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from megaconsa.console import console, run_tool
 
 def main(
     job: Annotated[
-        Literal["learn", "train", "evaluate", "chain", "sweep"], typer.Argument(help="The job: a file of that name in slurm/.")
+        Literal["learn", "train", "evaluate", "chain", "sweep"],
+        typer.Argument(help="The job: a file of that name in slurm/."),
     ],
     arguments: Annotated[
         list[str],
@@ -22,26 +23,42 @@ def main(
         ),
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of a training job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each, with a process on each.")] = 8,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="GPUs of each, with a process on each.")
+    ] = 8,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="Cores of each process.")] = 8,
     exclusive: Annotated[
         bool | None,
-        typer.Option(help="Share a training job's nodes with nobody. Default: where it takes 8 GPUs of each."),
+        typer.Option(
+            help="Share a training job's nodes with nobody. Default: where it takes 8 GPUs of each."
+        ),
     ] = None,
     time: Annotated[
-        str | None, typer.Option(help="Time limit of one start, such as 24:00:00. Default: that of the file in slurm/.")
+        str | None,
+        typer.Option(
+            help="Time limit of one start, such as 24:00:00. Default: that of the file in slurm/."
+        ),
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="--OPTION=VALUE", help="Another option for sbatch, may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="--OPTION=VALUE", help="Another option for sbatch, may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Of chain and sweep: folder of their runs.")] = None,
-    sparsity: Annotated[list[float] | None, typer.Option(help="Of sweep: a target sparsity, may be repeated.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of chain and sweep: folder of their runs."),
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Of sweep: a target sparsity, may be repeated.")
+    ] = None,
     granularity: Annotated[
-        list[str] | None, typer.Option(help="Of sweep: kv_head or layer, may be repeated. Default: kv_head.")
+        list[str] | None,
+        typer.Option(help="Of sweep: kv_head or layer, may be repeated. Default: kv_head."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands; submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands; submit nothing.")
+    ] = False,
 ) -> None:
     """Submit jobs that requeue themselves until their run is finished. All is checked before anything is submitted.
 
@@ -69,7 +86,9 @@ def main(
     wanted = {"chain": 2, "evaluate": 0}.get(job, 1)
     configs, overrides = [Path(word) for word in arguments[:wanted]], arguments[wanted:]
     if len(configs) < wanted or any("=" in config.name for config in configs):
-        raise InputError(f"{job} needs {wanted} configuration{'s' if wanted > 1 else ''} before its fields; see --help")
+        raise InputError(
+            f"{job} needs {wanted} configuration{'s' if wanted > 1 else ''} before its fields; see --help"
+        )
     configs = [jobs.expanded(config, "configuration") for config in configs]
     out = out and jobs.expanded(out, "--out")
     if (job in ("chain", "sweep")) != (out is not None):
@@ -77,7 +96,9 @@ def main(
             f"--out FOLDER {'is missing' if out is None else 'belongs to chain and sweep'}: it holds the runs of several jobs"
         )
     if (job == "sweep") != bool(sparsity) or (granularity and job != "sweep"):
-        raise InputError("--sparsity, at least once, and --granularity belong to sweep, and to no other job")
+        raise InputError(
+            "--sparsity, at least once, and --granularity belong to sweep, and to no other job"
+        )
     if job == "evaluate":
         submission = jobs.evaluation(overrides, resources)
     elif job == "chain":
@@ -85,7 +106,9 @@ def main(
         submission = jobs.chain(configs[0], configs[1], out, overrides, resources)
     elif job == "sweep":
         assert out is not None
-        submission = jobs.sweep(configs[0], out, sparsity or [], granularity or ["kv_head"], overrides, resources)
+        submission = jobs.sweep(
+            configs[0], out, sparsity or [], granularity or ["kv_head"], overrides, resources
+        )
     else:
         submission = jobs.training(job, configs[0], overrides, resources)
     if dry_run:
@@ -94,7 +117,10 @@ def main(
     jobs.check_slurm()
     said = submission.run()
     console.print(said if job == "chain" else f"{job}: job {said.partition(';')[0]}", markup=False)
-    console.print(f"logs: {submission.logs}/    queue: squeue --me    stop for good: scancel JOB", markup=False)
+    console.print(
+        f"logs: {submission.logs}/    queue: squeue --me    stop for good: scancel JOB",
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from megaconsa.console import console, end_on, progress, run_tool
 
 def main(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (all its checkpoints) or a checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT", help="A run folder (all its checkpoints) or a checkpoint."
+        ),
     ],
 ) -> None:
     """Check every file of a checkpoint, or of all checkpoints of a run, against its manifest: presence, size, checksum.
@@ -37,7 +40,10 @@ def main(
         with progress(f"verifying {path.name}", saved.bytes, "bytes") as task:
             faults += saved.faults(task.advance)
     end_on(faults)
-    console.print(f"{source}: {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}, every file as it was written", markup=False)
+    console.print(
+        f"{source}: {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}, every file as it was written",
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

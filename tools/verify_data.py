@@ -10,7 +10,9 @@ import typer
 from megaconsa.console import console, end_on, progress, run_tool
 
 
-def main(path: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that prepare-data made")]) -> None:
+def main(
+    path: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that prepare-data made")],
+) -> None:
     """Checks every shard of a data folder: presence, size, hashes, number of sequences, token ids; and the tokenizer.
 
     Prints each fault with its file and ends with exit code 1 if there is any.

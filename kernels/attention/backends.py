@@ -16,7 +16,9 @@ from megaconsa.kernels.attention.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-Attention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], Tensor | None, Tensor | None, float], Tensor]
+Attention = Callable[
+    [Tensor, Tensor, Tensor, tuple[int, ...], Tensor | None, Tensor | None, float], Tensor
+]
 """(q, k, v, windows, gate, documents, scale) -> out, as `reference.attention`"""
 
 
@@ -41,7 +43,13 @@ def _refuse_triton(problem: Problem) -> str | None:
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     # Imported where it is used: machines without triton have the other backends.
     from megaconsa.kernels.attention.triton import operators
@@ -49,10 +57,26 @@ def _triton(
     return operators.attention(q, k, v, windows, gate, documents, scale)
 
 
-REFERENCE = Backend("reference", reference.refusal, reference.attention, "explicit masks", "explicit masks")
-SDPA = Backend("sdpa", sdpa.refusal, sdpa.attention, "a call for each kind of head", "two calls for gated heads")
-TRITON = Backend("triton", _refuse_triton, _triton, "a window for each head in one pass", "gates in one pass")
-FLASH = Backend("flash", flash.refusal, flash.attention, "a call for each run of heads of a kind", "two calls for gated heads")
+REFERENCE = Backend(
+    "reference", reference.refusal, reference.attention, "explicit masks", "explicit masks"
+)
+SDPA = Backend(
+    "sdpa",
+    sdpa.refusal,
+    sdpa.attention,
+    "a call for each kind of head",
+    "two calls for gated heads",
+)
+TRITON = Backend(
+    "triton", _refuse_triton, _triton, "a window for each head in one pass", "gates in one pass"
+)
+FLASH = Backend(
+    "flash",
+    flash.refusal,
+    flash.attention,
+    "a call for each run of heads of a kind",
+    "two calls for gated heads",
+)
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, TRITON, FLASH)}
 
@@ -90,7 +114,9 @@ def _automatic(problem: Problem) -> Backend:
         # Asked before the refusal, for Triton's interpreter serves a CPU, and is slow.
         on_gpu_only = backend is TRITON or backend is FLASH
         refusal = (
-            f"{backend.name} needs a CUDA GPU" if on_gpu_only and problem.device.type != "cuda" else backend.refusal(problem)
+            f"{backend.name} needs a CUDA GPU"
+            if on_gpu_only and problem.device.type != "cuda"
+            else backend.refusal(problem)
         )
         if refusal is None:
             manner = backend.gated if problem.gated else backend.allocated

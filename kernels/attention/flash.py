@@ -33,14 +33,18 @@ def refusal(problem: Problem) -> str | None:
     if problem.head_dim not in served:
         return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
     if problem.packed:
-        return (
-            "flash does not hide packed documents from each other; take triton or sdpa, or set attention.separate_documents=false"
-        )
+        return "flash does not hide packed documents from each other; take triton or sdpa, or set attention.separate_documents=false"
     return None
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None; documents None."""
     out, _ = forward(q, k, v, windows, scale)
@@ -69,18 +73,35 @@ def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
 
 
 @torch.library.custom_op("megaconsa::flash_attention", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
     """(out (B, S, heads, D), lse): the log of the softmaxes' sums, fp32, (B, heads, S) of run after run as one vector."""
     out, lse = _outputs(q)
     library = flash_library.find(q.device)
     for run, run_lse in _with_lse(q, k, windows, lse):
-        library.forward(q[:, :, run.q], k[:, :, run.kv], v[:, :, run.kv], out[:, :, run.q], run_lse, run.window, scale)
+        library.forward(
+            q[:, :, run.q],
+            k[:, :, run.kv],
+            v[:, :, run.kv],
+            out[:, :, run.q],
+            run_lse,
+            run.window,
+            scale,
+        )
     return out, lse
 
 
 @torch.library.custom_op("megaconsa::flash_attention_backward", mutates_args=())
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    windows: Sequence[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). The order of sums over tiles varies unless torch.use_deterministic_algorithms is on."""
     dq, dk, dv = _gradients(q, k)
@@ -104,7 +125,9 @@ def backward(
     return dq, dk, dv
 
 
-def _with_lse(q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor) -> Iterator[tuple[Run, Tensor]]:
+def _with_lse(
+    q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor
+) -> Iterator[tuple[Run, Tensor]]:
     """Each run with its part of lse as (B, heads, S)."""
     batch, length, heads, _ = q.shape
     per_head = batch * length
@@ -113,13 +136,22 @@ def _with_lse(q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor) -> Iter
 
 
 @forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
 @backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    windows: Sequence[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(q, k)
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], None]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], None]
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float],
+    None,
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def missing(device: torch.device) -> str | None:
     if capability < 8:
         return "flash needs a GPU of compute capability 8.0 (Ampere) or newer; take triton or sdpa"
     name, command = (
-        ("flash-attn-4", "pip install --pre flash-attn-4") if _is_for_4(capability) else ("flash-attn", "pip install flash-attn")
+        ("flash-attn-4", "pip install --pre flash-attn-4")
+        if _is_for_4(capability)
+        else ("flash-attn", "pip install flash-attn")
     )
     try:
         find(device)
@@ -82,8 +87,12 @@ def _flash_attn_4() -> Library:
         left, right = (None, None) if window is None else (window - 1, 0)
         return {"window_size_left": left, "window_size_right": right}
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
-        interface._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, out=out, lse=lse, **bounds(window))
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+    ) -> None:
+        interface._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, causal=True, out=out, lse=lse, **bounds(window)
+        )
 
     def backward(
         dout: Tensor,
@@ -133,8 +142,12 @@ def _flash_attn_2() -> Library:
             "alibi_slopes": None,
         }
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
-        result = interface._flash_attn_forward(q, k, v, return_softmax=False, **options(window, scale))
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+    ) -> None:
+        result = interface._flash_attn_forward(
+            q, k, v, return_softmax=False, **options(window, scale)
+        )
         out.copy_(result[0])
         lse.copy_(result[1])
 

@@ -39,19 +39,27 @@ def hybrid_attention(
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     if k.shape != (batch, length, kv_heads, dim) or v.shape != k.shape or heads % kv_heads:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+        raise ValueError(
+            f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating-point precision, not {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"q, k and v must have one floating-point precision, not {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     windows = _windows(window, kv_heads)
     if gate is not None:
         if gate.shape not in ((kv_heads,), (batch, kv_heads)):
-            raise ValueError(f"gate has shape {tuple(gate.shape)}, but must be ({kv_heads},) or ({batch}, {kv_heads})")
+            raise ValueError(
+                f"gate has shape {tuple(gate.shape)}, but must be ({kv_heads},) or ({batch}, {kv_heads})"
+            )
         if gate.dtype != torch.float32 and not gate.dtype == q.dtype == torch.float64:
             raise ValueError(f"gate is {gate.dtype}, but must be torch.float32")
         gate = gate.expand(batch, kv_heads)
     if documents is not None:
         if documents.shape != (batch, length):
-            raise ValueError(f"documents has shape {tuple(documents.shape)}, but must be ({batch}, {length})")
+            raise ValueError(
+                f"documents has shape {tuple(documents.shape)}, but must be ({batch}, {length})"
+            )
         if documents.dtype != torch.int32:
             raise ValueError(f"documents is {documents.dtype}, but must be torch.int32")
     for name, tensor in (("k", k), ("v", v), ("gate", gate), ("documents", documents)):
@@ -79,5 +87,7 @@ def _windows(window: int | Sequence[int] | Tensor, kv_heads: int) -> tuple[int, 
         window = window.tolist()
     windows = (window,) * kv_heads if isinstance(window, int) else tuple(window)
     if len(windows) != kv_heads or min(windows) < 1:
-        raise ValueError(f"window is {windows}, but must be at least 1 for each of {kv_heads} KV heads")
+        raise ValueError(
+            f"window is {windows}, but must be at least 1 for each of {kv_heads} KV heads"
+        )
     return windows

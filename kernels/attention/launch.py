@@ -75,10 +75,14 @@ def forced(forward: Launch, backward: Launch) -> Iterator[None]:
 
 # Called for every layer: what it looks up does not change while a process runs.
 @lru_cache(maxsize=1024)
-def _launch(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, gated: bool) -> Launch:
+def _launch(
+    step: str, device: torch.device, dtype: torch.dtype, head_dim: int, gated: bool
+) -> Launch:
     if device.type != "cuda":
         return INTERPRETED[step]
-    return find(launches(), torch.cuda.get_device_capability(device), step, dtype, head_dim, gated=gated)
+    return find(
+        launches(), torch.cuda.get_device_capability(device), step, dtype, head_dim, gated=gated
+    )
 
 
 def on_hopper(q: Tensor) -> bool:
@@ -88,10 +92,20 @@ def on_hopper(q: Tensor) -> bool:
 
 @lru_cache(maxsize=1024)
 def _on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    return is_fixed(architecture_key(torch.cuda.get_device_capability(device)), shape_key(dtype, head_dim))
+    return is_fixed(
+        architecture_key(torch.cuda.get_device_capability(device)), shape_key(dtype, head_dim)
+    )
 
 
-def find(table: Table, capability: tuple[int, int], step: str, dtype: torch.dtype, head_dim: int, *, gated: bool) -> Launch:
+def find(
+    table: Table,
+    capability: tuple[int, int],
+    step: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    gated: bool,
+) -> Launch:
     """The launch of a pass (`forward` or `backward`); of the table's entries that serve it the most particular one."""
     architecture, shape = architecture_key(capability), shape_key(dtype, head_dim)
     if is_fixed(architecture, shape):
@@ -152,9 +166,13 @@ def read(path: Path) -> Table:
         return _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         mend = f"make it with megaconsa bench-attention --tune, or unset {FILE_VARIABLE}"
-        raise ValueError(f"the launch file {path} cannot be read ({error.strerror}); {mend}") from None
+        raise ValueError(
+            f"the launch file {path} cannot be read ({error.strerror}); {mend}"
+        ) from None
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise ValueError(f"the launch file {path} is damaged: {error}; correct or delete it, or unset {FILE_VARIABLE}") from None
+        raise ValueError(
+            f"the launch file {path} is damaged: {error}; correct or delete it, or unset {FILE_VARIABLE}"
+        ) from None
 
 
 def to_text(table: Table) -> str:
@@ -165,11 +183,19 @@ def to_text(table: Table) -> str:
 
     plain = {
         architecture: {
-            step: {shape: entries[shape]._asdict() for shape in sorted(entries, key=order)} for step, entries in steps.items()
+            step: {shape: entries[shape]._asdict() for shape in sorted(entries, key=order)}
+            for step, entries in steps.items()
         }
         for architecture, steps in table.items()
     }
-    return re.sub(r"\{([^{}]*)\}", lambda launch: "{" + " ".join(launch[1].split()) + "}", json.dumps(plain, indent=1)) + "\n"
+    return (
+        re.sub(
+            r"\{([^{}]*)\}",
+            lambda launch: "{" + " ".join(launch[1].split()) + "}",
+            json.dumps(plain, indent=1),
+        )
+        + "\n"
+    )
 
 
 def _parse(text: str) -> Table:
@@ -178,7 +204,9 @@ def _parse(text: str) -> Table:
         table[architecture] = {}
         for step, entries in _items(steps, "forward|backward", "a pass"):
             table[architecture][step] = {}
-            for shape, values in _items(entries, r"(16-bit|fp32)/(16|32|64|128|256)(/gated)?", "a shape"):
+            for shape, values in _items(
+                entries, r"(16-bit|fp32)/(16|32|64|128|256)(/gated)?", "a shape"
+            ):
                 where = f"{architecture} {step} {shape}"
                 if is_fixed(architecture, shape.removesuffix("/gated")):
                     raise ValueError(f"{where} is fixed")
@@ -201,8 +229,14 @@ def _parse_launch(values: Any, where: str) -> Launch:
     if not all(type(value) is int and value > 0 for value in values.values()):
         raise ValueError(f"{where} must hold positive whole numbers")
     launch = Launch(**values)
-    for name, smallest, largest in (("block_m", 16, PADDING), ("block_n", 16, 1024), ("num_warps", 1, 32)):
+    for name, smallest, largest in (
+        ("block_m", 16, PADDING),
+        ("block_n", 16, 1024),
+        ("num_warps", 1, 32),
+    ):
         value = values[name]
         if value & (value - 1) or not smallest <= value <= largest:
-            raise ValueError(f"{where} has {name} {value}, not a power of two from {smallest} to {largest}")
+            raise ValueError(
+                f"{where} has {name} {value}, not a power of two from {smallest} to {largest}"
+            )
     return launch

@@ -15,12 +15,21 @@ def refusal(problem: Problem) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None. Holds (B, heads, S, S)."""
     group = q.shape[2] // k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.transpose(1, 2).to(compute) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    q_, k_, v_ = (
+        x.transpose(1, 2).to(compute)
+        for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
+    )
     scores = q_ @ k_.transpose(-1, -2) * scale  # (B, heads, S, S)
     length = q.shape[1]
 

@@ -17,7 +17,13 @@ def refusal(problem: Problem) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None."""
     length = k.shape[1]
@@ -29,13 +35,22 @@ def attention(
     return mix(_attend(q_, k_, v_, length, documents, scale).transpose(1, 2), out, gate)
 
 
-def _by_window(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], documents: Tensor | None, scale: float) -> Tensor:
+def _by_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    documents: Tensor | None,
+    scale: float,
+) -> Tensor:
     kinds = sorted(set(windows))
     if len(kinds) == 1:
         return _attend(q, k, v, kinds[0], documents, scale)
     group = q.shape[1] // k.shape[1]
     heads = [[head for head, window in enumerate(windows) if window == kind] for kind in kinds]
-    queries = [[head * group + member for head in kind for member in range(group)] for kind in heads]
+    queries = [
+        [head * group + member for head in kind for member in range(group)] for kind in heads
+    ]
     outputs = [
         _attend(q[:, query], k[:, head], v[:, head], kind, documents, scale)
         for kind, head, query in zip(kinds, heads, queries, strict=True)
@@ -44,7 +59,9 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], docume
     return torch.cat(outputs, dim=1)[:, order.argsort()]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, scale: float
+) -> Tensor:
     if documents is None and window >= q.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     mask = visible(q.shape[2], window, documents, q.device)

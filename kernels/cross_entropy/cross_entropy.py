@@ -25,7 +25,9 @@ def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bo
     logits: (N, vocab), contiguous; labels: (N,) integers below vocab, which nobody checks. With `gradient` the logits are overwritten with
     softmax(row) - onehot(label), the gradient of the sum, and zeros in rows that are ignored. Everything between is fp32.
     """
-    softmax, target = softmax_and_target(logits, labels, ignored, logits.shape[1], gradient=gradient)
+    softmax, target = softmax_and_target(
+        logits, labels, ignored, logits.shape[1], gradient=gradient
+    )
     return (softmax.total.log() + (softmax.maximum - target)).masked_fill_(labels == ignored, 0.0)
 
 
@@ -57,7 +59,9 @@ def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, co
         _plain_gradient_(logits, labels, ignored, softmax, columns)
 
 
-def _plain(logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool) -> tuple[Softmax, Tensor]:
+def _plain(
+    logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool
+) -> tuple[Softmax, Tensor]:
     x = _inside(logits, columns)
     maximum = x.amax(dim=1)
     softmax = Softmax(maximum, (x - maximum[:, None]).exp_().sum(dim=1))
@@ -67,8 +71,12 @@ def _plain(logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradie
     return softmax, target
 
 
-def _plain_gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int) -> None:
-    d_logits = (_inside(logits, columns) - softmax.maximum[:, None]).exp_().div_(softmax.total[:, None])
+def _plain_gradient_(
+    logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int
+) -> None:
+    d_logits = (
+        (_inside(logits, columns) - softmax.maximum[:, None]).exp_().div_(softmax.total[:, None])
+    )
     d_logits.scatter_add_(1, labels.clamp(min=0)[:, None], -(labels >= 0).float()[:, None])
     logits.copy_(d_logits.masked_fill_((labels == ignored)[:, None], 0.0))
 
@@ -77,4 +85,6 @@ def _inside(logits: Tensor, columns: int) -> Tensor:
     """In fp32, without what stands in the columns behind."""
     if columns == logits.shape[1]:
         return logits.float()
-    return logits.float().masked_fill(torch.arange(logits.shape[1], device=logits.device) >= columns, LOWEST)
+    return logits.float().masked_fill(
+        torch.arange(logits.shape[1], device=logits.device) >= columns, LOWEST
+    )

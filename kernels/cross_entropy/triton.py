@@ -14,7 +14,9 @@ LOWEST: tl.constexpr = tl.constexpr(cross_entropy.LOWEST)
 BLOCK = 4096
 
 
-def softmax_and_target(logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool) -> tuple[Softmax, Tensor]:
+def softmax_and_target(
+    logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool
+) -> tuple[Softmax, Tensor]:
     """As `megaconsa.kernels.cross_entropy.cross_entropy.softmax_and_target`; with `gradient` then also as `gradient_`."""
     maximum, total, target = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     softmax = Softmax(maximum, total)
@@ -28,12 +30,31 @@ def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, co
     _launch(logits, labels, ignored, columns, softmax, nothing, STATISTICS=False, GRADIENT=True)
 
 
-def _launch(logits: Tensor, labels: Tensor, ignored: int, columns: int, softmax: Softmax, target: Tensor, **modes: bool) -> None:
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    ignored: int,
+    columns: int,
+    softmax: Softmax,
+    target: Tensor,
+    **modes: bool,
+) -> None:
     rows, width = logits.shape
     if rows:
         block = min(BLOCK, triton.next_power_of_2(width))
         with torch.cuda.device_of(logits):
-            _cross_entropy[(rows,)](logits, labels, *softmax, target, width, columns, ignored, **modes, BLOCK=block, num_warps=8)
+            _cross_entropy[(rows,)](
+                logits,
+                labels,
+                *softmax,
+                target,
+                width,
+                columns,
+                ignored,
+                **modes,
+                BLOCK=block,
+                num_warps=8,
+            )
 
 
 @triton.jit
@@ -70,7 +91,9 @@ def _cross_entropy(
             lane_maximum = tl.full([BLOCK], LOWEST, tl.float32)
             lane_total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, columns, BLOCK):
-                x = tl.load(row_ptr + start + column, mask=start + column < columns, other=LOWEST).to(tl.float32)
+                x = tl.load(
+                    row_ptr + start + column, mask=start + column < columns, other=LOWEST
+                ).to(tl.float32)
                 higher = tl.maximum(lane_maximum, x)
                 lane_total = lane_total * tl.exp(lane_maximum - higher) + tl.exp(x - higher)
                 lane_maximum = higher
@@ -85,6 +108,12 @@ def _cross_entropy(
             total = tl.load(total_ptr + row)
         if GRADIENT:
             for start in range(0, width, BLOCK):
-                x = tl.load(row_ptr + start + column, mask=start + column < columns, other=LOWEST).to(tl.float32)
+                x = tl.load(
+                    row_ptr + start + column, mask=start + column < columns, other=LOWEST
+                ).to(tl.float32)
                 p = tl.exp(x - maximum) / total - tl.where(start + column == label, 1.0, 0.0)
-                tl.store(row_ptr + start + column, p.to(logits_ptr.dtype.element_ty), mask=start + column < width)
+                tl.store(
+                    row_ptr + start + column,
+                    p.to(logits_ptr.dtype.element_ty),
+                    mask=start + column < width,
+                )

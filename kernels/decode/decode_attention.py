@@ -14,7 +14,9 @@ from megaconsa.kernels.decode.kv_cache import KVCache
 logger = logging.getLogger(__name__)
 
 
-def decode_attention(q: Tensor, cache: KVCache, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+def decode_attention(
+    q: Tensor, cache: KVCache, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
     """What `hybrid_attention` gives for the newest token of each sequence, whose key and value are already in the cache.
 
     q: (B, 1, heads, D) in the cache's precision; heads a multiple of the cache's KV heads.
@@ -30,11 +32,17 @@ def decode_attention(q: Tensor, cache: KVCache, *, scale: float | None = None, b
         fitting = f"({cache.batch}, 1, a multiple of {len(cache.windows)}, {cache.head_dim})"
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, but the cache takes {fitting}")
     if q.dtype != cache.dtype or q.device != cache.device:
-        raise ValueError(f"q is {q.dtype} on {q.device}, but the cache holds {cache.dtype} on {cache.device}")
+        raise ValueError(
+            f"q is {q.dtype} on {q.device}, but the cache holds {cache.dtype} on {cache.device}"
+        )
     if cache.length == 0:
-        raise ValueError("the cache is empty: append the new token's key and value before its attention")
+        raise ValueError(
+            "the cache is empty: append the new token's key and value before its attention"
+        )
     if torch.is_grad_enabled() and q.requires_grad:
-        raise ValueError("decode_attention has no gradient: call it under torch.no_grad() or torch.inference_mode()")
+        raise ValueError(
+            "decode_attention has no gradient: call it under torch.no_grad() or torch.inference_mode()"
+        )
     scale = dim**-0.5 if scale is None else scale
     if _choose(backend, q.device.type, q.dtype, dim) == "reference":
         return _reference(q, cache, scale)
@@ -53,12 +61,16 @@ def _choose(backend: str, device: str, dtype: torch.dtype, dim: int) -> str:
     reason = _triton_refusal(device, dtype, dim)
     if backend == "triton":
         if reason is not None:
-            raise ValueError(f"backend triton cannot decode this: {reason}; choose auto or reference")
+            raise ValueError(
+                f"backend triton cannot decode this: {reason}; choose auto or reference"
+            )
         return backend
     if reason is None and device != "cuda":
         reason = "Triton's interpreter is for tests"
     if reason is None:
-        logger.info("decoding with backend=auto takes triton: full and windowed heads in one launch")
+        logger.info(
+            "decoding with backend=auto takes triton: full and windowed heads in one launch"
+        )
         return "triton"
     logger.info("decoding with backend=auto takes reference: %s", reason)
     return "reference"
@@ -84,7 +96,11 @@ def _reference(q: Tensor, cache: KVCache, scale: float) -> Tensor:
         age = (cache.position - 1 - torch.arange(group.slots, device=q.device)) % group.slots
         visible = (age < cache.position - cache.start[:, None])[:, None, None]  # (B, 1, 1, slots)
         scores = grouped[:, group.heads] @ group.keys.to(compute).transpose(-1, -2) * scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).masked_fill(~visible, 0)
+        weights = (
+            scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).masked_fill(~visible, 0)
+        )
         # What lies in an unused slot may be NaN, which a weight of 0 would not silence.
-        out[:, group.heads] = weights @ group.values.to(compute).masked_fill(~visible.transpose(-1, -2), 0)
+        out[:, group.heads] = weights @ group.values.to(compute).masked_fill(
+            ~visible.transpose(-1, -2), 0
+        )
     return out.view(batch, 1, heads, dim).to(q.dtype)

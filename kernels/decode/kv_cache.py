@@ -62,14 +62,24 @@ class KVCache:
                 f"batch {batch}, capacity {capacity}, head_dim {head_dim} and windows {windows} must all be at least 1, "
                 "with a window for each KV head"
             )
-        if start is not None and (start.shape != (batch,) or start.dtype != torch.int32 or int(start.min()) < 0):
-            raise ValueError(f"start must be int32 ({batch},) and at least 0, not {start.dtype} {tuple(start.shape)}: {start}")
+        if start is not None and (
+            start.shape != (batch,) or start.dtype != torch.int32 or int(start.min()) < 0
+        ):
+            raise ValueError(
+                f"start must be int32 ({batch},) and at least 0, not {start.dtype} {tuple(start.shape)}: {start}"
+            )
         self.batch, self.capacity, self.windows, self.head_dim = batch, capacity, windows, head_dim
         slots = [min(window, capacity) for window in windows]
         # One storage for all heads: append and decode_attention then serve heads of every window in one launch.
-        self.keys, self.values = (torch.empty(batch * sum(slots), head_dim, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (
+            torch.empty(batch * sum(slots), head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
         self.dtype, self.device = dtype, self.keys.device
-        self.start = torch.zeros(batch, dtype=torch.int32, device=device) if start is None else start.to(self.device)
+        self.start = (
+            torch.zeros(batch, dtype=torch.int32, device=device)
+            if start is None
+            else start.to(self.device)
+        )
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.length = 0
         rows = torch.empty(batch, len(windows), dtype=torch.int64)
@@ -80,7 +90,9 @@ class KVCache:
             shape = (batch, len(heads), kind)
             size = batch * len(heads) * kind
             rows[:, list(heads)] = torch.arange(offset, offset + size, kind).view(batch, len(heads))
-            keys, values = (x[offset : offset + size].view(*shape, head_dim) for x in (self.keys, self.values))
+            keys, values = (
+                x[offset : offset + size].view(*shape, head_dim) for x in (self.keys, self.values)
+            )
             self.groups.append(HeadGroup(kind, heads, keys, values))
             offset += size
         self.rows, self.slots = rows.to(device), torch.tensor(slots, device=device)
@@ -104,18 +116,26 @@ class KVCache:
         tokens = k.shape[1]
         if k.shape != (self.batch, tokens, len(self.windows), self.head_dim) or v.shape != k.shape:
             fitting = f"({self.batch}, T, {len(self.windows)}, {self.head_dim})"
-            raise ValueError(f"shapes do not fit: k {tuple(k.shape)}, v {tuple(v.shape)}, but the cache takes {fitting}")
+            raise ValueError(
+                f"shapes do not fit: k {tuple(k.shape)}, v {tuple(v.shape)}, but the cache takes {fitting}"
+            )
         if k.dtype != self.dtype or v.dtype != self.dtype:
             raise ValueError(f"k is {k.dtype} and v {v.dtype}, but the cache holds {self.dtype}")
         if self.length + tokens > self.capacity:
-            raise ValueError(f"{tokens} more tokens do not fit: the cache holds {self.length} of {self.capacity}")
+            raise ValueError(
+                f"{tokens} more tokens do not fit: the cache holds {self.length} of {self.capacity}"
+            )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            raise ValueError("a KV cache passes no gradients on: append under torch.no_grad() or torch.inference_mode()")
+            raise ValueError(
+                "a KV cache passes no gradients on: append under torch.no_grad() or torch.inference_mode()"
+            )
         if tokens == 1:  # the same in fewer kernels
             rows = self.rows + self.position % self.slots
         else:
             token = torch.arange(tokens, device=self.device)
-            rows = self.rows[:, None] + (self.position + token)[:, None] % self.slots  # (B, T, kv_heads)
+            rows = (
+                self.rows[:, None] + (self.position + token)[:, None] % self.slots
+            )  # (B, T, kv_heads)
             # Tokens that the same call overwrites stay out: writes to one row have no order.
             kept = token[:, None] >= tokens - self.slots
             rows, k, v = rows[:, kept], k[:, kept], v[:, kept]

@@ -43,7 +43,9 @@ def attention(q: Tensor, cache: KVCache, scale: float) -> Tensor:
     batch, _, heads, dim = q.shape
     kv_heads = len(cache.windows)
     group = heads // kv_heads
-    programs = kv_heads + max(kv_heads, triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(q.device), batch))
+    programs = kv_heads + max(
+        kv_heads, triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(q.device), batch)
+    )
     dim_tile = triton.next_power_of_2(dim)
     shapes = {
         "KV_HEADS": kv_heads,
@@ -73,14 +75,20 @@ def attention(q: Tensor, cache: KVCache, scale: float) -> Tensor:
             num_warps=4,
             num_stages=2,
         )
-        _combine[(batch * heads,)](partial, maximum, total, *schedule, out, **shapes, PIECES=32, num_warps=4)
+        _combine[(batch * heads,)](
+            partial, maximum, total, *schedule, out, **shapes, PIECES=32, num_warps=4
+        )
     return out
 
 
 @lru_cache
 def _processors(device: torch.device) -> int:
     # The interpreter has none; with two, short caches are split too.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
 
 
 @triton.jit
@@ -141,7 +149,9 @@ def _attend(
     """
     sequence = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
-    begins, ends, size = _schedule(position_ptr, start_ptr, slots_ptr, programs, sequence, KV_HEADS, KV_HEADS_TILE, BLOCK)
+    begins, ends, size = _schedule(
+        position_ptr, start_ptr, slots_ptr, programs, sequence, KV_HEADS, KV_HEADS_TILE, BLOCK
+    )
     index = tl.arange(0, KV_HEADS_TILE)
     head = tl.sum((ends <= program).to(tl.int32))
     if head >= KV_HEADS:
@@ -158,7 +168,11 @@ def _attend(
     member = tl.arange(0, GROUP_TILE)
     dim = tl.arange(0, D_TILE)
     query = (sequence * KV_HEADS + head).to(tl.int64) * GROUP + member
-    q = tl.load(q_ptr + query[:, None] * D + dim[None, :], mask=(member < GROUP)[:, None] & (dim < D)[None, :], other=0.0)
+    q = tl.load(
+        q_ptr + query[:, None] * D + dim[None, :],
+        mask=(member < GROUP)[:, None] & (dim < D)[None, :],
+        other=0.0,
+    )
     offset = tl.load(rows_ptr + sequence * KV_HEADS + head) * D
     maximum = tl.full([GROUP_TILE], LOWEST, tl.float32)
     total = tl.zeros([GROUP_TILE], tl.float32)
@@ -184,7 +198,11 @@ def _attend(
     row = tl.program_id(0).to(tl.int64) * GROUP + member
     tl.store(maximum_ptr + row, maximum, mask=member < GROUP)
     tl.store(total_ptr + row, total, mask=member < GROUP)
-    tl.store(partial_ptr + row[:, None] * D + dim[None, :], acc, mask=(member < GROUP)[:, None] & (dim < D)[None, :])
+    tl.store(
+        partial_ptr + row[:, None] * D + dim[None, :],
+        acc,
+        mask=(member < GROUP)[:, None] & (dim < D)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -208,7 +226,9 @@ def _combine(
     """Joins the states of one query head's pieces, PIECES at a time and in their order."""
     sequence = tl.program_id(0) // (KV_HEADS * GROUP)
     query_head = tl.program_id(0) % (KV_HEADS * GROUP)
-    begins, ends, _ = _schedule(position_ptr, start_ptr, slots_ptr, programs, sequence, KV_HEADS, KV_HEADS_TILE, BLOCK)
+    begins, ends, _ = _schedule(
+        position_ptr, start_ptr, slots_ptr, programs, sequence, KV_HEADS, KV_HEADS_TILE, BLOCK
+    )
     own = tl.arange(0, KV_HEADS_TILE) == query_head // GROUP
     begin = tl.sum(tl.where(own, begins, 0))
     end = tl.sum(tl.where(own, ends, 0))
@@ -224,11 +244,17 @@ def _combine(
         higher = tl.maximum(highest, tl.max(maximum, 0))
         weights = tl.exp2(maximum - higher)
         fade = tl.exp2(highest - higher)
-        total = total * fade + tl.sum(weights * tl.load(total_ptr + row, mask=piece < end, other=0.0), 0)
+        total = total * fade + tl.sum(
+            weights * tl.load(total_ptr + row, mask=piece < end, other=0.0), 0
+        )
         mask = (piece < end)[:, None] & (dim < D)[None, :]
         partial = tl.load(partial_ptr + row[:, None] * D + dim[None, :], mask=mask, other=0.0)
         acc = acc * fade + tl.sum(weights[:, None] * partial, 0)
         highest = higher
     # No visible key: zeros, as in the reference.
     out = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+    tl.store(
+        out_ptr + tl.program_id(0).to(tl.int64) * D + dim,
+        out.to(out_ptr.dtype.element_ty),
+        mask=dim < D,
+    )

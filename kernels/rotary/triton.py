@@ -51,5 +51,11 @@ def _rotate(
     inside = (head < heads)[:, None] & (pair < HALF)[None]
     first = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_ptr + place + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + place, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside
+    )
+    tl.store(
+        out_ptr + place + HALF,
+        (second * cos + first * sin).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )

@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     model = replace(PRESETS["qwen3-0.6b"], max_position_embeddings=131_072 + NEW_TOKENS)
-    weights = {name: initial_weight(name, torch.Size(shape), model, 0) for name, shape in parameter_shapes(model).items()}
+    weights = {
+        name: initial_weight(name, torch.Size(shape), model, 0)
+        for name, shape in parameter_shapes(model).items()
+    }
     layers, heads = model.num_hidden_layers, model.num_key_value_heads
     tables = {
         "dense": rules.build("dense", layers, heads, WINDOW),
@@ -62,7 +65,12 @@ def main() -> None:
                 if way == "kernels":
                     use_kernels(loaded)
                 for batch, context in CELLS:
-                    row: dict[str, Any] = {"model": name, "way": way, "batch": batch, "context": context}
+                    row: dict[str, Any] = {
+                        "model": name,
+                        "way": way,
+                        "batch": batch,
+                        "context": context,
+                    }
                     row["formula_gib"] = batch * kv_cache_bytes(model, table, context) / 2**30
                     try:
                         measure(loaded, way, batch, context, SETTLED + 2)
@@ -122,7 +130,9 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """`share` is of a dense cache of the same context; the last columns compare the decoding speed."""
-    dense = {(row["way"], row["batch"], row["context"]): row for row in rows if row["model"] == "dense"}
+    dense = {
+        (row["way"], row["batch"], row["context"]): row for row in rows if row["model"] == "dense"
+    }
     print(
         "| model | way | batch | context | cache GiB | share | prefill s | decode tokens/s | / dense library | / dense kernels |"
     )
@@ -135,7 +145,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         others = [dense[way, row["batch"], row["context"]] for way in ("library", "kernels")]
         share = row["cache_gib"] / others[0]["formula_gib"]
         ratios = [
-            f"{row['decode_tokens_per_s'] / other['decode_tokens_per_s']:.2f}" if "error" not in other else "" for other in others
+            f"{row['decode_tokens_per_s'] / other['decode_tokens_per_s']:.2f}"
+            if "error" not in other
+            else ""
+            for other in others
         ]
         figures = f"{row['cache_gib']:.3f} | {share:.3f} | {row['prefill_s']:.2f} | {row['decode_tokens_per_s']:.0f}"
         print(start, figures, "|", " | ".join(ratios), "|")

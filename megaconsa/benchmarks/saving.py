@@ -62,7 +62,9 @@ def main(config_path: Path, overrides: list[str]) -> None:
     restore = seconds(restore_state)
     print(f"restored in  {restore:8.2f} s")
     engine = trainer.engine.engine
-    theirs = seconds(lambda: engine.save_checkpoint(str(config.run.dir / "deepspeed"), tag="theirs"))
+    theirs = seconds(
+        lambda: engine.save_checkpoint(str(config.run.dir / "deepspeed"), tag="theirs")
+    )
     files = [path for path in (config.run.dir / "deepspeed").rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"DeepSpeed's save_checkpoint: {theirs:.2f} s, all of it a stall; {size:.2f} GiB")

@@ -52,17 +52,25 @@ class Clock:
         return timed
 
 
-def measure(config: Config, steps: int = STEPS, warm_up: int = WARM_UP) -> tuple[dict[str, float], float]:
+def measure(
+    config: Config, steps: int = STEPS, warm_up: int = WARM_UP
+) -> tuple[dict[str, float], float]:
     """Mean seconds a step of each watcher, and of the whole step with all callbacks."""
     world = join()
     inputs = check_inputs(config, world)
-    mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
+    mesh = initialize(
+        config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
+    )
     trainer = build_trainer(inputs, mesh)
     clock = Clock()
     for callback in trainer.callbacks:
         if not isinstance(callback, OTHERS):
             for moment in ("before_step", "on_step"):
-                setattr(callback, moment, clock.around(type(callback).__name__, getattr(callback, moment)))
+                setattr(
+                    callback,
+                    moment,
+                    clock.around(type(callback).__name__, getattr(callback, moment)),
+                )
     trainer._accepts = clock.around("bad steps", trainer._accepts)  # type: ignore[method-assign]
     for callback in trainer.callbacks:
         callback.on_start(trainer)

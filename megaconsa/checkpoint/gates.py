@@ -18,7 +18,9 @@ def read_gates(checkpoint: Checkpoint) -> GateBank:
     settings = checkpoint.state["config"]
     if state is None:
         source = settings["allocation"]["source"]
-        raise InputError(f"{checkpoint.path} did not learn an allocation: its configuration has allocation.source={source}")
+        raise InputError(
+            f"{checkpoint.path} did not learn an allocation: its configuration has allocation.source={source}"
+        )
     bank = GateBank(configuration.build(settings).gate_settings())
     bank.load_state(state)
     if checkpoint.step:

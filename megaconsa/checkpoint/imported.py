@@ -58,8 +58,13 @@ def write(
         files: dict[str, Any] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             files[str(path.relative_to(folder))] = file_entry(path)[path.name]
-        written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.monotonic() - started, 2)}
-        write_json(folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written})
+        written = {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        write_json(
+            folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written}
+        )
         sync(folder / MANIFEST)
     try:
         sync(out.parent)

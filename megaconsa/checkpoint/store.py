@@ -107,7 +107,9 @@ class Checkpoint:
     @property
     def origin(self) -> dict[str, Any]:
         """The run or the imported folder that the weights are of, step and tokens."""
-        begun = self.imported["folder"] if self.imported else shown(self.state["config"]["run"]["dir"])
+        begun = (
+            self.imported["folder"] if self.imported else shown(self.state["config"]["run"]["dir"])
+        )
         return {"run": begun, "step": self.step, "tokens": self.state["tokens"]}
 
     @property
@@ -133,7 +135,9 @@ class Checkpoint:
         weights = self.weights()
         return {name: weights.shape(name) for name in weights}
 
-    def faults(self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True) -> list[str]:
+    def faults(
+        self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True
+    ) -> list[str]:
         """What does not agree with the manifest, looked at twice: missing files, sizes, checksums.
 
         advance is told of bytes as they are read. checksums: False reads no file. Raises
@@ -185,7 +189,9 @@ class Checkpoint:
             yield
 
     def _tensors(self, kind: str) -> TensorFiles:
-        names = [name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)]
+        names = [
+            name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)
+        ]
         paths = [self.path / name for name in names]
         for path in paths:
             _await_opening(path)
@@ -223,7 +229,9 @@ def resolve(path: Path) -> Checkpoint:
     if not (path / "state.json").exists():
         checkpoint = newest(path)
         if checkpoint is None:
-            raise InputError(f"{path} holds no usable checkpoint; give a run folder that has one, or a checkpoint folder")
+            raise InputError(
+                f"{path} holds no usable checkpoint; give a run folder that has one, or a checkpoint folder"
+            )
         return checkpoint
     checkpoint, faults = _examine(path)
     if faults:
@@ -242,7 +250,9 @@ def newest_of(run: Path, count: int) -> list[Checkpoint]:
     """The `count` newest checkpoints of a run folder, all of them whole; InputError where there are fewer."""
     paths = committed(run)[:count]
     if len(paths) < count:
-        raise InputError(f"{run} holds {len(paths)} checkpoints, not {count}; give a run folder that kept more, or ask for fewer")
+        raise InputError(
+            f"{run} holds {len(paths)} checkpoints, not {count}; give a run folder that kept more, or ask for fewer"
+        )
     return [resolve(path) for path in paths]
 
 
@@ -283,7 +293,9 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError("state.json or manifest.json is not what a checkpoint holds")
         for name in manifest["files"]:
             if not is_inside_name(name):
-                raise ValueError(f"{MANIFEST} names {name!r}, which is no file of the checkpoint's folder")
+                raise ValueError(
+                    f"{MANIFEST} names {name!r}, which is no file of the checkpoint's folder"
+                )
     except OSError as error:
         raise _refusal(path, error) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -46,7 +46,9 @@ class Staging:
         copies, cuda = {}, False
         for name, tensor in tensors:
             if name not in self._held:
-                self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._held[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
             copies[name] = self._held[name].copy_(tensor.detach(), non_blocking=True)
             cuda = cuda or tensor.is_cuda
         if cuda:
@@ -147,11 +149,20 @@ class Writer:
         except Exception as failed:  # whatever it is: the other ranks wait for an answer
             error = _describe(failed)
         shares = self.exchange((files, snapshot.random, error))
-        errors = [f"rank {rank}: {share[2]}" if self.ranks > 1 else share[2] for rank, share in enumerate(shares) if share[2]]
+        errors = [
+            f"rank {rank}: {share[2]}" if self.ranks > 1 else share[2]
+            for rank, share in enumerate(shares)
+            if share[2]
+        ]
         error = "; ".join(errors) or None
         if self.rank == 0 and error is None:
             try:
-                self._commit(temporary, snapshot, shares, {"stall_seconds": stall, "write_seconds": time.monotonic() - started})
+                self._commit(
+                    temporary,
+                    snapshot,
+                    shares,
+                    {"stall_seconds": stall, "write_seconds": time.monotonic() - started},
+                )
             except Exception as failed:
                 error = _describe(failed)
         if self.rank == 0 and error is not None:
@@ -159,14 +170,20 @@ class Writer:
         agreed: str | None = self.exchange(error)[0]
         return agreed
 
-    def _commit(self, temporary: Path, snapshot: Snapshot, shares: list[Any], timings: dict[str, float]) -> None:
+    def _commit(
+        self, temporary: Path, snapshot: Snapshot, shares: list[Any], timings: dict[str, float]
+    ) -> None:
         """Adds what is not any rank's own, and makes the folder a checkpoint."""
         files: dict[str, dict[str, Any]] = {}
         for rank, (share, _, _) in enumerate(shares):
             for name, entry in share.items():
                 _await(temporary / name, entry["bytes"], rank)
             files |= share
-        random = {f"{rank}/{device}": state for rank, share in enumerate(shares) for device, state in share[1].items()}
+        random = {
+            f"{rank}/{device}": state
+            for rank, share in enumerate(shares)
+            for device, state in share[1].items()
+        }
         files |= _write_tensors(temporary / "random.safetensors", random)
         if snapshot.gates is not None:
             files |= _write_tensors(temporary / "gates.safetensors", snapshot.gates)
@@ -174,10 +191,16 @@ class Writer:
             snapshot.allocation.save(temporary / "allocation.json")
             files |= file_entry(temporary / "allocation.json")
         libraries = {name: version(name) for name in LIBRARIES}
-        write_json(temporary / "state.json", {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries})
+        write_json(
+            temporary / "state.json",
+            {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries},
+        )
         files |= file_entry(temporary / "state.json")
         written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timings}
-        write_json(temporary / MANIFEST, {"version": FORMAT_VERSION, "files": dict(sorted(files.items())), "written": written})
+        write_json(
+            temporary / MANIFEST,
+            {"version": FORMAT_VERSION, "files": dict(sorted(files.items())), "written": written},
+        )
         sync(temporary / MANIFEST)
         sync(temporary)
         final = temporary.with_name(f"step_{snapshot.step}")
@@ -213,7 +236,9 @@ def _await(path: Path, size: int, rank: int) -> None:
             if path.stat().st_size == size:
                 return
         time.sleep(0.1)
-    raise OSError(f"rank 0 does not see {path}, which rank {rank} wrote; run.dir must be on a file system that all nodes share")
+    raise OSError(
+        f"rank 0 does not see {path}, which rank {rank} wrote; run.dir must be on a file system that all nodes share"
+    )
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -246,7 +271,9 @@ def _put_aside(path: Path) -> Path:
 
 def _is_in_use(path: Path) -> bool:
     try:
-        with (path / MANIFEST).open("r+") as file:  # NFS locks exclusively only what is open for writing
+        with (path / MANIFEST).open(
+            "r+"
+        ) as file:  # NFS locks exclusively only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -263,4 +290,8 @@ def sync(path: Path) -> None:
 
 
 def _describe(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return (
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )

@@ -56,12 +56,16 @@ class Resources:
             )
         for option in self.options:
             if not option.startswith("--") or any(letter.isspace() for letter in option):
-                raise InputError(f"--sbatch {option!r} is not one option of sbatch without spaces, such as --sbatch=--qos=high")
+                raise InputError(
+                    f"--sbatch {option!r} is not one option of sbatch without spaces, such as --sbatch=--qos=high"
+                )
 
     def of_every_job(self, output: Path) -> list[str]:
         """sbatch's options: where a job runs, and the file of its output, in which sbatch puts name and number for % and a letter."""
         named = {"partition": self.partition, "account": self.account, "output": output}
-        return [f"--{name}={value}" for name, value in named.items() if value is not None] + list(self.options)
+        return [f"--{name}={value}" for name, value in named.items() if value is not None] + list(
+            self.options
+        )
 
     def of_training(self) -> list[str]:
         """sbatch's options of size and time: a task for each GPU."""
@@ -91,12 +95,23 @@ class Submission:
 
     def __str__(self) -> str:
         """As a user would type it."""
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.command)])
+        return " ".join(
+            [
+                *(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()),
+                shlex.join(self.command),
+            ]
+        )
 
     def run(self) -> str:
         """Submits; returns what sbatch or the chain's script printed. Raises RunError with what it said where it failed."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        ended = subprocess.run(self.command, env={**os.environ, **self.variables}, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            self.command,
+            env={**os.environ, **self.variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if ended.returncode:
             raise RunError(f"{self.command[0]} failed: {' '.join(ended.stderr.split())}")
         return ended.stdout.strip()
@@ -106,29 +121,42 @@ class Submission:
         if self.command[0] != "bash":
             return str(self)
         environment = {**os.environ, **self.variables, "MEGACONSA_DRY_RUN": "1"}
-        printed = subprocess.run(self.command, env=environment, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(
+            self.command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
         return f"{self}\n# which submits\n{printed.strip()}"
 
 
 def check_slurm() -> None:
     """Raises InputError where this machine cannot submit."""
     if shutil.which("sbatch") is None:
-        raise InputError("sbatch is not found; submit on a node that has Slurm, or see with --dry-run what would be submitted")
+        raise InputError(
+            "sbatch is not found; submit on a node that has Slurm, or see with --dry-run what would be submitted"
+        )
 
 
 def training(job: str, path: Path, overrides: Sequence[str], resources: Resources) -> Submission:
     """A run as one job. job: learn or train."""
     run = _checked(path, overrides, resources, learning=job == "learn").run.dir
     logs = run / "slurm"
-    command = ["sbatch", "--parsable", *resources.of_every_job(logs / "%x-%j.out"), *resources.of_training()]
-    return Submission([*command, str(FILES / f"{job}.sbatch"), str(path), *overrides], _variables(), logs)
+    command = [
+        "sbatch",
+        "--parsable",
+        *resources.of_every_job(logs / "%x-%j.out"),
+        *resources.of_training(),
+    ]
+    return Submission(
+        [*command, str(FILES / f"{job}.sbatch"), str(path), *overrides], _variables(), logs
+    )
 
 
 def evaluation(arguments: Sequence[str], resources: Resources) -> Submission:
     """`megaconsa evaluate` with these arguments as a job on one GPU."""
     resources.check()
     if not arguments:
-        raise InputError("give the arguments of megaconsa evaluate behind --: megaconsa submit evaluate -- --model a=FOLDER ...")
+        raise InputError(
+            "give the arguments of megaconsa evaluate behind --: megaconsa submit evaluate -- --model a=FOLDER ..."
+        )
     logs = Path("slurm-logs")
     cores = f"--cpus-per-task={resources.cpus_per_task}"
     options = [*resources.of_every_job(logs / "%x-%j.out"), cores, *resources.limit()]
@@ -136,19 +164,32 @@ def evaluation(arguments: Sequence[str], resources: Resources) -> Submission:
     return Submission([*command, str(FILES / "evaluate.sbatch"), *arguments], _variables(), logs)
 
 
-def chain(learn: Path, train: Path, out: Path, overrides: Sequence[str], resources: Resources) -> Submission:
+def chain(
+    learn: Path, train: Path, out: Path, overrides: Sequence[str], resources: Resources
+) -> Submission:
     """Both stages and the export in `out`, as four jobs that wait for each other."""
     _checked(learn, overrides, resources, learning=True)
-    _checked(train, [*overrides, "allocation.source=file", f"allocation.file={out}/allocation.json"], resources, learning=False)
+    _checked(
+        train,
+        [*overrides, "allocation.source=file", f"allocation.file={out}/allocation.json"],
+        resources,
+        learning=False,
+    )
     logs = out / "slurm"
     if any(letter.isspace() for letter in str(out)):
-        raise InputError(f"--out {str(out)!r} has a space in it, which the chain's options cannot hold; choose another folder")
+        raise InputError(
+            f"--out {str(out)!r} has a space in it, which the chain's options cannot hold; choose another folder"
+        )
     variables = {
         **_variables(),
         "MEGACONSA_JOB_OPTIONS": " ".join(resources.of_every_job(logs / "%x-%j.out")),
         "MEGACONSA_TRAINING_OPTIONS": " ".join(resources.of_training()),
     }
-    return Submission(["bash", str(FILES / "chain.sbatch"), str(learn), str(train), str(out), *overrides], variables, logs)
+    return Submission(
+        ["bash", str(FILES / "chain.sbatch"), str(learn), str(train), str(out), *overrides],
+        variables,
+        logs,
+    )
 
 
 def sweep(
@@ -163,7 +204,9 @@ def sweep(
     for granularity in granularities:
         for sparsity in sparsities:
             swept = [f"allocation.granularity={granularity}", f"allocation.sparsity={sparsity:g}"]
-            swept += ["allocation.scope=global"] if granularity == "layer" else []  # as in sweep.sbatch
+            swept += (
+                ["allocation.scope=global"] if granularity == "layer" else []
+            )  # as in sweep.sbatch
             _checked(path, [*overrides, *swept], resources, learning=True)
     logs = out / "slurm"
     variables = {
@@ -172,8 +215,16 @@ def sweep(
         "MEGACONSA_GRANULARITIES": " ".join(granularities),
     }
     array = f"--array=0-{len(sparsities) * len(granularities) - 1}"
-    command = ["sbatch", "--parsable", array, *resources.of_every_job(logs / "%x-%A_%a.out"), *resources.of_training()]
-    return Submission([*command, str(FILES / "sweep.sbatch"), str(path), str(out), *overrides], variables, logs)
+    command = [
+        "sbatch",
+        "--parsable",
+        array,
+        *resources.of_every_job(logs / "%x-%A_%a.out"),
+        *resources.of_training(),
+    ]
+    return Submission(
+        [*command, str(FILES / "sweep.sbatch"), str(path), str(out), *overrides], variables, logs
+    )
 
 
 def _checked(path: Path, overrides: Sequence[str], resources: Resources, learning: bool) -> Config:
@@ -182,12 +233,18 @@ def _checked(path: Path, overrides: Sequence[str], resources: Resources, learnin
     config = configuration.load(path, list(overrides))
     if config.learning != learning:
         source = f"allocation.source={config.allocation.source}"
-        wanted = "learn an allocation, set it to learn" if learning else "train on a finished allocation, set it to file or rule"
+        wanted = (
+            "learn an allocation, set it to learn"
+            if learning
+            else "train on a finished allocation, set it to file or rule"
+        )
         raise InputError(f"{path} has {source}, but this job is to {wanted}")
     try:
         Topology.of(config, resources.gpus)
     except InputError as error:
-        raise InputError(f"--nodes {resources.nodes} --gpus-per-node {resources.gpus_per_node}: {error}") from None
+        raise InputError(
+            f"--nodes {resources.nodes} --gpus-per-node {resources.gpus_per_node}: {error}"
+        ) from None
     tensor = config.parallel.tensor
     if resources.gpus_per_node % tensor:
         raise InputError(

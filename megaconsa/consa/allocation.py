@@ -110,24 +110,43 @@ class Allocation:
             raise InputError(
                 f"{source} is not an allocation of version {FORMAT_VERSION}; make one with finalize-masks or rule-masks"
             )
-        missing = {"window", "full", "num_layers", "num_kv_heads", "granularity", "scope", "target_sparsity"} - data.keys()
+        missing = {
+            "window",
+            "full",
+            "num_layers",
+            "num_kv_heads",
+            "granularity",
+            "scope",
+            "target_sparsity",
+        } - data.keys()
         if missing:
-            raise InputError(f"{source} lacks {', '.join(sorted(missing))}; make it again with finalize-masks or rule-masks")
+            raise InputError(
+                f"{source} lacks {', '.join(sorted(missing))}; make it again with finalize-masks or rule-masks"
+            )
         full, layers, heads = data["full"], data["num_layers"], data["num_kv_heads"]
         if (
             not isinstance(full, list)
             or len(full) != layers
             or layers < 1
             or heads < 1
-            or any(not isinstance(row, list) or len(row) != heads or any(not isinstance(x, bool) for x in row) for row in full)
+            or any(
+                not isinstance(row, list)
+                or len(row) != heads
+                or any(not isinstance(x, bool) for x in row)
+                for row in full
+            )
         ):
             raise InputError(f"{source}: field full is not a table of {layers} x {heads} booleans")
         window, target, origin = data["window"], data["target_sparsity"], data.get("origin", {})
         if type(window) is not int or window < 1:
-            raise InputError(f"{source}: window is {window!r}, but must be an integer of at least 1")
+            raise InputError(
+                f"{source}: window is {window!r}, but must be an integer of at least 1"
+            )
         for name, known in (("granularity", get_args(Granularity)), ("scope", get_args(Scope))):
             if data[name] not in known:
-                raise InputError(f"{source}: {name} is {data[name]!r}, but must be one of {', '.join(known)}")
+                raise InputError(
+                    f"{source}: {name} is {data[name]!r}, but must be one of {', '.join(known)}"
+                )
         if not isinstance(target, int | float):
             raise InputError(f"{source}: target_sparsity is {target!r}, but must be a number")
         if not isinstance(origin, dict):
@@ -142,12 +161,24 @@ class Allocation:
         )
 
     @classmethod
-    def from_scores(cls, scores: Tensor, constraint: Constraint, window: int, origin: dict[str, Any] | None = None) -> Allocation:
+    def from_scores(
+        cls,
+        scores: Tensor,
+        constraint: Constraint,
+        window: int,
+        origin: dict[str, Any] | None = None,
+    ) -> Allocation:
         """The exact top-k table of scores (layers, units per layer)."""
         return cls.from_table(constraint.top_k(scores), constraint, window, origin)
 
     @classmethod
-    def from_table(cls, table: Tensor, constraint: Constraint, window: int, origin: dict[str, Any] | None = None) -> Allocation:
+    def from_table(
+        cls,
+        table: Tensor,
+        constraint: Constraint,
+        window: int,
+        origin: dict[str, Any] | None = None,
+    ) -> Allocation:
         """table: (layers, units per layer) booleans, True is full."""
         return cls(
             window=window,

@@ -25,7 +25,9 @@ class AugmentedLagrangian:
         """error: (constraints,), expected minus target sparsity. Returns a scalar; its gradient reaches log_alpha through error."""
         return (self.lambda_ * error + self.phi * error.square()).sum()
 
-    def descend(self, loss_gradient: Tensor, penalty_gradient: Tensor, learning_rate: float) -> None:
+    def descend(
+        self, loss_gradient: Tensor, penalty_gradient: Tensor, learning_rate: float
+    ) -> None:
         """One step on log_alpha; both gradients have its shape."""
         self._learning_rate = learning_rate
         _step(self._adam, [loss_gradient + penalty_gradient], learning_rate)
@@ -36,14 +38,22 @@ class AugmentedLagrangian:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs; the tensors themselves, not copies."""
-        return {"lambda": self.lambda_, "phi": self.phi, **_moments("adam", self._adam), **_moments("ascent", self._ascent)}
+        return {
+            "lambda": self.lambda_,
+            "phi": self.phi,
+            **_moments("adam", self._adam),
+            **_moments("ascent", self._ascent),
+        }
 
 
 def _adam(parameters: list[Tensor], betas: tuple[float, float], maximize: bool = False) -> Adam:
     """Adam with its moments in place, which it would create in its first step: a checkpoint may be loaded before that."""
     optimizer = Adam(parameters, betas=betas, maximize=maximize)
     for parameter in parameters:
-        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        moments = {
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
         optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     return optimizer
 

@@ -125,10 +125,14 @@ class Constraint:
         """Raises InputError, naming `source`, unless the scores are finite and one per unit."""
         if tuple(scores.shape) != self.shape:
             shape = " x ".join(map(str, scores.shape))
-            raise InputError(f"{source} holds scores of shape {shape}, but the model has {self.shape[0]} x {self.shape[1]} units")
+            raise InputError(
+                f"{source} holds scores of shape {shape}, but the model has {self.shape[0]} x {self.shape[1]} units"
+            )
         if not bool(scores.isfinite().all()):
             layer, unit = (~scores.isfinite()).nonzero()[0].tolist()
-            raise InputError(f"{source}: the score of layer {layer}, unit {unit} is {float(scores[layer, unit])}, not a number")
+            raise InputError(
+                f"{source}: the score of layer {layer}, unit {unit} is {float(scores[layer, unit])}, not a number"
+            )
 
     def _ranked(self, scores: Tensor) -> Tensor:
         """Scores by constraint, those that the floor keeps full raised to infinity."""
@@ -176,7 +180,9 @@ class Constraint:
                 "elsewhere the target itself says what each layer keeps"
             )
         if not 0 < self.floor <= self.num_kv_heads:
-            raise InputError(f"allocation.floor={self.floor} must lie between 0 and the {self.num_kv_heads} KV heads of a layer")
+            raise InputError(
+                f"allocation.floor={self.floor} must lie between 0 and the {self.num_kv_heads} KV heads of a layer"
+            )
         if self.floor * self.num_layers > self.full:
             highest = 1 - self.floor / self.num_kv_heads
             raise InputError(

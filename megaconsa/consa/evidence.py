@@ -132,7 +132,11 @@ class Evidence:
         sums = self._with_block()
         mean = self.scores
         # The sum over blocks of W^2 (mean of the block - mean)^2.
-        squares = sums["sum_squared"] - 2 * mean * sums["weight_times_sum"] + mean.square() * sums["weight_squared"]
+        squares = (
+            sums["sum_squared"]
+            - 2 * mean * sums["weight_times_sum"]
+            + mean.square() * sums["weight_squared"]
+        )
         blocks = self.blocks
         variance = squares.clamp(min=0) / sums["weight"].square() * blocks / (blocks - 1)
         return variance.sqrt().where(blocks > 1.5, torch.inf)
@@ -196,10 +200,12 @@ class EvidenceSummary:
     def fault(self, sparsity: float) -> str | None:
         """Why the evidence does not support the allocation, in one sentence; None where it does."""
         advice = "learn for more steps, or with larger batches"
-        if self.split_agreement is None or self.separated_share is None or self.blocks < LEAST_BLOCKS:
-            return (
-                f"there is too little evidence ({self.blocks:.0f} blocks of steps, at least {LEAST_BLOCKS} are needed): {advice}"
-            )
+        if (
+            self.split_agreement is None
+            or self.separated_share is None
+            or self.blocks < LEAST_BLOCKS
+        ):
+            return f"there is too little evidence ({self.blocks:.0f} blocks of steps, at least {LEAST_BLOCKS} are needed): {advice}"
         least = self.least_agreement
         if self.split_agreement < least:
             return (

@@ -52,9 +52,17 @@ class GateSettings:
     """Optimizer steps of the whole run."""
 
     def __post_init__(self) -> None:
-        longest = math.floor((1 - CLOSING_SHARE) * self.steps) if self.controller == "evidence" else self.steps - 1
+        longest = (
+            math.floor((1 - CLOSING_SHARE) * self.steps)
+            if self.controller == "evidence"
+            else self.steps - 1
+        )
         if self.warmup_steps > longest:
-            reason = "the last quarter decides on units" if self.controller == "evidence" else "the target would not be reached"
+            reason = (
+                "the last quarter decides on units"
+                if self.controller == "evidence"
+                else "the target would not be reached"
+            )
             raise InputError(
                 f"gates.warmup_steps={self.warmup_steps} must be at most {longest} of training.steps={self.steps}: {reason}"
             )
@@ -66,7 +74,9 @@ class GateSettings:
         sparsity = self.constraint.sparsity
         if sparsity in (0, 1):
             return
-        goal = math.log((1 - sparsity) / sparsity) + hard_concrete.BETA * math.log(-hard_concrete.GAMMA / hard_concrete.ZETA)
+        goal = math.log((1 - sparsity) / sparsity) + hard_concrete.BETA * math.log(
+            -hard_concrete.GAMMA / hard_concrete.ZETA
+        )
         # Adam moves log_alpha by its learning rate at most, which falls to 0 over the last part of the run.
         needed = abs(self.initial - goal) / self.learning_rate
         if needed > (1 - DECAY_SHARE / 2) * self.steps:
@@ -104,7 +114,9 @@ class GateBank:
         gradient.
         """
         self.step = step
-        z = self.gates.draw(step, self.settings.target(step), self.settings.global_batch).to(self.device)
+        z = self.gates.draw(step, self.settings.target(step), self.settings.global_batch).to(
+            self.device
+        )
         self._leaves = [layer.contiguous().requires_grad_() for layer in z.unbind(dim=1)]
 
     def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
@@ -150,7 +162,9 @@ class GateBank:
         """
         if not self._leaves:
             raise RuntimeError("GateBank.gradient was called before GateBank.sample")
-        gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
+        gradients = [
+            leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves
+        ]
         self._gradient = torch.stack(gradients, dim=1)
         reduce(self._gradient)
         return self._gradient
@@ -175,7 +189,11 @@ class GateBank:
         own = self.state()
         if self.settings.controller != "evidence":
             # Gates of 0.1.0 were saved without evidence: it begins anew, and log_alpha does not depend on it.
-            own = {name: value for name, value in own.items() if name in tensors or name not in self.evidence.state()}
+            own = {
+                name: value
+                for name, value in own.items()
+                if name in tensors or name not in self.evidence.state()
+            }
         if own.keys() != tensors.keys():
             raise ValueError(f"the gates' state differs in {sorted(own.keys() ^ tensors.keys())}")
         for name, value in own.items():
@@ -195,7 +213,9 @@ class GateBank:
             "probability_full": self.gates.open_probability.tolist(),
             "mean_gradient": self.evidence.scores.tolist(),
             "standard_error": [[_number(value) for value in row] for row in errors.tolist()],
-            "z_score": [[_number(value) for value in row] for row in self.evidence.z_scores.tolist()],
+            "z_score": [
+                [_number(value) for value in row] for row in self.evidence.z_scores.tolist()
+            ],
             "split_agreement": summary.split_agreement,
             "time_agreement": summary.time_agreement,
             "separated_share": summary.separated_share,

@@ -34,7 +34,9 @@ class SampledGates:
         self.learning_rate = learning_rate
         self.seed = seed
         self.steps = steps
-        self.log_alpha = torch.full(constraint.shape, initial, dtype=torch.float32, device=device, requires_grad=True)
+        self.log_alpha = torch.full(
+            constraint.shape, initial, dtype=torch.float32, device=device, requires_grad=True
+        )
         self.lagrangian = AugmentedLagrangian(self.log_alpha, constraint.count)
         self._sampled: Tensor | None = None
 
@@ -68,7 +70,10 @@ class SampledGates:
         at_threshold = self.log_alpha.detach() > 0
         return {
             "threshold_sparsity": 1 - float(at_threshold.float().mean()),
-            "multipliers": {"lambda": self.lagrangian.lambda_.tolist(), "phi": self.lagrangian.phi.tolist()},
+            "multipliers": {
+                "lambda": self.lagrangian.lambda_.tolist(),
+                "phi": self.lagrangian.phi.tolist(),
+            },
             "penalty": penalty.item(),
             "gate_grad_norm": norm.item(),
         }

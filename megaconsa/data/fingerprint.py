@@ -24,7 +24,9 @@ def fingerprint(content: dict[str, Any], post_processor: dict[str, Any] | None) 
     ids = {
         "type": model["type"],
         "vocab": model["vocab"],
-        "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])],
+        "merges": [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])
+        ],
         "added": {token["content"]: token["id"] for token in content["added_tokens"]},
     }
     way = {
@@ -32,7 +34,11 @@ def fingerprint(content: dict[str, Any], post_processor: dict[str, Any] | None) 
         "pre_tokenizer": content["pre_tokenizer"],
         "post_processor": _post_processor(post_processor),
         # Releases write a setting that is off as null, as false, as "" or not at all.
-        "model": {name: value for name, value in model.items() if name not in ("vocab", "merges") and value},
+        "model": {
+            name: value
+            for name, value in model.items()
+            if name not in ("vocab", "merges") and value
+        },
     }
     return PARTS.join(_digest(part) for part in (ids, way))
 
@@ -41,12 +47,18 @@ def same_tokenizer(one: str, other: str) -> bool:
     """Whether two fingerprints are of one tokenizer; those of earlier versions, of one part, are
     compared by that part.
     """
-    return all(mine == theirs for mine, theirs in zip(one.split(PARTS), other.split(PARTS), strict=False))
+    return all(
+        mine == theirs for mine, theirs in zip(one.split(PARTS), other.split(PARTS), strict=False)
+    )
 
 
 def _post_processor(content: dict[str, Any] | None) -> dict[str, Any] | None:
     """None for a template that adds nothing, as transformers 5 puts in the place of none."""
-    if content is not None and content["type"] == "TemplateProcessing" and not content["special_tokens"]:
+    if (
+        content is not None
+        and content["type"] == "TemplateProcessing"
+        and not content["special_tokens"]
+    ):
         return None
     return content
 

@@ -12,7 +12,9 @@ IGNORED = -100
 """The label of a position that is not predicted (cross_entropy's ignore_index)."""
 
 
-def pack(documents: Iterable[Sequence[int]], sequence_length: int, end_of_text: int) -> Iterator[np.ndarray]:
+def pack(
+    documents: Iterable[Sequence[int]], sequence_length: int, end_of_text: int
+) -> Iterator[np.ndarray]:
     """Joins the documents, each followed by `end_of_text`, and cuts the stream into (S + 1,) int64 arrays.
 
     Sample k is stream[k*S : k*S + S + 1]: neighbours share one token, so that each token but the stream's first is predicted

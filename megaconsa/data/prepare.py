@@ -50,13 +50,17 @@ def prepare(
     is. InputError for all that cannot work; then nothing is left behind.
     """
     if (tokenizer is None) == (train_tokenizer is None):
-        raise InputError("the tokenizer is not settled, give one of --tokenizer FOLDER and --train-tokenizer VOCAB")
+        raise InputError(
+            "the tokenizer is not settled, give one of --tokenizer FOLDER and --train-tokenizer VOCAB"
+        )
     if sequence_length < 1:
         raise InputError(
             f"--sequence-length {sequence_length} is not positive, give the number of tokens a sequence, such as 512"
         )
     if not 0 <= validation_share < 1:
-        raise InputError(f"--validation-share {validation_share} is outside [0, 1), give a share such as 0.02")
+        raise InputError(
+            f"--validation-share {validation_share} is outside [0, 1), give a share such as 0.02"
+        )
     files = find_files(sources)
     given = Tokenizer.load(tokenizer) if tokenizer else None
     source, documents = _scan(sources, files, validation_share, train_tokenizer)
@@ -77,15 +81,21 @@ def prepare(
         splits = {}
         for split in documents:
             with progress(f"packing {split}", documents[split], "documents") as task:
-                ids = _encode(_counted(_split_documents(files, split, validation_share), task), used)
+                ids = _encode(
+                    _counted(_split_documents(files, split, validation_share), task), used
+                )
                 sequences = pack(ids, sequence_length, used.end_of_text)
                 split_counts = write_split(out, split, sequences, used.vocab_size, sequence_length)
             tokens = int(split_counts.sum())
             if not tokens:
                 option = "--validation-share" if split == VALIDATION else "more text"
-                raise InputError(f"the {split} split has less than one sequence of {sequence_length} tokens, raise {option}")
+                raise InputError(
+                    f"the {split} split has less than one sequence of {sequence_length} tokens, raise {option}"
+                )
             counts += split_counts
-            splits[split] = SplitInfo(sequences=tokens // sequence_length, tokens=tokens, documents=documents[split])
+            splits[split] = SplitInfo(
+                sequences=tokens // sequence_length, tokens=tokens, documents=documents[split]
+            )
         info = DatasetInfo(
             vocab_size=used.vocab_size,
             tokenizer_fingerprint=used.fingerprint,
@@ -120,7 +130,9 @@ def _scan(
     for split, count in documents.items():
         if not count:
             mend = "give more text or change --validation-share (0 for no validation split)"
-            raise InputError(f"none of the {sum(documents.values())} documents falls into the {split} split, {mend}")
+            raise InputError(
+                f"none of the {sum(documents.values())} documents falls into the {split} split, {mend}"
+            )
     source = SourceInfo(
         names=list(sources),
         digest=digest.hexdigest(),
@@ -132,7 +144,9 @@ def _scan(
     return source, documents
 
 
-def _same(out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int, given: Tokenizer | None) -> DatasetInfo:
+def _same(
+    out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int, given: Tokenizer | None
+) -> DatasetInfo:
     """The finished folder's description if it is what was asked for; InputError with the difference if not."""
     pairs: dict[str, tuple[object, object]] = {
         "--sequence-length": (info.sequence_length, sequence_length),
@@ -144,15 +158,23 @@ def _same(out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int
             pairs["--tokenizer (fingerprint)"] = (info.tokenizer_fingerprint, given.fingerprint)
     else:
         pairs["--train-tokenizer"] = (info.source.trained_vocabulary, source.trained_vocabulary)
-    different = [f"{name} is {old} there and {new} here" for name, (old, new) in pairs.items() if old != new]
+    different = [
+        f"{name} is {old} there and {new} here" for name, (old, new) in pairs.items() if old != new
+    ]
     if different:
-        raise InputError(f"--out {out}: it holds other data ({'; '.join(different)}), name another folder")
+        raise InputError(
+            f"--out {out}: it holds other data ({'; '.join(different)}), name another folder"
+        )
     console.print(f"{out} already holds this data; nothing to do", markup=False)
     return info
 
 
 def _split_documents(files: list[Path], split: str, validation_share: float) -> Iterator[str]:
-    return (document for document in read_documents(files) if in_validation(document, validation_share) == (split == VALIDATION))
+    return (
+        document
+        for document in read_documents(files)
+        if in_validation(document, validation_share) == (split == VALIDATION)
+    )
 
 
 def _counted(documents: Iterable[str], task: Task) -> Iterator[str]:

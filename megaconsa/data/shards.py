@@ -95,11 +95,19 @@ class DatasetInfo(BaseModel):
     @classmethod
     def _load(cls, folder: Path) -> DatasetInfo:
         if not folder.is_dir():
-            raise InputError(f"data {folder}: no such folder, make it with `megaconsa prepare-data`")
+            raise InputError(
+                f"data {folder}: no such folder, make it with `megaconsa prepare-data`"
+            )
         file = folder / INFO
         if not file.is_file():
-            state = "its preparation did not finish" if (folder / UNFINISHED).exists() else f"it has no {INFO}"
-            raise InputError(f"data {folder}: {state}, run `megaconsa prepare-data` with --out {folder}")
+            state = (
+                "its preparation did not finish"
+                if (folder / UNFINISHED).exists()
+                else f"it has no {INFO}"
+            )
+            raise InputError(
+                f"data {folder}: {state}, run `megaconsa prepare-data` with --out {folder}"
+            )
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
@@ -179,15 +187,21 @@ class Shard(MDSReader):
 
     def _check(self, data: bytes, expected: FileInfo, what: str) -> None:
         if len(data) != expected.bytes:
-            raise DataError(f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}")
+            raise DataError(
+                f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}"
+            )
         if get_hash(HASH, data) != expected.hashes[HASH]:
-            raise DataError(f"{self.path}: {what}shard does not match its {HASH} hash, the file is damaged")
+            raise DataError(
+                f"{self.path}: {what}shard does not match its {HASH} hash, the file is damaged"
+            )
 
 
 def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
     """The shards of a split, none of them loaded. InputError where the index is damaged or disagrees with dataset.json."""
     if split not in info.splits:
-        raise InputError(f"data {folder}: it has no {split} split, prepare it with --validation-share above 0")
+        raise InputError(
+            f"data {folder}: it has no {split} split, prepare it with --validation-share above 0"
+        )
     file = folder / split / INDEX
     try:
         records: list[dict[str, Any]] = parse_json(read_bytes(file))["shards"]
@@ -195,21 +209,31 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
         for part in (part for shard in shards for part in (shard.raw_data, shard._stored)):
             if not is_bare_name(part.basename):
                 raise ValueError(f"it names {part.basename!r}, which is no file of its folder")
-        complete = all(HASH in part.hashes for shard in shards for part in (shard.raw_data, shard._stored))
+        complete = all(
+            HASH in part.hashes for shard in shards for part in (shard.raw_data, shard._stored)
+        )
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}), prepare the data again") from error
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}), prepare the data again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not an index of MDS shards ({error!r}), prepare the data again") from error
+        raise InputError(
+            f"{file}: not an index of MDS shards ({error!r}), prepare the data again"
+        ) from error
     if not complete:
         raise InputError(f"{file}: a shard has no {HASH} hash, prepare the data again")
     expected = {COLUMN: encoding(info.vocab_size, info.sequence_length)}
     for shard in shards:
         found = dict(zip(shard.column_names, shard.column_encodings, strict=False))
         if found != expected:
-            raise InputError(f"{file}: {shard.path.name} holds {found} instead of {expected}, prepare the data again")
+            raise InputError(
+                f"{file}: {shard.path.name} holds {found} instead of {expected}, prepare the data again"
+            )
     samples, promised = sum(shard.samples for shard in shards), info.splits[split].sequences
     if samples != promised:
-        raise InputError(f"{file}: it counts {samples} sequences but {INFO} promises {promised}, prepare the data again")
+        raise InputError(
+            f"{file}: it counts {samples} sequences but {INFO} promises {promised}, prepare the data again"
+        )
     return shards
 
 
@@ -227,7 +251,9 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
         fingerprint = Tokenizer.load(folder / TOKENIZER).fingerprint
         if not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
             expected = info.tokenizer_fingerprint
-            faults.append(f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} but the data was made with {expected}")
+            faults.append(
+                f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} but the data was made with {expected}"
+            )
     except InputError as error:
         faults.append(str(error))
     for split in info.splits:
@@ -241,7 +267,9 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
                 shard.load()
                 largest = max(int(shard[i][COLUMN].max()) for i in range(shard.samples))
                 if largest >= info.vocab_size:
-                    faults.append(f"{shard.path}: shard holds token id {largest}, vocab_size is {info.vocab_size}")
+                    faults.append(
+                        f"{shard.path}: shard holds token id {largest}, vocab_size is {info.vocab_size}"
+                    )
             except DataError as error:
                 faults.append(str(error))
             finally:
@@ -251,13 +279,17 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
     return faults
 
 
-def write_split(folder: Path, split: str, sequences: Iterable[np.ndarray], vocab_size: int, sequence_length: int) -> np.ndarray:
+def write_split(
+    folder: Path, split: str, sequences: Iterable[np.ndarray], vocab_size: int, sequence_length: int
+) -> np.ndarray:
     """Writes (S + 1,) sequences as the shards of a split; returns how often each id is predicted, (vocab_size,) int64."""
     columns = {COLUMN: encoding(vocab_size, sequence_length)}
     dtype = np.dtype(columns[COLUMN].split(":")[1])
     counts = np.zeros(vocab_size, np.int64)
     out = str(folder / split)
-    with MDSWriter(columns=columns, out=out, compression="zstd", hashes=[HASH], size_limit=SHARD_BYTES) as writer:
+    with MDSWriter(
+        columns=columns, out=out, compression="zstd", hashes=[HASH], size_limit=SHARD_BYTES
+    ) as writer:
         for sequence in sequences:
             writer.write({COLUMN: sequence.astype(dtype)})
             np.add.at(counts, sequence[1:], 1)
@@ -278,15 +310,21 @@ def preparation(folder: Path) -> Iterator[None]:
     ours = {UNFINISHED, TOKENIZER, TRAIN, VALIDATION}
     if entries and (UNFINISHED not in entries or entries - ours):
         foreign = sorted(entries - ours or entries)[0]
-        raise InputError(f"--out {folder}: the folder already holds other files ({foreign}), name a new or empty one")
+        raise InputError(
+            f"--out {folder}: the folder already holds other files ({foreign}), name a new or empty one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / UNFINISHED).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out {folder}: another process is preparing it, wait for it or name another folder") from error
+            raise InputError(
+                f"--out {folder}: another process is preparing it, wait for it or name another folder"
+            ) from error
         if (folder / INFO).exists():
-            raise InputError(f"--out {folder}: another process has just finished it, nothing is left to do")
+            raise InputError(
+                f"--out {folder}: another process has just finished it, nothing is left to do"
+            )
         _clear(folder)
         try:
             yield

@@ -106,7 +106,14 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) 
     Shards are shuffled, then their sequences are mixed with those of neighbouring shards (streaming's py1e).
     """
     sizes = np.array(shard_sizes, np.int64)
-    return get_shuffle("py1e", sizes, num_canonical_nodes=1, seed=seed, epoch=epoch, block_size=SHUFFLE_SHARDS * int(sizes.max()))
+    return get_shuffle(
+        "py1e",
+        sizes,
+        num_canonical_nodes=1,
+        seed=seed,
+        epoch=epoch,
+        block_size=SHUFFLE_SHARDS * int(sizes.max()),
+    )
 
 
 class BatchStream:
@@ -138,7 +145,9 @@ class BatchStream:
                 "change one of them"
             )
         if not 0 <= data_rank < data_ranks:
-            raise InputError(f"data rank {data_rank} is outside 0..{data_ranks - 1}, count data ranks from 0")
+            raise InputError(
+                f"data rank {data_rank} is outside 0..{data_ranks - 1}, count data ranks from 0"
+            )
         if seed < 0:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
         self.shards = TokenShards(path, split)
@@ -183,7 +192,9 @@ class BatchStream:
         """
         count = min(count, len(self.shards))
         batches = []
-        for place in self._places(self.fixed_count(count, least) * self.micro_batch * self.data_ranks):
+        for place in self._places(
+            self.fixed_count(count, least) * self.micro_batch * self.data_ranks
+        ):
             batch = self._batch(self.shards.rows(np.where(place < count, place, 0)), place)
             batch.labels[torch.from_numpy(place >= count)] = IGNORED
             batches.append(batch)
@@ -193,7 +204,9 @@ class BatchStream:
         """How many micro-batches `fixed_batches` gives each rank."""
         count = min(count, len(self.shards))
         if count < self.micro_batch:
-            raise InputError(f"{count} sequences for evaluation are less than one micro batch of {self.micro_batch}, use more")
+            raise InputError(
+                f"{count} sequences for evaluation are less than one micro batch of {self.micro_batch}, use more"
+            )
         return max(least, -(-count // (self.micro_batch * self.data_ranks)))
 
     def _places(self, sequences: int) -> list[np.ndarray]:
@@ -207,7 +220,9 @@ class BatchStream:
         while True:
             for place in places:
                 epochs, offsets = np.divmod(taken + place, len(self.shards))
-                yield np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+                yield np.array(
+                    [self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
+                )
             taken += self.global_batch
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -215,7 +230,9 @@ class BatchStream:
             # A step needs two epochs where one ends and the next begins (more only if the split is smaller than the step).
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             sizes = self.shards.shard_sizes
-            self._orders[epoch] = epoch_order(sizes, self.seed, epoch) if self.shuffle else np.arange(sizes.sum())
+            self._orders[epoch] = (
+                epoch_order(sizes, self.seed, epoch) if self.shuffle else np.arange(sizes.sum())
+            )
         return self._orders[epoch]
 
     def _batch(self, rows: np.ndarray, place: np.ndarray) -> Batch:
@@ -223,9 +240,16 @@ class BatchStream:
         tokens = torch.from_numpy(rows.astype(np.int64))
         inputs = tokens[:, :-1].contiguous()
         end = self.info.end_of_text
-        documents = document_starts(inputs, end) if self.separate_documents else torch.zeros_like(inputs, dtype=torch.int32)
+        documents = (
+            document_starts(inputs, end)
+            if self.separate_documents
+            else torch.zeros_like(inputs, dtype=torch.int32)
+        )
         return Batch(
-            inputs, mask_labels(tokens, end, self.separate_documents), documents, torch.from_numpy(place.astype(np.int64))
+            inputs,
+            mask_labels(tokens, end, self.separate_documents),
+            documents,
+            torch.from_numpy(place.astype(np.int64)),
         )
 
 
@@ -251,7 +275,9 @@ def _leave_signals_to_parent(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:
             os._exit(1)
-    os.setpgid(0, 0)  # what is sent to the trainer's process group (Ctrl-C, timeout) does not reach it
+    os.setpgid(
+        0, 0
+    )  # what is sent to the trainer's process group (Ctrl-C, timeout) does not reach it
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

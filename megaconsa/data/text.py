@@ -14,7 +14,25 @@ PYTHON = "python"
 """The source that stands for the standard library."""
 SUFFIXES = (
     *(".txt", ".md", ".rst", ".tex", ".html", ".jsonl"),
-    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
+    *(
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".cuh",
+        ".java",
+        ".js",
+        ".ts",
+        ".go",
+        ".rs",
+        ".rb",
+        ".sh",
+        ".sql",
+    ),
 )
 """What is read from a folder; a file that is named itself is read whatever its suffix."""
 ORDER_SEED = 0
@@ -29,7 +47,9 @@ def python_sources() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests"}
     files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / file for file in _shuffled(file for file in files if not left_out & set(file.parts))]
+    return [
+        root / file for file in _shuffled(file for file in files if not left_out & set(file.parts))
+    ]
 
 
 def find_files(sources: Sequence[str]) -> list[Path]:
@@ -45,12 +65,20 @@ def find_files(sources: Sequence[str]) -> list[Path]:
         elif path.is_file():
             found = [path]
         elif path.is_dir():
-            inside = (file.relative_to(path) for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            inside = (
+                file.relative_to(path)
+                for file in path.rglob("*")
+                if file.suffix in SUFFIXES and file.is_file()
+            )
             found = [path / file for file in _shuffled(inside)]
         else:
-            raise InputError(f"source {source}: no such file or folder, name text files, folders of them, or `{PYTHON}`")
+            raise InputError(
+                f"source {source}: no such file or folder, name text files, folders of them, or `{PYTHON}`"
+            )
         if not found:
-            raise InputError(f"source {source}: the folder holds no text files, expected one of {' '.join(SUFFIXES)}")
+            raise InputError(
+                f"source {source}: the folder holds no text files, expected one of {' '.join(SUFFIXES)}"
+            )
         files += found
     return files
 
@@ -67,9 +95,13 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
             elif text := file.read_bytes().decode("utf-8-sig"):
                 yield text
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 at byte {error.start}, convert the file or leave it out") from error
+            raise InputError(
+                f"{file}: not UTF-8 at byte {error.start}, convert the file or leave it out"
+            ) from error
         except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}), make it readable or leave it out") from error
+            raise InputError(
+                f"{file}: cannot be read ({error.strerror}), make it readable or leave it out"
+            ) from error
 
 
 def _read_lines(file: Path) -> Iterator[str]:
@@ -82,13 +114,19 @@ def _read_lines(file: Path) -> Iterator[str]:
             except UnicodeDecodeError:
                 raise
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{file}, line {number}: expected a JSON object with a field "text", mend the line') from error
+                raise InputError(
+                    f'{file}, line {number}: expected a JSON object with a field "text", mend the line'
+                ) from error
             if not isinstance(text, str):
-                raise InputError(f'{file}, line {number}: field "text" is {type(text).__name__}, make it a string')
+                raise InputError(
+                    f'{file}, line {number}: field "text" is {type(text).__name__}, make it a string'
+                )
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise InputError(f'{file}, line {number}: field "text" has half a surrogate pair, mend the line') from error
+                raise InputError(
+                    f'{file}, line {number}: field "text" has half a surrogate pair, mend the line'
+                ) from error
             if text:
                 yield text
 

@@ -14,7 +14,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megaconsa.data.fingerprint import fingerprint
-from megaconsa.data.tokenizer_folder import TOKENIZER_JSON, copy_tokenizer, largest_id, load_pretrained, read_mapping
+from megaconsa.data.tokenizer_folder import (
+    TOKENIZER_JSON,
+    copy_tokenizer,
+    largest_id,
+    load_pretrained,
+    read_mapping,
+)
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
@@ -54,12 +60,16 @@ class Tokenizer:
         InputError where it is missing, contradictory, or has no end-of-text token.
         """
         if not folder.is_dir():
-            raise InputError(f"tokenizer {folder}: no such folder, name one that holds tokenizer.json")
+            raise InputError(
+                f"tokenizer {folder}: no such folder, name one that holds tokenizer.json"
+            )
         tokenizer = load_pretrained(folder)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InputError(f"tokenizer {folder}: it has no fast version, add its tokenizer.json")
         if tokenizer.eos_token_id is None:
-            raise InputError(f"tokenizer {folder}: it has no end-of-text token, set eos_token in tokenizer_config.json")
+            raise InputError(
+                f"tokenizer {folder}: it has no end-of-text token, set eos_token in tokenizer_config.json"
+            )
         return cls(tokenizer, folder)
 
     def copy(self, folder: Path) -> None:
@@ -82,11 +92,17 @@ class Tokenizer:
         file = folder / "tokenizer_config.json"
         config = parse_json(file.read_text())
         if config["tokenizer_class"] == "TokenizersBackend":
-            file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+            file.write_text(
+                json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+                + "\n"
+            )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens spelled out."""
@@ -110,7 +126,9 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
     RuntimeError where the two formats give different ids.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise InputError(f"vocabulary {vocab_size} is too small, choose {SMALLEST_VOCABULARY} or more")
+        raise InputError(
+            f"vocabulary {vocab_size} is too small, choose {SMALLEST_VOCABULARY} or more"
+        )
     sample: list[str] = []
     model = io.BytesIO()
     try:
@@ -152,7 +170,9 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
     Tokenizer(fast).save(folder)
     for text, ids in zip(sample, Tokenizer.load(folder).encode_batch(sample), strict=True):
         if processor.encode(text) != ids:
-            raise RuntimeError(f"sentencepiece and tokenizer.json in {folder} encode a document differently: {text[:80]!r}...")
+            raise RuntimeError(
+                f"sentencepiece and tokenizer.json in {folder} encode a document differently: {text[:80]!r}..."
+            )
 
 
 def _chunks(documents: Iterable[str], sample: list[str]) -> Iterator[str]:
@@ -173,17 +193,27 @@ def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> tokenize
     """The same BPE in the tokenizers library: sentencepiece's scores become an order of merges."""
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    normal = [i for i in range(len(pieces)) if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    normal = [
+        i
+        for i in range(len(pieces))
+        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
+    ]
     merges: list[tuple[str, str]] = []
     for i in sorted(normal, key=lambda i: (-processor.get_score(i), i)):
         halves = [(pieces[i][:cut], pieces[i][cut:]) for cut in range(1, len(pieces[i]))]
-        known = [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
+        known = [
+            (left, right) for left, right in halves if left in vocabulary and right in vocabulary
+        ]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
 
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # No piece has a space after another character, so no merge crosses these cuts: they change nothing but the speed.
     words = tokenizers.Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenizer

@@ -62,9 +62,13 @@ def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
         config = read_mapping(folder / TOKENIZER_CONFIG)
         written = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
         tokenizer = _load(folder, written, _readable(config))
-    except Exception as error:  # transformers raises whatever its readers raise; all of it means "not a tokenizer"
+    except (
+        Exception
+    ) as error:  # transformers raises whatever its readers raise; all of it means "not a tokenizer"
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"tokenizer {folder}: transformers cannot load it ({reason}), name one with tokenizer.json") from error
+        raise InputError(
+            f"tokenizer {folder}: transformers cannot load it ({reason}), name one with tokenizer.json"
+        ) from error
     if written is not None:
         _check_ids(folder, tokenizer, written, config)
     return tokenizer
@@ -125,7 +129,9 @@ def _load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **where, **settings)
     except ValueError:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **settings)
+        return PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, **settings
+        )
     if written is None or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     if _cutting(tokenizer.backend_tokenizer) == _cutting(written):
@@ -142,8 +148,13 @@ def _check_ids(
     # tokenizers numbers added tokens anew where they do not follow on the vocabulary, so they are
     # taken from the file.
     added = read_mapping(folder / TOKENIZER_JSON).get("added_tokens") or []
-    promised = {token["content"]: int(index) for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    promised |= written.get_vocab(with_added_tokens=False) | {token["content"]: token["id"] for token in added}
+    promised = {
+        token["content"]: int(index)
+        for index, token in (config.get("added_tokens_decoder") or {}).items()
+    }
+    promised |= written.get_vocab(with_added_tokens=False) | {
+        token["content"]: token["id"] for token in added
+    }
     loaded = tokenizer.get_vocab()
     for token, index in promised.items():
         if loaded.get(token) != index:

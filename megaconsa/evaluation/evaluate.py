@@ -35,18 +35,30 @@ def evaluate(request: Request) -> Evaluation:
     harness = Harness(request.tasks, request.task_folder) if request.tasks else None
     for model in models:
         if harness and not model.source.has_tokenizer:
-            raise InputError(f"--task needs a tokenizer, and {model.folder} was exported without one; export it with --tokenizer")
+            raise InputError(
+                f"--task needs a tokenizer, and {model.folder} was exported without one; export it with --tokenizer"
+            )
     held_out = HeldOut(request.data)
-    needles = Needles(Tokenizer.load(request.data / TOKENIZER), held_out, request.seed) if request.needles else None
+    needles = (
+        Needles(Tokenizer.load(request.data / TOKENIZER), held_out, request.seed)
+        if request.needles
+        else None
+    )
     settings = settle(request, held_out, models, needles, harness)
-    record = Evaluation(settings=settings) if record is None else continued(record, settings, request.out)
+    record = (
+        Evaluation(settings=settings)
+        if record is None
+        else continued(record, settings, request.out)
+    )
     if request.device.type == "cuda":
         torch.cuda.set_device(request.device)  # where Triton launches its kernels
     for model in models:
         try:
             _measure(model, request, record, held_out, needles, harness)
         except torch.OutOfMemoryError:
-            raise RunError(f"{model.label}: out of GPU memory; the same command goes on with a smaller --batch-tokens") from None
+            raise RunError(
+                f"{model.label}: out of GPU memory; the same command goes on with a smaller --batch-tokens"
+            ) from None
     return record
 
 
@@ -54,7 +66,9 @@ def _existing(out: Path) -> Evaluation | None:
     if (out / FILE).is_file():
         return Evaluation.load(out / FILE)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={out} exists and is not an evaluation's folder; choose another or remove it")
+        raise InputError(
+            f"out={out} exists and is not an evaluation's folder; choose another or remove it"
+        )
     return None
 
 
@@ -75,7 +89,11 @@ def _measure(
         _compare(record)
         record.save(request.out / FILE)
 
-    wanted = {"perplexity": bool(request.documents), "needle": needles is not None, "harness": harness is not None}
+    wanted = {
+        "perplexity": bool(request.documents),
+        "needle": needles is not None,
+        "harness": harness is not None,
+    }
     missing = [part for part in PARTS if wanted[part] and getattr(held, part) is None]
     for part in PARTS:
         if wanted[part] and part not in missing:
@@ -88,20 +106,32 @@ def _measure(
         console.print(f"{model.label}: {', '.join(harness.settings.tasks)}", markup=False)
         finish("harness", harness.measure(loaded, tokenizer, request.batch_tokens))
     if request.device.type == "cuda":
-        use_kernels(loaded)  # transformers' masks of windowed heads would grow with the square of the length
+        use_kernels(
+            loaded
+        )  # transformers' masks of windowed heads would grow with the square of the length
     if "perplexity" in missing:
         assert settings.perplexity is not None
         length = settings.perplexity.length
         chosen = perplexity.choose_documents(held_out, length, settings.perplexity.documents)
         total = int(np.minimum(held_out.lengths[chosen] - 1, length).sum())
         with progress(f"{model.label}: perplexity", total, "tokens") as task:
-            finish("perplexity", perplexity.measure(loaded, held_out, chosen, length, request.batch_tokens, task.advance))
+            finish(
+                "perplexity",
+                perplexity.measure(
+                    loaded, held_out, chosen, length, request.batch_tokens, task.advance
+                ),
+            )
     if "needle" in missing:
         assert settings.needle is not None
         assert needles is not None
         total = len(settings.needle.lengths) * len(settings.needle.depths) * settings.needle.needles
         with progress(f"{model.label}: needles", total, "examples") as task:
-            finish("needle", needle.measure(loaded, needles, settings.needle, request.batch_tokens, task.advance))
+            finish(
+                "needle",
+                needle.measure(
+                    loaded, needles, settings.needle, request.batch_tokens, task.advance
+                ),
+            )
 
 
 def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelRecord:
@@ -110,7 +140,10 @@ def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelR
     if known is not None and known.digest == model.digest:
         return known
     if known is not None:
-        console.print(f"{model.label}: not the model that was evaluated before; it is measured again", markup=False)
+        console.print(
+            f"{model.label}: not the model that was evaluated before; it is measured again",
+            markup=False,
+        )
     return ModelRecord(
         folder=str(model.folder),
         digest=model.digest,
@@ -122,7 +155,11 @@ def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelR
 
 def _compare(record: Evaluation) -> None:
     """Each model's loss beside the first one's."""
-    measured = {label: model.perplexity for label, model in record.models.items() if model.perplexity is not None}
+    measured = {
+        label: model.perplexity
+        for label, model in record.models.items()
+        if model.perplexity is not None
+    }
     base = record.models[next(iter(record.models))].perplexity
     record.differences = {}
     if base is not None:

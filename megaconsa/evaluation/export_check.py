@@ -30,7 +30,10 @@ def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
     InputError where the run's data folder has come to hold tokens of another tokenizer.
     """
     folder = Path(checkpoint.state["config"]["data"]["path"])
-    trained, found = checkpoint.state["data"]["tokenizer_fingerprint"], DatasetInfo.load(folder).tokenizer_fingerprint
+    trained, found = (
+        checkpoint.state["data"]["tokenizer_fingerprint"],
+        DatasetInfo.load(folder).tokenizer_fingerprint,
+    )
     if not same_tokenizer(trained, found):
         raise InputError(
             f"data.path={folder} has come to hold data of another tokenizer (fingerprint {found}) than the run was trained with "
@@ -42,7 +45,11 @@ def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
 
 @torch.no_grad()
 def logit_difference(
-    folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], allocation: Allocation, tokens: Tensor
+    folder: Path,
+    shape: ModelConfig,
+    weights: Mapping[str, Tensor],
+    allocation: Allocation,
+    tokens: Tensor,
 ) -> float:
     """Runs the export and megaconsa's own model (reference attention) in fp32 on `tokens` (B, S).
 

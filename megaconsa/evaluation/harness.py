@@ -28,17 +28,28 @@ class Harness:
 
         InputError where lm-eval is not installed, a task is not there, or its data cannot be read.
         """
-        if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None:
-            raise InputError("--task needs lm-eval; install it with: pip install 'megaconsa[harness]'")
+        if (
+            importlib.util.find_spec("lm_eval") is None
+            or importlib.util.find_spec("accelerate") is None
+        ):
+            raise InputError(
+                "--task needs lm-eval; install it with: pip install 'megaconsa[harness]'"
+            )
         if folder is not None and not folder.is_dir():
-            raise InputError(f"--task-folder {folder} is not a folder; give the one with the tasks' YAML files")
+            raise InputError(
+                f"--task-folder {folder} is not a folder; give the one with the tasks' YAML files"
+            )
         from lm_eval.tasks import TaskManager
 
         self._folder = None if folder is None else folder.absolute()
         self._manager = TaskManager(include_path=self._folder, include_defaults=folder is None)
         for task in tasks:
             if task not in self._manager.all_tasks:
-                known = "among lm-eval's; --task-folder names a folder of your own" if folder is None else f"in {folder}"
+                known = (
+                    "among lm-eval's; --task-folder names a folder of your own"
+                    if folder is None
+                    else f"in {folder}"
+                )
                 raise InputError(f"--task {task} is not {known}")
         self._read_data(tasks)
         self.settings = HarnessSettings(
@@ -47,7 +58,9 @@ class Harness:
             lm_eval=importlib.metadata.version("lm_eval"),
         )
 
-    def measure(self, model: Any, tokenizer: Any, batch_tokens: int) -> dict[str, dict[str, Metric]]:
+    def measure(
+        self, model: Any, tokenizer: Any, batch_tokens: int
+    ) -> dict[str, dict[str, Metric]]:
         """Every metric of every task, with its standard error where lm-eval gives one.
 
         RunError where lm-eval fails.
@@ -65,10 +78,15 @@ class Harness:
         try:
             with self._beside_data():
                 found = lm_eval.simple_evaluate(
-                    model=language_model, tasks=self.settings.tasks, task_manager=self._manager, log_samples=False
+                    model=language_model,
+                    tasks=self.settings.tasks,
+                    task_manager=self._manager,
+                    log_samples=False,
                 )
         except Exception as error:  # tasks are code and data of others
-            raise RunError(f"lm-eval failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise RunError(
+                f"lm-eval failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         return {task: _metrics(values) for task, values in found["results"].items()}
 
     def _read_data(self, tasks: Sequence[str]) -> None:
@@ -76,7 +94,10 @@ class Harness:
         try:
             with self._beside_data():
                 self._manager.load(list(tasks))
-        except (OSError, ValueError) as error:  # of datasets: a missing file, no network, another format
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # of datasets: a missing file, no network, another format
             raise InputError(
                 f"--task {' '.join(tasks)}: data cannot be read ({' '.join(str(error).split())}); name files beside the task, or fill "
                 "Hugging Face's cache with HF_HUB_OFFLINE=0"
@@ -94,7 +115,9 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{name}_stderr,{kind}")
-        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(value=_finite(value), standard_error=_finite(error))
+        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(
+            value=_finite(value), standard_error=_finite(error)
+        )
     return metrics
 
 
@@ -106,7 +129,9 @@ def _finite(value: Any) -> float | None:
 def _digest(folder: Path) -> str:
     """16 hex digits that change with any file in the folder."""
     found = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ):
         stat = path.stat()
         found.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return found.hexdigest()[:16]

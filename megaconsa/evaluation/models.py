@@ -60,7 +60,9 @@ def open_models(named: Sequence[str], data: Path, info: DatasetInfo) -> list[Can
     for name in named:
         label, folder = _split(name)
         if any(label == other.label for other in candidates):
-            raise InputError(f"two models are called {label}; give each a label of its own, --model LABEL={folder}")
+            raise InputError(
+                f"two models are called {label}; give each a label of its own, --model LABEL={folder}"
+            )
         _check_exported(folder)
         source = open_source(folder)
         _check_vocabulary(folder, source, data, info)
@@ -108,5 +110,9 @@ def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInf
             f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, but the data {data} one of {info.vocab_size}; "
             "give the data that it was trained on"
         )
-    if source.has_tokenizer and not same_tokenizer(Tokenizer.load(folder).fingerprint, info.tokenizer_fingerprint):
-        raise InputError(f"{folder} has another tokenizer than the data {data}; prepare the data with it: --tokenizer {folder}")
+    if source.has_tokenizer and not same_tokenizer(
+        Tokenizer.load(folder).fingerprint, info.tokenizer_fingerprint
+    ):
+        raise InputError(
+            f"{folder} has another tokenizer than the data {data}; prepare the data with it: --tokenizer {folder}"
+        )

@@ -66,11 +66,21 @@ class Needles:
         self.held_out, self.seed = held_out, seed
         self._prompts = tokenizer.encode_batch([PROMPT.format(name) for name in NAMES])
         (self._end,) = tokenizer.encode_batch([END])
-        numbers = [str(number) for number in random.Random(seed).sample(range(10_000, 100_000), POOL)]
-        answers = dict(zip(numbers, tokenizer.encode_batch([ANSWER.format(number) for number in numbers]), strict=True))
+        numbers = [
+            str(number) for number in random.Random(seed).sample(range(10_000, 100_000), POOL)
+        ]
+        answers = dict(
+            zip(
+                numbers,
+                tokenizer.encode_batch([ANSWER.format(number) for number in numbers]),
+                strict=True,
+            )
+        )
         # Of one length, so that both rows of an example and all examples of a batch are.
         self.answer_tokens: int = Counter(map(len, answers.values())).most_common(1)[0][0]
-        self._answers = {number: ids for number, ids in answers.items() if len(ids) == self.answer_tokens}
+        self._answers = {
+            number: ids for number, ids in answers.items() if len(ids) == self.answer_tokens
+        }
         longest = max(map(len, self._prompts))
         self.shortest = 2 * (longest + self.answer_tokens) + len(self._end)
         """Tokens of needle, question and answer: an example of this length may have no haystack."""
@@ -87,18 +97,30 @@ class Needles:
                     f"--needle-length {length} leaves no haystack: needle, question and answer take {self.shortest} tokens"
                 )
             if length > self.held_out.text_tokens:
-                raise InputError(f"--needle-length {length} is more than the {self.held_out.text_tokens} tokens of held-out text")
+                raise InputError(
+                    f"--needle-length {length} is more than the {self.held_out.text_tokens} tokens of held-out text"
+                )
 
     def examples(self, settings: NeedleSettings) -> Iterator[Example]:
         """Length by length, then needle by needle, which is put at each depth of the same haystack."""
         for length in settings.lengths:
             for number in range(settings.needles):
-                yield from self._at_depths(length, settings.depths, random.Random(f"{self.seed}/{length}/{number}"))
+                yield from self._at_depths(
+                    length, settings.depths, random.Random(f"{self.seed}/{length}/{number}")
+                )
 
-    def _at_depths(self, length: int, depths: Sequence[float], rng: random.Random) -> Iterator[Example]:
+    def _at_depths(
+        self, length: int, depths: Sequence[float], rng: random.Random
+    ) -> Iterator[Example]:
         prompt = rng.choice(self._prompts)
         right = rng.choice(list(self._answers))
-        wrong = rng.choice([number for number in self._answers if all(a != b for a, b in zip(number, right, strict=True))])
+        wrong = rng.choice(
+            [
+                number
+                for number in self._answers
+                if all(a != b for a, b in zip(number, right, strict=True))
+            ]
+        )
         answer = self._answers[right]
         needles = [[*prompt, *self._answers[number], *self._end] for number in (right, wrong)]
         question = [*prompt, *answer]
@@ -106,7 +128,9 @@ class Needles:
         haystack = self.held_out.text(rng.randrange(len(self.held_out.starts)), room).tolist()
         for depth in depths:
             start = round(depth * room)
-            rows = [[*haystack[:start], *needle, *haystack[start:], *question] for needle in needles]
+            rows = [
+                [*haystack[:start], *needle, *haystack[start:], *question] for needle in needles
+            ]
             yield Example(length, depth, torch.tensor(rows), start)
 
 
@@ -126,15 +150,21 @@ def measure(
     found: dict[tuple[int, float], list[tuple[bool, float, float]]] = {}
     for batch in _batches(needles.examples(settings), batch_tokens):
         likelihoods, likeliest = score(
-            model, torch.cat([example.tokens for example in batch]), first=batch[0].length - 1 - needles.answer_tokens
+            model,
+            torch.cat([example.tokens for example in batch]),
+            first=batch[0].length - 1 - needles.answer_tokens,
         )
         pairs = likelihoods.double().sum(dim=1).view(-1, 2).tolist()
-        for example, (right, wrong), exact in zip(batch, pairs, likeliest.all(dim=1)[::2].tolist(), strict=True):
+        for example, (right, wrong), exact in zip(
+            batch, pairs, likeliest.all(dim=1)[::2].tolist(), strict=True
+        ):
             if not (math.isfinite(right) and math.isfinite(wrong)):
                 raise RunError(
                     f"{model.name_or_path}: probabilities are not finite; export an earlier checkpoint, or use --dtype float32"
                 )
-            found.setdefault((example.length, example.depth), []).append((exact, right, right - wrong))
+            found.setdefault((example.length, example.depth), []).append(
+                (exact, right, right - wrong)
+            )
         advance(len(batch))
     return [_cell(*place, figures) for place, figures in found.items()]
 
@@ -143,7 +173,10 @@ def _batches(examples: Iterator[Example], batch_tokens: int) -> Iterator[list[Ex
     """Examples of one length together."""
     batch: list[Example] = []
     for example in examples:
-        if batch and (example.length != batch[0].length or 2 * (len(batch) + 1) * example.length > batch_tokens):
+        if batch and (
+            example.length != batch[0].length
+            or 2 * (len(batch) + 1) * example.length > batch_tokens
+        ):
             yield batch
             batch = []
         batch.append(example)
@@ -158,5 +191,7 @@ def _cell(length: int, depth: float, figures: list[tuple[bool, float, float]]) -
         exact_match=statistics.mean(map(float, exact)),
         log_probability=statistics.mean(right),
         margin=statistics.mean(margins),
-        margin_standard_error=statistics.stdev(margins) / math.sqrt(len(margins)) if len(margins) > 1 else None,
+        margin_standard_error=statistics.stdev(margins) / math.sqrt(len(margins))
+        if len(margins) > 1
+        else None,
     )

@@ -39,7 +39,9 @@ def choose_documents(held_out: HeldOut, length: int, count: int) -> list[int]:
     order = np.argsort(-predicted, kind="stable")[:count]
     chosen = [int(index) for index in order if predicted[index] > 0]
     if not chosen:
-        raise InputError("the validation split has no document of two tokens, prepare the data with a larger --validation-share")
+        raise InputError(
+            "the validation split has no document of two tokens, prepare the data with a larger --validation-share"
+        )
     return chosen
 
 
@@ -65,7 +67,9 @@ def measure(
         for document, row in zip(batch, -likelihoods.double().numpy(), strict=True):
             count = len(document) - 1
             tokens.append(count)
-            sums.append([float(row[begin : min(end, count)].sum()) for begin, end in pairwise(edges)])
+            sums.append(
+                [float(row[begin : min(end, count)].sum()) for begin, end in pairwise(edges)]
+            )
         advance(sum(map(len, batch)) - len(batch))
     if not np.isfinite(sums).all():
         raise RunError(
@@ -74,7 +78,9 @@ def measure(
     return summarise(edges, tokens, sums)
 
 
-def _batches(held_out: HeldOut, documents: Sequence[int], length: int, batch_tokens: int) -> Iterator[list[NDArray[np.int64]]]:
+def _batches(
+    held_out: HeldOut, documents: Sequence[int], length: int, batch_tokens: int
+) -> Iterator[list[NDArray[np.int64]]]:
     batch: list[NDArray[np.int64]] = []
     for index in documents:
         document = held_out.document(index, length + 1)
@@ -85,7 +91,9 @@ def _batches(held_out: HeldOut, documents: Sequence[int], length: int, batch_tok
     yield batch
 
 
-def summarise(edges: list[int], document_tokens: list[int], document_losses: list[list[float]]) -> Perplexity:
+def summarise(
+    edges: list[int], document_tokens: list[int], document_losses: list[list[float]]
+) -> Perplexity:
     """Figures of each bucket from the (documents, buckets) sums of losses; every bucket holds a token."""
     losses, tokens = np.array(document_losses), _bucket_tokens(edges, document_tokens)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
@@ -97,7 +105,12 @@ def summarise(edges: list[int], document_tokens: list[int], document_losses: lis
         loss=list(loss),
         standard_error=list(error),
         perplexity=[math.exp(value) for value in loss],
-        overall=Overall(tokens=int(tokens.sum()), loss=whole, standard_error=whole_error, perplexity=math.exp(whole)),
+        overall=Overall(
+            tokens=int(tokens.sum()),
+            loss=whole,
+            standard_error=whole_error,
+            perplexity=math.exp(whole),
+        ),
         document_tokens=document_tokens,
         document_losses=document_losses,
     )
@@ -109,7 +122,12 @@ def difference(base: Perplexity, other: Perplexity) -> Difference:
     losses = np.array(other.document_losses) - np.array(base.document_losses)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
     whole, whole_error = ratio(losses.sum(axis=1), tokens.sum(axis=1))
-    return Difference(loss=list(loss), standard_error=list(error), overall_loss=whole, overall_standard_error=whole_error)
+    return Difference(
+        loss=list(loss),
+        standard_error=list(error),
+        overall_loss=whole,
+        overall_standard_error=whole_error,
+    )
 
 
 def ratio(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float | None]:

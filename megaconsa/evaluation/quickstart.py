@@ -21,7 +21,13 @@ def try_export(exported: Path, train: Path) -> tuple[float, str]:
     checkpoint = store.resolve(train)
     allocation = checkpoint.allocation
     assert allocation is not None
-    difference = logit_difference(exported, checkpoint.shape, checkpoint.weights(), allocation, held_out_tokens(checkpoint, 256))
+    difference = logit_difference(
+        exported,
+        checkpoint.shape,
+        checkpoint.weights(),
+        allocation,
+        held_out_tokens(checkpoint, 256),
+    )
     return difference, PROMPT + generate_line(exported, PROMPT, 24).split("\n")[0]
 
 

@@ -60,17 +60,26 @@ def find_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name} is unknown; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
+        raise InputError(
+            f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def settle(
-    request: Request, held_out: HeldOut, models: list[Candidate], needles: Needles | None, harness: Harness | None
+    request: Request,
+    held_out: HeldOut,
+    models: list[Candidate],
+    needles: Needles | None,
+    harness: Harness | None,
 ) -> Settings:
     """The request with what data and models decide; InputError where it asks for more than they have."""
     info = held_out.info
     settings = Settings(
-        data=DataSettings(folder=str(request.data), digest=hashlib.sha256(info.model_dump_json().encode()).hexdigest()[:16]),
+        data=DataSettings(
+            folder=str(request.data),
+            digest=hashlib.sha256(info.model_dump_json().encode()).hexdigest()[:16],
+        ),
         dtype=request.dtype,
         perplexity=_perplexity_settings(request, held_out, models) if request.documents else None,
         needle=_needle_settings(request, needles, models) if needles else None,
@@ -99,20 +108,32 @@ def continued(record: Evaluation, settings: Settings, out: Path) -> Evaluation:
 
 
 def _other(out: Path, name: str, old: Any, new: Any) -> InputError:
-    return InputError(f"{out} holds an evaluation with {name} {old}, not {new}; choose another --out, or remove it")
+    return InputError(
+        f"{out} holds an evaluation with {name} {old}, not {new}; choose another --out, or remove it"
+    )
 
 
-def _perplexity_settings(request: Request, held_out: HeldOut, models: list[Candidate]) -> PerplexitySettings:
+def _perplexity_settings(
+    request: Request, held_out: HeldOut, models: list[Candidate]
+) -> PerplexitySettings:
     longest = int(held_out.lengths.max()) - 1
-    length = request.length or min(held_out.info.sequence_length, longest, *(model.max_positions for model in models))
+    length = request.length or min(
+        held_out.info.sequence_length, longest, *(model.max_positions for model in models)
+    )
     if length > longest:
-        raise InputError(f"--length {length} is more than the longest held-out document has: {longest} tokens to predict")
+        raise InputError(
+            f"--length {length} is more than the longest held-out document has: {longest} tokens to predict"
+        )
     _check_positions("--length", length, models)
     return PerplexitySettings(length=length, documents=request.documents)
 
 
 def _needle_settings(request: Request, needles: Needles, models: list[Candidate]) -> NeedleSettings:
-    limit = min(needles.held_out.info.sequence_length, needles.held_out.text_tokens, *(model.max_positions for model in models))
+    limit = min(
+        needles.held_out.info.sequence_length,
+        needles.held_out.text_tokens,
+        *(model.max_positions for model in models),
+    )
     lengths = sorted(set(request.needle_lengths)) or needles.default_lengths(limit)
     if not lengths:
         raise InputError(
@@ -121,7 +142,12 @@ def _needle_settings(request: Request, needles: Needles, models: list[Candidate]
         )
     needles.check_lengths(lengths)
     _check_positions("--needle-length", lengths[-1], models)
-    return NeedleSettings(lengths=lengths, depths=sorted(set(request.depths)), needles=request.needles, seed=request.seed)
+    return NeedleSettings(
+        lengths=lengths,
+        depths=sorted(set(request.depths)),
+        needles=request.needles,
+        seed=request.seed,
+    )
 
 
 def _check_positions(option: str, length: int, models: list[Candidate]) -> None:

@@ -50,7 +50,9 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
     """The model's shape; InputError for all that is not a dense Qwen3 or an export of one."""
     kind = config.get("model_type")
     if kind not in ("qwen3", HEAD_WISE):
-        raise InputError(f"{path} holds a model of type {kind}; only dense Qwen3 (model_type qwen3) can be imported")
+        raise InputError(
+            f"{path} holds a model of type {kind}; only dense Qwen3 (model_type qwen3) can be imported"
+        )
     own_code = config.get("auto_map")
     unsupported: dict[str, bool] = {
         "attention_bias": bool(config.get("attention_bias")),
@@ -59,7 +61,9 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
         "is_causal": config.get("is_causal", True) is not True,
         "partial_rotary_factor": config.get("partial_rotary_factor") not in (None, 1),
         # The folder's own code may compute anything. A head-wise export's is megaconsa's.
-        "auto_map": kind == "qwen3" and isinstance(own_code, dict) and "AutoModelForCausalLM" in own_code,
+        "auto_map": kind == "qwen3"
+        and isinstance(own_code, dict)
+        and "AutoModelForCausalLM" in own_code,
     }
     for field, refused in unsupported.items():
         if refused:
@@ -79,13 +83,19 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
         raise InputError(f"{path}: config.json lacks {error.args[0]}") from None
     for name in SIZES:
         if type(fields[name]) is not int or fields[name] < 1:
-            raise InputError(f"{path}: {name}={fields[name]!r} in config.json is not a positive integer")
+            raise InputError(
+                f"{path}: {name}={fields[name]!r} in config.json is not a positive integer"
+            )
     for name in NUMBERS:
         if type(fields[name]) not in (int, float) or not 0 < fields[name] < math.inf:
-            raise InputError(f"{path}: {name}={fields[name]!r} in config.json is not a positive number")
+            raise InputError(
+                f"{path}: {name}={fields[name]!r} in config.json is not a positive number"
+            )
         fields[name] = float(fields[name])
     if type(fields["tie_word_embeddings"]) is not bool:
-        raise InputError(f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r} in config.json is not true or false")
+        raise InputError(
+            f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r} in config.json is not true or false"
+        )
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
         raise InputError(
             f"{path}: num_attention_heads={fields['num_attention_heads']} is not a multiple of "
@@ -104,14 +114,18 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> float:
         raise InputError(f"{path}: in config.json, {error}") from None
     plain = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
     if parameters not in (plain, plain | {"partial_rotary_factor": 1}):
-        raise _unsupported(path, config, "rope_scaling" if config.get("rope_scaling") else "rope_parameters")
+        raise _unsupported(
+            path, config, "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        )
     theta: float = parameters["rope_theta"]
     return theta
 
 
 def _unsupported(path: Path, config: dict[str, Any], field: str) -> InputError:
     value = json.dumps(config[field])
-    return InputError(f"{path}: {field}={value} in config.json is not supported; only Qwen3 without it can be imported")
+    return InputError(
+        f"{path}: {field}={value} in config.json is not supported; only Qwen3 without it can be imported"
+    )
 
 
 def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
@@ -130,7 +144,9 @@ def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> A
     full = table.full if table else ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers
     windows = allocation.sparsity > 0
     if allocation.full != full or (windows and config.get("sliding_window") != allocation.window):
-        raise InputError(f"{path}: allocation.json and config.json disagree about windows; export the model again")
+        raise InputError(
+            f"{path}: allocation.json and config.json disagree about windows; export the model again"
+        )
     return allocation
 
 
@@ -142,7 +158,9 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
     if not isinstance(types, list):
         raise InputError(f"{path}: layer_types={types!r} in config.json is not a list")
     if len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
-        raise InputError(f"{path}: layer_types={types!r} in config.json must be {FULL} or {SLIDING} for each of {layers} layers")
+        raise InputError(
+            f"{path}: layer_types={types!r} in config.json must be {FULL} or {SLIDING} for each of {layers} layers"
+        )
     windowed = bool(config.get("use_sliding_window"))
     if config["model_type"] == HEAD_WISE:
         full = config.get("full_attention")
@@ -162,7 +180,9 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
         )
     if not windowed:
         return None
-    return _checked(path, "layer_types", [[kind == FULL] * heads for kind in types], config, shape, "layer")
+    return _checked(
+        path, "layer_types", [[kind == FULL] * heads for kind in types], config, shape, "layer"
+    )
 
 
 def _checked(
@@ -174,7 +194,11 @@ def _checked(
     granularity: str,
 ) -> Allocation:
     window = config.get("sliding_window")
-    if isinstance(full, list) and all(isinstance(row, list) and all(row) for row in full) and window is None:
+    if (
+        isinstance(full, list)
+        and all(isinstance(row, list) and all(row) for row in full)
+        and window is None
+    ):
         window = shape.max_position_embeddings  # of no effect
     data = {
         "version": FORMAT_VERSION,
@@ -200,7 +224,9 @@ def check_token_ids(where: str, fields: dict[str, Any], vocab_size: int) -> dict
     for name, value in found.items():
         ids = value if isinstance(value, list) and name == "eos_token_id" and value else [value]
         if any(type(each) is not int or not 0 <= each < vocab_size for each in ids):
-            raise InputError(f"{where}: {name}={json.dumps(value)} is no token of a vocabulary of {vocab_size}; correct it")
+            raise InputError(
+                f"{where}: {name}={json.dumps(value)} is no token of a vocabulary of {vocab_size}; correct it"
+            )
     return found
 
 

@@ -26,7 +26,14 @@ from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.huggingface.modeling_megaconsa import CACHE, ONE_CALL, SLIDING
 from megaconsa.kernels import KVCache, decode_attention, hybrid_attention
 
-PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "return_dict", "use_cache"}
+PLAIN_ARGUMENTS = {
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "logits_to_keep",
+    "return_dict",
+    "use_cache",
+}
 """Arguments of a decoding step that change nothing of what it computes beside the token, its position and the cache."""
 
 
@@ -71,7 +78,11 @@ def _stepping(kind: type) -> type:
             return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
         return plain(self, input_ids=input_ids, **({CACHE: cache} if caches else {}), **given)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "steps_by_graph": True, "__module__": kind.__module__})
+    return type(
+        kind.__name__,
+        (kind,),
+        {"forward": forward, "steps_by_graph": True, "__module__": kind.__module__},
+    )
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -103,7 +114,9 @@ class KernelCache(Cache):
         """Bytes of keys and values, filled or not; 0 before the first call."""
         return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
 
-    def step(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def step(
+        self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None
+    ) -> Tensor:
         """Logits (B, 1, V) for one more token of each sequence, (B, 1).
 
         The first step runs as it is, which compiles and tunes what it needs; the second is captured, and replayed from then on.
@@ -121,7 +134,9 @@ class KernelCache(Cache):
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._logits = self._plain_step(forward)  # counts the token on the host, and computes nothing yet
+                self._logits = self._plain_step(
+                    forward
+                )  # counts the token on the host, and computes nothing yet
             self._graph = graph
         else:
             for layer in self.layers:
@@ -130,7 +145,9 @@ class KernelCache(Cache):
         return self._logits.clone()
 
     def _plain_step(self, forward: Callable[..., Any]) -> Tensor:
-        logits: Tensor = forward(input_ids=self._ids, position_ids=self._positions, use_cache=True, **{CACHE: self}).logits
+        logits: Tensor = forward(
+            input_ids=self._ids, position_ids=self._positions, use_cache=True, **{CACHE: self}
+        ).logits
         return logits
 
 
@@ -148,18 +165,31 @@ class KernelLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, _, _, dim = key_states.shape
-        with torch.inference_mode(False):  # what is made in inference mode could not be written to outside of it
-            self.held = KVCache(batch, self.capacity, self.windows, dim, dtype=key_states.dtype, device=key_states.device)
+        with torch.inference_mode(
+            False
+        ):  # what is made in inference mode could not be written to outside of it
+            self.held = KVCache(
+                batch,
+                self.capacity,
+                self.windows,
+                dim,
+                dtype=key_states.dtype,
+                device=key_states.device,
+            )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Marks the new keys (B, heads, T, D), by which `_attention`, called with them next, finds this cache."""
         if self.config._attn_implementation != ONE_CALL:
             raise ValueError(
                 f"a KernelCache needs megaconsa's attention, but the model has {self.config._attn_implementation}: call use_kernels"
             )
         if self._waiting:
-            raise RuntimeError("keys did not reach megaconsa's attention as the cache gave them: the model's code copies them")
+            raise RuntimeError(
+                "keys did not reach megaconsa's attention as the cache gave them: the model's code copies them"
+            )
         if self.held is None:
             self.lazy_initialization(key_states)
         self.check_room(key_states.shape[2])
@@ -173,7 +203,9 @@ class KernelLayer(CacheLayerMixin):
                 f"{tokens} more tokens do not fit: the cache holds {self.get_seq_length()} of capacity={self.capacity}"
             )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float
+    ) -> Tensor:
         """Adds the new tokens and attends to all that is visible: (B, heads, T, D) each, returns (B, T, heads, D).
 
         padding: (B, past + T) booleans, False on the left of a sequence that is shorter than others; None if nothing is said of it.
@@ -187,7 +219,11 @@ class KernelLayer(CacheLayerMixin):
         if q.shape[1] == 1:
             held.append(k, v)
             return decode_attention(q, held, scale=scale)
-        out = _whole(q, k, v, self.windows, padding, scale) if held.length == 0 else self._piece(query, key, value, scale)
+        out = (
+            _whole(q, k, v, self.windows, padding, scale)
+            if held.length == 0
+            else self._piece(query, key, value, scale)
+        )
         held.append(k, v)
         return out
 
@@ -200,7 +236,10 @@ class KernelLayer(CacheLayerMixin):
         out = torch.empty_like(query)
         for group in held.groups:
             heads = torch.tensor(group.heads, device=key.device)
-            query_heads = (heads[:, None] * queries_per_head + torch.arange(queries_per_head, device=key.device)).flatten()
+            query_heads = (
+                heads[:, None] * queries_per_head
+                + torch.arange(queries_per_head, device=key.device)
+            ).flatten()
             old = torch.arange(max(past - group.slots, 0), past, device=key.device)
             keys, values = (
                 torch.cat([store[:, :, old % group.slots], x[:, heads]], dim=2)
@@ -237,7 +276,10 @@ class KernelLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: a captured step keeps the addresses."""
         if self.held is not None:
-            for store in (self.held.start, *(x for group in self.held.groups for x in (group.keys, group.values))):
+            for store in (
+                self.held.start,
+                *(x for group in self.held.groups for x in (group.keys, group.values)),
+            ):
                 store.copy_(store.index_select(0, beam_idx.to(store.device)))
 
     def crop(self, *_: Any) -> None:
@@ -261,24 +303,36 @@ def _attention(
     cache: KernelLayer | None = getattr(key, "megaconsa_cache", None)
     if cache is not None:
         if cache.windows != _windows(module.config, module.layer_idx):
-            raise ValueError("the KernelCache was made for a model with other windows; make one for this model")
+            raise ValueError(
+                "the KernelCache was made for a model with other windows; make one for this model"
+            )
         del key.megaconsa_cache  # type: ignore[attr-defined]  # or cache and keys would keep each other
         return cache.attend(query, key, value, attention_mask, scaling), None
     if query.shape[2] != key.shape[2]:
-        raise ValueError("megaconsa's attention keeps its own cache: pass past_key_values=KernelCache(model, capacity)")
+        raise ValueError(
+            "megaconsa's attention keeps its own cache: pass past_key_values=KernelCache(model, capacity)"
+        )
     if (
         module.layer_idx == 0
         and attention_mask is None
         and position_ids is not None
         and bool((position_ids.diff(dim=-1) != 1).any())
     ):
-        raise ValueError("megaconsa's attention takes no packed sequences, as positions that start again tell; pass them apart")
-    windows = sliding_window if isinstance(sliding_window, tuple) else (sliding_window,) * key.shape[1]
+        raise ValueError(
+            "megaconsa's attention takes no packed sequences, as positions that start again tell; pass them apart"
+        )
+    windows = (
+        sliding_window if isinstance(sliding_window, tuple) else (sliding_window,) * key.shape[1]
+    )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _whole(q, k, v, tuple(window or FULL_WINDOW for window in windows), attention_mask, scaling), None
+    return _whole(
+        q, k, v, tuple(window or FULL_WINDOW for window in windows), attention_mask, scaling
+    ), None
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], padding: Tensor | None, scale: float) -> Tensor:
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], padding: Tensor | None, scale: float
+) -> Tensor:
     """A prompt. Padding is a document of its own, which the text after it does not see."""
     documents = None if padding is None else padding.to(torch.int32)
     return hybrid_attention(q, k, v, window=windows, documents=documents, scale=scale)
@@ -303,5 +357,7 @@ def _padding(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None
         return None
     mask = attention_mask.bool()
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("megaconsa's attention takes padding on the left only; set tokenizer.padding_side to left")
+        raise ValueError(
+            "megaconsa's attention takes padding on the left only; set tokenizer.padding_side to left"
+        )
     return mask

@@ -18,7 +18,12 @@ from torch import Tensor
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.tokenizer import Tokenizer
-from megaconsa.data.tokenizer_folder import GENERATION_CONFIG, check_vocabulary, copy_tokenizer, load_pretrained
+from megaconsa.data.tokenizer_folder import (
+    GENERATION_CONFIG,
+    check_vocabulary,
+    copy_tokenizer,
+    load_pretrained,
+)
 from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, check_space, new_folder
 from megaconsa.huggingface.config_file import TOKEN_IDS, check_generation_config
@@ -84,7 +89,9 @@ def export(
     def read(name: str) -> Tensor:
         tensor = weights[name]
         if not allocation.is_layer_wise and ".self_attn." in name and name.endswith("_proj.weight"):
-            tensor = reorder_weight(name, tensor, model, allocation.full_heads_first(int(name.split(".")[2])))
+            tensor = reorder_weight(
+                name, tensor, model, allocation.full_heads_first(int(name.split(".")[2]))
+            )
         return tensor.detach().to("cpu", dtype)
 
     with new_folder(out) as folder:
@@ -92,14 +99,18 @@ def export(
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
         # The padding token is left to the generation config: in the model's it would freeze its
         # embedding in fine-tuning.
-        in_config = token_ids or {name: value for name, value in special_tokens.items() if name != "pad_token_id"}
+        in_config = token_ids or {
+            name: value for name, value in special_tokens.items() if name != "pad_token_id"
+        }
         _write_json(folder / "config.json", _config(model, allocation, dtype, in_config))
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
         if generation_config is not None:
             shutil.copyfile(generation_config, folder / GENERATION_CONFIG)
         else:
-            generation = (token_ids or special_tokens) | {"transformers_version": transformers.__version__}
+            generation = (token_ids or special_tokens) | {
+                "transformers_version": transformers.__version__
+            }
             _write_json(folder / GENERATION_CONFIG, generation)
         allocation.save(folder / "allocation.json")
         if heat_map is not None:
@@ -115,7 +126,9 @@ def export(
         (folder / "README.md").write_text(card)
         shapes = parameter_shapes(model)
         for filename, names in split.filename_to_tensors.items():
-            write_tensors(folder / filename, {name: shapes[name] for name in names}, dtype, read, advance)
+            write_tensors(
+                folder / filename, {name: shapes[name] for name in names}, dtype, read, advance
+            )
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(folder / "model.safetensors.index.json", index)
@@ -133,7 +146,9 @@ def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequenc
     projections of a layer are reordered alike, the function of the model stays the same.
     """
     heads = 1 if ".k_proj." in name or ".v_proj." in name else model.queries_per_kv_head
-    return tensor.index_select(1 if ".o_proj." in name else 0, _rows(order, model.head_dim * heads).to(tensor.device))
+    return tensor.index_select(
+        1 if ".o_proj." in name else 0, _rows(order, model.head_dim * heads).to(tensor.device)
+    )
 
 
 def _rows(order: Sequence[int], size: int) -> Tensor:
@@ -145,16 +160,22 @@ def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: tor
     """Raises InputError unless the weights are those of the model, finite, and within the range of `dtype`."""
     shapes = parameter_shapes(model)
     if difference := name_difference(weights.keys(), model):
-        raise InputError(f"the weights {difference}; they do not belong to this model configuration")
+        raise InputError(
+            f"the weights {difference}; they do not belong to this model configuration"
+        )
     for name, shape in shapes.items():
         tensor = weights[name]
         if tuple(tensor.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but the model configuration asks for {shape}")
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}, but the model configuration asks for {shape}"
+            )
         low, high = map(float, tensor.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(f"{name} holds NaN or infinity; export an earlier checkpoint")
         if max(-low, high) > torch.finfo(dtype).max:
-            raise InputError(f"{name} holds {max(-low, high):g}, which overflows {dtype}; export in torch.bfloat16")
+            raise InputError(
+                f"{name} holds {max(-low, high):g}, which overflows {dtype}; export in torch.bfloat16"
+            )
 
 
 def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None) -> dict[str, int]:
@@ -165,7 +186,9 @@ def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None
     `fingerprint`.
     """
     if not (tokenizer / "tokenizer_config.json").is_file():
-        raise InputError(f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+        raise InputError(
+            f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json"
+        )
     loaded = load_pretrained(tokenizer)
     check_vocabulary(tokenizer, loaded, model.vocab_size)
     if fingerprint is not None:
@@ -205,19 +228,27 @@ def _config(
         if allocation.sparsity > 0:
             full_layers = [row[0] for row in allocation.full]
             fields |= {
-                "layer_types": ["full_attention" if full else "sliding_attention" for full in full_layers],
+                "layer_types": [
+                    "full_attention" if full else "sliding_attention" for full in full_layers
+                ],
                 # Ignored beside layer_types; an engine that knows only this field must see that not all layers are full.
                 "max_window_layers": full_layers.index(False),
             }
     fields |= token_ids
-    return fields | {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
+    return fields | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": transformers.__version__,
+    }
 
 
 def _split(model: ModelConfig, dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
     """Which weight goes into which file."""
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise InputError(f"max_shard_size={max_shard_size} is not a size; write it as 5GB or 500MB")
-    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in parameter_shapes(model).items()}
+    sizes = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape in parameter_shapes(model).items()
+    }
     return split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
 
 

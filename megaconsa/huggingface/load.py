@@ -47,7 +47,9 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
         if not isinstance(fields, dict):
             raise ValueError("it is not a mapping")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not an exported model: config.json cannot be read ({error})") from None
+        raise InputError(
+            f"{folder} is not an exported model: config.json cannot be read ({error})"
+        ) from None
     try:
         rope = native_rope(rope_parameters(fields))
     except ValueError as error:
@@ -89,8 +91,12 @@ def compare_logits(folder: Path, tokens: Tensor, logits: Tensor) -> float:
     """
     model, _ = load_exported(folder)
     rows = zip(tokens, logits, strict=True)
-    differences = [(model(row[None], use_cache=False).logits[0] - given).abs().max() for row, given in rows]
-    return float(torch.stack(differences).max() / logits.abs().max())  # not Python's max, which may pass over a NaN
+    differences = [
+        (model(row[None], use_cache=False).logits[0] - given).abs().max() for row, given in rows
+    ]
+    return float(
+        torch.stack(differences).max() / logits.abs().max()
+    )  # not Python's max, which may pass over a NaN
 
 
 @torch.no_grad()
@@ -104,6 +110,11 @@ def generate_line(folder: Path, prompt: str, max_new_tokens: int) -> str:
         raise InputError(f"{folder} was exported without a tokenizer, so it cannot continue a text")
     inputs = tokenizer(prompt, return_tensors="pt")
     generated = model.generate(
-        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
+        inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
-    return str(tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    return str(
+        tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    )

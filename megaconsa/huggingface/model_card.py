@@ -103,11 +103,18 @@ def model_card(
         with_windows=" with full and sliding-window attention" if allocation.sparsity else "",
         import_tokenizer=", AutoTokenizer" if has_tokenizer else "",
         trust=trust,
-        load_tokenizer=f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})' if has_tokenizer else "",
+        load_tokenizer=f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})'
+        if has_tokenizer
+        else "",
     )
     if not allocation.is_layer_wise:
         text += HEAD_WISE
-    shape = (model.num_hidden_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    shape = (
+        model.num_hidden_layers,
+        model.num_attention_heads,
+        model.num_key_value_heads,
+        model.head_dim,
+    )
     text += SHAPE.format(shape=", ".join(map(str, shape)), dtype=precision)
     if origin and origin.get("tokens"):
         text += TOKENS.format(tokens=origin["tokens"])
@@ -120,22 +127,32 @@ def model_card(
             window=allocation.window,
         )
         learned = allocation.origin
-        if learned.get("split_agreement") is not None and learned.get("separated_share") is not None:
-            text += EVIDENCE.format(agreement=learned["split_agreement"], separated=learned["separated_share"])
+        if (
+            learned.get("split_agreement") is not None
+            and learned.get("separated_share") is not None
+        ):
+            text += EVIDENCE.format(
+                agreement=learned["split_agreement"], separated=learned["separated_share"]
+            )
         digits = len(str(allocation.num_layers - 1))
         lines = (
-            f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}" for layer, row in enumerate(allocation.full)
+            f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}"
+            for layer, row in enumerate(allocation.full)
         )
         text += CACHE.format(
             dtype=precision,
             held=allocation.window - 1,
-            rows="\n".join(_cache_row(model, allocation, dtype, context) for context in _contexts(model)),
+            rows="\n".join(
+                _cache_row(model, allocation, dtype, context) for context in _contexts(model)
+            ),
             table="\n".join(lines),
         )
         if has_heat_map:
             text += f"\n![The allocation, layer by KV head]({HEAT_MAP})\n"
     else:
-        text += DENSE.format(dense_token=binary_size(kv_cache_bytes(model, None, 1, dtype.itemsize)))
+        text += DENSE.format(
+            dense_token=binary_size(kv_cache_bytes(model, None, 1, dtype.itemsize))
+        )
     if origin:
         text += ORIGIN.format(origin=json.dumps(origin, indent=2, default=str))
     return text
@@ -148,5 +165,7 @@ def _contexts(model: ModelConfig) -> list[int]:
 
 
 def _cache_row(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, context: int) -> str:
-    hybrid, dense = (kv_cache_bytes(model, table, context, dtype.itemsize) for table in (allocation, None))
+    hybrid, dense = (
+        kv_cache_bytes(model, table, context, dtype.itemsize) for table in (allocation, None)
+    )
     return f"| {context:,} | {binary_size(hybrid)} | {binary_size(dense)} | {hybrid / dense:.1%} |"

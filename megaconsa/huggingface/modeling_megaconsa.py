@@ -16,8 +16,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import (
+    Cache,
+    DynamicCache,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -32,7 +45,11 @@ ONE_CALL = "megaconsa"
 """An attention implementation that takes heads of both kinds in one call, and their windows as a tuple (None is full attention)."""
 MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 # transformers 5.24 renamed the argument in all layers of a model.
-CACHE = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(Qwen3Attention.forward).parameters
+    else "past_key_values"
+)
 # transformers 5 keeps all that concerns the rotary embedding in one field; 4 ignores that field.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 IN_ONE_FIELD = hasattr(Qwen3Config(), "rope_parameters")
@@ -53,13 +70,19 @@ def rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
         if given is None or given == {}:
             continue
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise ValueError(f"{name}={given!r} must be one flat mapping: Qwen3 has one rotary embedding for all layers")
+            raise ValueError(
+                f"{name}={given!r} must be one flat mapping: Qwen3 has one rotary embedding for all layers"
+            )
         parameters = dict(given)
         if "rope_theta" in parameters:
             thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta")
         old_name = parameters.pop("type", None)
-        if parameters.setdefault("rope_type", old_name or "default") != (old_name or parameters["rope_type"]):
-            raise ValueError(f"{name}={given!r} has a type and another rope_type; remove the wrong one")
+        if parameters.setdefault("rope_type", old_name or "default") != (
+            old_name or parameters["rope_type"]
+        ):
+            raise ValueError(
+                f"{name}={given!r} has a type and another rope_type; remove the wrong one"
+            )
         found[name] = {key: value for key, value in parameters.items() if value is not None}
     for name, theta in thetas.items():
         if type(theta) not in (int, float) or not 0 < theta < float("inf"):
@@ -116,13 +139,19 @@ class MegaconsaConfig(Qwen3Config):
         layers, heads = self.num_hidden_layers, self.num_key_value_heads
         if num_full_kv_heads is None:
             num_full_kv_heads = [heads] * layers
-        if len(num_full_kv_heads) != layers or not all(0 <= full <= heads for full in num_full_kv_heads):
+        if len(num_full_kv_heads) != layers or not all(
+            0 <= full <= heads for full in num_full_kv_heads
+        ):
             raise ValueError(
                 f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} for each of {layers} layers"
             )
         # transformers' sliding cache layer keeps all tokens, instead of none, for a window of 1.
-        if min(num_full_kv_heads) < heads and (self.sliding_window is None or self.sliding_window < 2):
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 2, as some heads use it")
+        if min(num_full_kv_heads) < heads and (
+            self.sliding_window is None or self.sliding_window < 2
+        ):
+            raise ValueError(
+                f"sliding_window={self.sliding_window} must be at least 2, as some heads use it"
+            )
         self.num_full_kv_heads = num_full_kv_heads
         self.full_attention = full_attention
         self.layer_types = [FULL] * layers
@@ -154,7 +183,12 @@ def head_groups(config: MegaconsaConfig) -> list[list[HeadGroup]]:
     cache_index = count()
     return [
         [
-            HeadGroup(kind, slice(start, stop), slice(start * queries_per_head, stop * queries_per_head), next(cache_index))
+            HeadGroup(
+                kind,
+                slice(start, stop),
+                slice(start * queries_per_head, stop * queries_per_head),
+                next(cache_index),
+            )
             for kind, start, stop in ((FULL, 0, full), (SLIDING, full, heads))
             if start < stop
         ]
@@ -169,7 +203,9 @@ def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
     """
     if cache is None:
         cache = DynamicCache()
-    if getattr(cache, "mixes_kinds", False):  # of ONE_CALL: it keeps heads of both kinds in one layer
+    if getattr(
+        cache, "mixes_kinds", False
+    ):  # of ONE_CALL: it keeps heads of both kinds in one layer
         return cache
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
@@ -180,14 +216,25 @@ def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
     if [layer.is_sliding for layer in cache.layers] == sliding:
         return cache
     if cache.get_seq_length() > 0:
-        raise ValueError("past_key_values was filled by another model; pass an empty cache or one that this model returned")
+        raise ValueError(
+            "past_key_values was filled by another model; pass an empty cache or one that this model returned"
+        )
     window = config.sliding_window
     if type(cache) is StaticCache:
-        length = cache.layers[0].max_cache_len  # the configuration made full-attention layers of all
-        cache.layers = [StaticSlidingWindowLayer(length, window) if slides else StaticLayer(length) for slides in sliding]
+        length = cache.layers[
+            0
+        ].max_cache_len  # the configuration made full-attention layers of all
+        cache.layers = [
+            StaticSlidingWindowLayer(length, window) if slides else StaticLayer(length)
+            for slides in sliding
+        ]
     else:
-        cache.layers = [DynamicSlidingWindowLayer(window) if slides else DynamicLayer() for slides in sliding]
-        cache.layer_class_to_replicate = None  # the layout is complete: nothing is to be added when layers are first used
+        cache.layers = [
+            DynamicSlidingWindowLayer(window) if slides else DynamicLayer() for slides in sliding
+        ]
+        cache.layer_class_to_replicate = (
+            None  # the layout is complete: nothing is to be added when layers are first used
+        )
     return cache
 
 
@@ -198,7 +245,9 @@ class MegaconsaAttention(Qwen3Attention):
         super().__init__(config, layer_idx)
         self.groups = head_groups(config)[layer_idx]
         full = config.num_full_kv_heads[layer_idx]
-        self.windows = (None,) * full + (config.sliding_window,) * (config.num_key_value_heads - full)
+        self.windows = (None,) * full + (config.sliding_window,) * (
+            config.num_key_value_heads - full
+        )
 
     def forward(
         self,
@@ -211,22 +260,37 @@ class MegaconsaAttention(Qwen3Attention):
         cache = kwargs.pop(CACHE, None)
         batch, length = hidden_states.shape[:2]
         by_head = (batch, length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, query heads, length, head_dim)
-        key = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(1, 2)  # (batch, KV heads, length, head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(
+            1, 2
+        )  # (batch, query heads, length, head_dim)
+        key = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(
+            1, 2
+        )  # (batch, KV heads, length, head_dim)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
 
         implementation = self.config._attn_implementation
-        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        attend = (
+            eager_attention_forward
+            if implementation == "eager"
+            else ALL_ATTENTION_FUNCTIONS[implementation]
+        )
         groups, windows = self.groups, {FULL: None, SLIDING: self.config.sliding_window}
         if implementation == ONE_CALL:
-            groups, windows = [HeadGroup(FULL, slice(None), slice(None), self.layer_idx)], {FULL: self.windows}
+            groups, windows = (
+                [HeadGroup(FULL, slice(None), slice(None), self.layer_idx)],
+                {FULL: self.windows},
+            )
         outputs = []
         for group in groups:
             group_key, group_value = key[:, group.kv_heads], value[:, group.kv_heads]
             if cache is not None:
-                place = {"cache_position": attention_mask[POSITIONS]}  # asked for by static caches before transformers 5
-                group_key, group_value = cache.update(group_key, group_value, group.cache_index, place)
+                place = {
+                    "cache_position": attention_mask[POSITIONS]
+                }  # asked for by static caches before transformers 5
+                group_key, group_value = cache.update(
+                    group_key, group_value, group.cache_index, place
+                )
             output, _ = attend(
                 self,
                 query[:, group.query_heads],
@@ -278,7 +342,9 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is not supported: full and sliding heads attend to different numbers of keys")
+            raise ValueError(
+                "output_attentions is not supported: full and sliding heads attend to different numbers of keys"
+            )
         cache = past_key_values if cache is None else cache
         if self.training and self.gradient_checkpointing:
             use_cache, cache = False, None
@@ -286,7 +352,9 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             use_cache = self.config.use_cache
         if use_cache or cache is not None:
             cache = split_cache(cache, self.config)
-        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+        if attention_mask is not None and (
+            isinstance(attention_mask, dict) or attention_mask.dim() != 2
+        ):
             raise ValueError(
                 "attention_mask must be a (batch, length) mask of padding: one over keys would undo the sliding window"
             )
@@ -310,7 +378,9 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
         for kind in {FULL} if self.config._attn_implementation == ONE_CALL else self.kinds:
             build = MASK_BUILDERS[kind]
             accepted = inspect.signature(build).parameters
-            masks[kind] = build(**{name: argument for name, argument in arguments.items() if name in accepted})
+            masks[kind] = build(
+                **{name: argument for name, argument in arguments.items() if name in accepted}
+            )
         # Qwen3Model hands each layer the mask of its layer type. All have the same type here, so each gets both masks.
         return super().forward(
             inputs_embeds=inputs_embeds,
@@ -335,4 +405,6 @@ class MegaconsaForCausalLM(MegaconsaPreTrainedModel, Qwen3ForCausalLM):
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused here, where generate's paged cache begins: what fails later on is only logged, and nothing is generated."""
-        raise ValueError("a paged cache (continuous batching) is not supported: sliding and full heads are cached apart")
+        raise ValueError(
+            "a paged cache (continuous batching) is not supported: sliding and full heads are cached apart"
+        )

@@ -86,7 +86,9 @@ def open_source(path: Path) -> Source:
     files = _files(path)
     dtype = _check_tensors(path, shape, files)
     has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return Source(path, shape, dtype, allocation, config["model_type"], token_ids, has_tokenizer, files)
+    return Source(
+        path, shape, dtype, allocation, config["model_type"], token_ids, has_tokenizer, files
+    )
 
 
 def add_generation_config(source: Source, folder: Path) -> None:
@@ -116,14 +118,20 @@ def _files(path: Path) -> TensorFiles:
             with safe_open(path / name, "pt") as file:
                 for tensor in file.keys():  # noqa: SIM118
                     if tensor in places:
-                        raise InputError(f"{path}: {tensor} is both in {places[tensor]} and in {name}; remove one of the two")
+                        raise InputError(
+                            f"{path}: {tensor} is both in {places[tensor]} and in {name}; remove one of the two"
+                        )
                     places[tensor] = name
         files = TensorFiles([path / name for name in names])
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: weights cannot be read ({error}); a file is damaged or incomplete") from None
+        raise InputError(
+            f"{path}: weights cannot be read ({error}); a file is damaged or incomplete"
+        ) from None
     for tensor, name in (index or {}).items():
         if places.get(tensor) != name:
-            raise InputError(f"{path}: {INDEX} says that {tensor} is in {name}, but it is not; a file is of another model")
+            raise InputError(
+                f"{path}: {INDEX} says that {tensor} is in {name}, but it is not; a file is of another model"
+            )
     return files
 
 
@@ -132,7 +140,11 @@ def _index(path: Path) -> dict[str, str] | None:
     if not (path / INDEX).is_file():
         return None
     index = read_json(path, INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(is_bare_name(name) for name in index.values()):
+    if (
+        not isinstance(index, dict)
+        or not index
+        or not all(is_bare_name(name) for name in index.values())
+    ):
         raise InputError(f"{path / INDEX} has no weight_map from weights to files of its folder")
     return index
 
@@ -143,15 +155,23 @@ def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.
     names = set(files)
     if shape.tie_word_embeddings and HEAD in names and EMBEDDING in names:
         # Some folders store the tied output layer a second time.
-        if files.shape(HEAD) != files.shape(EMBEDDING) or not torch.equal(files[HEAD], files[EMBEDDING]):
-            raise InputError(f"{path}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}")
+        if files.shape(HEAD) != files.shape(EMBEDDING) or not torch.equal(
+            files[HEAD], files[EMBEDDING]
+        ):
+            raise InputError(
+                f"{path}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}"
+            )
         names.remove(HEAD)
     if difference := name_difference(names, shape):
         raise InputError(f"{path}: the weights {difference}; they do not belong to config.json")
     for name, expected in shapes.items():
         if files.shape(name) != expected:
-            raise InputError(f"{path}: {name} has shape {files.shape(name)}, but config.json asks for {expected}")
+            raise InputError(
+                f"{path}: {name} has shape {files.shape(name)}, but config.json asks for {expected}"
+            )
     found = sorted({files.dtype(name) for name in shapes})
     if len(found) > 1 or found[0] not in DTYPES:
-        raise InputError(f"{path}: weights are {' and '.join(found)}; all must be one of {', '.join(DTYPES)}")
+        raise InputError(
+            f"{path}: weights are {' and '.join(found)}; all must be one of {', '.join(DTYPES)}"
+        )
     return DTYPES[found[0]]

@@ -16,7 +16,9 @@ from megaconsa.model.rope import rotary_angles
 class HeadSelector(Protocol):
     """What tells a layer the kind of its heads: an Allocation (a finished table) or a GateBank (while learning)."""
 
-    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]: ...
+    def select(
+        self, layer: int, sequences: Tensor
+    ) -> tuple[int | tuple[int, ...], Tensor | None]: ...
 
 
 class Attention(nn.Module):
@@ -31,7 +33,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
+    ) -> Tensor:
         """x: (B, S, hidden); positions and documents: (B, S); sequences: (B,)."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
@@ -39,5 +43,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(shape)), cos, sin)  # (B, S, kv_heads, head_dim)
         v = self.v_proj(x).view(shape)
         window, gate = self.heads.select(self.layer, sequences)
-        out = hybrid_attention(q, k, v, window=window, gate=gate, documents=documents, backend=self.backend)
+        out = hybrid_attention(
+            q, k, v, window=window, gate=gate, documents=documents, backend=self.backend
+        )
         return self.o_proj(out.flatten(2))

@@ -45,7 +45,10 @@ def block_parameters(model: ModelConfig) -> tuple[int, int]:
     """Numbers of weights in one layer: of its matrices, and of its norms."""
     hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
-    return 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size, 2 * hidden + 2 * model.head_dim
+    return (
+        2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size,
+        2 * hidden + 2 * model.head_dim,
+    )
 
 
 def visible_pairs(length: int, window: int) -> int:
@@ -56,12 +59,16 @@ def visible_pairs(length: int, window: int) -> int:
 
 def attention_pairs(lengths: Lengths, window: int) -> int:
     """Sum of `visible_pairs` over documents of these lengths."""
-    tokens = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64)
+    tokens = np.asarray(
+        lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64
+    )
     seen = np.minimum(tokens, window)
     return int((seen * tokens - seen * (seen - 1) // 2).sum())
 
 
-def training_flops(model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths) -> int:
+def training_flops(
+    model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
+) -> int:
     """FLOPs of one forward and backward pass over `token_count` tokens in documents of `lengths`.
 
     The backward pass costs twice the forward one (`forward_flops`). Recomputation is not counted: it is the implementation's cost,
@@ -70,7 +77,9 @@ def training_flops(model: ModelConfig, allocation: Allocation | None, token_coun
     return 3 * sum(forward_flops(model, allocation, token_count, lengths))
 
 
-def forward_flops(model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths) -> list[int]:
+def forward_flops(
+    model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
+) -> list[int]:
     """FLOPs of one forward pass through each block, and last through the output head; arguments as of `training_flops`.
 
     Each weight of a matrix product costs 2 per token.
@@ -79,8 +88,15 @@ def forward_flops(model: ModelConfig, allocation: Allocation | None, token_count
     full = kv_head_flops(model, FULL_WINDOW, tokens)
     windowed = kv_head_flops(model, allocation.window, tokens) if allocation else 0
     linear, _ = block_parameters(model)
-    full_heads = [sum(row) for row in allocation.full] if allocation else [model.num_key_value_heads] * model.num_hidden_layers
-    blocks = [2 * linear * token_count + count * full + (model.num_key_value_heads - count) * windowed for count in full_heads]
+    full_heads = (
+        [sum(row) for row in allocation.full]
+        if allocation
+        else [model.num_key_value_heads] * model.num_hidden_layers
+    )
+    blocks = [
+        2 * linear * token_count + count * full + (model.num_key_value_heads - count) * windowed
+        for count in full_heads
+    ]
     return [*blocks, 2 * model.vocab_size * model.hidden_size * token_count]
 
 
@@ -96,7 +112,9 @@ def _head_counts(model: ModelConfig, allocation: Allocation | None) -> tuple[int
     return full, heads - full
 
 
-def kv_cache_bytes(model: ModelConfig, allocation: Allocation | None, context: int, bytes_per_value: int = 2) -> int:
+def kv_cache_bytes(
+    model: ModelConfig, allocation: Allocation | None, context: int, bytes_per_value: int = 2
+) -> int:
     """Bytes of keys and values that one sequence holds after `context` tokens; allocation: None is full attention everywhere.
 
     A windowed head holds at most W - 1 tokens: the next token brings its own key, which is the window's W-th. transformers'
@@ -129,7 +147,12 @@ _PEAKS = {
     "mi325x": 1307e12,
 }
 # Cards of the same chip with less power; the plain name means the SXM module.
-_SLOWER_CARDS = {("h100", "pcie"): 756e12, ("h800", "pcie"): 756e12, ("h100", "nvl"): 835e12, ("h200", "nvl"): 835e12}
+_SLOWER_CARDS = {
+    ("h100", "pcie"): 756e12,
+    ("h800", "pcie"): 756e12,
+    ("h100", "nvl"): 835e12,
+    ("h200", "nvl"): 835e12,
+}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -140,4 +163,7 @@ def peak_flops(device_name: str) -> float | None:
     chip = next((word for word in words if word in _PEAKS), None)
     if chip is None:
         return None
-    return next((peak for (name, card), peak in _SLOWER_CARDS.items() if name == chip and card in words), _PEAKS[chip])
+    return next(
+        (peak for (name, card), peak in _SLOWER_CARDS.items() if name == chip and card in words),
+        _PEAKS[chip],
+    )

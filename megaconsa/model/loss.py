@@ -8,7 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.cross_entropy.cross_entropy import Softmax, cross_entropy_, gradient_, softmax_and_target
+from megaconsa.kernels.cross_entropy.cross_entropy import (
+    Softmax,
+    cross_entropy_,
+    gradient_,
+    softmax_and_target,
+)
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
@@ -34,7 +39,9 @@ class VocabularyPart:
     ranks: Ranks
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None
+) -> Tensor:
     """Sum over the labelled positions of -log p(label), in nats, fp32.
 
     hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers below vocab, or IGNORED.
@@ -51,7 +58,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if wanted else None
@@ -73,20 +82,31 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         narrow = d_hidden.dtype
         # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
-        return (d_hidden.float() * gradient).to(narrow), (d_weight * gradient).to(narrow), None, None
+        return (
+            (d_hidden.float() * gradient).to(narrow),
+            (d_weight * gradient).to(narrow),
+            None,
+            None,
+        )
 
 
-def _losses_(logits: Tensor, labels: Tensor, part: VocabularyPart | None, *, gradient: bool) -> Tensor:
+def _losses_(
+    logits: Tensor, labels: Tensor, part: VocabularyPart | None, *, gradient: bool
+) -> Tensor:
     """-log p(label) of each row, fp32 (N,); with `gradient` the logits become the gradient of the sum."""
     if part is None:
         return cross_entropy_(logits, labels, IGNORED, gradient=gradient)
     own = labels - part.first
     # In this order: another rank's label less `first` may be either number.
-    own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE).masked_fill(labels == IGNORED, IGNORED)
+    own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE).masked_fill(
+        labels == IGNORED, IGNORED
+    )
     softmax, target = softmax_and_target(logits, own, IGNORED, part.rows)
     maximum = part.ranks.maximum(softmax.maximum.clone())
     total = softmax.total * (softmax.maximum - maximum).exp()
-    total, target = part.ranks.sum(torch.stack((total, (target - maximum).masked_fill(own < 0, 0.0))))
+    total, target = part.ranks.sum(
+        torch.stack((total, (target - maximum).masked_fill(own < 0, 0.0)))
+    )
     if gradient:
         gradient_(logits, own, IGNORED, Softmax(maximum, total), part.rows)
     return (total.log() - target).masked_fill(labels == IGNORED, 0.0)

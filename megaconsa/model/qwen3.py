@@ -27,7 +27,12 @@ class Block(nn.Module):
     """One pre-norm decoder layer."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, heads: HeadSelector, backend: str = "auto", separate: bool = True
+        self,
+        config: ModelConfig,
+        layer: int,
+        heads: HeadSelector,
+        backend: str = "auto",
+        separate: bool = True,
     ) -> None:
         super().__init__()
         self.separate = separate
@@ -40,10 +45,14 @@ class Block(nn.Module):
         """x: (B, S, hidden). documents: (B, S) int32, index at which each position's document starts; sequences: (B,) int64."""
         # A document's start is its id and its origin at once: positions restart with each document.
         positions = torch.arange(documents.shape[1], device=documents.device) - documents
-        x = x + self.attend(self.input_layernorm(x), positions, documents if self.separate else None, sequences)
+        x = x + self.attend(
+            self.input_layernorm(x), positions, documents if self.separate else None, sequences
+        )
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
-    def attend(self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor) -> Tensor:
+    def attend(
+        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
+    ) -> Tensor:
         return self.self_attn(x, positions, documents, sequences)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -51,27 +60,38 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, heads: HeadSelector, backend: str, separate: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, heads: HeadSelector, backend: str, separate: bool
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, heads, backend, separate) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, heads, backend, separate)
+            for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Qwen3(nn.Module):
     """The whole model in one process: what the parallel engine must equal, and what evaluation on one device uses."""
 
-    def __init__(self, config: ModelConfig, heads: HeadSelector, backend: str = "auto", separate: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, heads: HeadSelector, backend: str = "auto", separate: bool = True
+    ) -> None:
         super().__init__()
         self.model = Decoder(config, heads, backend, separate)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None, sequences: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, sequences: Tensor | None = None
+    ) -> Tensor:
         """tokens: (B, S) integers. Returns logits (B, S, vocab_size). Without documents each row is one document."""
         documents = torch.zeros_like(tokens, dtype=torch.int32) if documents is None else documents
-        sequences = torch.arange(tokens.shape[0], device=tokens.device) if sequences is None else sequences
+        sequences = (
+            torch.arange(tokens.shape[0], device=tokens.device) if sequences is None else sequences
+        )
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
             x = block(x, documents, sequences)

@@ -24,7 +24,9 @@ class ComputeClock:
         self._passes: list[tuple[Any, Any]] = []
         self._spare: list[Any] = []
         passes = (schedule.ForwardPass, schedule.BackwardPass)
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {kind: self._timed(engine._INSTRUCTION_MAP[kind]) for kind in passes}
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+            kind: self._timed(engine._INSTRUCTION_MAP[kind]) for kind in passes
+        }
 
     def reset(self) -> None:
         """Begins anew."""

@@ -61,14 +61,17 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             module = (DualPipeCostCutModule if topology.schedule == "dualpipev" else CostCutModule)(
                 layers=layer_specs(sharding, mesh.tensor, heads, backend, separate_documents),
-                bounds=cut(layer_costs(shape, allocation, training.sequence_length), topology.stages),
+                bounds=cut(
+                    layer_costs(shape, allocation, training.sequence_length), topology.stages
+                ),
                 topology=mesh.topology,
                 loss_fn=lambda loss, _: loss,
                 activation_checkpoint_interval=int(training.activation_checkpointing),
                 checkpointable_layers=["BlockLayer"],
             )
             parameters = {
-                canonical_name(name, shape.num_hidden_layers): parameter for name, parameter in module.named_parameters()
+                canonical_name(name, shape.num_hidden_layers): parameter
+                for name, parameter in module.named_parameters()
             }
             module.tensor_sums = _mark(parameters, mesh)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -80,7 +83,9 @@ class Engine:
             mend_bf16(self.engine)
         self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(shape)
-        owners = {name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes}
+        owners = {
+            name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes
+        }
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
         self._create_moments()
         self._accept: Accept = lambda loss, grad_norm: True
@@ -96,7 +101,12 @@ class Engine:
         """Of this rank's own forward and backward passes in the last step, which must be over on the device."""
         return self._clock.seconds()
 
-    def train_step(self, batches: Sequence[Carry], learning_rate: float, accept: Accept = lambda loss, grad_norm: True) -> float:
+    def train_step(
+        self,
+        batches: Sequence[Carry],
+        learning_rate: float,
+        accept: Accept = lambda loss, grad_norm: True,
+    ) -> float:
         """One optimizer step; returns the global batch's loss in nats per labelled token.
 
         batches: this rank's micro-batches where the pipeline begins (Mesh.reads_data); not looked at elsewhere.
@@ -142,7 +152,9 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENTS:
-            for name, value in self.distributed.gather(partial(safe_get_full_optimizer_state, optim_state_key=moment)):
+            for name, value in self.distributed.gather(
+                partial(safe_get_full_optimizer_state, optim_state_key=moment)
+            ):
                 yield f"{moment}/{name}", value
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
@@ -151,7 +163,9 @@ class Engine:
 
         for moment in MOMENTS:
             for name, parameter in self.distributed.parameters.items():
-                safe_set_full_optimizer_state(parameter, self.distributed.part(name, moments[f"{moment}/{name}"]), moment)
+                safe_set_full_optimizer_state(
+                    parameter, self.distributed.part(name, moments[f"{moment}/{name}"]), moment
+                )
         for state in self.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
 
@@ -170,7 +184,11 @@ class Engine:
     def _pairs(self, batches: Sequence[Carry]) -> Iterator[tuple[Any, Tensor]]:
         """As the pipeline engine takes micro-batches: inputs, and labels it must be given but that travel in the inputs here."""
         nothing = torch.empty(0)
-        return ((batch, nothing) for batch in batches) if self.mesh.reads_data else repeat(((), nothing))
+        return (
+            ((batch, nothing) for batch in batches)
+            if self.mesh.reads_data
+            else repeat(((), nothing))
+        )
 
     def _ask_before_each_step(self) -> None:
         """Has AdamW step only where the step is accepted. DeepSpeed then goes on with weights that are the same as before."""
@@ -191,7 +209,10 @@ class Engine:
         for group in inner.param_groups:
             for flat in group["params"]:
                 counter = torch.zeros((), device=flat.device if group["fused"] else "cpu")
-                inner.state[flat] = {"step": counter, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+                inner.state[flat] = {
+                    "step": counter,
+                    **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+                }
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -213,7 +234,9 @@ def _adamw(module: nn.Module, training: TrainingSection, fused: bool) -> torch.o
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, eps=1e-8, fused=fused)
+    return torch.optim.AdamW(
+        groups, lr=training.learning_rate, betas=training.betas, eps=1e-8, fused=fused
+    )
 
 
 def _deepspeed_config(training: TrainingSection, topology: Topology, bf16: bool) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class Mesh:
         return int(tensor)
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None) -> Mesh:
+def initialize(
+    tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None
+) -> Mesh:
     """Divides the processes of the launch into ranks of each axis; joins them first where `world` is not given.
 
     tensor, pipeline: ranks on these axes; the rest of the world is data parallel, and Topology.of has checked that it divides.

@@ -38,17 +38,35 @@ class BlockLayer(Block):
     """A block of this rank's heads and columns, and the exchanges around them."""
 
     def __init__(
-        self, sharding: Sharding, layer: int, heads: HeadSelector, backend: str, separate: bool, tensor: TensorParallel
+        self,
+        sharding: Sharding,
+        layer: int,
+        heads: HeadSelector,
+        backend: str,
+        separate: bool,
+        tensor: TensorParallel,
     ) -> None:
-        super().__init__(sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate)
+        super().__init__(
+            sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate
+        )
         self.tensor = tensor
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry
-        return super().forward(hidden, documents, sequences), labels, documents, sequences, normalizer
+        return (
+            super().forward(hidden, documents, sequences),
+            labels,
+            documents,
+            sequences,
+            normalizer,
+        )
 
-    def attend(self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor) -> Tensor:
-        return self.tensor.leave(super().attend(self.tensor.enter(x), positions, documents, sequences))
+    def attend(
+        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
+    ) -> Tensor:
+        return self.tensor.leave(
+            super().attend(self.tensor.enter(x), positions, documents, sequences)
+        )
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.tensor.leave(super().feed_forward(self.tensor.enter(x)))
@@ -61,7 +79,9 @@ class NormLayer(RMSNorm):
 
 class HeadLayer(nn.Linear):
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
-        super().__init__(config.hidden_size, vocabulary.rows(config.vocab_size, tensor.size), bias=False)
+        super().__init__(
+            config.hidden_size, vocabulary.rows(config.vocab_size, tensor.size), bias=False
+        )
         self.loss = partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)
 
     def forward(self, carry: Carry) -> Tensor:  # type: ignore[override]
@@ -77,7 +97,9 @@ def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorPara
     hidden, labels, _, _, normalizer = carry
     labelled_tokens, micro_batches = normalizer.unbind()
     assert isinstance(head.weight, Tensor)
-    total = loss.summed_cross_entropy(tensor.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tensor, vocab_size))
+    total = loss.summed_cross_entropy(
+        tensor.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tensor, vocab_size)
+    )
     return total * (micro_batches / labelled_tokens)
 
 
@@ -87,7 +109,11 @@ def normalizer(labelled_tokens: int, micro_batches: int) -> Tensor:
 
 
 def layer_specs(
-    sharding: Sharding, tensor: TensorParallel, heads: HeadSelector, backend: str, separate_documents: bool
+    sharding: Sharding,
+    tensor: TensorParallel,
+    heads: HeadSelector,
+    backend: str,
+    separate_documents: bool,
 ) -> list[Any]:
     """Embedding, blocks, final norm, head with loss."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
@@ -100,8 +126,18 @@ def layer_specs(
     norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
     if config.tie_word_embeddings:
         tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tensor)
-        return [tied(), *blocks, norm, tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor))]
-    return [LayerSpec(EmbeddingLayer, config, tensor), *blocks, norm, LayerSpec(HeadLayer, config, tensor)]
+        return [
+            tied(),
+            *blocks,
+            norm,
+            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)),
+        ]
+    return [
+        LayerSpec(EmbeddingLayer, config, tensor),
+        *blocks,
+        norm,
+        LayerSpec(HeadLayer, config, tensor),
+    ]
 
 
 def canonical_name(name: str, num_layers: int) -> str:
@@ -121,4 +157,8 @@ def layer_index(name: str, num_layers: int) -> int:
     """Where in the pipeline a canonical weight stands; a tied embedding at its first place."""
     if name.startswith("model.layers."):
         return int(name.split(".")[2]) + 1
-    return {"model.embed_tokens.weight": 0, "model.norm.weight": num_layers + 1, "lm_head.weight": num_layers + 2}[name]
+    return {
+        "model.embed_tokens.weight": 0,
+        "model.norm.weight": num_layers + 1,
+        "lm_head.weight": num_layers + 2,
+    }[name]

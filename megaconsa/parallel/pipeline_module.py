@@ -23,7 +23,9 @@ class CostCutModule(PipelineModule):
         self._set_bounds(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
 
     def _synchronize_tied_weights(self) -> None:
-        with torch.no_grad():  # otherwise torch warns, on every rank, of a broadcast that autograd does not know
+        with (
+            torch.no_grad()
+        ):  # otherwise torch warns, on every rank, of a broadcast that autograd does not know
             super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:

@@ -82,7 +82,9 @@ class Sharding:
         whole = torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
         if kind in BY_VOCABULARY:
             return whole[: self.config.vocab_size]
-        if kind in BY_HEAD and (order := self.head_orders[_layer(name)]) != tuple(range(len(order))):
+        if kind in BY_HEAD and (order := self.head_orders[_layer(name)]) != tuple(
+            range(len(order))
+        ):
             original = torch.tensor(order, device=whole.device).argsort()
             groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
             return groups.index_select(dimension, original).flatten(dimension, dimension + 1)

@@ -41,7 +41,11 @@ class Topology:
             )
         topology = cls(tensor, pipeline, data, accumulation, parallel.schedule)
         if accumulation < topology.stages:
-            consequence = "parallel.schedule=dualpipev cannot run" if parallel.schedule == "dualpipev" else "stages would idle"
+            consequence = (
+                "parallel.schedule=dualpipev cannot run"
+                if parallel.schedule == "dualpipev"
+                else "stages would idle"
+            )
             raise InputError(
                 f"training.global_batch={training.global_batch} makes {accumulation} micro-batches on each of {data} data ranks, fewer "
                 f"than the {topology.stages} stages of parallel.pipeline={pipeline}: {consequence}; raise training.global_batch or lower "

@@ -18,7 +18,9 @@ def lookup(tokens: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
     """This rank's part of the embeddings (B, S, hidden): zeros for tokens (B, S) of other ranks. Their sum is the embedding."""
     own = tokens - tensor.rank * weight.shape[0]
     absent = (own < 0) | (own >= weight.shape[0])
-    return torch.nn.functional.embedding(own.masked_fill(absent, 0), weight).masked_fill(absent[..., None], 0.0)
+    return torch.nn.functional.embedding(own.masked_fill(absent, 0), weight).masked_fill(
+        absent[..., None], 0.0
+    )
 
 
 def part(weight: Tensor, tensor: TensorParallel, vocab_size: int) -> VocabularyPart | None:

@@ -29,7 +29,11 @@ class DistributedWeights:
     @cached_property
     def keepers(self) -> dict[str, tuple[int, int]]:
         """Of each weight the (data, tensor) rank that gets it whole, among those of its owner: all of them about as many bytes."""
-        ranks = [(data, tensor) for data in range(self.mesh.data_ranks) for tensor in range(self.mesh.tensor.size)]
+        ranks = [
+            (data, tensor)
+            for data in range(self.mesh.data_ranks)
+            for tensor in range(self.mesh.tensor.size)
+        ]
         load = {(stage, rank): 0 for stage in range(self.mesh.pipeline_ranks) for rank in ranks}
         keepers = {}
         for name in sorted(self.shapes, key=lambda name: (-self.shapes[name].numel(), name)):
@@ -54,5 +58,7 @@ class DistributedWeights:
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's fp32 part of a whole tensor; RuntimeError where its shape is not the weight's."""
         if whole.shape != self.shapes[name]:
-            raise RuntimeError(f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(self.shapes[name])}")
+            raise RuntimeError(
+                f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(self.shapes[name])}"
+            )
         return self.sharding.split(name, whole).to(self.mesh.device, torch.float32)

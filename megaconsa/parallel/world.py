@@ -93,7 +93,11 @@ class World:
         raise SystemExit(REFUSED if isinstance(refusal, InputError) else LOST)
 
     def _named(self, ranks: list[int]) -> str:
-        return "" if len(ranks) == self.size else f" (on rank {', '.join(map(str, ranks))} of {self.size})"
+        return (
+            ""
+            if len(ranks) == self.size
+            else f" (on rank {', '.join(map(str, ranks))} of {self.size})"
+        )
 
 
 ALONE = World(0, 1, torch.device("cpu"), None, "")

@@ -25,7 +25,9 @@ Floats = NDArray[np.float64]
 
 def save_picture(evaluation: Evaluation, path: Path) -> None:
     """Draws what has been measured."""
-    colours = {label: RUN_COLOURS[i % len(RUN_COLOURS)] for i, label in enumerate(evaluation.models)}
+    colours = {
+        label: RUN_COLOURS[i % len(RUN_COLOURS)] for i, label in enumerate(evaluation.models)
+    }
     models = evaluation.models.values()
     searched = [model for model in models if model.needle]
     rows = [
@@ -33,7 +35,9 @@ def save_picture(evaluation: Evaluation, path: Path) -> None:
         (MAPS * -(-len(searched) // MAPS_IN_A_ROW), _needles, bool(searched)),
         (BARS, _tasks, any(model.harness for model in models)),
     ]
-    heights, draws = zip(*((height, draw) for height, draw, measured in rows if measured), strict=True)
+    heights, draws = zip(
+        *((height, draw) for height, draw, measured in rows if measured), strict=True
+    )
     with style():
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -44,16 +48,24 @@ def save_picture(evaluation: Evaluation, path: Path) -> None:
 
 def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
     """Points in the middle of each bucket with bars of one standard error: perplexity, and losses less the first model's."""
-    measured = {label: model.perplexity for label, model in evaluation.models.items() if model.perplexity}
-    axes: list[Axes] = part.subplots(1, 2 if evaluation.differences else 1, squeeze=False)[0].tolist()
+    measured = {
+        label: model.perplexity for label, model in evaluation.models.items() if model.perplexity
+    }
+    axes: list[Axes] = part.subplots(1, 2 if evaluation.differences else 1, squeeze=False)[
+        0
+    ].tolist()
     edges = next(iter(measured.values())).edges
     middles = np.arange(len(edges) - 1) + 0.5
     for label, result in measured.items():
-        errors = np.array(result.perplexity) * np.array([error or 0 for error in result.standard_error])
+        errors = np.array(result.perplexity) * np.array(
+            [error or 0 for error in result.standard_error]
+        )
         _points(axes[0], middles, result.perplexity, errors, colours[label], label)
     axes[0].set(title="Perplexity by position in the document")
     values = [value for result in measured.values() for value in result.perplexity]
-    if max(values) > 5 * min(values):  # on a narrower range a logarithmic axis would have one tick or none
+    if max(values) > 5 * min(
+        values
+    ):  # on a narrower range a logarithmic axis would have one tick or none
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0].yaxis.set_minor_locator(NullLocator())
@@ -73,17 +85,25 @@ def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]
     axes[0].legend(ncols=2)
 
 
-def _points(axis: Axes, x: Floats, values: Sequence[float], errors: Floats, colour: str, label: str) -> None:
+def _points(
+    axis: Axes, x: Floats, values: Sequence[float], errors: Floats, colour: str, label: str
+) -> None:
     axis.errorbar(x, values, errors, color=colour, marker="o", markersize=4, label=label)
 
 
 def _windows(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None:
     """From a window's place on, windowed heads see less than full ones."""
-    for window in sorted({model.window for model in evaluation.models.values() if model.window is not None}):
+    for window in sorted(
+        {model.window for model in evaluation.models.values() if model.window is not None}
+    ):
         if window < edges[-1]:
             x = _place(window, edges)
             axis.axvline(x, color=INK, linewidth=1, linestyle="--", alpha=0.6)
-            where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (3, 4), "textcoords": "offset points"}
+            where: dict[str, Any] = {
+                "xycoords": ("data", "axes fraction"),
+                "xytext": (3, 4),
+                "textcoords": "offset points",
+            }
             axis.annotate(f"window {window:,}", (x, 0), **where, fontsize=8.5)
 
 
@@ -91,26 +111,34 @@ def _place(position: int, edges: Sequence[int]) -> float:
     """Where a position stands on an axis on which all buckets are equally wide: logarithmic within each but the first."""
     bucket = int(np.searchsorted(edges, position, side="right")) - 1
     begin, end = edges[bucket], edges[bucket + 1]
-    return bucket + (math.log(position / begin) / math.log(end / begin) if begin else position / end)
+    return bucket + (
+        math.log(position / begin) / math.log(end / begin) if begin else position / end
+    )
 
 
 def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
     """Depths x lengths for each model; the colour is the margin, the number the share of exact answers."""
     measured = {label: model.needle for label, model in evaluation.models.items() if model.needle}
     columns = min(len(measured), MAPS_IN_A_ROW)
-    axes: list[Axes] = part.subplots(-(-len(measured) // columns), columns, squeeze=False).flatten().tolist()
+    axes: list[Axes] = (
+        part.subplots(-(-len(measured) // columns), columns, squeeze=False).flatten().tolist()
+    )
     margins = [cell.margin for cells in measured.values() for cell in cells]
     low, high = min(0.0, *margins), max(1.0, *margins)
     for axis in axes[len(measured) :]:
         axis.set_visible(False)
     for axis, (label, cells) in zip(axes, measured.items(), strict=False):
-        mesh = axis.pcolormesh(_grid(cells), cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=1)
+        mesh = axis.pcolormesh(
+            _grid(cells), cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=1
+        )
         lengths, depths = _sides(cells)
         for cell in cells:
             column, row = lengths.index(cell.length), depths.index(cell.depth)
             ink = "white" if cell.margin - low > 0.6 * (high - low) else INK
             text = f"{100 * cell.exact_match:.0f} %"
-            axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
+            axis.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8
+            )
         axis.set(title=label, xlabel="tokens", ylabel="depth")
         axis.invert_yaxis()  # the beginning of the text on top
         axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
@@ -119,7 +147,13 @@ def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     part.colorbar(mesh, ax=axes, label="nats gained by the needle").outline.set_visible(False)
-    part.suptitle("Needles: colour is the gain, numbers the exact answers", x=0.01, ha="left", fontweight="bold", fontsize=10.5)
+    part.suptitle(
+        "Needles: colour is the gain, numbers the exact answers",
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+        fontsize=10.5,
+    )
 
 
 def _sides(cells: list[NeedleCell]) -> tuple[list[int], list[float]]:
@@ -139,12 +173,23 @@ def _tasks(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> 
     """The first metric of each task, with a bar of one standard error."""
     axis = part.subplots()
     measured = {label: model.harness for label, model in evaluation.models.items() if model.harness}
-    tasks = list({task: None for results in measured.values() for task, metrics in results.items() if metrics})
-    names = {task: next(iter(next(r[task] for r in measured.values() if r.get(task)))) for task in tasks}
+    tasks = list(
+        {
+            task: None
+            for results in measured.values()
+            for task, metrics in results.items()
+            if metrics
+        }
+    )
+    names = {
+        task: next(iter(next(r[task] for r in measured.values() if r.get(task)))) for task in tasks
+    }
     width = 0.8 / len(measured)
     for number, (label, results) in enumerate(measured.items()):
         metrics = [results.get(task, {}).get(names[task]) for task in tasks]
-        values = [np.nan if metric is None or metric.value is None else metric.value for metric in metrics]
+        values = [
+            np.nan if metric is None or metric.value is None else metric.value for metric in metrics
+        ]
         errors = [metric.standard_error or 0.0 if metric else 0.0 for metric in metrics]
         places = np.arange(len(tasks)) + (number + 0.5) * width - 0.4
         axis.bar(places, values, width, yerr=errors, color=colours[label], label=label)

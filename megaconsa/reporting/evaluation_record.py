@@ -145,11 +145,15 @@ class Evaluation(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
-            raise InputError(f"{path}: {field}: {first['msg']}; choose another --out or remove it") from None
+            raise InputError(
+                f"{path}: {field}: {first['msg']}; choose another --out or remove it"
+            ) from None
 
     def save(self, path: Path) -> None:
         """Writes the file in one piece, each list of numbers on one line."""
         text = json.dumps(self.model_dump(), indent=1, allow_nan=False)
-        numbers = re.compile(r"\[\n([-+.\w\s,]*?)\n\s*\]")  # a line break never stands in a JSON string
+        numbers = re.compile(
+            r"\[\n([-+.\w\s,]*?)\n\s*\]"
+        )  # a line break never stands in a JSON string
         text = numbers.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
         replace_text(path, text + "\n")

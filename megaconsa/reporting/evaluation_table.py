@@ -7,7 +7,13 @@ from itertools import pairwise, repeat
 from rich.markup import escape
 from rich.table import Table
 
-from megaconsa.reporting.evaluation_record import Difference, Evaluation, Metric, ModelRecord, Perplexity
+from megaconsa.reporting.evaluation_record import (
+    Difference,
+    Evaluation,
+    Metric,
+    ModelRecord,
+    Perplexity,
+)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -48,14 +54,20 @@ def _perplexity_rows(table: Table, evaluation: Evaluation) -> None:
     if known is None:
         return
     counts = zip(pairwise(known.edges), known.tokens, known.documents, strict=True)
-    names = [f"  {begin:,}-{end - 1:,} [dim]({tokens:,} / {documents:,})[/]" for (begin, end), tokens, documents in counts]
+    names = [
+        f"  {begin:,}-{end - 1:,} [dim]({tokens:,} / {documents:,})[/]"
+        for (begin, end), tokens, documents in counts
+    ]
     names.append(f"  all [dim]({known.overall.tokens:,} / {len(known.document_tokens):,})[/]")
     table.add_row("[bold]perplexity[/] [dim](tokens / documents)[/]")
     for name, *cells in zip(names, *map(_perplexities, measured, repeat(len(names))), strict=True):
         table.add_row(name, *cells)
     if evaluation.differences:
         table.add_row(f"[bold]loss less that of {escape(next(iter(evaluation.models)))}")
-        columns = [_differences(evaluation.differences.get(label), len(names)) for label in evaluation.models]
+        columns = [
+            _differences(evaluation.differences.get(label), len(names))
+            for label in evaluation.models
+        ]
         for name, *cells in zip(names, *columns, strict=True):
             table.add_row(name, *cells)
 
@@ -64,16 +76,27 @@ def _perplexities(result: Perplexity | None, count: int) -> list[str]:
     """A model's column: perplexity in each bucket and over all; blank where it has not been measured."""
     if result is None:
         return [""] * count
-    values, errors = [*result.perplexity, result.overall.perplexity], [*result.standard_error, result.overall.standard_error]
+    values, errors = (
+        [*result.perplexity, result.overall.perplexity],
+        [*result.standard_error, result.overall.standard_error],
+    )
     pairs = zip(values, errors, strict=True)
-    return [f"{value:.4g}{_error(None if error is None else value * error, '.3g')}" for value, error in pairs]
+    return [
+        f"{value:.4g}{_error(None if error is None else value * error, '.3g')}"
+        for value, error in pairs
+    ]
 
 
 def _differences(result: Difference | None, count: int) -> list[str]:
     if result is None:
         return [""] * count
-    losses, errors = [*result.loss, result.overall_loss], [*result.standard_error, result.overall_standard_error]
-    return [f"{loss:+.4f}{_error(error, '.4f')}" for loss, error in zip(losses, errors, strict=True)]
+    losses, errors = (
+        [*result.loss, result.overall_loss],
+        [*result.standard_error, result.overall_standard_error],
+    )
+    return [
+        f"{loss:+.4f}{_error(error, '.4f')}" for loss, error in zip(losses, errors, strict=True)
+    ]
 
 
 def _needle_rows(table: Table, models: list[ModelRecord]) -> None:
@@ -87,13 +110,21 @@ def _needle_rows(table: Table, models: list[ModelRecord]) -> None:
             if not held:
                 cells.append("")
                 continue
-            exact, margin = (sum(values) / len(held) for values in zip(*((c.exact_match, c.margin) for c in held), strict=True))
+            exact, margin = (
+                sum(values) / len(held)
+                for values in zip(*((c.exact_match, c.margin) for c in held), strict=True)
+            )
             cells.append(f"{100 * exact:.0f} %, {margin:+.3f}")
         table.add_row(f"  {length:,} tokens", *cells)
 
 
 def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
-    names = {(task, metric): None for model in models for task, metrics in (model.harness or {}).items() for metric in metrics}
+    names = {
+        (task, metric): None
+        for model in models
+        for task, metrics in (model.harness or {}).items()
+        for metric in metrics
+    }
     if names:
         table.add_row("[bold]tasks")
     for task, name in names:
@@ -105,7 +136,11 @@ def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
 
 
 def _metric(metric: Metric) -> str:
-    return "not finite" if metric.value is None else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}"
+    return (
+        "not finite"
+        if metric.value is None
+        else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}"
+    )
 
 
 def _error(value: float | None, form: str) -> str:

@@ -45,7 +45,9 @@ def read_lines(path: Path) -> list[tuple[bytes, Row]]:
         if row is not None:
             found.append((line, row))
         elif number < len(lines):
-            logger.warning("metrics %s: line %d is not a JSON object with a step; it is left out", path, number)
+            logger.warning(
+                "metrics %s: line %d is not a JSON object with a step; it is left out", path, number
+            )
     return found
 
 
@@ -64,9 +66,13 @@ def computed(rows: Sequence[Row]) -> list[Row]:
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
-def series(rows: Sequence[Row], name: str, x: str = "step") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def series(
+    rows: Sequence[Row], name: str, x: str = "step"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`x` and values of one field over the rows that hold it as a finite number; two empty arrays where none does."""
-    points = [(row[x], row[name]) for row in rows if _is_finite(row.get(name)) and _is_finite(row.get(x))]
+    points = [
+        (row[x], row[name]) for row in rows if _is_finite(row.get(name)) and _is_finite(row.get(x))
+    ]
     values = np.array(points, dtype=np.float64).reshape(-1, 2)
     return values[:, 0], values[:, 1]
 

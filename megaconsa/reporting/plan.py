@@ -16,7 +16,14 @@ from megaconsa.consa.allocation import FULL_WINDOW, Allocation
 from megaconsa.errors import InputError
 from megaconsa.model.budget import Budget
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.flops import block_parameters, kv_cache_bytes, kv_head_flops, parameter_count, peak_flops, training_flops
+from megaconsa.model.flops import (
+    block_parameters,
+    kv_cache_bytes,
+    kv_head_flops,
+    parameter_count,
+    peak_flops,
+    training_flops,
+)
 from megaconsa.model.loss import CHUNK_BYTES
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.topology import Topology
@@ -131,7 +138,9 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int | None = None) -> Plan:
+def make_plan(
+    config: Config, gpus: int, device: str, mfu: float, context: int | None = None
+) -> Plan:
     """Reckons a run of `config` on `gpus` devices, one process each, at `mfu`.
 
     context: tokens of the KV cache; None is the training length. Raises InputError for a device whose peak is unknown, an MFU outside
@@ -139,7 +148,9 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
     """
     peak = peak_flops(device)
     if peak is None:
-        raise InputError(f"--device {device} is no GPU whose bf16 peak is known; use for example a100, h100, h200 or b200")
+        raise InputError(
+            f"--device {device} is no GPU whose bf16 peak is known; use for example a100, h100, h200 or b200"
+        )
     if not 0 < mfu <= 1:
         raise InputError(f"--mfu {mfu:g} must lie between 0 and 1; 0.4 is common")
     shape, training = config.shape(), config.training
@@ -154,7 +165,10 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
     tokens_per_step = training.global_batch * length
     costs = layer_costs(shape, trained, length)
     bounds = cut(costs, topology.stages)
-    layers = [[(bounds[stage], bounds[stage + 1]) for stage in topology.stages_of(rank)] for rank in range(topology.pipeline)]
+    layers = [
+        [(bounds[stage], bounds[stage + 1]) for stage in topology.stages_of(rank)]
+        for rank in range(topology.pipeline)
+    ]
     pipeline = [
         PipelineRank(
             layers=held,
@@ -167,10 +181,14 @@ def make_plan(config: Config, gpus: int, device: str, mfu: float, context: int |
     tensor_costs = _costs_of_busiest(shape, trained, length, topology.tensor)
     busiest = _busiest(tensor_costs, layers) * topology.pipeline / sum(costs)
     efficiency = (1 - topology.bubble) / busiest
-    tokens_per_second = gpus * peak * mfu * efficiency / (dense if config.learning else hybrid).flops_per_token
+    tokens_per_second = (
+        gpus * peak * mfu * efficiency / (dense if config.learning else hybrid).flops_per_token
+    )
     return Plan(
         model=config.model.preset,
-        source=config.allocation.source if config.allocation.source != "rule" else config.allocation.rule,
+        source=config.allocation.source
+        if config.allocation.source != "rule"
+        else config.allocation.rule,
         window=allocation.window,
         sparsity=allocation.sparsity,
         budget=config.allocation.budget(),
@@ -209,10 +227,14 @@ def planned_allocation(config: Config) -> Allocation:
     if fixed is not None:
         return fixed
     constraint = config.constraint()
-    return Allocation.from_scores(torch.zeros(constraint.shape), constraint, config.attention.window)
+    return Allocation.from_scores(
+        torch.zeros(constraint.shape), constraint, config.attention.window
+    )
 
 
-def activation_values(model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False) -> int:
+def activation_values(
+    model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False
+) -> int:
     """Values that one layer keeps of one token for the backward pass, on each of `tensor` ranks.
 
     Inputs of the two norms and their outputs (4 hidden); q and k before their norms and after rotation, v and the attention's
@@ -220,7 +242,10 @@ def activation_values(model: ModelConfig, learning: bool, tensor: int = 1, seque
     The gated kernel also keeps the difference of its two outputs (one queries' width). Tensor ranks divide all but the residual
     stream; with `sequence` the inputs of the norms too, whose outputs are gathered before they are kept.
     """
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    queries, keys = (
+        model.num_attention_heads * model.head_dim,
+        model.num_key_value_heads * model.head_dim,
+    )
     divided = (4 if learning else 3) * queries + 3 * keys + 4 * model.intermediate_size
     return 2 * residual_values(model, tensor, sequence) + 2 * model.hidden_size + divided // tensor
 
@@ -246,12 +271,18 @@ def _busiest(costs: Sequence[float], layers: Sequence[Sequence[tuple[int, int]]]
 
 
 def _costs_of_busiest(
-    shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int, permuted: bool = True
+    shape: ModelConfig,
+    allocation: Allocation | None,
+    length: int,
+    tensor: int,
+    permuted: bool = True,
 ) -> list[float]:
     """`layer_costs` as if every tensor rank had as much to do as the busiest one of each layer."""
     costs: list[float] = list(layer_costs(shape, allocation, length))
     if allocation is not None:
-        full, windowed = (kv_head_flops(shape, window, [length]) for window in (FULL_WINDOW, allocation.window))
+        full, windowed = (
+            kv_head_flops(shape, window, [length]) for window in (FULL_WINDOW, allocation.window)
+        )
         for layer in range(shape.num_hidden_layers):
             heads = _full_heads(allocation, layer, tensor, permuted)
             costs[1 + layer] += (full - windowed) * (max(heads) * tensor - sum(heads))
@@ -266,7 +297,9 @@ def _full_heads(allocation: Allocation, layer: int, tensor: int, permuted: bool)
     return [sum(full[rank * each : (rank + 1) * each]) for rank in range(tensor)]
 
 
-def _tensor_balance(shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int) -> TensorBalance:
+def _tensor_balance(
+    shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int
+) -> TensorBalance:
     mean = sum(layer_costs(shape, allocation, length))
     layers = range(shape.num_hidden_layers)
     counts, imbalances = [], []
@@ -276,12 +309,18 @@ def _tensor_balance(shape: ModelConfig, allocation: Allocation | None, length: i
         else:
             heads = [_full_heads(allocation, layer, tensor, permuted) for layer in layers]
             counts.append([sum(of_rank) for of_rank in zip(*heads, strict=True)])
-        imbalances.append(sum(_costs_of_busiest(shape, allocation, length, tensor, permuted)) / mean)
+        imbalances.append(
+            sum(_costs_of_busiest(shape, allocation, length, tensor, permuted)) / mean
+        )
     return TensorBalance(counts[0], imbalances[0], counts[1], imbalances[1])
 
 
 def _memory(
-    config: Config, shape: ModelConfig, topology: Topology, layers: Sequence[tuple[int, int]], in_flight: Sequence[int]
+    config: Config,
+    shape: ModelConfig,
+    topology: Topology,
+    layers: Sequence[tuple[int, int]],
+    in_flight: Sequence[int],
 ) -> Memory:
     """Of the pipeline rank that holds these stages, given by their bounds, with so many micro-batches in flight in each."""
     training = config.training
@@ -291,7 +330,9 @@ def _memory(
     tokens = training.micro_batch * training.sequence_length
     layer = value * tokens * activation_values(shape, config.learning, *divided)
     inputs = value * tokens * residual_values(shape, *divided)
-    blocks = [len(range(max(start, 1), min(stop, shape.num_hidden_layers + 1))) for start, stop in layers]
+    blocks = [
+        len(range(max(start, 1), min(stop, shape.num_hidden_layers + 1))) for start, stop in layers
+    ]
     held = sum(count * passes for count, passes in zip(blocks, in_flight, strict=True))
     kept, checkpointed = held * layer, held * inputs + (layer if held else 0)
     parts = {
@@ -299,16 +340,28 @@ def _memory(
         "gradients": (4 + (value if value == 2 else 0)) * weights,
         "optimizer": -(-12 * weights // topology.data),
         "activations": checkpointed if training.activation_checkpointing else kept,
-        "logits": _logit_bytes(shape, tokens, value, topology.tensor) if layers[-1][1] == shape.num_hidden_layers + 3 else 0,
+        "logits": _logit_bytes(shape, tokens, value, topology.tensor)
+        if layers[-1][1] == shape.num_hidden_layers + 3
+        else 0,
     }
-    return Memory(**parts, activations_kept=kept, activations_checkpointed=checkpointed, total=sum(parts.values()))
+    return Memory(
+        **parts,
+        activations_kept=kept,
+        activations_checkpointed=checkpointed,
+        total=sum(parts.values()),
+    )
 
 
 def _weights(shape: ModelConfig, layers: Sequence[tuple[int, int]], tensor: int) -> int:
     """Weights on one tensor rank of these stages. A tied embedding counts once where both its places are on this rank."""
     linear, norms = block_parameters(shape)
     embedding = rows(shape.vocab_size, tensor) * shape.hidden_size
-    of_layer = [embedding, *[linear // tensor + norms] * shape.num_hidden_layers, shape.hidden_size, embedding]
+    of_layer = [
+        embedding,
+        *[linear // tensor + norms] * shape.num_hidden_layers,
+        shape.hidden_size,
+        embedding,
+    ]
     held = [layer for start, stop in layers for layer in range(start, stop)]
     both = shape.tie_word_embeddings and held[0] == 0 and held[-1] == len(of_layer) - 1
     return sum(of_layer[layer] for layer in held) - both * embedding

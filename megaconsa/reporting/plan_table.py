@@ -13,7 +13,9 @@ from megaconsa.reporting.plan import Cost, Plan
 def plan_table(plan: Plan) -> Table:
     """The plan for a terminal: one row a quantity, dense beside the allocation where the two differ."""
     name = f"{plan.source}, {plan.sparsity:.0%} windowed, W={plan.window}"
-    table = Table("", "dense", name, box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(
+        "", "dense", name, box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0)
+    )
     memory = plan.memory
 
     def section(title: str) -> None:
@@ -32,7 +34,11 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("  target", "", f"sparsity {plan.sparsity:g} from {plan.budget}")
     section("FLOPs")
     compare("  per token (training)", lambda cost: cost.flops_per_token, _flops)
-    table.add_row("  of these attention", f"{plan.dense.attention_share:.1%}", f"{plan.allocation.attention_share:.1%}")
+    table.add_row(
+        "  of these attention",
+        f"{plan.dense.attention_share:.1%}",
+        f"{plan.allocation.attention_share:.1%}",
+    )
     section("KV cache, bf16")
     compare("  one more token adds", lambda cost: cost.kv_cache_bytes_per_token, _bytes)
     compare(f"  sequence of {plan.context:,} tokens", lambda cost: cost.kv_cache_bytes, _bytes)
@@ -60,16 +66,23 @@ def plan_table(plan: Plan) -> Table:
     if plan.tensor_ranks > 1:
         section("Tensor parallelism")
         balance = plan.tensor_balance
-        counts, unpermuted = (" ".join(map(str, heads)) for heads in (balance.full_heads, balance.full_heads_unpermuted))
+        counts, unpermuted = (
+            " ".join(map(str, heads))
+            for heads in (balance.full_heads, balance.full_heads_unpermuted)
+        )
         # While learning no head is known to be full, and all cost the same.
         order = "" if plan.source == "learn" else "[dim]in the model's order "
         table.add_row("  full heads by rank", counts, order and order + unpermuted)
         table.add_row(
-            "  busiest rank over mean", f"{balance.imbalance:.3f}", order and f"{order}{balance.imbalance_unpermuted:.3f}"
+            "  busiest rank over mean",
+            f"{balance.imbalance:.3f}",
+            order and f"{order}{balance.imbalance_unpermuted:.3f}",
         )
     section(f"Run on {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}")
     table.add_row(
-        "  tokens a step", f"{plan.tokens_per_step:,}", f"[dim]{plan.accumulation} micro-batches x {plan.data_ranks} data ranks"
+        "  tokens a step",
+        f"{plan.tokens_per_step:,}",
+        f"[dim]{plan.accumulation} micro-batches x {plan.data_ranks} data ranks",
     )
     table.add_row("  tokens", f"{plan.tokens:,}", f"[dim]{plan.steps:,} steps")
     basis = "counted as dense" if plan.source == "learn" else "with this allocation"
@@ -84,7 +97,9 @@ def _layer_names(bounds: tuple[int, int], num_layers: int) -> str:
     """`embedding, layers 0-6` for the stage with these bounds; the pipeline's layer 1 is the model's layer 0."""
     start, stop = bounds
     first, last = max(start, 1) - 1, min(stop, num_layers + 1) - 2
-    blocks = [] if first > last else [f"layer {first}" if first == last else f"layers {first}-{last}"]
+    blocks = (
+        [] if first > last else [f"layer {first}" if first == last else f"layers {first}-{last}"]
+    )
     return ", ".join([*["embedding"] * (start == 0), *blocks, *["head"] * (stop == num_layers + 3)])
 
 

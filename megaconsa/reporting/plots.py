@@ -83,7 +83,12 @@ def allocation_maps(
     """
     tables: list[tuple[str, NDArray[np.float64]]] = []
     if probability is not None:
-        tables.append((f"P(z > 0){'' if step is None else f' at step {step:,}'}", np.array(probability, dtype=np.float64)))
+        tables.append(
+            (
+                f"P(z > 0){'' if step is None else f' at step {step:,}'}",
+                np.array(probability, dtype=np.float64),
+            )
+        )
     if full is not None:
         tables.append((origin, np.array(full, dtype=np.float64)))
     layers = len(tables[0][1])
@@ -92,7 +97,9 @@ def allocation_maps(
     for axis, (title, table) in zip(axes, tables, strict=True):
         mesh = axis.pcolormesh(table, cmap=colours, vmin=0, vmax=1, edgecolors="none")
         _gaps(axis, *table.shape)
-        axis.set(title=title, xlabel="KV head" if table.shape[1] > 1 else "all KV heads", ylabel="layer")
+        axis.set(
+            title=title, xlabel="KV head" if table.shape[1] > 1 else "all KV heads", ylabel="layer"
+        )
         _name_cells(axis.set_xticks, table.shape[1])
         _name_cells(axis.set_yticks, layers)
         axis.grid(False)
@@ -108,11 +115,22 @@ def layer_history(rows: Sequence[Row]) -> Figure | None:
     held = [row for row in rows if isinstance(row.get("layer_expected_sparsity"), list)]
     if len(held) < 2:
         return None
-    held = [held[i] for i in np.unique(np.linspace(0, len(held) - 1, min(len(held), 160)).astype(int))]
+    held = [
+        held[i] for i in np.unique(np.linspace(0, len(held) - 1, min(len(held), 160)).astype(int))
+    ]
     table = 1 - np.array([row["layer_expected_sparsity"] for row in held], dtype=np.float64).T
     figure, (axis,) = _figure(HALF, _map_height(len(table)))
     span = (held[0]["step"], held[-1]["step"], 0, len(table))
-    image = axis.imshow(table, cmap=GATES, vmin=0, vmax=1, aspect="auto", origin="lower", extent=span, interpolation="none")
+    image = axis.imshow(
+        table,
+        cmap=GATES,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=span,
+        interpolation="none",
+    )
     axis.set(title="Share of full attention expected in each layer", xlabel="step", ylabel="layer")
     _name_cells(axis.set_yticks, len(table))
     axis.grid(False)
@@ -140,11 +158,19 @@ def multipliers(rows: Sequence[Row]) -> Figure | None:
         return None
     figure, axes = _figure(HALF, 3.1, 2)
     steps = np.array([row["step"] for row in held], dtype=np.float64)
-    for axis, name, symbol, colour in zip(axes, ("lambda", "phi"), ("λ", "φ"), (FULL, WINDOW), strict=True):
-        values = np.array([np.atleast_1d(row["multipliers"].get(name, np.nan)) for row in held], dtype=np.float64)
+    for axis, name, symbol, colour in zip(
+        axes, ("lambda", "phi"), ("λ", "φ"), (FULL, WINDOW), strict=True
+    ):
+        values = np.array(
+            [np.atleast_1d(row["multipliers"].get(name, np.nan)) for row in held], dtype=np.float64
+        )
         _band(axis, steps, values, colour)
         constraints = values.shape[1]
-        axis.set(title=f"Multiplier {symbol}" + (f", {constraints} constraints" if constraints > 1 else ""), xlabel="step")
+        axis.set(
+            title=f"Multiplier {symbol}"
+            + (f", {constraints} constraints" if constraints > 1 else ""),
+            xlabel="step",
+        )
     return figure
 
 
@@ -179,11 +205,18 @@ def unit_evidence(
     """
     values = np.array(scores, dtype=np.float64)
     bars = 2 * np.array(errors, dtype=np.float64)
-    kept = np.array(full)[:, : values.shape[1]] if full is not None else np.ones(values.shape, dtype=bool)
+    kept = (
+        np.array(full)[:, : values.shape[1]]
+        if full is not None
+        else np.ones(values.shape, dtype=bool)
+    )
     order = np.argsort(-values.ravel())
     places = np.arange(values.size)
     figure, (axis,) = _figure(HALF, 3.1)
-    for colour, label, chosen in ((FULL, "full", kept.ravel()[order]), (WINDOW, "window", ~kept.ravel()[order])):
+    for colour, label, chosen in (
+        (FULL, "full", kept.ravel()[order]),
+        (WINDOW, "window", ~kept.ravel()[order]),
+    ):
         axis.errorbar(
             places[chosen],
             values.ravel()[order][chosen],
@@ -196,7 +229,10 @@ def unit_evidence(
         )
     scale = float(np.median(np.abs(values))) or 1.0
     axis.set_yscale("symlog", linthresh=scale)
-    axis.set(title="Loss that opening a unit saves, nats a token (2 standard errors)", xlabel="units in order")
+    axis.set(
+        title="Loss that opening a unit saves, nats a token (2 standard errors)",
+        xlabel="units in order",
+    )
     return _finish(figure, axis)
 
 
@@ -204,13 +240,22 @@ def loss(rows: Sequence[Row], unigram_entropy: float | None) -> Figure:
     figure, (axis,) = _figure(HALF, 3.1)
     _curve(axis, rows, "loss", "training", FULL)
     steps, values = series(rows, "validation_loss")
-    axis.plot(steps, values, color=WINDOW, marker="o", markersize=3.5, label="validation" if len(steps) else None)
+    axis.plot(
+        steps,
+        values,
+        color=WINDOW,
+        marker="o",
+        markersize=3.5,
+        label="validation" if len(steps) else None,
+    )
     _entropy(axis, unigram_entropy)
     axis.set(title="Loss, nats a token", xlabel="step")
     return _finish(figure, axis)
 
 
-def losses_together(runs: Sequence[tuple[str, Sequence[Row]]], unigram_entropy: float | None) -> Figure:
+def losses_together(
+    runs: Sequence[tuple[str, Sequence[Row]]], unigram_entropy: float | None
+) -> Figure:
     """Several runs over the tokens each has seen, in one axis."""
     figure, (axis,) = _figure(11.2, 3.8)
     for number, (name, rows) in enumerate(runs):
@@ -218,7 +263,14 @@ def losses_together(runs: Sequence[tuple[str, Sequence[Row]]], unigram_entropy: 
         _curve(axis, rows, "loss", name, colour, x="tokens")
         tokens, values = series(rows, "validation_loss", "tokens")
         axis.plot(
-            tokens, values, color=colour, marker="o", markersize=4, linestyle="none", markeredgecolor=INK, markeredgewidth=0.5
+            tokens,
+            values,
+            color=colour,
+            marker="o",
+            markersize=4,
+            linestyle="none",
+            markeredgecolor=INK,
+            markeredgewidth=0.5,
         )
     _entropy(axis, unigram_entropy)
     axis.set(title="Loss of all runs, nats a token; points are validation", xlabel="tokens")
@@ -310,11 +362,24 @@ def _curve(
         return
     if len(steps) > POINTS:
         groups = np.array_split(np.arange(len(steps)), POINTS)
-        low, high = (np.array([reduce(values[group]) for group in groups]) for reduce in (np.min, np.max))
-        steps, values = (np.array([array[group].mean() for group in groups]) for array in (steps, values))
+        low, high = (
+            np.array([reduce(values[group]) for group in groups]) for reduce in (np.min, np.max)
+        )
+        steps, values = (
+            np.array([array[group].mean() for group in groups]) for array in (steps, values)
+        )
         axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     marker = "o" if len(steps) == 1 else ""
-    axis.plot(steps, values, color=colour, linestyle=style, linewidth=width, alpha=alpha, marker=marker, label=label or None)
+    axis.plot(
+        steps,
+        values,
+        color=colour,
+        linestyle=style,
+        linewidth=width,
+        alpha=alpha,
+        marker=marker,
+        label=label or None,
+    )
 
 
 def _band(axis: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], colour: str) -> None:
@@ -323,13 +388,22 @@ def _band(axis: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], c
         chosen = np.linspace(0, len(steps) - 1, POINTS).astype(int)
         steps, values = steps[chosen], values[chosen]
     if values.shape[1] > 1:
-        axis.fill_between(steps, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, linewidth=0)
+        axis.fill_between(
+            steps, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, linewidth=0
+        )
     axis.plot(steps, values.mean(axis=1), color=colour, linewidth=2)
 
 
 def _entropy(axis: Axes, unigram_entropy: float | None) -> None:
     if unigram_entropy is not None:
-        axis.axhline(unigram_entropy, color=INK, linewidth=1, linestyle="--", alpha=0.7, label="unigram entropy")
+        axis.axhline(
+            unigram_entropy,
+            color=INK,
+            linewidth=1,
+            linestyle="--",
+            alpha=0.7,
+            label="unigram entropy",
+        )
 
 
 def _map_height(layers: int) -> float:
@@ -350,7 +424,9 @@ def _name_cells(set_ticks: Any, count: int) -> None:
 
 def _bar(figure: Figure, image: ScalarMappable, axes: Sequence[Axes], names: Sequence[str]) -> None:
     """The colours of 0, 1/2 and 1 by name, below the axes."""
-    bar = figure.colorbar(image, ax=list(axes), location="bottom", aspect=45, fraction=0.05, pad=0.03, shrink=0.7)
+    bar = figure.colorbar(
+        image, ax=list(axes), location="bottom", aspect=45, fraction=0.05, pad=0.03, shrink=0.7
+    )
     bar.set_ticks([0.0, 0.5, 1.0], labels=list(names))
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

@@ -72,9 +72,15 @@ def find_runs(folder: Path) -> list[Run]:
     """The run in `folder`, or the runs in its subfolders, those that learn first and then by name."""
     if not folder.is_dir():
         raise InputError(f"run {folder} does not exist")
-    folders = [folder] if _is_run(folder) else sorted(child for child in folder.iterdir() if _is_run(child))
+    folders = (
+        [folder]
+        if _is_run(folder)
+        else sorted(child for child in folder.iterdir() if _is_run(child))
+    )
     if not folders:
-        raise InputError(f"{folder} is not a run folder: neither it nor a folder in it holds metrics.jsonl")
+        raise InputError(
+            f"{folder} is not a run folder: neither it nor a folder in it holds metrics.jsonl"
+        )
     runs = [run for run in map(_read_run, folders) if run.rows]
     if not runs:
         raise InputError(f"{folder} has nothing to report yet: no step has ended")
@@ -90,8 +96,12 @@ def render(title: str, runs: Sequence[Run]) -> str:
             named = [(run.folder.name, run.rows) for run in runs]
             together = Markup(plots.to_svg(plots.losses_together(named, entropy)))
         sections = [_section(run, entropy) for run in runs]
-    environment = Environment(loader=PackageLoader("megaconsa.reporting", "."), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html").render(title=title, sections=sections, together=together)
+    environment = Environment(
+        loader=PackageLoader("megaconsa.reporting", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html").render(
+        title=title, sections=sections, together=together
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -121,7 +131,9 @@ def _read_gates(path: Path) -> dict[str, Any] | None:
     return gates
 
 
-def _read_allocation(folder: Path, config: Config | None, gates: dict[str, Any] | None) -> Allocation | None:
+def _read_allocation(
+    folder: Path, config: Config | None, gates: dict[str, Any] | None
+) -> Allocation | None:
     if (folder / "allocation.json").is_file():
         return Allocation.load(folder / "allocation.json")
     if config is None:
@@ -132,7 +144,9 @@ def _read_allocation(folder: Path, config: Config | None, gates: dict[str, Any] 
             return None
         scores = torch.tensor(gates["scores"], dtype=torch.float64)
         return Allocation.from_scores(scores, config.constraint(), config.attention.window)
-    if wanted.file is not None and not wanted.file.is_file():  # a run folder that was moved away from its table
+    if (
+        wanted.file is not None and not wanted.file.is_file()
+    ):  # a run folder that was moved away from its table
         return None
     return planned_allocation(config)
 
@@ -155,17 +169,36 @@ def _section(run: Run, entropy: float | None) -> Section:
     probability = run.gates["probability_full"] if run.gates else None
     if probability is not None or run.allocation is not None:
         full = run.allocation.full if run.allocation else None
-        window = run.allocation.window if run.allocation else run.config.attention.window if run.config else None
+        window = (
+            run.allocation.window
+            if run.allocation
+            else run.config.attention.window
+            if run.config
+            else None
+        )
         step = run.gates.get("step") if run.gates else None
         finished = not run.learning or (run.folder / "allocation.json").is_file()
         origin = "Allocation" if finished else "Top-k of these gates"
         figures.append(plots.allocation_maps(probability, step, full, origin, window))
     if run.learning:
         figures += [plots.layer_history(rows), plots.sparsity(rows)]
-        figures += [plots.evidence(rows), _unit_evidence(run), plots.decided(rows), plots.multipliers(rows)]
-    figures += [plots.loss(rows, entropy), plots.learning_rate(rows), plots.gradient_norm(rows), plots.throughput(rows)]
+        figures += [
+            plots.evidence(rows),
+            _unit_evidence(run),
+            plots.decided(rows),
+            plots.multipliers(rows),
+        ]
+    figures += [
+        plots.loss(rows, entropy),
+        plots.learning_rate(rows),
+        plots.gradient_norm(rows),
+        plots.throughput(rows),
+    ]
     drawn = [
-        ("narrow" if figure.get_figwidth() == plots.NARROW else "half", Markup(plots.to_svg(figure)))
+        (
+            "narrow" if figure.get_figwidth() == plots.NARROW else "half",
+            Markup(plots.to_svg(figure)),
+        )
         for figure in figures
         if figure is not None
     ]
@@ -192,11 +225,23 @@ def _facts(run: Run) -> list[Fact]:
     if (loss := last(rows, "loss")) is not None:
         facts.append(Fact("training loss", f"{loss:.4f}", "last step"))
     if (validation := last(rows, "validation_loss")) is not None:
-        facts.append(Fact("validation loss", f"{validation:.4f}", f"lowest {series(rows, 'validation_loss')[1].min():.4f}"))
+        facts.append(
+            Fact(
+                "validation loss",
+                f"{validation:.4f}",
+                f"lowest {series(rows, 'validation_loss')[1].min():.4f}",
+            )
+        )
     if run.learning:
         facts += _learning_facts(rows)
     if run.allocation is not None:
-        facts.append(Fact("windowed heads", f"{run.allocation.sparsity:.1%}", f"window {run.allocation.window:,}"))
+        facts.append(
+            Fact(
+                "windowed heads",
+                f"{run.allocation.sparsity:.1%}",
+                f"window {run.allocation.window:,}",
+            )
+        )
         facts += _savings(run)
     speed = series(rows, "tokens_per_second")[1]
     if len(speed):
@@ -205,7 +250,11 @@ def _facts(run: Run) -> list[Fact]:
         facts.append(Fact("tokens/s, median", f"{statistics.median(speed):,.0f}", note))
     seconds, waiting = series(rows, "step_seconds")[1], series(rows, "data_seconds")[1]
     if len(seconds):
-        share = f"{waiting.sum() / seconds.sum():.1%} for data" if len(waiting) and seconds.sum() > 0 else ""
+        share = (
+            f"{waiting.sum() / seconds.sum():.1%} for data"
+            if len(waiting) and seconds.sum() > 0
+            else ""
+        )
         facts.append(Fact("time in steps", _duration(float(seconds.sum())), share))
     memory = series(rows, "memory_gib")[1]
     if len(memory) and memory.max() > 0:
@@ -217,7 +266,13 @@ def _learning_facts(rows: Sequence[Row]) -> list[Fact]:
     facts = []
     if (expected := last(rows, "expected_sparsity")) is not None:
         target = last(rows, "target_sparsity")
-        facts.append(Fact("expected sparsity", f"{expected:.3f}", "" if target is None else f"target {target:.3f}"))
+        facts.append(
+            Fact(
+                "expected sparsity",
+                f"{expected:.3f}",
+                "" if target is None else f"target {target:.3f}",
+            )
+        )
     if (agreement := last(rows, "split_agreement")) is not None:
         facts.append(Fact("split agreement", f"{agreement:.2f}", "rank correlation of two halves"))
     if (share := last(rows, "separated_share")) is not None:
@@ -232,10 +287,15 @@ def _savings(run: Run) -> list[Fact]:
     if run.config is None or run.allocation is None:
         return []
     model, length = run.config.shape(), run.config.training.sequence_length
-    flops = training_flops(model, run.allocation, length, [length]) / training_flops(model, None, length, [length])
+    flops = training_flops(model, run.allocation, length, [length]) / training_flops(
+        model, None, length, [length]
+    )
     cache = kv_cache_bytes(model, run.allocation, length) / kv_cache_bytes(model, None, length)
     note = f"at {length:,} tokens"
-    return [Fact("training FLOPs", f"{flops - 1:+.1%}", note), Fact("KV cache", f"{cache - 1:+.1%}", note)]
+    return [
+        Fact("training FLOPs", f"{flops - 1:+.1%}", note),
+        Fact("KV cache", f"{cache - 1:+.1%}", note),
+    ]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -245,7 +305,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             found += _flatten(value, f"{prefix}{key}.")
         elif value is not None:
-            found.append((prefix + key, yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()))
+            found.append(
+                (
+                    prefix + key,
+                    yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip(),
+                )
+            )
     return found
 
 

@@ -80,19 +80,27 @@ def status(run: Path) -> Status:
     return Status(
         run=str(run),
         state=state,
-        holder=None if holder is None else f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}",
+        holder=None
+        if holder is None
+        else f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}",
         step=step,
         steps=steps,
         tokens=int(rows[-1]["tokens"]) if rows else 0,
         loss=last(rows, "loss"),
         validation_loss=last(rows, "validation_loss"),
         tokens_per_second=fmean(row["tokens_per_second"] for row in recent) if recent else None,
-        mfu=fmean(known) if (known := [row["mfu"] for row in recent if row.get("mfu") is not None]) else None,
+        mfu=fmean(known)
+        if (known := [row["mfu"] for row in recent if row.get("mfu") is not None])
+        else None,
         expected_sparsity=last(rows, "expected_sparsity"),
-        target_sparsity=last(rows, "target_sparsity") if config["allocation"]["source"] == "learn" else _sparsity_of_table(run),
+        target_sparsity=last(rows, "target_sparsity")
+        if config["allocation"]["source"] == "learn"
+        else _sparsity_of_table(run),
         skipped=int(rows[-1].get("skipped", 0)) if rows else 0,
         seconds_since_step=age,
-        remaining_seconds=(steps - step) * usual if usual is not None and state == "training" else None,
+        remaining_seconds=(steps - step) * usual
+        if usual is not None and state == "training"
+        else None,
         checkpoint=checkpoint,
         stop_requested=(run / "stop").exists(),
         incidents=incidents.read(run)[-INCIDENTS:],
@@ -158,9 +166,18 @@ def _state(
     usual: float | None,
 ) -> str:
     if holder is None:
-        return "finished" if checkpoint is not None and checkpoint["step"] == steps == step else "stopped"
+        return (
+            "finished"
+            if checkpoint is not None and checkpoint["step"] == steps == step
+            else "stopped"
+        )
     elsewhere = holder["host"] != socket.gethostname()
-    if elsewhere and age is not None and usual is not None and age > QUIET_STEPS * usual + QUIET_SECONDS:
+    if (
+        elsewhere
+        and age is not None
+        and usual is not None
+        and age > QUIET_STEPS * usual + QUIET_SECONDS
+    ):
         return "silent"
     return "training"
 

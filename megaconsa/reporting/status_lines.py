@@ -18,20 +18,32 @@ def status_lines(found: Status) -> list[str]:
     done = int(share * BAR)
     lines = [
         ("run", f"{found.run}: {found.state}" + (f" ({found.holder})" if found.holder else "")),
-        ("steps", f"{'█' * done}{'░' * (BAR - done)} {found.step:,} of {found.steps:,} ({share:.1%}), {found.tokens:,} tokens"),
+        (
+            "steps",
+            f"{'█' * done}{'░' * (BAR - done)} {found.step:,} of {found.steps:,} ({share:.1%}), {found.tokens:,} tokens",
+        ),
     ]
     if found.remaining_seconds is not None:
-        lines.append(("to go", f"{_duration(found.remaining_seconds)}, without validation and checkpoints"))
+        lines.append(
+            ("to go", f"{_duration(found.remaining_seconds)}, without validation and checkpoints")
+        )
     if found.seconds_since_step is not None:
         lines.append(("newest step", f"{_duration(found.seconds_since_step)} ago"))
     if found.tokens_per_second is not None:
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
         lines.append(("speed", f"{found.tokens_per_second:,.0f} tokens/s{mfu}"))
     if found.loss is not None:
-        validation = "" if found.validation_loss is None else f", validation {found.validation_loss:.4f}"
+        validation = (
+            "" if found.validation_loss is None else f", validation {found.validation_loss:.4f}"
+        )
         lines.append(("loss", f"{found.loss:.4f}{validation}"))
     if found.expected_sparsity is not None and found.target_sparsity is not None:
-        lines.append(("sparsity", f"{found.expected_sparsity:.3f} expected, {found.target_sparsity:.3f} wanted at this step"))
+        lines.append(
+            (
+                "sparsity",
+                f"{found.expected_sparsity:.3f} expected, {found.target_sparsity:.3f} wanted at this step",
+            )
+        )
     elif found.target_sparsity is not None:
         lines.append(("sparsity", f"{found.target_sparsity:.3f}"))
     if found.skipped:
@@ -40,7 +52,10 @@ def status_lines(found: Status) -> list[str]:
     if found.stop_requested:
         lines.append(("stop", "asked for by the file stop; it ends after the present step"))
     lines += [
-        ("incidents" if number == 0 else "", f"{entry['time']}  {entry['kind']}, {_step(entry['step'])}: {entry['text']}")
+        (
+            "incidents" if number == 0 else "",
+            f"{entry['time']}  {entry['kind']}, {_step(entry['step'])}: {entry['text']}",
+        )
         for number, entry in enumerate(found.incidents)
     ]
     width = max(len(label) for label, _ in lines)
@@ -50,7 +65,9 @@ def status_lines(found: Status) -> list[str]:
 def _checkpoint(found: Status) -> str:
     if found.checkpoint is None:
         return "none yet"
-    age = time.time() - datetime.strptime(found.checkpoint["date"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    age = (
+        time.time() - datetime.strptime(found.checkpoint["date"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    )
     return f"step {found.checkpoint['step']:,}, {binary_size(found.checkpoint['bytes'])}, {_duration(age)} ago"
 
 
@@ -61,6 +78,11 @@ def _step(step: int | None) -> str:
 def _duration(seconds: float) -> str:
     """In the two largest units that it has: 3 d 4 h, 12 min 5 s."""
     whole = max(0, round(seconds))
-    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    parts = [
+        (whole // 86400, "d"),
+        (whole // 3600 % 24, "h"),
+        (whole // 60 % 60, "min"),
+        (whole % 60, "s"),
+    ]
     first = next((number for number, (count, _) in enumerate(parts) if count), len(parts) - 1)
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])

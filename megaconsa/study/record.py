@@ -40,7 +40,9 @@ def check(runs: Runs) -> None:
     for part in ("study", "config"):
         if changed := differences(old[part], new[part]):
             fields = "; ".join(changed)
-            raise InputError(f"the study of {runs.out} has changed ({fields}); choose another --out")
+            raise InputError(
+                f"the study of {runs.out} has changed ({fields}); choose another --out"
+            )
 
 
 def _check_start(runs: Runs) -> None:

@@ -23,7 +23,9 @@ def labelled_tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
 def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
     """This rank's micro-batches as the pipeline's first stage takes them."""
     count = normalizer(labelled, len(batches) * mesh.data_ranks)
-    return [(batch.tokens, batch.labels, batch.documents, batch.sequences, count) for batch in batches]
+    return [
+        (batch.tokens, batch.labels, batch.documents, batch.sequences, count) for batch in batches
+    ]
 
 
 def document_lengths(batches: Sequence[Batch]) -> NDArray[np.int64]:

@@ -30,7 +30,9 @@ def check_disk(inputs: Inputs) -> tuple[int, int]:
     folder = config.run.dir / store.FOLDER
     size = parameter_count(inputs.shape).total * BYTES_A_PARAMETER
     done = 0 if inputs.resume is None else inputs.resume.step
-    held = 0 if inputs.resume is None else len(inputs.found) - inputs.found.index(inputs.resume.path)
+    held = (
+        0 if inputs.resume is None else len(inputs.found) - inputs.found.index(inputs.resume.path)
+    )
     more = min(config.checkpoint.keep + 1 - held, _saves(config, done))
     needed = size * max(more, 1)
     # The folder may be a link to another disk, or not exist yet.

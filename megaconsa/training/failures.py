@@ -48,7 +48,9 @@ def end(
 
 def end_after(gone: str, run: Path, world: World, step: int) -> None:
     """Ends the process because the rank `gone`, which it was waiting for, is no more: with the exit code of the cause."""
-    without_a_word = f"{DIED}: killed from outside (kill -9, the kernel for want of memory), or its node is down"
+    without_a_word = (
+        f"{DIED}: killed from outside (kill -9, the kernel for want of memory), or its node is down"
+    )
     left_a_file = (run / FAILURES / world.launch / FIRST).exists()
     lost = RunError(f"{gone} {'has ended' if left_a_file else without_a_word}")
     end(lost, run, world, step, code=LOST, kind="lost_rank", always=True)
@@ -60,29 +62,42 @@ def _is_broken_connection(error: Exception) -> bool:
     )
 
 
-def _report(error: Exception, run: Path, world: World, step: int | None, code: int, kind: incidents.Kind) -> str | None:
+def _report(
+    error: Exception, run: Path, world: World, step: int | None, code: int, kind: incidents.Kind
+) -> str | None:
     """Writes RUN/failures/LAUNCH/rank_N.txt, linked as first.txt if it is the first of its launch; returns what an earlier one wrote.
 
     The first to fail prints its error whole. The others fail because it is gone, which their line says, and more would bury the cause.
     To be called before the rank leaves its group: until then no other can have failed for its sake.
     """
     meant_for_user = isinstance(error, RunError)
-    cause = f"error: {error}" if meant_for_user else "".join(traceback.format_exception(error)).rstrip()
+    cause = (
+        f"error: {error}" if meant_for_user else "".join(traceback.format_exception(error)).rstrip()
+    )
     summary = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     place = f"rank {world.rank} of {world.size} on {node()}, pid {os.getpid()}"
     where = f"{place}, {'while starting' if step is None else f'in step {step}'}"
     path = run / FAILURES / world.launch / f"rank_{world.rank}.txt"
     first = None
     try:
-        replace_text(path, f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {where}, exit code {code}\n{cause}\n")
+        replace_text(
+            path, f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {where}, exit code {code}\n{cause}\n"
+        )
         first = _claim(path)
     except OSError as failed:  # a full disk, perhaps the very error that is reported
         where += f"; {path} could not be written: {failed.strerror}"
     if first is None:
-        print(cause if world.size == 1 and meant_for_user else f"{where}:\n{cause}", file=sys.stderr)
-        incidents.record(run, kind, str(error) if meant_for_user else summary, step=step, rank=world.rank)
+        print(
+            cause if world.size == 1 and meant_for_user else f"{where}:\n{cause}", file=sys.stderr
+        )
+        incidents.record(
+            run, kind, str(error) if meant_for_user else summary, step=step, rank=world.rank
+        )
     elif cause not in first:
-        print(f"{where} failed after another rank: {summary}; see {path.with_name(FIRST)}", file=sys.stderr)
+        print(
+            f"{where} failed after another rank: {summary}; see {path.with_name(FIRST)}",
+            file=sys.stderr,
+        )
     return first
 
 

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 EXTENSIONS = {"rope_theta", "max_position_embeddings"}
 """Fields of the shape that a new run may change on the weights of an old one: they extend its context."""
-_DEFAULT_SHAPE = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+_DEFAULT_SHAPE = {
+    field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING
+}
 """For checkpoints of versions whose shapes had fewer fields."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
@@ -65,7 +67,9 @@ def check_inputs(config: Config, world: World = ALONE) -> Inputs:
     """
     inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size), alike=True)
     world.from_main(lambda: refuse_if_held(config.run.dir))
-    found, resume = world.from_main(lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir))))
+    found, resume = world.from_main(
+        lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir)))
+    )
     if resume is not None:
         own = world.agreed(lambda: store.read(resume), alike=True)
         return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, own)))
@@ -109,8 +113,12 @@ def _table(config: Config) -> Allocation | None:
     for path in store.committed(config.run.dir):
         held = path / "allocation.json"
         if held.exists():
-            logger.info("allocation.file=%s is gone; the run goes on with its own table, %s", file, held)
-            allocation = config.model_copy(update={"allocation": config.allocation.model_copy(update={"file": held})})
+            logger.info(
+                "allocation.file=%s is gone; the run goes on with its own table, %s", file, held
+            )
+            allocation = config.model_copy(
+                update={"allocation": config.allocation.model_copy(update={"file": held})}
+            )
             return allocation.fixed_allocation()
     return config.fixed_allocation()
 
@@ -131,7 +139,11 @@ def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
 def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | None) -> None:
     """Refuses an attention backend that cannot serve some layer of the run on this machine."""
     ranks = config.parallel.tensor
-    window, length, kv_heads = config.attention.window, config.training.sequence_length, shape.num_key_value_heads // ranks
+    window, length, kv_heads = (
+        config.attention.window,
+        config.training.sequence_length,
+        shape.num_key_value_heads // ranks,
+    )
     if allocation is None:
         # Validation runs the binarised table, whose rows may mix windows.
         kinds = {((window,) * kv_heads, True), ((length,) + (window,) * (kv_heads - 1), False)}
@@ -173,9 +185,13 @@ def _check_folder(run: Path) -> None:
         raise InputError(f"run.dir={run} cannot be written: no permission for {nearest}")
     checkpoints = run / store.FOLDER
     if checkpoints.is_symlink() and not checkpoints.is_dir():
-        raise InputError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; make it or remove the link")
+        raise InputError(
+            f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; make it or remove the link"
+        )
     if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):
-        raise InputError(f"{checkpoints} cannot be written: no permission; give it or choose another run.dir")
+        raise InputError(
+            f"{checkpoints} cannot be written: no permission; give it or choose another run.dir"
+        )
 
 
 def _check_begun_run(config: Config) -> None:
@@ -198,7 +214,10 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
             f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): the preset {config.model.preset} has changed; "
             "give the old values in section model, or use another run.dir"
         )
-    theirs, ours = (with_defaults(data, DatasetInfo) for data in (resume.state["data"], describe_data(inputs.data)))
+    theirs, ours = (
+        with_defaults(data, DatasetInfo)
+        for data in (resume.state["data"], describe_data(inputs.data))
+    )
     if not same_data(theirs, ours):
         raise InputError(
             f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
@@ -207,7 +226,11 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
         raise InputError(
             f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
         )
-    precision = "bf16" if config.training.in_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+    precision = (
+        "bf16"
+        if config.training.in_bf16("cuda" if torch.cuda.is_available() else "cpu")
+        else "fp32"
+    )
     if resume.state["precision"] != precision:
         raise InputError(
             f"run {config.run.dir} was trained in {resume.state['precision']}, but training.precision={config.training.precision} means "
@@ -222,13 +245,16 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
     changed = differences(_DEFAULT_SHAPE | origin.state["shape"], asdict(inputs.shape))
     extensions = [line for line in changed if line.split(":")[0] in EXTENSIONS]
     if len(changed) > len(extensions):
-        raise InputError(f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})")
+        raise InputError(
+            f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})"
+        )
     if extensions:
         logger.info("the weights of %s go on with %s", origin.path, "; ".join(extensions))
     theirs = origin.state["data"]["tokenizer_fingerprint"]
     if theirs is None:
         logger.warning(
-            "model.init_from=%s was imported without a tokenizer: nothing tells whether the data's is its own", origin.path
+            "model.init_from=%s was imported without a tokenizer: nothing tells whether the data's is its own",
+            origin.path,
         )
     elif not same_tokenizer(theirs, data.tokenizer_fingerprint):
         raise InputError(
@@ -246,4 +272,6 @@ def describe_data(data: DatasetInfo) -> dict[str, Any]:
 def same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two descriptions are of one data set, also where one has a fingerprint of an earlier version."""
     tokenizer = "tokenizer_fingerprint"
-    return same_tokenizer(one[tokenizer], other[tokenizer]) and one | {tokenizer: ""} == other | {tokenizer: ""}
+    return same_tokenizer(one[tokenizer], other[tokenizer]) and one | {tokenizer: ""} == other | {
+        tokenizer: ""
+    }

@@ -27,7 +27,9 @@ OF_THE_START = {"allocation.file", "model.init_from"}
 have been trained since."""
 
 
-def check_same_run(config: Config, old: dict[str, Any], trained_steps: int | None = None) -> list[str]:
+def check_same_run(
+    config: Config, old: dict[str, Any], trained_steps: int | None = None
+) -> list[str]:
     """Refuses a configuration that would train on as another run; returns the changes that are harmless.
 
     old: as the run wrote it. A field that it lacks, of an earlier version, had its default.

@@ -14,6 +14,9 @@ def learning_rate(step: int, training: TrainingSection) -> float:
         return peak * (step + 1) / training.warmup_steps
     if training.schedule == "cosine":
         span = max(1, training.steps - training.warmup_steps)
-        return floor + (peak - floor) * (1 + math.cos(math.pi * (step - training.warmup_steps) / span)) / 2
+        return (
+            floor
+            + (peak - floor) * (1 + math.cos(math.pi * (step - training.warmup_steps) / span)) / 2
+        )
     remaining = training.steps - step
     return floor + (peak - floor) * min(1.0, remaining / training.decay_steps)

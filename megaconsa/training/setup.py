@@ -70,9 +70,13 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         separate_documents=config.attention.separate_documents,
     )
     progress = _restore(inputs, engine, gates, mesh.world)
-    place, rewinds = mesh.world.from_main(lambda: rewound(config.run.dir, progress.step, progress.sequences))
+    place, rewinds = mesh.world.from_main(
+        lambda: rewound(config.run.dir, progress.step, progress.sequences)
+    )
     if place > progress.sequences:
-        logger.warning("passes over %s sequences, up to the last spike", f"{place - progress.sequences:,}")
+        logger.warning(
+            "passes over %s sequences, up to the last spike", f"{place - progress.sequences:,}"
+        )
         progress.sequences = place
     recorded = absolute(config.to_dict())
     if mesh.is_main:
@@ -83,7 +87,9 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
             logger.info("sparsity %g from %s", config.allocation.sparsity, budget)
         sequences = inputs.data.splits["train"].sequences
         logger.info(
-            "%s sequences of data, %.2f epochs in this run", f"{sequences:,}", training.steps * training.global_batch / sequences
+            "%s sequences of data, %.2f epochs in this run",
+            f"{sequences:,}",
+            training.steps * training.global_batch / sequences,
         )
     description = {
         "learning": config.learning,
@@ -97,7 +103,11 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     callbacks: list[Callback] = [
         *lock,
         *([LostRanks(config.run.dir, mesh.world)] if mesh.world.size > 1 else []),
-        *([Watchdog(config.run.dir, config.watchdog, mesh.world)] if config.watchdog.factor else []),
+        *(
+            [Watchdog(config.run.dir, config.watchdog, mesh.world)]
+            if config.watchdog.factor
+            else []
+        ),
         StopSignals(),
         validation,
         SlowRanks(config.run.dir, mesh),
@@ -109,7 +119,18 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         checkpointing,
     ]
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
-    return Trainer(training, config.bad_steps, mesh, engine, steps, gates, inputs.allocation, progress, callbacks, rewinds)
+    return Trainer(
+        training,
+        config.bad_steps,
+        mesh,
+        engine,
+        steps,
+        gates,
+        inputs.allocation,
+        progress,
+        callbacks,
+        rewinds,
+    )
 
 
 def _lock(inputs: Inputs) -> RunLock:
@@ -117,7 +138,9 @@ def _lock(inputs: Inputs) -> RunLock:
     lock = RunLock(run)
     if store.committed(run) != inputs.found:
         lock.release()
-        raise UnreachableError(f"another process trained in run.dir={run} a moment ago; run the command again")
+        raise UnreachableError(
+            f"another process trained in run.dir={run} a moment ago; run the command again"
+        )
     if inputs.resume is not None:
         for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:
             # Passed over once: it must neither count among those to keep nor be gone on from by a later start.
@@ -128,7 +151,9 @@ def _lock(inputs: Inputs) -> RunLock:
     return lock
 
 
-def _validation(config: Config, topology: Topology, mesh: Mesh, held_out: BatchStream) -> Validation:
+def _validation(
+    config: Config, topology: Topology, mesh: Mesh, held_out: BatchStream
+) -> Validation:
     wanted = config.validation.sequences
     # DualPipeV runs no fewer micro-batches than it has stages.
     least = topology.stages if topology.schedule == "dualpipev" else 1
@@ -140,7 +165,10 @@ def _reporters(config: Config) -> list[Callback]:
     """What the main rank writes and prints."""
     from megaconsa.training.callbacks.terminal import Terminal
 
-    found: list[Callback] = [MetricsFile(config.run.dir), Prometheus(config.run.dir, config.training.steps)]
+    found: list[Callback] = [
+        MetricsFile(config.run.dir),
+        Prometheus(config.run.dir, config.training.steps),
+    ]
     if config.logging.tensorboard:
         from megaconsa.training.callbacks.tensorboard import TensorBoard
 
@@ -181,14 +209,18 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
     with ExitStack() as reading:
         world.agreed(lambda: reading.enter_context(source.in_use()), alike=True)
         engine.load_weights(source.weights())
-        takes_moments = inputs.resume is not None or not (inputs.config.training.reset_optimizer or source.imported)
+        takes_moments = inputs.resume is not None or not (
+            inputs.config.training.reset_optimizer or source.imported
+        )
         if takes_moments:
             engine.load_moments(source.moments(), source.state["optimizer_steps"])
         if inputs.resume is not None:
             return _resume(source, gates, world)
     if source.imported:
         logger.info(
-            "weights from %s, imported from %s; optimizer and data order start anew", source.path, source.imported["folder"]
+            "weights from %s, imported from %s; optimizer and data order start anew",
+            source.path,
+            source.imported["folder"],
         )
         return Progress()
     continues = same_data(source.state["data"], describe_data(inputs.data)) and (

@@ -48,7 +48,10 @@ def check_machines(inputs: Inputs, world: World) -> None:
     if not world.is_main:
         return
     if apart > CLOCK_SECONDS:
-        logger.warning("the nodes' clocks differ by %.1f s: times in logs and incidents do not fit together", apart)
+        logger.warning(
+            "the nodes' clocks differ by %.1f s: times in logs and incidents do not fit together",
+            apart,
+        )
     nodes = len(set(hosts))
     logger.info(
         "%d rank%s on %d node%s, %s; the sum over all ranks is right, %s is shared, clocks agree within %.1f s, %s are free (checkpoints "
@@ -72,13 +75,17 @@ def _check_devices(world: World, hosts: list[str]) -> list[str]:
     properties = torch.cuda.get_device_properties(world.device)
     names, identities = zip(*world.exchange((properties.name, str(properties.uuid))), strict=True)
     if identities.count(identities[world.rank]) > 1:
-        sharing = [rank for rank, identity in enumerate(identities) if identity == identities[world.rank]]
+        sharing = [
+            rank for rank, identity in enumerate(identities) if identity == identities[world.rank]
+        ]
         raise InputError(
             f"ranks {', '.join(map(str, sharing))} on {hosts[world.rank]} see the same GPU {world.device.index}; start as many processes a "
             "node as it has GPUs, each with its own LOCAL_RANK"
         )
     if len(set(names)) > 1 and world.is_main:
-        logger.warning("the GPUs differ (%s): all wait for the slowest", ", ".join(sorted(set(names))))
+        logger.warning(
+            "the GPUs differ (%s): all wait for the slowest", ", ".join(sorted(set(names)))
+        )
     return list(names)
 
 

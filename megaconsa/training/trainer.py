@@ -168,7 +168,9 @@ class Trainer:
             self.gates.sample(self.progress.step)
         # Where the gradient is not finite, the engine asks nobody.
         self.fault, self._is_spike = "its gradient is not finite", False
-        loss = self.engine.train_step(carries(batches, fetched.labelled, self.mesh), rate, self._accepts)
+        loss = self.engine.train_step(
+            carries(batches, fetched.labelled, self.mesh), rate, self._accepts
+        )
         self._count_step(loss)
         gate_metrics = self._update_gates() if self.gates else {}
         if self.mesh.device.type == "cuda":
@@ -212,7 +214,9 @@ class Trainer:
         if self.fault is None:
             bad.applied(loss, self.engine.grad_norm)
             return
-        logger.warning("step %d was not applied: %s; weights and gates stay as they are", step, self.fault)
+        logger.warning(
+            "step %d was not applied: %s; weights and gates stay as they are", step, self.fault
+        )
         bad.skip(self.bad_steps, step, self.fault)
         if self._is_spike and self.bad_steps.spikes == "rewind":
             if self.rewinds == self.bad_steps.limit:
@@ -235,7 +239,11 @@ class Trainer:
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
         """Share of the dense bf16 peak of the ranks that these batches went through; None where the peak is not known."""
-        peak = peak_flops(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
+        peak = (
+            peak_flops(torch.cuda.get_device_name(self.mesh.device))
+            if self.mesh.device.type == "cuda"
+            else None
+        )
         if peak is None or not batches:
             return None
         lengths = document_lengths(batches)

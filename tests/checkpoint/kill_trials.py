@@ -60,7 +60,9 @@ class Moments:
             if len(self.seen) - 1 == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(self, function: Callable[..., Any], path_of: Callable[..., Path], torn: bool = True) -> Callable[..., Any]:
+    def around(
+        self, function: Callable[..., Any], path_of: Callable[..., Path], torn: bool = True
+    ) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **named: Any) -> Any:
             name = f"{function.__name__} {path_of(*arguments).name}"
             self.pass_by(f"before {name}")
@@ -97,7 +99,9 @@ class Moments:
 
 def start(config: Path, moments: Moments | None = None, record: Path | None = None) -> int:
     """Begins to train in a copy of this process, in which all that is slow to import has been imported; returns its number."""
-    assert not dist.is_initialized(), "a test before this one left a process group, which a copy of the process cannot leave"
+    assert not dist.is_initialized(), (
+        "a test before this one left a process group, which a copy of the process cannot leave"
+    )
     if (child := os.fork()) != 0:
         return child
     code = 1
@@ -119,7 +123,9 @@ def finish(config: Path) -> None:
     """Trains to the end."""
     _, status = os.waitpid(start(config), 0)
     if status != 0:
-        raise Killed(f"the run did not go on (status {status}): {config.with_suffix('.log').read_text()[-2000:]}")
+        raise Killed(
+            f"the run did not go on (status {status}): {config.with_suffix('.log').read_text()[-2000:]}"
+        )
 
 
 def committed(run: Path) -> set[str]:
@@ -165,7 +171,9 @@ def configure(values: dict[str, Any], folder: Path, name: str, steps: int) -> Pa
     return path
 
 
-def random_trials(values: dict[str, Any], folder: Path, trials: int, seed: int, say: Callable[[str], None] = print) -> int:
+def random_trials(
+    values: dict[str, Any], folder: Path, trials: int, seed: int, say: Callable[[str], None] = print
+) -> int:
     """Runs the trials; returns how many of them lost something or differ."""
     draw = random.Random(seed)
     reference = configure(values, folder, "reference", STEPS)
@@ -211,7 +219,9 @@ def forced_moments(values: dict[str, Any], folder: Path, say: Callable[[str], No
         _, status = os.waitpid(start(config, Moments(1 if before else saves, number)), 0)
         try:
             if status != signal.SIGKILL:
-                raise Killed(f"it was not killed (status {status}): {config.with_suffix('.log').read_text()[-1000:]}")
+                raise Killed(
+                    f"it was not killed (status {status}): {config.with_suffix('.log').read_text()[-1000:]}"
+                )
             say(f"killed {moment}: newest is step {check_whole(run, before)}")
         except Killed as error:
             failed += 1
@@ -229,7 +239,9 @@ def forced_moments(values: dict[str, Any], folder: Path, say: Callable[[str], No
 def main() -> None:
     from megaconsa.data.prepare import prepare
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -237,18 +249,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = [str(module.__file__) for module in (argparse, inspect, tarfile, typing)]
-        prepare(sources, folder / "data", train_tokenizer=512, sequence_length=64, validation_share=0.1)
+        prepare(
+            sources, folder / "data", train_tokenizer=512, sequence_length=64, validation_share=0.1
+        )
         values = {
-            "model": {"preset": "tiny", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
+            "model": {
+                "preset": "tiny",
+                "vocab_size": 512,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "head_dim": 8,
+            },
             "attention": {"window": 8},
             "allocation": {"source": "learn"},
             "gates": {"warmup_steps": 2},
-            "training": {"micro_batch": 2, "global_batch": 4, "sequence_length": 64, "learning_rate": 3e-3},
+            "training": {
+                "micro_batch": 2,
+                "global_batch": 4,
+                "sequence_length": 64,
+                "learning_rate": 3e-3,
+            },
             "data": {"path": str(folder / "data")},
             "validation": {"sequences": 4},
             "logging": {"tensorboard": False},
         }
-        failed = random_trials(values, folder, arguments.trials, arguments.seed) + forced_moments(values, folder)
+        failed = random_trials(values, folder, arguments.trials, arguments.seed) + forced_moments(
+            values, folder
+        )
     sys.exit(1 if failed else 0)
 
 

@@ -9,9 +9,13 @@ from typing import Any
 from kill_trials import forced_moments, random_trials
 
 
-def test_killed_at_random_moments(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    make_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     assert random_trials(make_config(), tmp_path, trials=10, seed=1) == 0
 
 
-def test_killed_at_every_moment_of_a_save(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_killed_at_every_moment_of_a_save(
+    make_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     assert forced_moments(make_config(), tmp_path) == 0

@@ -28,17 +28,31 @@ TABLE = rules.interleaved(2, 1, 16, 1)
 
 def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and moments of a step; some values that a detour over text or bf16 would lose."""
-    weights = {"model.norm.weight": torch.tensor([step, 1 / 3, -0.0, 1e-42]), "model.embed_tokens.weight": torch.eye(7, 4) * step}
-    return weights, {f"{moment}/{name}": weight / 3 for moment in ("exp_avg", "exp_avg_sq") for name, weight in weights.items()}
+    weights = {
+        "model.norm.weight": torch.tensor([step, 1 / 3, -0.0, 1e-42]),
+        "model.embed_tokens.weight": torch.eye(7, 4) * step,
+    }
+    return weights, {
+        f"{moment}/{name}": weight / 3
+        for moment in ("exp_avg", "exp_avg_sq")
+        for name, weight in weights.items()
+    }
 
 
 def save(run: Path, step: int, keep: int = 2, **changed: Any) -> Path:
     weights, moments = tensors(step)
-    state = {"step": step, "tokens": 512 * step, "shape": asdict(SHAPE), "config": {"run": {"dir": str(run)}}}
+    state = {
+        "step": step,
+        "tokens": 512 * step,
+        "shape": asdict(SHAPE),
+        "config": {"run": {"dir": str(run)}},
+    }
     settings = {"gates": None, "allocation": TABLE} | changed
     of_run = Writer(run, keep)
     of_run.clean()
-    of_run.begin(Snapshot(step, weights, moments, {"cpu": torch.get_rng_state()}, state, **settings))
+    of_run.begin(
+        Snapshot(step, weights, moments, {"cpu": torch.get_rng_state()}, state, **settings)
+    )
     result = of_run.wait()
     assert result is not None
     if result.error is not None:
@@ -56,7 +70,9 @@ def newest_step(run: Path) -> int | None:
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -69,9 +85,14 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert {"megaconsa", "torch", "deepspeed"} <= checkpoint.state["versions"].keys()
     weights, moments = tensors(12)
     assert equal(checkpoint.weights(), weights)
-    assert torch.equal(checkpoint.weights()["model.norm.weight"].signbit(), weights["model.norm.weight"].signbit())
+    assert torch.equal(
+        checkpoint.weights()["model.norm.weight"].signbit(), weights["model.norm.weight"].signbit()
+    )
     assert equal(checkpoint.moments(), moments)
-    assert checkpoint.weight_shapes() == {"model.norm.weight": (4,), "model.embed_tokens.weight": (7, 4)}
+    assert checkpoint.weight_shapes() == {
+        "model.norm.weight": (4,),
+        "model.embed_tokens.weight": (7, 4),
+    }
     assert checkpoint.allocation == TABLE
     assert checkpoint.gates() is None
     assert checkpoint.faults() == []
@@ -197,7 +218,10 @@ def test_a_checkpoint_without_its_descriptions_is_passed_over(
         store.resolve(path.parent)
 
 
-@pytest.mark.parametrize("name", ["../step_1/model.safetensors", "model.safetensors/../../step_1/model.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name",
+    ["../step_1/model.safetensors", "model.safetensors/../../step_1/model.safetensors", ".."],
+)
 def test_a_manifest_names_files_of_its_own_folder_only(name: str, tmp_path: Path) -> None:
     """A checkpoint that somebody else handed on must not have tensors read from elsewhere."""
     for step in (1, 2):
@@ -270,11 +294,15 @@ def test_what_a_dead_save_left_does_not_get_into_the_next(tmp_path: Path) -> Non
     assert not (save(tmp_path, 2) / "gates.safetensors").exists()
 
 
-def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_synced_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     sync, rename = writer.sync, Path.rename
     monkeypatch.setattr(writer, "sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to)))
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to))
+    )
     names = {path.name for path in save(tmp_path, 2).iterdir()}
     named = events.index("-> step_2")
     assert names | {".step_2.tmp"} <= set(events[:named])
@@ -301,7 +329,9 @@ def test_resolve_takes_a_run_or_a_checkpoint(tmp_path: Path) -> None:
 
 def test_resolve_names_what_is_not_there(tmp_path: Path) -> None:
     assert store.newest(tmp_path / "nowhere") is None
-    with pytest.raises(InputError, match="nowhere is neither a run folder nor a checkpoint: it does not exist"):
+    with pytest.raises(
+        InputError, match="nowhere is neither a run folder nor a checkpoint: it does not exist"
+    ):
         store.resolve(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no usable checkpoint"):
         store.resolve(tmp_path)
@@ -312,7 +342,9 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_not_replaced(tmp_path: Pa
         save(tmp_path, step)
     path = tmp_path / "checkpoints" / "step_2"
     flip_a_byte(path / "optimizer.safetensors")
-    with pytest.raises(InputError, match=r"damaged: .*step_2/optimizer\.safetensors does not match its checksum"):
+    with pytest.raises(
+        InputError, match=r"damaged: .*step_2/optimizer\.safetensors does not match its checksum"
+    ):
         store.resolve(path)
     truncate(path / "optimizer.safetensors")
     with pytest.raises(InputError, match=r"optimizer\.safetensors has \d+ bytes instead of \d+"):

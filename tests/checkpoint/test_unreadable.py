@@ -59,7 +59,9 @@ def test_one_that_stays_away_is_left_alone(run: Path, make_config: MakeConfig, t
     assert names(run) == ["step_2", "step_4"]
 
 
-def test_a_stale_handle_while_checksums_are_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_handle_while_checksums_are_made(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = store.checksum
     failures = iter([errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 
@@ -111,7 +113,9 @@ def test_damage_is_what_is_wrong_twice(run: Path, monkeypatch: pytest.MonkeyPatc
     assert older.step == 2
 
 
-def test_a_checkpoint_of_a_later_format_is_refused_and_left_alone(run: Path, make_config: MakeConfig, train: Any) -> None:
+def test_a_checkpoint_of_a_later_format_is_refused_and_left_alone(
+    run: Path, make_config: MakeConfig, train: Any
+) -> None:
     path = run / store.FOLDER / "step_4" / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"version": store.FORMAT_VERSION + 1}))

@@ -32,7 +32,13 @@ MakeConfig = Callable[..., dict[str, Any]]
 
 def snapshot(step: int) -> Snapshot:
     weights = {"model.norm.weight": torch.full((4,), float(step))}
-    return Snapshot(step, weights, {f"exp_avg/{name}": value for name, value in weights.items()}, {}, {"step": step})
+    return Snapshot(
+        step,
+        weights,
+        {f"exp_avg/{name}": value for name, value in weights.items()},
+        {},
+        {"step": step},
+    )
 
 
 def kept(run: Path) -> list[int]:
@@ -53,7 +59,9 @@ def test_every_so_many_stay_for_ever(tmp_path: Path) -> None:
     assert kept(tmp_path) == [55, 50, 40, 20]
 
 
-def test_a_replaced_checkpoint_goes_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_checkpoint_goes_after_the_new_one_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of_run = Writer(tmp_path, keep=1)
     save(of_run, 1)
 
@@ -73,7 +81,9 @@ def test_a_replaced_checkpoint_goes_after_the_new_one_has_its_name(tmp_path: Pat
     assert newest.step == 1
 
 
-def test_one_that_is_read_stays_until_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_is_read_stays_until_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     of_run = Writer(tmp_path, keep=1)
     save(of_run, 1)
     with store.resolve(tmp_path).in_use(), caplog.at_level(logging.INFO, "megaconsa"):
@@ -86,7 +96,9 @@ def test_one_that_is_read_stays_until_it_is_not(tmp_path: Path, caplog: pytest.L
 
 def test_begin_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, save_file = threading.Event(), writer.save_file
-    monkeypatch.setattr(writer, "save_file", lambda *arguments: may_write.wait(60) and save_file(*arguments))
+    monkeypatch.setattr(
+        writer, "save_file", lambda *arguments: may_write.wait(60) and save_file(*arguments)
+    )
     of_run = Writer(tmp_path, keep=1)
     of_run.begin(snapshot(1))
     assert of_run.poll() is None
@@ -105,10 +117,14 @@ def test_what_is_staged_does_not_follow_the_training(tmp_path: Path) -> None:
     assert first["weight"].tolist() == [1, 1, 1]
     again = staging.copy([("weight", trained)])
     assert again["weight"].tolist() == [2, 2, 2]
-    assert again["weight"].data_ptr() == first["weight"].data_ptr()  # memory for one checkpoint, whatever their number
+    assert (
+        again["weight"].data_ptr() == first["weight"].data_ptr()
+    )  # memory for one checkpoint, whatever their number
 
 
-def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_write_files_of_their_own_and_one_fault_fails_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks as two threads."""
     barrier, shares = threading.Barrier(2), [None, None]
 
@@ -122,7 +138,9 @@ def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, 
 
         return exchange
 
-    ranks = [Writer(tmp_path, 2, rank=rank, ranks=2, exchange=exchange_of(rank)) for rank in range(2)]
+    ranks = [
+        Writer(tmp_path, 2, rank=rank, ranks=2, exchange=exchange_of(rank)) for rank in range(2)
+    ]
     other = Snapshot(1, {"lm_head.weight": torch.ones(2)}, {}, {"cpu": torch.get_rng_state()})
 
     def write() -> list[str | None]:
@@ -133,7 +151,10 @@ def test_ranks_write_files_of_their_own_and_one_fault_fails_all(tmp_path: Path, 
 
     assert write() == [None, None]
     saved = store.resolve(tmp_path)
-    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} <= saved.manifest["files"].keys()
+    assert {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    } <= saved.manifest["files"].keys()
     assert sorted(saved.weights()) == ["lm_head.weight", "model.norm.weight"]
 
     def full(tensors: Any, path: Path, *_: Any) -> None:
@@ -168,7 +189,11 @@ def trainer_with(values: dict[str, Any], actions: dict[int, Callable[[], Any]]) 
 
 @small_disk
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
-    disk: Path, make_config: MakeConfig, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    disk: Path,
+    make_config: MakeConfig,
+    train: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole = train(make_config(run={"dir": str(tmp_path / "whole")}))
     values = make_config(run={"dir": str(disk / "run")})
@@ -176,7 +201,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert "checkpoint of step 4 could not be written" in caplog.text
     assert "No space left on device" in caplog.text
     assert kept(disk / "run") == [6, 2]
-    assert [row["loss"] for row in read_metrics(disk / "run" / "metrics.jsonl")] == [row["loss"] for row in whole]
+    assert [row["loss"] for row in read_metrics(disk / "run" / "metrics.jsonl")] == [
+        row["loss"] for row in whole
+    ]
 
 
 @small_disk
@@ -190,12 +217,16 @@ def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixt
         if row["step"] == 15:
             (disk / "filler").unlink()
         metrics.on_step(nobody, row)
-        assert read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]  # whole rows only
+        assert (
+            read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]
+        )  # whole rows only
     assert caplog.text.count("its rows wait in memory") == 1
     assert read_metrics(metrics.path) == rows
 
 
-def test_a_disk_that_does_not_answer_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_does_not_answer_holds_up_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metrics = MetricsFile(tmp_path)
     nobody: Any = None  # the trainer is asked for nothing
     answers = threading.Event()
@@ -223,7 +254,9 @@ def test_a_disk_that_does_not_answer_holds_up_no_step(tmp_path: Path, monkeypatc
 @small_disk
 def test_a_last_save_that_fails_alone(disk: Path, make_config: MakeConfig, train: Any) -> None:
     values = make_config(run={"dir": str(disk / "run")})
-    with pytest.raises(RunError, match=r"checkpoint of step 6 could not be written: .*No space left") as raised:
+    with pytest.raises(
+        RunError, match=r"checkpoint of step 6 could not be written: .*No space left"
+    ) as raised:
         trainer_with(values, {5: lambda: fill(disk)}).run()
     assert not isinstance(raised.value, UnreachableError)
     assert kept(disk / "run") == [4, 2]
@@ -238,7 +271,9 @@ def test_two_saves_that_fail_end_the_run_long_before_its_last_step(
     """Not at the first one: what fails once may be mended by the next save."""
     values = make_config(run={"dir": str(disk / "run")}, training={"steps": 40})
     trainer = trainer_with(values, {3: lambda: fill(disk)})
-    with pytest.raises(UnreachableError, match=r"2 checkpoints in a row .*No space left on device.* same command"):
+    with pytest.raises(
+        UnreachableError, match=r"2 checkpoints in a row .*No space left on device.* same command"
+    ):
         trainer.run()
     # Saves of steps 4 and 6 fail; the end of a write is heard of by the save after it.
     assert 6 < trainer.progress.step <= 8
@@ -278,9 +313,14 @@ def test_a_folder_that_turns_read_only(disk: Path, make_config: MakeConfig, trai
     assert len(train(values)) == 6
 
 
-def test_a_lock_names_its_holder_and_a_dead_ones_is_void(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_names_its_holder_and_a_dead_ones_is_void(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = RunLock(tmp_path)
-    with pytest.raises(InputError, match=rf"run.dir={tmp_path} is in use: process \d+ on \S+, since .*, trains in it"):
+    with pytest.raises(
+        InputError,
+        match=rf"run.dir={tmp_path} is in use: process \d+ on \S+, since .*, trains in it",
+    ):
         RunLock(tmp_path)
     words = (tmp_path / ".lock").read_text()
     first.release()
@@ -304,7 +344,9 @@ def test_what_was_passed_over_is_put_aside(make_config: MakeConfig, train: Any) 
     assert (run / "checkpoints" / "step_6.damaged").is_dir()
 
 
-def test_a_folder_that_ranks_do_not_share_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_ranks_do_not_share_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "VISIBLE_SECONDS", 1)
 
     def exchange(value: Any) -> list[Any]:
@@ -315,5 +357,7 @@ def test_a_folder_that_ranks_do_not_share_fails_the_save(tmp_path: Path, monkeyp
     of_run.begin(snapshot(1))
     result = of_run.wait()
     assert result is not None
-    assert "which rank 1 wrote; run.dir must be on a file system that all nodes share" in str(result.error)
+    assert "which rank 1 wrote; run.dir must be on a file system that all nodes share" in str(
+        result.error
+    )
     assert kept(tmp_path) == []

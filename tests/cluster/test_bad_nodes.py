@@ -11,7 +11,9 @@ from megaconsa.cluster.bad_nodes import suspects
 
 HEAD = "2026-11-27 16:00:09 +0000  rank 0 of 2 on node7, pid 41, in step 8, exit code 76\n"
 LOST = HEAD + "error: rank 1 of 2 on node8 died without a word: killed from outside (kill -9)\n"
-BROKEN = HEAD + "Traceback\ntorch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\n"
+BROKEN = (
+    HEAD + "Traceback\ntorch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\n"
+)
 DIVERGED = HEAD + "error: the loss is not finite\n"
 HUNG = HEAD + "error: nothing has moved for 600 s\n"
 

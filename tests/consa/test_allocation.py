@@ -56,7 +56,9 @@ def test_head_order_deals_full_heads_evenly(case: tuple[Allocation, int]) -> Non
         assert sorted(order) == list(range(table.num_kv_heads))
         parts = [order[rank * each : (rank + 1) * each] for rank in range(ranks)]
         for part in parts:
-            assert list(part) == sorted(part, key=lambda head: (not row[head], head))  # full heads first, otherwise in order
+            assert list(part) == sorted(
+                part, key=lambda head: (not row[head], head)
+            )  # full heads first, otherwise in order
         counts = [sum(row[head] for head in part) for part in parts]
         assert max(counts) - min(counts) <= 1
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
@@ -69,7 +71,9 @@ def test_head_order_deals_full_heads_evenly(case: tuple[Allocation, int]) -> Non
 def test_head_order_of_one_rank_is_full_heads_first(case: tuple[Allocation, int]) -> None:
     table, _ = case
     for layer, row in enumerate(table.full):
-        expected = [head for head in range(len(row)) if row[head]] + [head for head in range(len(row)) if not row[head]]
+        expected = [head for head in range(len(row)) if row[head]] + [
+            head for head in range(len(row)) if not row[head]
+        ]
         assert table.head_order(layer, 1) == table.full_heads_first(layer) == tuple(expected)
 
 
@@ -89,7 +93,17 @@ def test_file_round_trip_leaves_nothing_beside(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert written["full"] == [[True, False, False], [False, False, True]]
     assert written["sparsity"] == pytest.approx(2 / 3)
-    contract = {"version", "num_layers", "num_kv_heads", "window", "granularity", "scope", "target_sparsity", "sparsity", "full"}
+    contract = {
+        "version",
+        "num_layers",
+        "num_kv_heads",
+        "window",
+        "granularity",
+        "scope",
+        "target_sparsity",
+        "sparsity",
+        "full",
+    }
     assert written.keys() == contract | {"origin"}
 
 
@@ -118,7 +132,9 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 1,\n "full": [[tru', b"\xff\xfe\x00", b"not json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"version": 1,\n "full": [[tru', b"\xff\xfe\x00", b"not json"]
+)
 def test_what_is_not_json_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "allocation.json"
     path.write_bytes(content)
@@ -132,10 +148,15 @@ def test_what_is_no_allocation_of_this_version_is_refused(content: str, tmp_path
     assert "version 1" in refused(path)
 
 
-@pytest.mark.parametrize("field", ["window", "full", "num_layers", "num_kv_heads", "granularity", "scope", "target_sparsity"])
+@pytest.mark.parametrize(
+    "field",
+    ["window", "full", "num_layers", "num_kv_heads", "granularity", "scope", "target_sparsity"],
+)
 def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
     path = tmp_path / "allocation.json"
-    path.write_text(json.dumps({key: value for key, value in TABLE.to_json().items() if key != field}))
+    path.write_text(
+        json.dumps({key: value for key, value in TABLE.to_json().items() if key != field})
+    )
     assert f"lacks {field}" in refused(path)
 
 
@@ -190,7 +211,9 @@ def test_a_table_of_scores(granularity: Granularity) -> None:
         expected = ((False, False), (True, True), (False, False), (True, True))
     table = Allocation.from_scores(scores, constraint, 16, {"run": "runs/a"})
     assert table == Allocation(16, expected, granularity, "global", 0.5, {"run": "runs/a"})
-    assert Allocation.from_table(constraint.top_k(scores), constraint, 16, {"run": "runs/a"}) == table
+    assert (
+        Allocation.from_table(constraint.top_k(scores), constraint, 16, {"run": "runs/a"}) == table
+    )
 
 
 def test_as_rows() -> None:

@@ -26,14 +26,21 @@ def gradients(count: int, seed: int) -> list[Tensor]:
     return [10.0 ** (index - 4) * torch.randn(2, 3, generator=generator) for index in range(count)]
 
 
-def adam_steps(history: list[Tensor], betas: tuple[float, float], rates: tuple[float, ...]) -> list[Tensor]:
+def adam_steps(
+    history: list[Tensor], betas: tuple[float, float], rates: tuple[float, ...]
+) -> list[Tensor]:
     """What Adam (Kingma and Ba, algorithm 1) subtracts at each step, in double precision."""
     first, second = torch.zeros(2, dtype=torch.float64)
     steps = []
     for number, (gradient, rate) in enumerate(zip(history, rates, strict=True), 1):
         first = betas[0] * first + (1 - betas[0]) * gradient.double()
         second = betas[1] * second + (1 - betas[1]) * gradient.double() ** 2
-        steps.append(rate * first / (1 - betas[0] ** number) / ((second / (1 - betas[1] ** number)).sqrt() + 1e-8))
+        steps.append(
+            rate
+            * first
+            / (1 - betas[0] ** number)
+            / ((second / (1 - betas[1] ** number)).sqrt() + 1e-8)
+        )
     return steps
 
 
@@ -43,7 +50,9 @@ def test_penalty_and_its_gradient_follow_the_formula() -> None:
     lagrangian.phi.copy_(torch.tensor([1.0, 3.0, 10.0]))
     error = torch.tensor([0.2, -0.1, 0.4], requires_grad=True)
     penalty = lagrangian.penalty(error)
-    assert penalty.item() == pytest.approx(0.5 * 0.2 + 0.2**2 + 2.0 * 0.1 + 3.0 * 0.1**2 + 10.0 * 0.4**2, rel=1e-6)
+    assert penalty.item() == pytest.approx(
+        0.5 * 0.2 + 0.2**2 + 2.0 * 0.1 + 3.0 * 0.1**2 + 10.0 * 0.4**2, rel=1e-6
+    )
     expected = torch.tensor([0.5 + 2 * 0.2, -2.0 - 2 * 3.0 * 0.1, 2 * 10.0 * 0.4])
     torch.testing.assert_close(torch.autograd.grad(penalty, error)[0], expected, rtol=1e-6, atol=0)
 
@@ -54,7 +63,9 @@ def test_descent_is_one_adam_over_the_sum() -> None:
     losses, penalties = gradients(5, seed=1), gradients(5, seed=2)[::-1]
     expected = log_alpha.detach().double()
     together = [loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
-    for loss, penalty, rate, move in zip(losses, penalties, RATES, adam_steps(together, BETAS, RATES), strict=True):
+    for loss, penalty, rate, move in zip(
+        losses, penalties, RATES, adam_steps(together, BETAS, RATES), strict=True
+    ):
         lagrangian.descend(loss, penalty, rate)
         expected = expected - move
         torch.testing.assert_close(log_alpha.detach().double(), expected, rtol=0, atol=1e-6)
@@ -73,11 +84,18 @@ def test_ascent_is_adam_on_both_multipliers() -> None:
     """From the penalty's own gradient, from 0, at the learning rate of the descent before it."""
     lagrangian = AugmentedLagrangian(leaf(2, 3), 2)
     assert lagrangian.lambda_.tolist() == lagrangian.phi.tolist() == [0.0, 0.0]
-    errors = [torch.tensor(values) for values in ([0.5, -0.25], [0.4, -0.3], [-0.1, 0.2], [0.3, 0.1], [0.0, 0.0])]
+    errors = [
+        torch.tensor(values)
+        for values in ([0.5, -0.25], [0.4, -0.3], [-0.1, 0.2], [0.3, 0.1], [0.0, 0.0])
+    ]
     slopes = []
     for error in errors:
         multipliers = torch.zeros(2, 2, requires_grad=True)
-        slopes.append(torch.autograd.grad((multipliers[0] * error + multipliers[1] * error**2).sum(), multipliers)[0])
+        slopes.append(
+            torch.autograd.grad(
+                (multipliers[0] * error + multipliers[1] * error**2).sum(), multipliers
+            )[0]
+        )
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for error, rate, move in zip(errors, RATES, adam_steps(slopes, BETAS, RATES), strict=True):
         lagrangian.descend(torch.zeros(2, 3), torch.zeros(2, 3), rate)
@@ -93,7 +111,9 @@ def test_state_names_every_tensor() -> None:
         return {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
 
     log_alpha = leaf(1, 4)
-    assert AugmentedLagrangian(log_alpha, 1).state().keys() == {"lambda", "phi"} | moments("adam.0", "ascent.0", "ascent.1")
+    assert AugmentedLagrangian(log_alpha, 1).state().keys() == {"lambda", "phi"} | moments(
+        "adam.0", "ascent.0", "ascent.1"
+    )
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
@@ -109,7 +129,10 @@ def test_state_through_a_file_restores_bitwise_the_same_next_steps(at: int, tmp_
     lagrangian = AugmentedLagrangian(leaf(2, 3), 2)
     own = lagrangian.state()
     advance(lagrangian, range(at))
-    save_file(lagrangian.state() | {"log_alpha": lagrangian.log_alpha.detach()}, tmp_path / "gates.safetensors")
+    save_file(
+        lagrangian.state() | {"log_alpha": lagrangian.log_alpha.detach()},
+        tmp_path / "gates.safetensors",
+    )
     saved = load_file(tmp_path / "gates.safetensors")
     advance(lagrangian, range(at, 5))
     assert all(value is own[key] for key, value in lagrangian.state().items())
@@ -118,7 +141,9 @@ def test_state_through_a_file_restores_bitwise_the_same_next_steps(at: int, tmp_
     for key, value in resumed.state().items():
         value.copy_(saved[key])
     advance(resumed, range(at, 5))
-    states = [each.state() | {"log_alpha": each.log_alpha.detach()} for each in (lagrangian, resumed)]
+    states = [
+        each.state() | {"log_alpha": each.log_alpha.detach()} for each in (lagrangian, resumed)
+    ]
     for a, b in pairwise(states):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)

@@ -46,24 +46,34 @@ class Course:
 
 def run(constraint: Constraint, controller: ControllerName) -> Course:
     generator = torch.Generator().manual_seed(0)
-    settings = GateSettings(constraint, 8, controller, warmup_steps=WARMUP, global_batch=SEQUENCES, steps=STEPS)
+    settings = GateSettings(
+        constraint, 8, controller, warmup_steps=WARMUP, global_batch=SEQUENCES, steps=STEPS
+    )
     bank = GateBank(settings)
     benefit = torch.rand(constraint.shape, generator=generator)
     excess = 0.0
     for step in range(STEPS):
         bank.sample(step)
-        noise = NOISE * torch.randn(constraint.num_layers, SEQUENCES, constraint.units_per_layer, generator=generator)
+        noise = NOISE * torch.randn(
+            constraint.num_layers, SEQUENCES, constraint.units_per_layer, generator=generator
+        )
         # Into the leaves, where a backward pass would leave it: 28 small ones a step would be most of the test's time.
-        for leaf, gradient in zip(bank._leaves, (-LOSS_SCALE / SEQUENCES) * (benefit[:, None] + noise), strict=True):
+        for leaf, gradient in zip(
+            bank._leaves, (-LOSS_SCALE / SEQUENCES) * (benefit[:, None] + noise), strict=True
+        ):
             leaf.grad = gradient
         metrics = bank.update()
         per_layer = constraint.scope == "per_layer"
-        expected = metrics["layer_expected_sparsity"] if per_layer else [metrics["expected_sparsity"]]
+        expected = (
+            metrics["layer_expected_sparsity"] if per_layer else [metrics["expected_sparsity"]]
+        )
         excess = max(excess, max(expected) - metrics["target_sparsity"])
 
     best = constraint.top_k(benefit)
     full = constraint.top_k(bank.gates.scores)
-    rows = torch.stack([ranks(constraint.rows(values)).flatten() for values in (benefit, bank.gates.scores.cpu())])
+    rows = torch.stack(
+        [ranks(constraint.rows(values)).flatten() for values in (benefit, bank.gates.scores.cpu())]
+    )
     return Course(
         excess,
         max(abs(value - constraint.sparsity) for value in expected),
@@ -79,13 +89,17 @@ def ranks(rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("constraint", SHAPES, ids=name)
-def test_evidence_follows_the_target_decides_and_keeps_the_beneficial(constraint: Constraint, sparsity: float) -> None:
+def test_evidence_follows_the_target_decides_and_keeps_the_beneficial(
+    constraint: Constraint, sparsity: float
+) -> None:
     course = run(replace(constraint, sparsity=sparsity), "evidence")
     assert course.excess <= 1e-9
     assert course.miss <= 1e-9
     assert course.decided == 1
     assert course.correlation >= 0.95
-    if constraint.granularity == "kv_head":  # of 12 layers, three that stay full are too few to count
+    if (
+        constraint.granularity == "kv_head"
+    ):  # of 12 layers, three that stay full are too few to count
         assert course.overlap >= 0.9
 
 

@@ -44,14 +44,18 @@ def table(constraint: Constraint, evidence: Evidence) -> Tensor:
 # 63 steps end within a block, 60 with one.
 @pytest.mark.parametrize("steps", [60, 63, STEPS])
 @pytest.mark.parametrize("probed", [1.0, 0.6], ids=["all", "some"])
-def test_score_is_the_weighted_mean_and_its_error_that_of_block_means(steps: int, probed: float) -> None:
+def test_score_is_the_weighted_mean_and_its_error_that_of_block_means(
+    steps: int, probed: float
+) -> None:
     evidence, falls, weights = measured(steps, probed)
     total = weights.sum(dim=(0, 1))
     mean = (weights * falls).sum(dim=(0, 1)) / total
     torch.testing.assert_close(evidence.scores, mean)
 
     block_weights = torch.stack([part.sum(dim=(0, 1)) for part in weights.split(5)])
-    block_means = torch.stack([part.sum(dim=(0, 1)) for part in (weights * falls).split(5)]) / block_weights
+    block_means = (
+        torch.stack([part.sum(dim=(0, 1)) for part in (weights * falls).split(5)]) / block_weights
+    )
     shares = block_weights / total
     blocks = 1 / shares.square().sum(dim=0)
     variance = (shares.square() * (block_means - mean).square()).sum(dim=0) * blocks / (blocks - 1)
@@ -88,7 +92,9 @@ def test_halves_are_alternate_blocks_and_the_two_parts_of_the_run() -> None:
     blocks = torch.arange(STEPS) // 5
     state = evidence.state()
     for half in range(2):
-        torch.testing.assert_close(state["evidence.split_sum"][half], products[blocks % 2 == half].sum(dim=0))
+        torch.testing.assert_close(
+            state["evidence.split_sum"][half], products[blocks % 2 == half].sum(dim=0)
+        )
     torch.testing.assert_close(state["evidence.time_sum"][0], products[: STEPS // 2].sum(dim=0))
     torch.testing.assert_close(state["evidence.time_sum"][1], products[STEPS // 2 :].sum(dim=0))
 
@@ -112,7 +118,11 @@ def test_rank_correlation_is_spearmans() -> None:
 
 def test_rank_correlation_of_equal_values_is_unknown() -> None:
     """All-zero gradients, of a window longer than every document say, agree about nothing."""
-    assert rank_correlations(torch.zeros(1, 4).double(), torch.arange(4.0).double()[None]).isnan().all()
+    assert (
+        rank_correlations(torch.zeros(1, 4).double(), torch.arange(4.0).double()[None])
+        .isnan()
+        .all()
+    )
     evidence = Evidence(CONSTRAINT, STEPS, 1.0)
     for step in range(20):
         evidence.add(torch.zeros(2, 3, 4).double(), torch.ones(2, 3, 4, dtype=torch.bool), step)
@@ -127,7 +137,9 @@ def test_separated_and_contradicted_units() -> None:
     evidence = Evidence(constraint, 100, 1e12)
     means = torch.tensor([[1.0, 0.51, 0.49, 0.0]]).double()
     for step in range(100):
-        evidence.add((means + (-1) ** (step // 3))[None], torch.ones(1, 1, 4, dtype=torch.bool), step)
+        evidence.add(
+            (means + (-1) ** (step // 3))[None], torch.ones(1, 1, 4, dtype=torch.bool), step
+        )
     z = evidence.z_scores[0].abs().tolist()
     assert z[0] == pytest.approx(z[3], rel=0.2)
     assert z[0] > 2 > z[1]
@@ -164,7 +176,9 @@ def test_certainty_is_accepted_and_chance_refused_at_every_sparsity(sparsity: fl
 
 def test_few_units_must_agree_more() -> None:
     assert least_agreement(Constraint(28, 8, 0.5)) == 0.5
-    assert least_agreement(Constraint(12, 8, 0.5, "layer", "global")) == pytest.approx(2.5 / math.sqrt(11))
+    assert least_agreement(Constraint(12, 8, 0.5, "layer", "global")) == pytest.approx(
+        2.5 / math.sqrt(11)
+    )
     assert least_agreement(Constraint(1, 4, 0.5)) == 0.95
 
 
@@ -187,13 +201,21 @@ def test_nothing_measured_is_no_evidence() -> None:
     [
         (EvidenceSummary(None, None, None, None, 0, 0.5), "there is too little evidence"),
         (EvidenceSummary(0.9, 0.9, 0.9, 0.0, 3, 0.5), "there is too little evidence (3 blocks"),
-        (EvidenceSummary(0.2, 0.9, 0.9, 0.0, 30, 0.5), "alternate blocks of steps order the units differently"),
+        (
+            EvidenceSummary(0.2, 0.9, 0.9, 0.0, 30, 0.5),
+            "alternate blocks of steps order the units differently",
+        ),
         (EvidenceSummary(0.6, 0.9, 0.9, 0.0, 30, 0.7), "at least 0.70 is wanted"),
-        (EvidenceSummary(0.9, 0.2, 0.9, 0.0, 30, 0.5), "the order of the units changed while they were measured"),
+        (
+            EvidenceSummary(0.9, 0.2, 0.9, 0.0, 30, 0.5),
+            "the order of the units changed while they were measured",
+        ),
         (EvidenceSummary(0.9, 0.9, 0.05, 0.0, 30, 0.5), "only 5% of the units differ from the cut"),
     ],
 )
-def test_why_evidence_does_not_support_an_allocation(summary: EvidenceSummary, sentence: str) -> None:
+def test_why_evidence_does_not_support_an_allocation(
+    summary: EvidenceSummary, sentence: str
+) -> None:
     fault = summary.fault(0.5)
     assert fault is not None
     assert sentence in fault

@@ -25,7 +25,9 @@ def name(constraint: Constraint) -> str:
 constraints = pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
 
 
-def course(constraint: Constraint, benefit: Tensor, noise: float = 1.0) -> tuple[GateBank, list[Tensor]]:
+def course(
+    constraint: Constraint, benefit: Tensor, noise: float = 1.0
+) -> tuple[GateBank, list[Tensor]]:
     """A whole run in which opening a unit lowers the loss by its benefit, under noise; with z of each step, (layers, units)."""
     generator = torch.Generator().manual_seed(0)
     settings = GateSettings(constraint, 8, warmup_steps=WARMUP, global_batch=SEQUENCES, steps=STEPS)
@@ -57,7 +59,9 @@ def test_every_constraint_meets_its_target_in_every_step(constraint: Constraint)
 
 
 @constraints
-def test_all_units_are_measured_under_equal_conditions_before_the_closing_stage(constraint: Constraint) -> None:
+def test_all_units_are_measured_under_equal_conditions_before_the_closing_stage(
+    constraint: Constraint,
+) -> None:
     _, history = course(constraint, random_benefit(constraint))
     for z in history[: int(0.75 * STEPS)]:
         rows = constraint.rows(z)

@@ -142,7 +142,9 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
         z = hard_concrete.sample(log_alpha, uniform)
         error = expected_sparsity(log_alpha, settings) - target
         penalty = (lambda_ * error + phi * error**2).sum()
-        whole = loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences, scale) + penalty  # noqa: B023
+        whole = (
+            loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences, scale) + penalty
+        )  # noqa: B023
         (penalty_gradient,) = torch.autograd.grad(penalty, log_alpha, retain_graph=True)
         loss_gradient = torch.autograd.grad(whole, log_alpha)[0] - penalty_gradient
         norm = float(loss_gradient.norm())
@@ -171,11 +173,15 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=name)
-def test_without_a_loss_only_the_penalty_has_a_gradient(settings: GateSettings, spied: Spied) -> None:
+def test_without_a_loss_only_the_penalty_has_a_gradient(
+    settings: GateSettings, spied: Spied
+) -> None:
     """(lambda + 2 phi error) d error / d log_alpha, with d error = -p (1 - p) / units."""
     bank = spread(GateBank(settings))
     calls = spied(bank)
-    sampler(bank).lagrangian.lambda_.copy_(torch.linspace(0.01, 0.02, len(sampler(bank).lagrangian.lambda_)))
+    sampler(bank).lagrangian.lambda_.copy_(
+        torch.linspace(0.01, 0.02, len(sampler(bank).lagrangian.lambda_))
+    )
     sampler(bank).lagrangian.phi.fill_(0.7)
     before = sampler(bank).log_alpha.detach().clone()
     error = expected_sparsity(before, settings) - settings.constraint.sparsity / 3
@@ -337,7 +343,9 @@ def test_two_ranks_with_half_of_the_sequences_each_equal_one(settings: GateSetti
             metrics = rank.update()
             for key, value in single.state().items():
                 torch.testing.assert_close(rank.state()[key], value, rtol=1e-5, atol=2e-6)
-            assert metrics["expected_sparsity"] == pytest.approx(expected["expected_sparsity"], abs=1e-6)
+            assert metrics["expected_sparsity"] == pytest.approx(
+                expected["expected_sparsity"], abs=1e-6
+            )
         states = [rank.state() for rank in ranks]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -362,7 +370,11 @@ def test_metrics_of_a_step() -> None:
     assert metrics["threshold_sparsity"] == pytest.approx(5 / 12)
     assert metrics["decided_share"] == pytest.approx(6 / 12)
     assert metrics["cut_margin"] == pytest.approx(0.1, rel=1e-5)
-    assert bank.full().tolist() == [[True, False, True, False], [False, False, True, True], [False, False, True, True]]
+    assert bank.full().tolist() == [
+        [True, False, True, False],
+        [False, False, True, True],
+        [False, False, True, True],
+    ]
 
 
 def test_cut_margin_is_null_where_nothing_is_cut() -> None:
@@ -373,7 +385,9 @@ def test_cut_margin_is_null_where_nothing_is_cut() -> None:
 
 
 def test_target_rises_linearly_over_the_warmup() -> None:
-    assert [SETTINGS.target(step) for step in range(5)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5, 0.5])
+    assert [SETTINGS.target(step) for step in range(5)] == pytest.approx(
+        [0.5 / 3, 1 / 3, 0.5, 0.5, 0.5]
+    )
     assert replace(SETTINGS, warmup_steps=0).target(0) == 0.5
 
 

@@ -32,7 +32,10 @@ def test_probabilities_against_monte_carlo(log_alpha: float) -> None:
 def test_samples_switch_at_the_quantiles(log_alpha: float) -> None:
     """z grows with u, so z > 0 begins at u = 1 - P(z > 0) and z = 1 at u = 1 - P(z = 1): sharper than any sampling."""
     value = torch.tensor(log_alpha, dtype=torch.float64)
-    opens, saturates = 1 - hard_concrete.probability_nonzero(value), 1 - hard_concrete.probability_one(value)
+    opens, saturates = (
+        1 - hard_concrete.probability_nonzero(value),
+        1 - hard_concrete.probability_one(value),
+    )
     below, above = 1 - 1e-9, 1 + 1e-9
     assert hard_concrete.sample(value, opens * below) == 0
     assert 0 < hard_concrete.sample(value, opens * above) < 1e-6
@@ -45,7 +48,9 @@ def test_sample_and_gradient_inside_follow_the_formula() -> None:
     uniform = torch.linspace(0.65, 0.35, 9, dtype=torch.float64)
     z = hard_concrete.sample(log_alpha, uniform)
     gradient = torch.autograd.grad(z.sum(), log_alpha)[0]
-    for a, u, value, slope in zip(log_alpha.tolist(), uniform.tolist(), z.tolist(), gradient.tolist(), strict=True):
+    for a, u, value, slope in zip(
+        log_alpha.tolist(), uniform.tolist(), z.tolist(), gradient.tolist(), strict=True
+    ):
         s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + a) / (2 / 3)))
         assert 0 < value < 1
         assert value == pytest.approx(1.2 * s - 0.1, rel=1e-13)
@@ -67,7 +72,9 @@ def test_exact_zeros_and_ones_occur_and_have_no_gradient() -> None:
 def test_gradient_of_the_open_probability() -> None:
     log_alpha = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
     p = hard_concrete.probability_nonzero(log_alpha)
-    torch.testing.assert_close(torch.autograd.grad(p.sum(), log_alpha)[0], p * (1 - p), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(p.sum(), log_alpha)[0], p * (1 - p), rtol=1e-13, atol=0
+    )
 
 
 def test_extreme_log_alpha_saturates_without_nan() -> None:

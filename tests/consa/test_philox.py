@@ -29,7 +29,9 @@ def words(*values: int) -> Any:
         ),
     ],
 )
-def test_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
+def test_known_answers_of_random123(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
     """kat_vectors of Random123, philox4x32 with ten rounds."""
     assert tuple(int(word) for word in philox.philox(words(*counter), key)) == expected
 
@@ -43,13 +45,17 @@ def test_each_number_is_philox_of_its_place() -> None:
     for row, sequence in enumerate((7, 3)):
         for layer in range(3):
             for unit in range(4):
-                word = int(philox.philox(words(unit, layer, sequence, step), (0x89ABCDEF, 0x01234567))[0])
+                word = int(
+                    philox.philox(words(unit, layer, sequence, step), (0x89ABCDEF, 0x01234567))[0]
+                )
                 assert float(numbers[row, layer, unit]) == ((word >> 9) + 0.5) / 2**23
 
 
 def test_subsets_and_other_splits_give_the_same_numbers() -> None:
     everything = philox.uniform(5, 17, torch.arange(12), 4, 6)
-    assert torch.equal(philox.uniform(5, 17, torch.tensor([9, 2, 9, 0]), 4, 6), everything[[9, 2, 9, 0]])
+    assert torch.equal(
+        philox.uniform(5, 17, torch.tensor([9, 2, 9, 0]), 4, 6), everything[[9, 2, 9, 0]]
+    )
     for size in (1, 3, 5):
         parts = [philox.uniform(5, 17, part, 4, 6) for part in torch.arange(12).split(size)]
         assert torch.equal(torch.cat(parts), everything)
@@ -59,14 +65,18 @@ def test_subsets_and_other_splits_give_the_same_numbers() -> None:
 def test_seed_step_sequence_layer_and_unit_all_count() -> None:
     """No number recurs beyond the birthday collisions of 23 bits, so none of the five is dropped or mixed up with another."""
     seeds = (0, 1, 1 << 32, (1 << 32) + 1)
-    numbers = torch.stack([philox.uniform(seed, step, torch.arange(8), 8, 8) for seed in seeds for step in range(8)])
+    numbers = torch.stack(
+        [philox.uniform(seed, step, torch.arange(8), 8, 8) for seed in seeds for step in range(8)]
+    )
     draws = numbers.numel()
     collisions = draws - len(numbers.unique())
     assert collisions <= 5 * draws**2 / 2 / 2**23
 
 
 @pytest.mark.parametrize(("word", "expected"), [(0, 2.0**-24), (ALL_ONES, 1 - 2.0**-24)])
-def test_extreme_words_stay_inside_the_open_interval(word: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extreme_words_stay_inside_the_open_interval(
+    word: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def extreme(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
         return tuple(torch.full_like(part, word) for part in torch.broadcast_tensors(*counter))
 
@@ -83,6 +93,8 @@ def test_mean_variance_and_neighbours() -> None:
     assert abs(float(numbers.mean()) - 1 / 2) < 5 * (1 / 12 / count) ** 0.5
     assert abs(float(numbers.var()) - 1 / 12) < 5 * (1 / 180 / count) ** 0.5
     centred = numbers - 0.5
-    others = [centred.roll(1, dims=dim) for dim in range(3)] + [philox.uniform(11, 4, torch.arange(512), 28, 16).double() - 0.5]
+    others = [centred.roll(1, dims=dim) for dim in range(3)] + [
+        philox.uniform(11, 4, torch.arange(512), 28, 16).double() - 0.5
+    ]
     for other in others:
         assert abs(float((centred * other).mean()) * 12) < 5 / count**0.5

@@ -69,7 +69,9 @@ def test_noise_is_reported_as_noise(scope: Scope, noise: float) -> None:
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 @scopes
-def test_noise_that_sequences_and_steps_share_is_no_signal(scope: Scope, correlation: float) -> None:
+def test_noise_that_sequences_and_steps_share_is_no_signal(
+    scope: Scope, correlation: float
+) -> None:
     """The weights wander, and with them the gradients of all sequences of many steps: those are no independent witnesses."""
     _, evidence = learn(scope, 0.0, 1e-3, seed=0, sequences=16, shared=0.3, correlation=correlation)
     assert evidence.separated_share is not None

@@ -17,7 +17,9 @@ from megaconsa.data.tokenizer import train_sentencepiece
 def make_documents(count: int, seed: int = 0) -> list[str]:
     """Made-up text of words, numbers, indentation and some characters beyond ASCII."""
     rng = random.Random(seed)
-    words = ["".join(rng.choice("aeiouklmnprst") for _ in range(rng.randint(2, 9))) for _ in range(400)]
+    words = [
+        "".join(rng.choice("aeiouklmnprst") for _ in range(rng.randint(2, 9))) for _ in range(400)
+    ]
     pieces = [*words, "\n", "\n    ", "\t", " ", "(x)", "1234", "größe", "naïve", "日本"]
     return [" ".join(rng.choice(pieces) for _ in range(rng.randint(5, 200))) for _ in range(count)]
 
@@ -43,12 +45,20 @@ def text_folder(documents: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def prepared(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(
+    text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Some hundreds of sequences of 32 tokens, in shards of 4 KiB so that there are several."""
     folder = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", 4096)
-        info = prepare([str(text_folder)], folder, tokenizer=tokenizer_folder, sequence_length=32, validation_share=0.1)
+        info = prepare(
+            [str(text_folder)],
+            folder,
+            tokenizer=tokenizer_folder,
+            sequence_length=32,
+            validation_share=0.1,
+        )
     assert info.splits["train"].sequences > 200
     assert len(list((folder / "train").glob("shard.*"))) > 5
     return folder

@@ -78,7 +78,9 @@ def test_damage_at_read(copy: Path, damage: Callable[[Path], None], workers: int
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_out_of_reach_is_waited_for(copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_out_of_reach_is_waited_for(
+    copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
     stream = open_stream(copy, workers)
     steps = len(stream.shards) // 8
@@ -92,7 +94,9 @@ def test_a_shard_out_of_reach_is_waited_for(copy: Path, workers: int, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_stays_out_of_reach_is_no_damage(copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_stays_out_of_reach_is_no_damage(
+    copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(reading, "PATIENCE_SECONDS", 0.5)
     stream = open_stream(copy, workers)
@@ -102,7 +106,9 @@ def test_a_shard_that_stays_out_of_reach_is_no_damage(copy: Path, workers: int, 
         read_epoch(stream)
 
 
-def test_a_shard_is_read_twice_before_it_counts_as_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_read_twice_before_it_counts_as_damaged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "logger", _Repairing(shard(copy)))
     stream = open_stream(copy)
     flip(shard(copy))
@@ -138,7 +144,9 @@ def test_wrong_decompressed_hash_is_found(copy: Path) -> None:
 
 def test_fewer_sequences_than_promised(copy: Path) -> None:
     edit_index(copy, lambda shards: shards.pop())
-    with pytest.raises(InputError, match=r"index\.json: it counts \d+ sequences but dataset\.json promises"):
+    with pytest.raises(
+        InputError, match=r"index\.json: it counts \d+ sequences but dataset\.json promises"
+    ):
         TokenShards(copy, "train")
     (fault,) = verify(copy)
     assert "promises" in fault

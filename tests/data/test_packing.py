@@ -18,7 +18,9 @@ def test_every_token_is_predicted_once(documents: list[list[int]], length: int) 
     stream = [token for document in documents for token in [*document, END]]
     sequences = list(pack(iter(documents), length, END))
     assert len(sequences) == max(0, len(stream) - 1) // length
-    assert all(sequence.shape == (length + 1,) and sequence.dtype == np.int64 for sequence in sequences)
+    assert all(
+        sequence.shape == (length + 1,) and sequence.dtype == np.int64 for sequence in sequences
+    )
     predicted = [int(token) for sequence in sequences for token in sequence[1:]]
     assert predicted == stream[1 : 1 + len(predicted)]
     for k, sequence in enumerate(sequences):

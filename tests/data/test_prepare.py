@@ -28,7 +28,10 @@ from megaconsa.errors import InputError
 
 def contents(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: DatasetInfo) -> None:
@@ -49,22 +52,34 @@ def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: Datase
             assert np.array_equal(shards[i], sequence)
             counts.update(sequence[1:].tolist())
     total = sum(counts.values())
-    assert info.unigram_entropy == pytest.approx(-sum(n / total * math.log(n / total) for n in counts.values()))
+    assert info.unigram_entropy == pytest.approx(
+        -sum(n / total * math.log(n / total) for n in counts.values())
+    )
 
 
 def test_raw_and_stored_hashes_are_recorded(prepared: Path) -> None:
     for record in json.loads((prepared / "train" / "index.json").read_text())["shards"]:
-        assert record["raw_data"]["hashes"].keys() == record["zip_data"]["hashes"].keys() == {"xxh3_64"}
+        assert (
+            record["raw_data"]["hashes"].keys()
+            == record["zip_data"]["hashes"].keys()
+            == {"xxh3_64"}
+        )
         assert record["compression"] == "zstd"
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_large_vocabularies_take_four_bytes(tmp_path: Path, info: DatasetInfo, vocab_size: int, dtype: type) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)]
+)
+def test_large_vocabularies_take_four_bytes(
+    tmp_path: Path, info: DatasetInfo, vocab_size: int, dtype: type
+) -> None:
     sequences = [np.array([0, 7, vocab_size - 1]), np.array([vocab_size - 1, 1, 2])]
     counts = write_split(tmp_path, "train", iter(sequences), vocab_size, sequence_length=2)
     assert counts.sum() == 4
     splits = {"train": info.splits["train"].model_copy(update={"sequences": 2})}
-    large = info.model_copy(update={"vocab_size": vocab_size, "sequence_length": 2, "splits": splits})
+    large = info.model_copy(
+        update={"vocab_size": vocab_size, "sequence_length": 2, "splits": splits}
+    )
     (tmp_path / INFO).write_text(large.model_dump_json())
     shards = TokenShards(tmp_path, "train")
     assert shards[0].dtype == dtype
@@ -77,7 +92,9 @@ def test_tokenizer_can_be_trained_on_the_way(text_folder: Path, tmp_path: Path) 
     assert verify(tmp_path / "data") == []
 
 
-def test_chat_template_and_generation_config_come_along(text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_chat_template_and_generation_config_come_along(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     words = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_folder, words)
     (words / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -87,20 +104,32 @@ def test_chat_template_and_generation_config_come_along(text_folder: Path, token
         assert (tmp_path / "data" / "tokenizer" / name).read_text() == (words / name).read_text()
 
 
-def test_finished_folder_is_kept_or_refused(text_folder: Path, prepared: Path, tokenizer_folder: Path) -> None:
+def test_finished_folder_is_kept_or_refused(
+    text_folder: Path, prepared: Path, tokenizer_folder: Path
+) -> None:
     before = contents(prepared)
     sources = [str(text_folder)]
     prepare(sources, prepared, tokenizer=tokenizer_folder, sequence_length=32, validation_share=0.1)
     with pytest.raises(InputError, match="sequence-length is 32 there and 64 here"):
-        prepare(sources, prepared, tokenizer=tokenizer_folder, sequence_length=64, validation_share=0.1)
+        prepare(
+            sources, prepared, tokenizer=tokenizer_folder, sequence_length=64, validation_share=0.1
+        )
     with pytest.raises(InputError, match="source"):
-        prepare(sources * 2, prepared, tokenizer=tokenizer_folder, sequence_length=32, validation_share=0.1)
+        prepare(
+            sources * 2,
+            prepared,
+            tokenizer=tokenizer_folder,
+            sequence_length=32,
+            validation_share=0.1,
+        )
     with pytest.raises(InputError, match="train-tokenizer is None there and 600 here"):
         prepare(sources, prepared, train_tokenizer=600, sequence_length=32, validation_share=0.1)
     assert contents(prepared) == before
 
 
-def test_foreign_folder_is_refused(text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "precious").write_text("x")
     before = contents(tmp_path)
@@ -124,14 +153,28 @@ def test_failure_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "pack", failing)
         with pytest.raises(KeyboardInterrupt):
-            prepare([str(text_folder)], tmp_path / "data", tokenizer=tokenizer_folder, sequence_length=32)
+            prepare(
+                [str(text_folder)],
+                tmp_path / "data",
+                tokenizer=tokenizer_folder,
+                sequence_length=32,
+            )
     assert not (tmp_path / "data").exists()
-    with pytest.raises(InputError, match="train split has less than one sequence of 1000000 tokens"):
-        prepare([str(text_folder)], tmp_path / "data", tokenizer=tokenizer_folder, sequence_length=1_000_000)
+    with pytest.raises(
+        InputError, match="train split has less than one sequence of 1000000 tokens"
+    ):
+        prepare(
+            [str(text_folder)],
+            tmp_path / "data",
+            tokenizer=tokenizer_folder,
+            sequence_length=1_000_000,
+        )
     assert not (tmp_path / "data").exists()
 
 
-def test_killed_preparation_starts_again(text_folder: Path, tokenizer_folder: Path, prepared: Path, tmp_path: Path) -> None:
+def test_killed_preparation_starts_again(
+    text_folder: Path, tokenizer_folder: Path, prepared: Path, tmp_path: Path
+) -> None:
     script = f"""
 import os
 from pathlib import Path
@@ -144,13 +187,21 @@ prepare.prepare([{str(text_folder)!r}], Path("data"), tokenizer=Path({str(tokeni
     assert (tmp_path / "data" / "train" / "index.json").exists()
     with pytest.raises(InputError, match="did not finish"):
         DatasetInfo.load(tmp_path / "data")
-    prepare([str(text_folder)], tmp_path / "data", tokenizer=tokenizer_folder, sequence_length=16, validation_share=0)
+    prepare(
+        [str(text_folder)],
+        tmp_path / "data",
+        tokenizer=tokenizer_folder,
+        sequence_length=16,
+        validation_share=0,
+    )
     assert verify(tmp_path / "data") == []
     assert not (tmp_path / "data" / "validation").exists()
     assert not (tmp_path / "data" / UNFINISHED).exists()
 
 
-def test_two_preparations_do_not_mix(text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_two_preparations_do_not_mix(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     with (tmp_path / UNFINISHED).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is preparing it"):
@@ -172,7 +223,9 @@ def test_folders_that_are_no_data_are_refused(tmp_path: Path, copy: Path) -> Non
         DatasetInfo.load(copy)
 
 
-def test_bad_options_are_refused_before_writing(text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_bad_options_are_refused_before_writing(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     out, sources = tmp_path / "out", [str(text_folder)]
     with pytest.raises(InputError, match="one of --tokenizer"):
         prepare(sources, out, sequence_length=32)
@@ -182,7 +235,9 @@ def test_bad_options_are_refused_before_writing(text_folder: Path, tokenizer_fol
         prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=0)
     with pytest.raises(InputError, match=r"validation-share 1\.5"):
         prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=32, validation_share=1.5)
-    with pytest.raises(InputError, match="none of the 300 documents falls into the validation split"):
+    with pytest.raises(
+        InputError, match="none of the 300 documents falls into the validation split"
+    ):
         prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=32, validation_share=1e-9)
     assert not out.exists()
 
@@ -195,4 +250,8 @@ def test_held_out_share_is_a_function_of_content(documents: list[str]) -> None:
 
 def test_the_split_that_is_asked_for_must_exist(prepared: Path, info: DatasetInfo) -> None:
     with pytest.raises(InputError, match="no validation split"):
-        open_split(prepared, info.model_copy(update={"splits": {"train": info.splits["train"]}}), "validation")
+        open_split(
+            prepared,
+            info.model_copy(update={"splits": {"train": info.splits["train"]}}),
+            "validation",
+        )

@@ -46,9 +46,13 @@ def global_tokens(steps: list[list[Batch]], global_batch: int) -> torch.Tensor:
     return torch.cat([batch.tokens for batch in batches])[order.argsort()]
 
 
-def test_workers_fork_whatever_started_this_process(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_fork_whatever_started_this_process(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A job of a study inherits another default, by which each worker would import torch anew."""
-    monkeypatch.setattr(multiprocessing, "_default_context", multiprocessing.get_context("spawn"), raising=False)
+    monkeypatch.setattr(
+        multiprocessing, "_default_context", multiprocessing.get_context("spawn"), raising=False
+    )
     steps = open_stream(prepared, workers=2).steps()
     next(steps)
     kinds = [type(process).__name__ for process in multiprocessing.active_children()]
@@ -67,17 +71,26 @@ def test_resume_equals_never_stopping(prepared: Path, start: int) -> None:
 @pytest.mark.parametrize(("ranks", "micro"), [(2, 2), (3, 4), (6, 2), (12, 1)])
 def test_ranks_share_the_same_global_batch(prepared: Path, ranks: int, micro: int) -> None:
     whole = take(open_stream(prepared), 5, 20)
-    parts = [take(open_stream(prepared, micro_batch=micro, data_rank=rank, data_ranks=ranks), 5, 20) for rank in range(ranks)]
+    parts = [
+        take(open_stream(prepared, micro_batch=micro, data_rank=rank, data_ranks=ranks), 5, 20)
+        for rank in range(ranks)
+    ]
     for step in range(20):
         rank_steps = [part[step] for part in parts]
         assert torch.equal(global_tokens(rank_steps, 12), global_tokens([whole[step]], 12))
         for rank, batches in enumerate(rank_steps):
             for m, batch in enumerate(batches):
-                assert batch.sequences.tolist() == [m * ranks * micro + rank * micro + row for row in range(micro)]
+                assert batch.sequences.tolist() == [
+                    m * ranks * micro + rank * micro + row for row in range(micro)
+                ]
 
 
 def test_workers_change_nothing(prepared: Path) -> None:
-    for left, right in zip(take(open_stream(prepared), 3, 40), take(open_stream(prepared, workers=2), 3, 40), strict=True):
+    for left, right in zip(
+        take(open_stream(prepared), 3, 40),
+        take(open_stream(prepared, workers=2), 3, 40),
+        strict=True,
+    ):
         assert_equal(left, right)
 
 
@@ -97,7 +110,9 @@ def test_seed_matters_and_shuffle_can_be_off(prepared: Path) -> None:
     (one,), (other,) = take(open_stream(prepared), 0, 1), take(open_stream(prepared, seed=4), 0, 1)
     assert not torch.equal(one[0].tokens, other[0].tokens)
     (plain,) = take(open_stream(prepared, shuffle=False), 0, 1)
-    assert np.array_equal(torch.cat([batch.tokens for batch in plain]), [shards[i][:-1] for i in range(12)])
+    assert np.array_equal(
+        torch.cat([batch.tokens for batch in plain]), [shards[i][:-1] for i in range(12)]
+    )
 
 
 def test_batches_hold_what_they_say(prepared: Path) -> None:
@@ -108,14 +123,20 @@ def test_batches_hold_what_they_say(prepared: Path) -> None:
             assert batch.tokens.shape == batch.labels.shape == batch.documents.shape == (2, 32)
             assert batch.tokens.dtype == batch.labels.dtype == batch.sequences.dtype == torch.int64
             assert batch.documents.dtype == torch.int32
-            expected = document_starts(batch.tokens, end) if separate else torch.zeros(2, 32, dtype=torch.int32)
+            expected = (
+                document_starts(batch.tokens, end)
+                if separate
+                else torch.zeros(2, 32, dtype=torch.int32)
+            )
             assert torch.equal(batch.documents, expected)
             extended = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)
             assert torch.equal(batch.labels[:, :-1], mask_labels(extended, end, separate)[:, :-1])
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(0, 2**31), st.integers(0, 5))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(0, 2**31), st.integers(0, 5)
+)
 def test_epoch_order_is_a_permutation(sizes: list[int], seed: int, epoch: int) -> None:
     order = epoch_order(sizes, seed, epoch)
     assert np.array_equal(np.sort(order), np.arange(sum(sizes)))
@@ -161,12 +182,20 @@ def test_fixed_batches_are_the_same_for_every_topology(prepared: Path) -> None:
             found: dict[int, torch.Tensor] = {}
             lengths = set()
             for rank in range(ranks):
-                options = {"global_batch": 12, "micro_batch": micro, "data_rank": rank, "data_ranks": ranks, "shuffle": False}
+                options = {
+                    "global_batch": 12,
+                    "micro_batch": micro,
+                    "data_rank": rank,
+                    "data_ranks": ranks,
+                    "shuffle": False,
+                }
                 batches = open_stream(prepared, split="validation", **options).fixed_batches(count)
                 lengths.add(len(batches))
                 for batch in batches:
                     assert batch.tokens.shape == (micro, 32)
-                    for g, tokens, labels in zip(batch.sequences.tolist(), batch.tokens, batch.labels, strict=True):
+                    for g, tokens, labels in zip(
+                        batch.sequences.tolist(), batch.tokens, batch.labels, strict=True
+                    ):
                         if g < kept:
                             found[g] = tokens
                         else:
@@ -212,7 +241,9 @@ print("done", flush=True)
 def test_workers_outlive_the_job_signals_and_not_the_process(prepared: Path) -> None:
     """A scheduler signals every process of a job; the run must still get its batches, and then end without hanging."""
     command = [sys.executable, "-c", SCRIPT, str(prepared)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdin
     assert process.stdout
     assert process.stdout.readline() == "ready\n"

@@ -28,7 +28,9 @@ def test_files_folders_and_jsonl(tmp_path: Path) -> None:
     (folder / "empty.py").write_text("")
     (folder / "picture.png").write_bytes(b"\xff\x00")
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("\n".join(json.dumps({"text": text, "id": 3}) for text in ("one", "", "two\n")) + "\n\n")
+    lines.write_text(
+        "\n".join(json.dumps({"text": text, "id": 3}) for text in ("one", "", "two\n")) + "\n\n"
+    )
     other = tmp_path / "other.weird"
     other.write_text("other")
     documents = list(read_documents(find_files([str(folder), str(lines), str(other)])))

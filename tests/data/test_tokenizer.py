@@ -35,11 +35,15 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def processor(tokenizer_folder: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_folder / "sentencepiece.model"))
+    return sentencepiece.SentencePieceProcessor(
+        model_file=str(tokenizer_folder / "sentencepiece.model")
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor, text: str) -> None:
+def test_round_trip(
+    tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids) == text
     assert ids == processor.encode(text)
@@ -48,7 +52,9 @@ def test_round_trip(tokenizer: Tokenizer, processor: sentencepiece.SentencePiece
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from(" \n\taabbkloinde1(=日é🙂."), max_size=80) | st.text(max_size=20))
-def test_any_text_has_equal_ids(tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor, text: str) -> None:
+def test_any_text_has_equal_ids(
+    tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
     (ids,) = tokenizer.encode_batch([text])
     assert ids == processor.encode(text)
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
@@ -59,7 +65,9 @@ def test_python_sources_round_trip(tokenizer: Tokenizer) -> None:
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
 
 
-def test_training_is_deterministic(documents: list[str], tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_training_is_deterministic(
+    documents: list[str], tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     train_sentencepiece(iter(documents), tmp_path, 512)
     for name in ("sentencepiece.model", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer_folder / name).read_bytes()

@@ -25,7 +25,9 @@ from megaconsa.errors import InputError
 END = "<|endoftext|>"
 TEXT = "The Value of 2024, 1999 and it's 31415."
 # As Qwen's but for the digits, of which Qwen's takes one at a time.
-THREE_DIGITS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+THREE_DIGITS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 Make = Callable[..., Path]
 
@@ -40,7 +42,9 @@ def byte_level() -> tokenizers.Tokenizer:
         vocabulary["".join(pair)] = len(vocabulary)
     made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     split = pre_tokenizers.Split(Regex(THREE_DIGITS), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([END, "<|im_end|>"])
     return made
@@ -82,7 +86,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "NobodysTokenizer"])
+@pytest.mark.parametrize(
+    "kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "NobodysTokenizer"]
+)
 def test_a_text_is_cut_as_tokenizer_json_says(make: Make, kind: str) -> None:
     """Classes of transformers 5 take the vocabulary alone from that file."""
     folder = make(tokenizer_class=kind)
@@ -134,7 +140,9 @@ def test_tokens_that_would_load_with_other_ids_are_refused(make: Make) -> None:
         for token in content["added_tokens"]:
             token["id"] += 100
 
-    with pytest.raises(InputError, match=r"give '<\|endoftext\|>' the id 1456, but it loads with 1356; number"):
+    with pytest.raises(
+        InputError, match=r"give '<\|endoftext\|>' the id 1456, but it loads with 1356; number"
+    ):
         Tokenizer.load(edit(make(), gap))
     described = {"2000": {"content": "<|more|>", "special": True}}
     with pytest.raises(InputError, match=r"give '<\|more\|>' the id 2000, but it loads with 1358"):
@@ -152,7 +160,9 @@ def test_an_end_that_is_no_token_is_refused(make: Make) -> None:
 
 CHANGES: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
     "normalizer": lambda made: setattr(made, "normalizer", normalizers.Lowercase()),
-    "pre_tokenizer": lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "pre_tokenizer": lambda made: setattr(
+        made, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
     "post_processor": lambda made: setattr(
         made,
         "post_processor",
@@ -176,9 +186,16 @@ def test_the_fingerprint_leaves_out_what_changes_no_id(make: Make) -> None:
     folder = make("again")
     AutoTokenizer.from_pretrained(make("source")).save_pretrained(folder)
     assert Tokenizer.load(folder).fingerprint == one
-    nothing = lambda made: setattr(made, "post_processor", processors.TemplateProcessing(single="$A", pair="$A $B:1"))  # noqa: E731
+    nothing = lambda made: setattr(
+        made, "post_processor", processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    )  # noqa: E731
     assert Tokenizer.load(make("nothing", nothing)).fingerprint == one
-    assert Tokenizer.load(edit(make("laid out"), lambda content: content.update(version="1.0"))).fingerprint == one
+    assert (
+        Tokenizer.load(
+            edit(make("laid out"), lambda content: content.update(version="1.0"))
+        ).fingerprint
+        == one
+    )
 
 
 def first_fingerprint(folder: Path) -> str:
@@ -188,7 +205,9 @@ def first_fingerprint(folder: Path) -> str:
     canonical = {
         "type": model["type"],
         "vocab": model["vocab"],
-        "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])],
+        "merges": [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])
+        ],
         "added": {token["content"]: token["id"] for token in content["added_tokens"]},
     }
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
@@ -208,7 +227,9 @@ def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path
         )
 
     prepared(folder)
-    content = json.loads((out / INFO).read_text()) | {"tokenizer_fingerprint": first_fingerprint(folder)}
+    content = json.loads((out / INFO).read_text()) | {
+        "tokenizer_fingerprint": first_fingerprint(folder)
+    }
     (out / INFO).write_text(json.dumps(content))
     assert not verify(out)
     assert prepared(folder).tokenizer_fingerprint == content["tokenizer_fingerprint"]

@@ -33,7 +33,11 @@ def loaded(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def load(name: str) -> Any:
         if name not in models:
-            folder = make_export(tmp_path_factory.mktemp("exports") / name, ALLOCATIONS[name], small_data / "tokenizer")
+            folder = make_export(
+                tmp_path_factory.mktemp("exports") / name,
+                ALLOCATIONS[name],
+                small_data / "tokenizer",
+            )
             models[name], _ = load_exported(folder)
         return models[name]
 

@@ -12,7 +12,11 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.export import export
 from megaconsa.model.config import ModelConfig
 
-VOCABULARY, POSITIONS, WINDOW = 512, 160, 8  # of small_data; smallest number that all tests need; of every windowed head
+VOCABULARY, POSITIONS, WINDOW = (
+    512,
+    160,
+    8,
+)  # of small_data; smallest number that all tests need; of every windowed head
 SHAPE = replace(MODEL, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS)
 ALLOCATIONS = {
     "dense": replace(HEAD_WISE, full=((True,) * 4,) * 4),
@@ -22,9 +26,15 @@ ALLOCATIONS = {
 
 
 def make_export(
-    out: Path, allocation: Allocation, tokenizer: Path | None, shape: ModelConfig = SHAPE, dtype: torch.dtype = torch.float32
+    out: Path,
+    allocation: Allocation,
+    tokenizer: Path | None,
+    shape: ModelConfig = SHAPE,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    export(random_weights(shape), shape, allocation, out, tokenizer=tokenizer, dtype=dtype, origin=None)
+    export(
+        random_weights(shape), shape, allocation, out, tokenizer=tokenizer, dtype=dtype, origin=None
+    )
     return out
 
 

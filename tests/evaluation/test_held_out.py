@@ -16,10 +16,23 @@ from megaconsa.evaluation.held_out import HeldOut
 
 def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
     """Shorter than a sequence and over several of them, in order, but for what fell into the dropped tail."""
-    texts = ["import re\n" * 40, "x", "class A:\n    pass\n" * 30, *(f"number {i}, some words" for i in range(200))]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = [
+        "import re\n" * 40,
+        "x",
+        "class A:\n    pass\n" * 30,
+        *(f"number {i}, some words" for i in range(200)),
+    ]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     data, tokenizer = tmp_path / "data", Tokenizer.load(small_data / "tokenizer")
-    prepare([str(tmp_path / "texts.jsonl")], data, tokenizer=small_data / "tokenizer", sequence_length=16, validation_share=0.8)
+    prepare(
+        [str(tmp_path / "texts.jsonl")],
+        data,
+        tokenizer=small_data / "tokenizer",
+        sequence_length=16,
+        validation_share=0.8,
+    )
     expected = [text for text in texts if in_validation(text, 0.8)]
     held_out = HeldOut(data)
     documents = [held_out.document(index, 10**6).tolist() for index in range(len(held_out.starts))]

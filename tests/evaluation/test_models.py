@@ -23,7 +23,9 @@ def test_labels(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [model.label for model in models] == ["hf", "a model", "b"]
     assert [model.label for model in open_models(["."], small_data, info)] == ["hf"]
     assert len({model.digest for model in models}) == 1
-    assert {(model.window, model.sparsity, model.max_positions) for model in models} == {(8, 0.5, SHAPE.max_position_embeddings)}
+    assert {(model.window, model.sparsity, model.max_positions) for model in models} == {
+        (8, 0.5, SHAPE.max_position_embeddings)
+    }
 
 
 def test_digest_changes_with_the_model_alone(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ import torch
 
 from megaconsa.evaluation import scoring
 from megaconsa.evaluation.held_out import HeldOut
-from megaconsa.evaluation.perplexity import bucket_edges, choose_documents, difference, measure, ratio
+from megaconsa.evaluation.perplexity import (
+    bucket_edges,
+    choose_documents,
+    difference,
+    measure,
+    ratio,
+)
 from megaconsa.evaluation.scoring import score
 from megaconsa.huggingface.decoding import use_kernels
 
@@ -23,7 +29,9 @@ LENGTH = 24
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_equals_a_pass_for_every_token(name: str, loaded: Callable[[str], Any], held_out: HeldOut) -> None:
+def test_equals_a_pass_for_every_token(
+    name: str, loaded: Callable[[str], Any], held_out: HeldOut
+) -> None:
     model = loaded(name)
     # The longest, one that is just long enough, and the shortest: batches are padded.
     chosen = choose_documents(held_out, LENGTH, 10**6)
@@ -56,11 +64,16 @@ def test_every_token_is_in_one_bucket(loaded: Callable[[str], Any], held_out: He
     assert found.perplexity == [math.exp(loss) for loss in found.loss]
 
 
-def test_windows_cost_nothing_within_the_window(loaded: Callable[[str], Any], held_out: HeldOut) -> None:
+def test_windows_cost_nothing_within_the_window(
+    loaded: Callable[[str], Any], held_out: HeldOut
+) -> None:
     """A windowed head sees W tokens, which are all there are at positions 0 to W - 1."""
     length = 8 * WINDOW
     chosen = choose_documents(held_out, length, 4)
-    dense, heads = (measure(loaded(name), held_out, chosen, length, batch_tokens=64) for name in ("dense", "heads"))
+    dense, heads = (
+        measure(loaded(name), held_out, chosen, length, batch_tokens=64)
+        for name in ("dense", "heads")
+    )
     assert dense.edges == [0, 8, 16, 32, 64]
     more = difference(dense, heads)
     assert more.loss[0] == pytest.approx(0, abs=1e-6)
@@ -74,13 +87,19 @@ def test_batches_and_chunks_change_nothing(
     whole = measure(loaded("layers"), held_out, chosen, LENGTH, batch_tokens=10**6)
     monkeypatch.setattr(scoring, "LOGIT_BYTES", 4 * 512 * 7)
     single = measure(loaded("layers"), held_out, chosen, LENGTH, batch_tokens=1)
-    assert np.array(single.document_losses) == pytest.approx(np.array(whole.document_losses), rel=1e-5)
+    assert np.array(single.document_losses) == pytest.approx(
+        np.array(whole.document_losses), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_megaconsas_kernels_give_the_same(name: str, loaded: Callable[[str], Any], held_out: HeldOut) -> None:
+def test_megaconsas_kernels_give_the_same(
+    name: str, loaded: Callable[[str], Any], held_out: HeldOut
+) -> None:
     """What a GPU runs."""
-    tokens = torch.from_numpy(np.stack([held_out.document(i, 65) for i in choose_documents(held_out, 64, 3)]))
+    tokens = torch.from_numpy(
+        np.stack([held_out.document(i, 65) for i in choose_documents(held_out, 64, 3)])
+    )
     plain, _ = score(loaded(name), tokens)
     fast, _ = score(use_kernels(deepcopy(loaded(name))), tokens)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
@@ -130,9 +149,14 @@ def test_standard_error_of_documents() -> None:
 
 def test_difference_is_paired(loaded: Callable[[str], Any], held_out: HeldOut) -> None:
     chosen = choose_documents(held_out, LENGTH, 8)
-    dense, heads = (measure(loaded(name), held_out, chosen, LENGTH, batch_tokens=400) for name in ("dense", "heads"))
+    dense, heads = (
+        measure(loaded(name), held_out, chosen, LENGTH, batch_tokens=400)
+        for name in ("dense", "heads")
+    )
     more = difference(dense, heads)
-    assert more.loss == pytest.approx([b - a for a, b in zip(dense.loss, heads.loss, strict=True)], abs=1e-9)
+    assert more.loss == pytest.approx(
+        [b - a for a, b in zip(dense.loss, heads.loss, strict=True)], abs=1e-9
+    )
     assert more.standard_error[0] is not None
     assert dense.standard_error[0] is not None
     assert more.standard_error[0] < 1e-3 < dense.standard_error[0]

@@ -36,13 +36,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:255]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -58,7 +60,15 @@ def exported(
         if key not in done:
             done[key] = tmp_path_factory.mktemp("exports") / "model"
             origin = {"run": "runs/test", "step": 3}
-            export(weights, MODEL, allocation, done[key], tokenizer=tokenizer_folder, dtype=torch.float32, origin=origin)
+            export(
+                weights,
+                MODEL,
+                allocation,
+                done[key],
+                tokenizer=tokenizer_folder,
+                dtype=torch.float32,
+                origin=origin,
+            )
         return done[key]
 
     return folder

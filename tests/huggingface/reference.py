@@ -25,7 +25,12 @@ HEAD_WISE = Allocation(
     ),
     origin={"rule": "test"},
 )
-LAYER_WISE = replace(HEAD_WISE, full=((False,) * 4, (True,) * 4, (False,) * 4, (True,) * 4), granularity="layer", scope="global")
+LAYER_WISE = replace(
+    HEAD_WISE,
+    full=((False,) * 4, (True,) * 4, (False,) * 4, (True,) * 4),
+    granularity="layer",
+    scope="global",
+)
 DENSE = replace(HEAD_WISE, full=((True,) * 4,) * 4)
 
 
@@ -53,13 +58,17 @@ def stock(weights: dict[str, Tensor], model: ModelConfig, **fields: Any) -> Qwen
 
 
 @torch.no_grad()
-def masked_logits(weights: dict[str, Tensor], model: ModelConfig, allocation: Allocation, tokens: Tensor) -> Tensor:
+def masked_logits(
+    weights: dict[str, Tensor], model: ModelConfig, allocation: Allocation, tokens: Tensor
+) -> Tensor:
     """(B, S) int64 -> (B, S, V) fp32. Key j is visible to query i iff 0 <= i - j < the window of the head."""
     qwen3 = stock(weights, model)
     length = tokens.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)
     for index, layer in enumerate(qwen3.model.layers):
-        windows = torch.tensor(allocation.windows(index)).repeat_interleave(model.queries_per_kv_head)[:, None, None]
+        windows = torch.tensor(allocation.windows(index)).repeat_interleave(
+            model.queries_per_kv_head
+        )[:, None, None]
         visible = (distance >= 0) & (distance < windows)
         mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[None]
         layer.self_attn.register_forward_pre_hook(_with_mask(mask), with_kwargs=True)

@@ -19,15 +19,25 @@ from megaconsa.huggingface.load import load_exported
 from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits
 
 Export = Callable[[Allocation], Path]
-KINDS = pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE, DENSE], ids=["head-wise", "layer-wise", "dense"])
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")])
+KINDS = pytest.mark.parametrize(
+    "allocation", [HEAD_WISE, LAYER_WISE, DENSE], ids=["head-wise", "layer-wise", "dense"]
+)
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    ],
+)
 DEVICES = pytest.mark.parametrize("device", ["cpu", GPU])
 STEPS = 3 * WINDOW
 GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
 
 
 def some_tokens(batch: int, length: int) -> Tensor:
-    return torch.randint(0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(
+        0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length)
+    )
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
@@ -36,14 +46,20 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 @pytest.fixture
 def fast(exported: Export) -> Callable[..., Any]:
-    return lambda allocation=HEAD_WISE, device="cpu": use_kernels(load_exported(exported(allocation))[0].to(device))
+    return lambda allocation=HEAD_WISE, device="cpu": use_kernels(
+        load_exported(exported(allocation))[0].to(device)
+    )
 
 
 @DEVICES
 @KINDS
 @pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, 2 * WINDOW + 1])
 def test_generation_equals_the_truth_at_every_token(
-    fast: Callable[..., Any], weights: dict[str, Tensor], allocation: Allocation, prompt: int, device: str
+    fast: Callable[..., Any],
+    weights: dict[str, Tensor],
+    allocation: Allocation,
+    prompt: int,
+    device: str,
 ) -> None:
     """Logits of every step, three windows of them, against stock Qwen3 with a mask for each head and no cache."""
     model = fast(allocation, device)
@@ -59,12 +75,22 @@ def test_generation_equals_the_truth_at_every_token(
 
 
 @DEVICES
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"])
-def test_search_and_sampling(fast: Callable[..., Any], exported: Export, settings: dict[str, Any], device: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"]
+)
+def test_search_and_sampling(
+    fast: Callable[..., Any], exported: Export, settings: dict[str, Any], device: str
+) -> None:
     model, plain = fast(device=device), load_exported(exported(HEAD_WISE))[0].to(device)
-    tokens, settings = some_tokens(2, WINDOW - 2).to(device), settings | {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
+    tokens, settings = (
+        some_tokens(2, WINDOW - 2).to(device),
+        settings | {"max_new_tokens": STEPS, "min_new_tokens": STEPS},
+    )
     outcomes = []
-    for each, cache in ((plain, {"use_cache": False}), (model, {"past_key_values": KernelCache(model, 50)})):
+    for each, cache in (
+        (plain, {"use_cache": False}),
+        (model, {"past_key_values": KernelCache(model, 50)}),
+    ):
         torch.manual_seed(0)
         outcomes.append(each.generate(tokens, **cache, **settings))
     assert torch.equal(*outcomes)
@@ -78,13 +104,19 @@ def test_left_padding(fast: Callable[..., Any], device: str) -> None:
     batch = torch.cat([torch.nn.functional.pad(short, (padding, 0)), long])
     mask = torch.ones_like(batch)
     mask[0, :padding] = 0
-    together = model.generate(batch, attention_mask=mask, past_key_values=KernelCache(model, 50), **GREEDY)
+    together = model.generate(
+        batch, attention_mask=mask, past_key_values=KernelCache(model, 50), **GREEDY
+    )
     for row, alone in ((together[0, padding:], short), (together[1], long)):
-        assert torch.equal(row[None], model.generate(alone, past_key_values=KernelCache(model, 50), **GREEDY))
+        assert torch.equal(
+            row[None], model.generate(alone, past_key_values=KernelCache(model, 50), **GREEDY)
+        )
 
 
 @DEVICES
-def test_a_conversation_and_the_same_cache_again(fast: Callable[..., Any], exported: Export, device: str) -> None:
+def test_a_conversation_and_the_same_cache_again(
+    fast: Callable[..., Any], exported: Export, device: str
+) -> None:
     """Text, answer, more text, answer; then another conversation in the same cache, emptied."""
     model, plain = fast(device=device), load_exported(exported(HEAD_WISE))[0].to(device)
     cache = KernelCache(model, 12 * WINDOW)
@@ -94,7 +126,9 @@ def test_a_conversation_and_the_same_cache_again(fast: Callable[..., Any], expor
             heard = model.generate(heard, past_key_values=cache, **GREEDY)
             fresh = plain.generate(fresh, use_cache=False, **GREEDY)
             assert torch.equal(heard, fresh)
-            heard, fresh = (torch.cat([text, some_tokens(1, said).to(device)], dim=1) for text in (heard, fresh))
+            heard, fresh = (
+                torch.cat([text, some_tokens(1, said).to(device)], dim=1) for text in (heard, fresh)
+            )
         cache.reset()
 
 
@@ -120,14 +154,18 @@ def test_a_prompt_in_pieces(fast: Callable[..., Any], device: str, padded: bool)
 
 @DEVICES
 @pytest.mark.parametrize("pieces", [(5, 7, 12), (1, 23), (1, 1, 1, 21)])
-def test_padding_beyond_the_first_piece(fast: Callable[..., Any], device: str, pieces: tuple[int, ...]) -> None:
+def test_padding_beyond_the_first_piece(
+    fast: Callable[..., Any], device: str, pieces: tuple[int, ...]
+) -> None:
     model = fast(device=device)
     tokens = some_tokens(2, 3 * WINDOW).to(device)
     mask = torch.ones_like(tokens)
     mask[0, :10] = 0
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     cache, seen, parts = KernelCache(model, 50), 0, []
-    whole = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits.detach()
+    whole = model(
+        tokens, attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits.detach()
     for part in pieces:
         here = slice(seen, seen := seen + part)
         with torch.enable_grad(), torch.inference_mode():
@@ -156,7 +194,9 @@ def test_the_prompt_alone_equals_the_library(fast: Callable[..., Any], exported:
     mask = torch.ones_like(tokens)
     mask[1, : WINDOW + 2] = 0
     with torch.no_grad():
-        ours, theirs = (each(tokens, attention_mask=mask, use_cache=False).logits for each in (model, plain))
+        ours, theirs = (
+            each(tokens, attention_mask=mask, use_cache=False).logits for each in (model, plain)
+        )
     assert close(ours[mask.bool()], theirs[mask.bool()])
 
 
@@ -166,14 +206,20 @@ def test_compiling_changes_nothing(fast: Callable[..., Any], device: str) -> Non
     model = fast(device=device)
     expected = model.generate(tokens, past_key_values=KernelCache(model, 60), **GREEDY)
     model.forward = torch.compile(model.forward)
-    assert torch.equal(model.generate(tokens, past_key_values=KernelCache(model, 60), **GREEDY), expected)
+    assert torch.equal(
+        model.generate(tokens, past_key_values=KernelCache(model, 60), **GREEDY), expected
+    )
 
 
 def test_what_cannot_work_is_refused(fast: Callable[..., Any], exported: Export) -> None:
     model, tokens = fast(), some_tokens(2, 6)
-    with pytest.raises(ValueError, match="6 more tokens do not fit: the cache holds 0 of capacity=5"):
+    with pytest.raises(
+        ValueError, match="6 more tokens do not fit: the cache holds 0 of capacity=5"
+    ):
         model(tokens, past_key_values=KernelCache(model, 5))
-    with pytest.raises(ValueError, match="1 more tokens do not fit: the cache holds 8 of capacity=8"):
+    with pytest.raises(
+        ValueError, match="1 more tokens do not fit: the cache holds 8 of capacity=8"
+    ):
         model.generate(tokens, past_key_values=KernelCache(model, 8), **GREEDY)
     with pytest.raises(ValueError, match="pass past_key_values=KernelCache"):
         model.generate(tokens, **GREEDY)

@@ -33,7 +33,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def export_fp32(weights: Mapping[str, Tensor], out: Path, **changed: Any) -> None:
-    settings = {"model": MODEL, "allocation": HEAD_WISE, "tokenizer": None, "dtype": torch.float32, "origin": None} | changed
+    settings = {
+        "model": MODEL,
+        "allocation": HEAD_WISE,
+        "tokenizer": None,
+        "dtype": torch.float32,
+        "origin": None,
+    } | changed
     export(weights, settings.pop("model"), settings.pop("allocation"), out, **settings)
 
 
@@ -44,7 +50,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def test_head_wise_folder(exported: Export) -> None:
     folder = exported(HEAD_WISE)
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"model.safetensors", "modeling_megaconsa.py", "generation_config.json", "tokenizer.json", "README.md"}
+    assert names >= {
+        "model.safetensors",
+        "modeling_megaconsa.py",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+    }
     config = read_config(folder)
     assert config["model_type"] == "megaconsa"
     assert config["num_full_kv_heads"] == [2, 4, 0, 2]
@@ -74,7 +86,9 @@ def test_reordering_back_is_the_identity(exported: Export, weights: dict[str, Te
     moved = 0
     for name, tensor in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
-            back = torch.tensor(HEAD_WISE.full_heads_first(int(name.split(".")[2]))).argsort().tolist()
+            back = (
+                torch.tensor(HEAD_WISE.full_heads_first(int(name.split(".")[2]))).argsort().tolist()
+            )
             moved += not torch.equal(stored[name], tensor)
             assert torch.equal(reorder_weight(name, stored[name], MODEL, back), tensor)
         else:
@@ -86,7 +100,12 @@ def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path) -> None:
     model = replace(MODEL, tie_word_embeddings=False)
     weights = {name: tensor.bfloat16().float() for name, tensor in random_weights(model).items()}
     advanced: list[int] = []
-    settings = {"model": model, "dtype": torch.bfloat16, "max_shard_size": "300KB", "advance": advanced.append}
+    settings = {
+        "model": model,
+        "dtype": torch.bfloat16,
+        "max_shard_size": "300KB",
+        "advance": advanced.append,
+    }
     export_fp32(weights, tmp_path / "out", **settings)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights.keys()
@@ -98,7 +117,10 @@ def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path) -> None:
             assert file.stat().st_size < 310_000 or len(held.keys()) == 1
     assert load_exported(tmp_path / "out", torch.bfloat16)[0].dtype == torch.bfloat16
     tokens = torch.arange(3 * WINDOW)[None]
-    assert compare_logits(tmp_path / "out", tokens, masked_logits(weights, model, HEAD_WISE, tokens)) <= 1e-5
+    assert (
+        compare_logits(tmp_path / "out", tokens, masked_logits(weights, model, HEAD_WISE, tokens))
+        <= 1e-5
+    )
 
 
 class OneAtATime(Mapping[str, Tensor]):
@@ -155,7 +177,9 @@ def test_the_model_card(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     export_fp32(weights, tmp_path / "out", allocation=table, origin=origin, heat_map=heat_map)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| training tokens | 1,234,567 |" in card
-    assert "| sparsity, the fraction of KV heads with the window: target, reached | 0.5, 0.5 |" in card
+    assert (
+        "| sparsity, the fraction of KV heads with the window: target, reached | 0.5, 0.5 |" in card
+    )
     # Keys and values of 32 numbers in fp32: 8 full heads with 2048 tokens, 8 sliding ones with 7; dense: 16 with 2048.
     assert "| 2,048 | 4.014 MiB | 8 MiB | 50.2% |" in card
     assert f"![The allocation, layer by KV head]({drawn[0].name})" in card
@@ -179,17 +203,42 @@ NORM = "model.norm.weight"
         (NORM, torch.zeros(127), {}, r"model.norm.weight has shape \(127,\)"),
         (NORM, torch.full((128,), float("nan")), {}, "model.norm.weight holds NaN"),
         (NORM, torch.full((128,), float("-inf")), {}, "model.norm.weight holds NaN or infinity"),
-        (NORM, torch.full((128,), -1e5), {"dtype": torch.float16}, "model.norm.weight holds 100000, which overflows"),
+        (
+            NORM,
+            torch.full((128,), -1e5),
+            {"dtype": torch.float16},
+            "model.norm.weight holds 100000, which overflows",
+        ),
         (NORM, torch.ones(128), {"max_shard_size": "-1GB"}, "max_shard_size=-1GB is not a size"),
         (NORM, torch.ones(128), {"max_shard_size": "5"}, "max_shard_size=5 is not a size"),
         (NORM, torch.ones(128), {"dtype": torch.int8}, "dtype=torch.int8 cannot be exported"),
-        (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, full=HEAD_WISE.full[:3])}, "made for 3 layers x 4 KV heads"),
-        (NORM, torch.ones(128), {"allocation": replace(HEAD_WISE, window=1)}, "window=1 cannot be exported"),
-        (NORM, torch.ones(128), {"tokenizer": Path("nowhere")}, "nowhere is not a tokenizer folder"),
+        (
+            NORM,
+            torch.ones(128),
+            {"allocation": replace(HEAD_WISE, full=HEAD_WISE.full[:3])},
+            "made for 3 layers x 4 KV heads",
+        ),
+        (
+            NORM,
+            torch.ones(128),
+            {"allocation": replace(HEAD_WISE, window=1)},
+            "window=1 cannot be exported",
+        ),
+        (
+            NORM,
+            torch.ones(128),
+            {"tokenizer": Path("nowhere")},
+            "nowhere is not a tokenizer folder",
+        ),
     ],
 )
 def test_refused_inputs_leave_nothing(
-    tmp_path: Path, weights: dict[str, Tensor], name: str, tensor: Tensor | None, changed: dict[str, Any], message: str
+    tmp_path: Path,
+    weights: dict[str, Tensor],
+    name: str,
+    tensor: Tensor | None,
+    changed: dict[str, Any],
+    message: str,
 ) -> None:
     with pytest.raises(InputError, match=message):
         export_fp32(broken(weights, name, tensor), tmp_path / "out", **changed)
@@ -199,7 +248,9 @@ def test_refused_inputs_leave_nothing(
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     model = replace(MODEL, vocab_size=255)
     with pytest.raises(InputError, match="has a token 255, but the model's vocab_size is 255"):
-        export_fp32(random_weights(model), tmp_path / "out", model=model, tokenizer=tokenizer_folder)
+        export_fp32(
+            random_weights(model), tmp_path / "out", model=model, tokenizer=tokenizer_folder
+        )
 
 
 def test_an_existing_folder_is_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
@@ -292,13 +343,21 @@ sys.modules["megaconsa"] = None  # importing it fails
 
 
 @pytest.mark.parametrize("place", ["in the checkout", "without megaconsa"])
-def test_loads_and_generates_in_a_process_of_its_own(exported: Export, tmp_path: Path, place: str) -> None:
+def test_loads_and_generates_in_a_process_of_its_own(
+    exported: Export, tmp_path: Path, place: str
+) -> None:
     folder = exported(HEAD_WISE)
-    before, where = (CHECKOUT, REPOSITORY) if place == "in the checkout" else (NO_MEGACONSA, tmp_path)
+    before, where = (
+        (CHECKOUT, REPOSITORY) if place == "in the checkout" else (NO_MEGACONSA, tmp_path)
+    )
     command = [sys.executable, "-c", before + LOAD, str(folder)]
     result = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     model, tokenizer = load_exported(folder)
     inputs = tokenizer("abc", return_tensors="pt")
-    ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False)
-    assert json.loads(result.stdout) == ids[0].tolist()  # and nothing else, such as a question to the user
+    ids = model.generate(
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False
+    )
+    assert (
+        json.loads(result.stdout) == ids[0].tolist()
+    )  # and nothing else, such as a question to the user

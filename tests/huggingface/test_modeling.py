@@ -21,33 +21,53 @@ Export = Callable[[Allocation], Path]
 
 
 def some_tokens(batch: int, length: int) -> Tensor:
-    return torch.randint(0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(
+        0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length)
+    )
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())
 
 
-@pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE, DENSE], ids=["head-wise", "layer-wise", "dense"])
+@pytest.mark.parametrize(
+    "allocation", [HEAD_WISE, LAYER_WISE, DENSE], ids=["head-wise", "layer-wise", "dense"]
+)
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_logits_equal_stock_qwen3_with_explicit_masks(
     exported: Export, weights: dict[str, Tensor], allocation: Allocation, length: int
 ) -> None:
     tokens = some_tokens(2, length)
-    assert compare_logits(exported(allocation), tokens, masked_logits(weights, MODEL, allocation, tokens)) <= TOLERANCE
+    assert (
+        compare_logits(
+            exported(allocation), tokens, masked_logits(weights, MODEL, allocation, tokens)
+        )
+        <= TOLERANCE
+    )
 
 
-def test_the_comparison_would_see_one_key_more_or_less(exported: Export, weights: dict[str, Tensor]) -> None:
+def test_the_comparison_would_see_one_key_more_or_less(
+    exported: Export, weights: dict[str, Tensor]
+) -> None:
     tokens = some_tokens(1, 3 * WINDOW)
     for window in (WINDOW - 1, WINDOW + 1):
         wrong = Allocation(window=window, full=HEAD_WISE.full)
-        assert compare_logits(exported(HEAD_WISE), tokens, masked_logits(weights, MODEL, wrong, tokens)) > 1000 * TOLERANCE
+        assert (
+            compare_logits(
+                exported(HEAD_WISE), tokens, masked_logits(weights, MODEL, wrong, tokens)
+            )
+            > 1000 * TOLERANCE
+        )
 
 
-def test_layer_wise_is_stock_qwen3_with_layer_types(exported: Export, weights: dict[str, Tensor]) -> None:
+def test_layer_wise_is_stock_qwen3_with_layer_types(
+    exported: Export, weights: dict[str, Tensor]
+) -> None:
     model, _ = load_exported(exported(LAYER_WISE))
     types = ["sliding_attention", "full_attention"] * 2
-    theirs = stock(weights, MODEL, layer_types=types, sliding_window=WINDOW, use_sliding_window=True)
+    theirs = stock(
+        weights, MODEL, layer_types=types, sliding_window=WINDOW, use_sliding_window=True
+    )
     assert type(model) is type(theirs)
     assert model.config.layer_types == types
     tokens = some_tokens(1, 3 * WINDOW)
@@ -80,17 +100,26 @@ def test_cached_generation_equals_no_cache_at_every_token(
 
 
 @pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE], ids=["head-wise", "layer-wise"])
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"])
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"]
+)
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_search_and_sampling_equal_no_cache(
     exported: Export, allocation: Allocation, settings: dict[str, Any], cache: str | None
 ) -> None:
     model, _ = load_exported(exported(allocation))
-    tokens, settings = some_tokens(2, WINDOW - 2), settings | {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW}
+    tokens, settings = (
+        some_tokens(2, WINDOW - 2),
+        settings | {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW},
+    )
     outcomes = []
     for use_cache, implementation in ((False, None), (True, cache)):
         torch.manual_seed(0)
-        outcomes.append(model.generate(tokens, use_cache=use_cache, cache_implementation=implementation, **settings))
+        outcomes.append(
+            model.generate(
+                tokens, use_cache=use_cache, cache_implementation=implementation, **settings
+            )
+        )
     assert torch.equal(*outcomes)
 
 
@@ -98,7 +127,11 @@ def test_search_and_sampling_equal_no_cache(
 def test_a_continued_conversation_equals_one_pass(exported: Export, cache: str) -> None:
     """Text, generation, more text, generation: the cache goes from call to call."""
     model, _ = load_exported(exported(HEAD_WISE))
-    held = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=8 * WINDOW)
+    held = (
+        DynamicCache()
+        if cache == "dynamic"
+        else StaticCache(model.config, max_cache_len=8 * WINDOW)
+    )
     settings = {"max_new_tokens": WINDOW + 1, "min_new_tokens": WINDOW + 1, "do_sample": False}
     heard = fresh = some_tokens(1, 5)
     for turn in range(3):
@@ -138,14 +171,22 @@ def test_chunked_prefill_equals_one_pass(exported: Export) -> None:
     tokens, cache = some_tokens(2, 3 * WINDOW), DynamicCache()
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
-        parts = [model(part, past_key_values=cache).logits for part in tokens.split([5, WINDOW, 2, 1, WINDOW], dim=1)]
+        parts = [
+            model(part, past_key_values=cache).logits
+            for part in tokens.split([5, WINDOW, 2, 1, WINDOW], dim=1)
+        ]
     assert close(torch.cat(parts, dim=1), whole)
 
 
 def test_sliding_heads_cache_only_the_window(exported: Export) -> None:
     model, _ = load_exported(exported(HEAD_WISE))
     length = 5 * WINDOW
-    out = model.generate(some_tokens(1, 4), max_new_tokens=length - 4, min_new_tokens=length - 4, return_dict_in_generate=True)
+    out = model.generate(
+        some_tokens(1, 4),
+        max_new_tokens=length - 4,
+        min_new_tokens=length - 4,
+        return_dict_in_generate=True,
+    )
     held = iter(out.past_key_values.layers)
     for row in HEAD_WISE.full:
         for heads, tokens in ((sum(row), length - 1), (len(row) - sum(row), WINDOW - 1)):
@@ -153,7 +194,10 @@ def test_sliding_heads_cache_only_the_window(exported: Export) -> None:
                 layer = next(held)
                 assert layer.keys.shape == layer.values.shape == (1, heads, tokens, MODEL.head_dim)
                 # The tensor may be a view; what it views must not be longer than the window and the newest token.
-                assert layer.keys.untyped_storage().nbytes() <= heads * (tokens + 1) * MODEL.head_dim * 4
+                assert (
+                    layer.keys.untyped_storage().nbytes()
+                    <= heads * (tokens + 1) * MODEL.head_dim * 4
+                )
     assert next(held, None) is None
 
 
@@ -189,8 +233,12 @@ def test_unsupported_requests_are_refused(exported: Export) -> None:
         model.generate_batch(tokens.tolist())
 
 
-@pytest.mark.parametrize("fields", [{"num_full_kv_heads": [1]}, {"num_full_kv_heads": [5] * 4}, {"sliding_window": 1}])
-def test_inconsistent_configurations_are_refused(exported: Export, fields: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"num_full_kv_heads": [1]}, {"num_full_kv_heads": [5] * 4}, {"sliding_window": 1}]
+)
+def test_inconsistent_configurations_are_refused(
+    exported: Export, fields: dict[str, object]
+) -> None:
     model, _ = load_exported(exported(HEAD_WISE))
     with pytest.raises(ValueError, match="|".join(fields)):
         type(model.config)(**(model.config.to_dict() | fields))
@@ -200,5 +248,9 @@ def test_generate_line_continues_the_prompt(exported: Export) -> None:
     folder = exported(HEAD_WISE)
     model, tokenizer = load_exported(folder)
     inputs = tokenizer("abc", return_tensors="pt")
-    ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=12, do_sample=False)
-    assert generate_line(folder, "abc", 12) == tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    ids = model.generate(
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=12, do_sample=False
+    )
+    assert generate_line(folder, "abc", 12) == tokenizer.decode(
+        ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True
+    )

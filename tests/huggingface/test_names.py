@@ -17,7 +17,12 @@ def test_names_and_shapes_are_those_of_transformers(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rope_and_norm_follow_the_configuration(preset: str) -> None:
     model = PRESETS[preset]
-    fields = qwen3_config_fields(model) | {"num_hidden_layers": 1, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    fields = qwen3_config_fields(model) | {
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+    }
     qwen3 = Qwen3ForCausalLM(Qwen3Config(**fields))
     exponents = torch.arange(0, model.head_dim, 2) / model.head_dim
     torch.testing.assert_close(qwen3.model.rotary_emb.inv_freq, model.rope_theta**-exponents)

@@ -49,7 +49,9 @@ def change(folder: Path, removed: tuple[str, ...] = (), **fields: Any) -> Path:
     """
     file = folder / "config.json"
     removed += ROPE_FIELDS if fields.keys() & set(ROPE_FIELDS) else ()
-    config = {name: value for name, value in json.loads(file.read_text()).items() if name not in removed}
+    config = {
+        name: value for name, value in json.loads(file.read_text()).items() if name not in removed
+    }
     file.write_text(json.dumps(config | fields))
     return folder
 
@@ -77,13 +79,19 @@ def test_every_spelling_of_the_base_is_read(
     assert open_source(folder).shape == MODEL
     tokens = torch.arange(2 * WINDOW)[None]
     with torch.no_grad():
-        torch.testing.assert_close(load_exported(folder)[0](tokens).logits, stock(weights, MODEL)(tokens).logits)
+        torch.testing.assert_close(
+            load_exported(folder)[0](tokens).logits, stock(weights, MODEL)(tokens).logits
+        )
 
 
 def test_a_folder_without_a_base_has_transformers_default(folder: Path) -> None:
     change(folder, removed=ROPE_FIELDS)
     config = Qwen3Config.from_pretrained(folder)
-    base = config.rope_parameters["rope_theta"] if hasattr(config, "rope_parameters") else config.rope_theta
+    base = (
+        config.rope_parameters["rope_theta"]
+        if hasattr(config, "rope_parameters")
+        else config.rope_theta
+    )
     assert open_source(folder).shape.rope_theta == base
 
 
@@ -222,7 +230,9 @@ def sharded(folder: Path, weights: dict[str, Tensor]) -> dict[str, str]:
     file.
     """
     names = sorted(load_file(folder / WEIGHTS))
-    files = {name: f"model-{1 + (index % 2):05}-of-00002.safetensors" for index, name in enumerate(names)}
+    files = {
+        name: f"model-{1 + (index % 2):05}-of-00002.safetensors" for index, name in enumerate(names)
+    }
     for file in set(files.values()):
         save_file(
             {name: weights[name] for name in names if files[name] == file},
@@ -268,7 +278,9 @@ def test_a_list_of_ids_is_kept(folder: Path) -> None:
 
 def test_a_generation_config_that_does_not_fit_is_refused(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [255, 256]}')
-    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id=\[255, 256\] is no token"):
+    with pytest.raises(
+        InputError, match=r"generation_config.json: eos_token_id=\[255, 256\] is no token"
+    ):
         open_source(folder)
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(InputError, match=r"generation_config.json is not a mapping"):

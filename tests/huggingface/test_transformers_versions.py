@@ -64,7 +64,9 @@ def release(
     subprocess.run([*install, request.param], check=True)
     found = "import transformers; print(transformers.__version__, transformers.__file__)"
     environment = os.environ | {"PYTHONPATH": str(aside), "OMP_NUM_THREADS": "1"}
-    version, place = subprocess.check_output([sys.executable, "-c", found], env=environment, text=True, cwd=aside).split()
+    version, place = subprocess.check_output(
+        [sys.executable, "-c", found], env=environment, text=True, cwd=aside
+    ).split()
     assert Path(place).is_relative_to(aside)
     assert version == "4.57.0" if "==" in request.param else int(version.split(".")[0]) >= 5
     return environment
@@ -83,7 +85,9 @@ def test_other_releases_of_transformers(release: dict[str, str]) -> None:
         "-p",
         "no:cacheprovider",
     ]
-    result = subprocess.run(command, cwd=REPOSITORY, env=release, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=release, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout[-4000:]
 
 
@@ -103,7 +107,9 @@ def test_what_another_release_saved_is_the_same_model_here(
     subprocess.run(command, env=release, cwd=tmp_path, check=True)
     expected = masked_logits(weights, MODEL, allocation, tokens)
     with torch.no_grad():
-        torch.testing.assert_close(load_exported(again)[0](tokens).logits, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            load_exported(again)[0](tokens).logits, expected, rtol=0, atol=1e-4
+        )
     source = open_source(again)
     assert source.shape == MODEL
     assert source.allocation is not None
@@ -118,4 +124,6 @@ def test_what_another_release_saved_is_the_same_model_here(
             str(tmp_path / "logits"),
         ]
         subprocess.run(command, cwd=tmp_path, check=True)
-        torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            load_file(tmp_path / "logits")["logits"], expected, rtol=0, atol=1e-4
+        )

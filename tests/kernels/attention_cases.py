@@ -53,10 +53,18 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """With q, k, v and upstream changed."""
-        return replace(self, q=change(self.q), k=change(self.k), v=change(self.v), upstream=change(self.upstream))
+        return replace(
+            self,
+            q=change(self.q),
+            k=change(self.k),
+            v=change(self.v),
+            upstream=change(self.upstream),
+        )
 
     def double(self) -> Inputs:
-        return replace(self.map(Tensor.double), gate=None if self.gate is None else self.gate.double())
+        return replace(
+            self.map(Tensor.double), gate=None if self.gate is None else self.gate.double()
+        )
 
 
 def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
@@ -65,7 +73,9 @@ def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     kv_heads = len(case.windows)
 
     def normal(heads: int) -> Tensor:
-        return torch.randn(case.batch, case.length, heads, case.dim, generator=generator).to(device, dtype)
+        return torch.randn(case.batch, case.length, heads, case.dim, generator=generator).to(
+            device, dtype
+        )
 
     return Inputs(
         q=normal(kv_heads * case.group),
@@ -81,7 +91,14 @@ def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
 
 def document_ids(rows: tuple[tuple[int, ...], ...]) -> Tensor:
     """int32 (B, S) from the lengths of each row's documents; an id is the position at which its document starts."""
-    ids = [[start for start, length in zip(accumulate(row, initial=0), row, strict=False) for _ in range(length)] for row in rows]
+    ids = [
+        [
+            start
+            for start, length in zip(accumulate(row, initial=0), row, strict=False)
+            for _ in range(length)
+        ]
+        for row in rows
+    ]
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -100,7 +117,11 @@ def random_documents(length: int, batch: int, seed: int = 0) -> tuple[tuple[int,
 def random_gate(batch: int, kv_heads: int, seed: int = 0) -> tuple[tuple[float, ...], ...]:
     """As learning has them: hard concrete, a part of them at exactly 0 and at exactly 1."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(map(tuple, (torch.rand(batch, kv_heads, generator=generator) * 2 - 0.5).clamp(0, 1).tolist()))
+    return tuple(
+        map(
+            tuple, (torch.rand(batch, kv_heads, generator=generator) * 2 - 0.5).clamp(0, 1).tolist()
+        )
+    )
 
 
 @contextmanager
@@ -114,15 +135,29 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def run(attention: Attention, inputs: Inputs, needed: tuple[str, ...] = ("q", "k", "v", "gate")) -> dict[str, Tensor]:
+def run(
+    attention: Attention, inputs: Inputs, needed: tuple[str, ...] = ("q", "k", "v", "gate")
+) -> dict[str, Tensor]:
     """The output and the gradients of the needed inputs: `out`, `q`, `k`, `v`, `gate`."""
-    leaves = {name: x.detach().requires_grad_() for name in needed if (x := getattr(inputs, name)) is not None}
+    leaves = {
+        name: x.detach().requires_grad_()
+        for name in needed
+        if (x := getattr(inputs, name)) is not None
+    }
     with_leaves = replace(inputs, **leaves)
     gate = with_leaves.gate
     if gate is not None:
         gate = gate.expand(inputs.q.shape[0], inputs.k.shape[2])
     with poisoned_memory():
-        out = attention(with_leaves.q, with_leaves.k, with_leaves.v, inputs.windows, gate, inputs.documents, inputs.scale)
+        out = attention(
+            with_leaves.q,
+            with_leaves.k,
+            with_leaves.v,
+            inputs.windows,
+            gate,
+            inputs.documents,
+            inputs.scale,
+        )
         gradients = torch.autograd.grad(out, list(leaves.values()), inputs.upstream)
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -143,7 +178,9 @@ def errors(results: dict[str, Tensor], inputs: Inputs) -> dict[str, float]:
             inside = (inputs.gate > 0) & (inputs.gate < 1)
             assert not result[~inside].any()
             result, truth = result[inside], truth[inside]
-        measured[name] = float((result.double() - truth).norm() / (truth.norm() + 0.1 * wide.upstream.norm()))
+        measured[name] = float(
+            (result.double() - truth).norm() / (truth.norm() + 0.1 * wide.upstream.norm())
+        )
     return measured
 
 

@@ -34,10 +34,14 @@ def exactly_the_visible_keys_weigh(attention: Attention, inputs: Inputs) -> None
     length = inputs.q.shape[1]
     identity = torch.eye(length, device=inputs.q.device, dtype=inputs.q.dtype)[None, :, None]
     gate = None if inputs.gate is None else inputs.gate.expand(1, 1)
-    out = attention(inputs.q, inputs.k, identity, inputs.windows, gate, inputs.documents, inputs.scale)
+    out = attention(
+        inputs.q, inputs.k, identity, inputs.windows, gate, inputs.documents, inputs.scale
+    )
     index = torch.arange(length, device=inputs.q.device)
     distance = index[:, None] - index[None, :]
-    seen = (distance >= 0) & (distance < (inputs.windows[0] if gate is None or not gate.any() else length))
+    seen = (distance >= 0) & (
+        distance < (inputs.windows[0] if gate is None or not gate.any() else length)
+    )
     if inputs.documents is not None:
         seen &= inputs.documents[0, :, None] == inputs.documents[0, None, :]
     assert torch.equal(out[0, :, 0] > 0, seen)
@@ -73,26 +77,35 @@ def other_rows_and_heads_change_nothing(attention: Attention, inputs: Inputs) ->
         assert torch.equal(results["gate"][0, 0], others["gate"][0, 0])
 
 
-def what_is_not_finite_stays_visible(attention: Attention, inputs: Inputs, name: str, value: float) -> None:
+def what_is_not_finite_stays_visible(
+    attention: Attention, inputs: Inputs, name: str, value: float
+) -> None:
     """A broken step must not end in plausible numbers, though dq may be summed as integers, which cannot hold NaN."""
     token = inputs.q.shape[1] // 2
     broken = inputs.map(Tensor.clone)
     # An infinite key must draw weight: one that repels is nobody's.
-    getattr(broken, name)[0, token, 0, 3] = value * broken.q[0, token, 0, 3].sign() if name == "k" else value
+    getattr(broken, name)[0, token, 0, 3] = (
+        value * broken.q[0, token, 0, 3].sign() if name == "k" else value
+    )
     results = run(attention, broken)
     for result in ("q",) if name == "upstream" else ("q", "out"):
         assert not results[result][0, token].isfinite().all(), result
 
 
-def an_outlier_costs_the_others_nothing(attention: Attention, inputs: Inputs, key: float, value: float, tolerance: float) -> None:
+def an_outlier_costs_the_others_nothing(
+    attention: Attention, inputs: Inputs, key: float, value: float, tolerance: float
+) -> None:
     """The first token, a document of its own, gets far larger keys and values; the other tokens keep their precision."""
     broken = inputs.map(Tensor.clone)
     broken.k[:, 0] *= key
     broken.v[:, 0] *= value
     rest = replace(
-        broken.map(lambda x: x[:, 1:]), documents=None if inputs.documents is None else inputs.documents[:, 1:].contiguous()
+        broken.map(lambda x: x[:, 1:]),
+        documents=None if inputs.documents is None else inputs.documents[:, 1:].contiguous(),
     )
-    results = {name: x if name == "gate" else x[:, 1:] for name, x in run(attention, broken).items()}
+    results = {
+        name: x if name == "gate" else x[:, 1:] for name, x in run(attention, broken).items()
+    }
     measured = errors(results, rest)
     assert all(error <= tolerance for error in measured.values()), measured
 
@@ -108,7 +121,10 @@ def uneven_upstream(inputs: Inputs, size: float) -> Inputs:
 def binarised_gates_equal_the_allocated_table(attention: Attention, inputs: Inputs) -> None:
     """Invariant 4: z of 0 or 1 over one window, and a window for each head. inputs: fp32, gate (kv_heads,) of zeros and ones."""
     assert inputs.gate is not None
-    windows = tuple(FULL if z else window for z, window in zip(inputs.gate.tolist(), inputs.windows, strict=True))
+    windows = tuple(
+        FULL if z else window
+        for z, window in zip(inputs.gate.tolist(), inputs.windows, strict=True)
+    )
     results = run(attention, inputs)
     assert not results.pop("gate").any()
     for name, other in run(attention, replace(inputs, windows=windows, gate=None)).items():

@@ -94,7 +94,9 @@ def test_auto_takes_the_fastest_that_serves(problem: Problem, name: str) -> None
     indirect=["library"],
 )
 @pytest.mark.usefixtures("library")
-def test_auto_says_once_what_it_takes_and_why(problem: Problem, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_once_what_it_takes_and_why(
+    problem: Problem, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("triton")
     with caplog.at_level(logging.INFO, logger="megaconsa.kernels"):
         for length in (100, 200, 200):
@@ -106,18 +108,40 @@ def test_auto_says_once_what_it_takes_and_why(problem: Problem, said: str, caplo
 @pytest.mark.parametrize(
     ("library", "name", "problem", "message"),
     [
-        (True, "cudnn", CPU, "backend cudnn is unknown; choose one of auto, reference, sdpa, triton, flash"),
+        (
+            True,
+            "cudnn",
+            CPU,
+            "backend cudnn is unknown; choose one of auto, reference, sdpa, triton, flash",
+        ),
         (True, "flash", CPU, "flash needs a CUDA GPU; take sdpa"),
         (False, "flash", GPU, "flash-attn-4 on this GPU; install it"),
-        (True, "flash", replace(GPU, dtype=torch.float32), "bf16 and fp16, not torch.float32; set training.precision=bf16"),
+        (
+            True,
+            "flash",
+            replace(GPU, dtype=torch.float32),
+            "bf16 and fp16, not torch.float32; set training.precision=bf16",
+        ),
         (True, "flash", replace(GPU, head_dim=20), "head_dim 20 on this GPU"),
-        (True, "flash", replace(GPU, head_dim=264), "head_dim 264 on this GPU; take triton or sdpa"),
-        (True, "flash", replace(GPU, packed=True), "packed documents from each other; take triton or sdpa"),
+        (
+            True,
+            "flash",
+            replace(GPU, head_dim=264),
+            "head_dim 264 on this GPU; take triton or sdpa",
+        ),
+        (
+            True,
+            "flash",
+            replace(GPU, packed=True),
+            "packed documents from each other; take triton or sdpa",
+        ),
     ],
     indirect=["library"],
 )
 @pytest.mark.usefixtures("library")
-def test_a_named_backend_that_cannot_serve_is_refused(name: str, problem: Problem, message: str) -> None:
+def test_a_named_backend_that_cannot_serve_is_refused(
+    name: str, problem: Problem, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         choose_backend(name, problem)
 
@@ -130,9 +154,18 @@ def test_triton_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("capability", "package"),
-    [(7, None), (8, "flash-attn"), (9, "flash-attn-4"), (10, "flash-attn-4"), (11, "flash-attn-4"), (12, "flash-attn")],
+    [
+        (7, None),
+        (8, "flash-attn"),
+        (9, "flash-attn-4"),
+        (10, "flash-attn-4"),
+        (11, "flash-attn-4"),
+        (12, "flash-attn"),
+    ],
 )
-def test_the_package_for_each_gpu_is_named(capability: int, package: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_for_each_gpu_is_named(
+    capability: int, package: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
@@ -150,15 +183,22 @@ def test_the_package_for_each_gpu_is_named(capability: int, package: str | None,
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
 def test_every_call_compiles_without_a_graph_break(backend: str, dynamic: bool | None) -> None:
-    def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, documents: Tensor | None) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
         window = 5 if gate is not None else (5, FULL_WINDOW)
-        return hybrid_attention(q, k, v, window=window, gate=gate, documents=documents, backend=backend)
+        return hybrid_attention(
+            q, k, v, window=window, gate=gate, documents=documents, backend=backend
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for length in (12, 16):
         generator = torch.Generator().manual_seed(length)
-        q, k, v = (torch.randn(2, length, heads, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2))
+        q, k, v = (
+            torch.randn(2, length, heads, 16, generator=generator, requires_grad=True)
+            for heads in (4, 2, 2)
+        )
         gate = torch.rand(2, 2, generator=generator).requires_grad_()
         documents = (torch.arange(length) // 7).expand(2, -1).int().contiguous()
         for arguments in ((gate, None), (None, None), (None, documents)):

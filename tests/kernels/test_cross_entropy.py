@@ -13,7 +13,9 @@ from megaconsa.kernels.cross_entropy import cross_entropy, triton
 from megaconsa.kernels.cross_entropy.cross_entropy import Softmax, cross_entropy_
 
 IGNORED = -100
-CASES = pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 7), (5, 64), (2, 4096), (3, 4097), (4, 10_001)])
+CASES = pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 1), (3, 7), (5, 64), (2, 4096), (3, 4097), (4, 10_001)]
+)
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -36,13 +38,21 @@ def check(functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tolerance:
     losses, gradient = truth(logits, labels)
     for wanted in (False, True):
         found = logits.clone()
-        softmax, target = softmax_and_target(found, labels, IGNORED, logits.shape[1], gradient=wanted)
-        ours = (softmax.total.log() + (softmax.maximum - target)).masked_fill(labels == IGNORED, 0.0)
+        softmax, target = softmax_and_target(
+            found, labels, IGNORED, logits.shape[1], gradient=wanted
+        )
+        ours = (softmax.total.log() + (softmax.maximum - target)).masked_fill(
+            labels == IGNORED, 0.0
+        )
         torch.testing.assert_close(ours.double(), losses, rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(found.double(), gradient if wanted else logits.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            found.double(), gradient if wanted else logits.double(), rtol=tolerance, atol=tolerance
+        )
 
 
-def check_parts(functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tolerance: float, parts: int = 3) -> None:
+def check_parts(
+    functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tolerance: float, parts: int = 3
+) -> None:
     """Columns divided as over ranks, and what these tell each other joined here; what stands behind the last column is padding."""
     softmax_and_target, gradient_ = functions
     losses, gradient = truth(logits, labels)
@@ -55,9 +65,14 @@ def check_parts(functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tole
     for there, count in zip(own, columns, strict=True):
         there[(there < 0) | (there >= count)] = -1
         there[~labelled] = IGNORED
-    found = [softmax_and_target(*each, gradient=False) for each in zip(pieces, own, [IGNORED] * parts, columns, strict=True)]
+    found = [
+        softmax_and_target(*each, gradient=False)
+        for each in zip(pieces, own, [IGNORED] * parts, columns, strict=True)
+    ]
     maximum = torch.stack([softmax.maximum for softmax, _ in found]).amax(0)
-    total = torch.stack([softmax.total * (softmax.maximum - maximum).exp() for softmax, _ in found]).sum(0)
+    total = torch.stack(
+        [softmax.total * (softmax.maximum - maximum).exp() for softmax, _ in found]
+    ).sum(0)
     target = torch.stack([target for _, target in found]).sum(0)
     ours = (total.log() + (maximum - target))[labelled]
     torch.testing.assert_close(ours.double(), losses[labelled], rtol=1e-6, atol=1e-5)
@@ -98,4 +113,9 @@ def test_triton_on_a_gpu(rows: int, vocab: int, dtype: torch.dtype, checks: Any)
 def test_the_sum_of_what_is_not_ignored() -> None:
     logits, labels = draw(5, 64, torch.float32)
     losses, _ = truth(logits, labels)
-    torch.testing.assert_close(cross_entropy_(logits, labels, IGNORED, gradient=False).double(), losses, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        cross_entropy_(logits, labels, IGNORED, gradient=False).double(),
+        losses,
+        rtol=1e-6,
+        atol=1e-5,
+    )

@@ -28,25 +28,39 @@ both = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", m
 PRECISION = {"reference": (torch.float64, 1e-13), "triton": (torch.float32, 2e-6)}
 
 
-def draw(batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+def draw(
+    batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, ...]:
     """q, k and v, large enough for attention to be uneven."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, length, heads, dim) for heads in (kv_heads * group, kv_heads, kv_heads)]
-    return tuple((2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes)
+    return tuple(
+        (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for shape in shapes
+    )
 
 
 def whole(
-    inputs: tuple[Tensor, ...], windows: tuple[int, ...], start: Tensor | None = None, scale: float | None = None
+    inputs: tuple[Tensor, ...],
+    windows: tuple[int, ...],
+    start: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The fp64 reference over the sequence; padding is a document of its own."""
     q, k, v = (x.double() for x in inputs)
     padding = None if start is None else (torch.arange(q.shape[1]) >= start[:, None]).int()
-    return reference.attention(q, k, v, windows, None, padding, q.shape[-1] ** -0.5 if scale is None else scale)
+    return reference.attention(
+        q, k, v, windows, None, padding, q.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
-def poisoned(inputs: tuple[Tensor, ...], windows: tuple[int, ...], capacity: int, start: Tensor | None = None) -> KVCache:
+def poisoned(
+    inputs: tuple[Tensor, ...], windows: tuple[int, ...], capacity: int, start: Tensor | None = None
+) -> KVCache:
     k = inputs[1]
-    cache = KVCache(k.shape[0], capacity, windows, k.shape[-1], dtype=k.dtype, device=k.device, start=start)
+    cache = KVCache(
+        k.shape[0], capacity, windows, k.shape[-1], dtype=k.dtype, device=k.device, start=start
+    )
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
     return cache
@@ -67,7 +81,10 @@ def decoded(
     cache.append(k[:, :prompt], v[:, :prompt])
     while True:
         if stop - 1 in positions:
-            yield stop - 1, decode_attention(q[:, stop - 1 : stop], cache, scale=scale, backend=backend)
+            yield (
+                stop - 1,
+                decode_attention(q[:, stop - 1 : stop], cache, scale=scale, backend=backend),
+            )
         if stop == q.shape[1]:
             return
         cache.append(k[:, stop : stop + 1], v[:, stop : stop + 1])
@@ -88,13 +105,19 @@ def check(outputs: Iterator[tuple[int, Tensor]], truth: Tensor, tolerance: float
 @pytest.mark.parametrize("window", [1, 7, 64, FULL_WINDOW])
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 @pytest.mark.parametrize("dim", [16, 64, 80])
-def test_every_position_equals_attention_over_the_sequence(window: int, group: int, dim: int) -> None:
+def test_every_position_equals_attention_over_the_sequence(
+    window: int, group: int, dim: int
+) -> None:
     """Over three windows, beside a full head and one of another window."""
     windows = (window, FULL_WINDOW, 5)
     length = 3 * window + 2 if window < FULL_WINDOW else 70
     dtype, tolerance = PRECISION["reference"]
     inputs = draw(2, length, 3, group, dim, dtype)
-    check(decoded(inputs, poisoned(inputs, windows, length), "reference", range(length)), whole(inputs, windows), tolerance)
+    check(
+        decoded(inputs, poisoned(inputs, windows, length), "reference", range(length)),
+        whole(inputs, windows),
+        tolerance,
+    )
 
 
 @interpreted
@@ -112,15 +135,23 @@ def test_every_position_equals_attention_over_the_sequence(window: int, group: i
     ],
     ids=str,
 )
-def test_triton_equals_attention_over_the_sequence(windows: tuple[int, ...], group: int, dim: int) -> None:
+def test_triton_equals_attention_over_the_sequence(
+    windows: tuple[int, ...], group: int, dim: int
+) -> None:
     """At every position of short windows, and around the windows' multiples and the tiles' edges of long ones."""
     window = windows[0]
     length = 3 * window + 2 if window < FULL_WINDOW else 70
-    edges = {side + edge for side in (-1, 0, 1) for edge in (1, window, 2 * window, 3 * window, 32, 64)}
+    edges = {
+        side + edge for side in (-1, 0, 1) for edge in (1, window, 2 * window, 3 * window, 32, 64)
+    }
     positions = range(length) if length < 25 else edges | {length - 1}
     dtype, tolerance = PRECISION["triton"]
     inputs = draw(1, length, len(windows), group, dim, dtype)
-    check(decoded(inputs, poisoned(inputs, windows, length), "triton", positions), whole(inputs, windows), tolerance)
+    check(
+        decoded(inputs, poisoned(inputs, windows, length), "triton", positions),
+        whole(inputs, windows),
+        tolerance,
+    )
 
 
 @both
@@ -153,7 +184,11 @@ def test_a_prompt_then_tokens(backend: str, prompt: int) -> None:
     dtype, tolerance = PRECISION[backend]
     inputs = draw(2, 23, 2, 2, 16, dtype)
     positions = range(23) if backend == "reference" else (prompt - 1, prompt, 22)
-    check(decoded(inputs, poisoned(inputs, windows, 40), backend, positions, prompt), whole(inputs, windows), tolerance)
+    check(
+        decoded(inputs, poisoned(inputs, windows, 40), backend, positions, prompt),
+        whole(inputs, windows),
+        tolerance,
+    )
 
 
 @both
@@ -167,7 +202,11 @@ def test_padding_on_the_left_is_never_seen(backend: str) -> None:
     for x in inputs[1:]:
         x.masked_fill_((torch.arange(150) < start[:, None])[:, :, None, None], math.nan)
     positions = range(70, 150) if backend == "reference" else (70, 71, 76, 77, 133, 134, 149)
-    check(decoded(inputs, poisoned(inputs, windows, 150, start), backend, positions, prompt=71), truth, tolerance)
+    check(
+        decoded(inputs, poisoned(inputs, windows, 150, start), backend, positions, prompt=71),
+        truth,
+        tolerance,
+    )
 
 
 @both
@@ -205,7 +244,11 @@ def test_equal_inputs_give_equal_bits(backend: str) -> None:
 def test_triton_in_fp16() -> None:
     windows = (40, FULL_WINDOW)
     inputs = draw(1, 130, 2, 2, 128, torch.float16)
-    check(decoded(inputs, poisoned(inputs, windows, 130), "triton", {129}, prompt=100), whole(inputs, windows), 1e-3)
+    check(
+        decoded(inputs, poisoned(inputs, windows, 130), "triton", {129}, prompt=100),
+        whole(inputs, windows),
+        1e-3,
+    )
 
 
 @st.composite
@@ -216,20 +259,30 @@ def cases(draw_: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[int]
     window = st.one_of(st.integers(1, 100), st.just(FULL_WINDOW))
     windows = tuple(draw_(st.lists(window, min_size=kv_heads, max_size=kv_heads)))
     starts = draw_(st.lists(st.integers(0, length - 1), min_size=1, max_size=3))
-    shape = (len(starts), length, kv_heads, draw_(st.integers(1, 5)), draw_(st.sampled_from(limits.HEAD_DIMS)))
+    shape = (
+        len(starts),
+        length,
+        kv_heads,
+        draw_(st.integers(1, 5)),
+        draw_(st.sampled_from(limits.HEAD_DIMS)),
+    )
     return shape, windows, starts, draw_(st.integers(1, length)), draw_(st.integers(0, 40))
 
 
 @both
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=cases())
-def test_the_newest_token_for_any_shape(backend: str, case: tuple[tuple[int, ...], tuple[int, ...], list[int], int, int]) -> None:
+def test_the_newest_token_for_any_shape(
+    backend: str, case: tuple[tuple[int, ...], tuple[int, ...], list[int], int, int]
+) -> None:
     shape, windows, starts, prompt, room = case
     dtype, tolerance = PRECISION[backend]
     inputs = draw(*shape, dtype)
     start = torch.tensor(starts, dtype=torch.int32)
     last = shape[1] - 1
-    outputs = decoded(inputs, poisoned(inputs, windows, shape[1] + room, start), backend, {last}, prompt)
+    outputs = decoded(
+        inputs, poisoned(inputs, windows, shape[1] + room, start), backend, {last}, prompt
+    )
     check(outputs, whole(inputs, windows, start), tolerance)
 
 
@@ -240,12 +293,22 @@ def test_the_newest_token_for_any_shape(backend: str, case: tuple[tuple[int, ...
         (torch.zeros(1, 1, 4, 16), {}, "shapes do not fit"),
         (torch.zeros(2, 1, 3, 16), {}, "shapes do not fit"),
         (torch.zeros(2, 1, 4, 8), {}, "shapes do not fit"),
-        (torch.zeros(2, 1, 4, 16).double(), {}, "q is torch.float64 on cpu, but the cache holds torch.float32"),
+        (
+            torch.zeros(2, 1, 4, 16).double(),
+            {},
+            "q is torch.float64 on cpu, but the cache holds torch.float32",
+        ),
         (torch.zeros(2, 1, 4, 16, requires_grad=True), {}, "has no gradient"),
-        (torch.zeros(2, 1, 4, 16), {"backend": "flash"}, "backend flash cannot decode; choose one of auto, reference, triton"),
+        (
+            torch.zeros(2, 1, 4, 16),
+            {"backend": "flash"},
+            "backend flash cannot decode; choose one of auto, reference, triton",
+        ),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(q: Tensor, arguments: dict[str, str], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(
+    q: Tensor, arguments: dict[str, str], message: str
+) -> None:
     inputs = draw(2, 1, 2, 2, 16, torch.float32)
     cache = poisoned(inputs, (2, FULL_WINDOW), 4)
     with pytest.raises(ValueError, match="the cache is empty"):
@@ -277,4 +340,7 @@ def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="megaconsa.kernels"):
         for _ in range(3):
             decode_attention(inputs[0], cache)
-    assert [record.getMessage().startswith("decoding with backend=auto takes reference") for record in caplog.records] == [True]
+    assert [
+        record.getMessage().startswith("decoding with backend=auto takes reference")
+        for record in caplog.records
+    ] == [True]

@@ -11,33 +11,48 @@ from torch import Tensor
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.kernels import KVCache, decode_attention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 MIXED = (FULL_WINDOW, 1024, FULL_WINDOW, 1, 64, FULL_WINDOW, 1000, 1024)
 
 
-def draw(batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def draw(
+    batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """q of the newest token; k and v of all."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(batch, 1, kv_heads * group, dim), *[(batch, length, kv_heads, dim)] * 2]
-    return tuple(torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes)
+    return tuple(
+        torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes
+    )
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], start: Tensor | None = None) -> Tensor:
+def truth(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], start: Tensor | None = None
+) -> Tensor:
     batch, length, kv_heads, dim = k.shape
     queries = q.double().view(batch, kv_heads, -1, dim)
     out = torch.empty_like(queries)
     for row in range(batch):
         for head, window in enumerate(windows):
             seen = slice(max(length - window, 0 if start is None else int(start[row])), length)
-            weights = (queries[row, head] @ k[row, seen, head].double().T * dim**-0.5).softmax(dim=-1)
+            weights = (queries[row, head] @ k[row, seen, head].double().T * dim**-0.5).softmax(
+                dim=-1
+            )
             out[row, head] = weights @ v[row, seen, head].double()
     return out.view(q.shape)
 
 
-def poisoned(k: Tensor, windows: tuple[int, ...], capacity: int, start: Tensor | None = None) -> KVCache:
-    cache = KVCache(k.shape[0], capacity, windows, k.shape[-1], dtype=k.dtype, device="cuda", start=start)
+def poisoned(
+    k: Tensor, windows: tuple[int, ...], capacity: int, start: Tensor | None = None
+) -> KVCache:
+    cache = KVCache(
+        k.shape[0], capacity, windows, k.shape[-1], dtype=k.dtype, device="cuda", start=start
+    )
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
     return cache
@@ -50,7 +65,10 @@ def check(out: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 63), (3, 65), (1, 1025), (16, 1000), (4, 8191), (1, 8192), (300, 33)])
+@pytest.mark.parametrize(
+    ("batch", "length"),
+    [(1, 1), (1, 63), (3, 65), (1, 1025), (16, 1000), (4, 8191), (1, 8192), (300, 33)],
+)
 def test_lengths_and_batches(dtype: torch.dtype, batch: int, length: int) -> None:
     """Of the paper's shapes; the cache has room for more, and 300 sequences are more than there are programs at a time."""
     q, k, v = draw(batch, length, 8, 2, 128, dtype)
@@ -73,7 +91,9 @@ def test_lengths_and_batches(dtype: torch.dtype, batch: int, length: int) -> Non
     ],
     ids=str,
 )
-def test_head_dims_and_groups(dtype: torch.dtype, dim: int, group: int, windows: tuple[int, ...]) -> None:
+def test_head_dims_and_groups(
+    dtype: torch.dtype, dim: int, group: int, windows: tuple[int, ...]
+) -> None:
     """With padding on the left of NaN; one head alone is cut into as many pieces as the GPU runs programs."""
     q, k, v = draw(2, 5000, len(windows), group, dim, dtype)
     start = torch.tensor([0, 4900], dtype=torch.int32, device="cuda")
@@ -127,7 +147,10 @@ def test_triton_equals_the_plain_version_on_the_gpu() -> None:
     q, k, v = draw(3, 900, 8, 2, 128, torch.float32)
     cache = poisoned(k, MIXED, 1000, torch.tensor([0, 500, 899], dtype=torch.int32, device="cuda"))
     cache.append(k, v)
-    check(decode_attention(q, cache, backend="triton"), decode_attention(q, cache, backend="reference").double())
+    check(
+        decode_attention(q, cache, backend="triton"),
+        decode_attention(q, cache, backend="reference").double(),
+    )
 
 
 def test_a_cache_of_more_than_two_to_the_31_elements() -> None:

@@ -28,7 +28,9 @@ def log_weights(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tenso
     return torch.einsum("bihd,bjhd->bhij", q, keys).mul(scale).masked_fill(~mask, float("-inf"))
 
 
-def textbook_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float) -> None:
+def textbook_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+) -> None:
     scores = log_weights(q, k, window, scale)
     values = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     lse.copy_(scores.logsumexp(-1))
@@ -63,11 +65,15 @@ def textbook_backward(
 @pytest.fixture(scope="module", autouse=True)
 def _textbook() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash_library, "find", lambda device: Library(textbook_forward, textbook_backward))
+        patch.setattr(
+            flash_library, "find", lambda device: Library(textbook_forward, textbook_backward)
+        )
         yield
 
 
-def draw(batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def draw(
+    batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(batch, length, heads, dim, generator=generator, dtype=dtype).requires_grad_()
@@ -75,7 +81,9 @@ def draw(batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: to
     ]
 
 
-def check_equals_reference(shape: tuple[int, int, int, int, int], windows: tuple[int, ...], gate: Tensor | None = None) -> None:
+def check_equals_reference(
+    shape: tuple[int, int, int, int, int], windows: tuple[int, ...], gate: Tensor | None = None
+) -> None:
     leaves = draw(*shape) if gate is None else [*draw(*shape), gate.clone().requires_grad_()]
     z = None if gate is None else leaves[3]
     dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
@@ -90,7 +98,9 @@ def check_equals_reference(shape: tuple[int, int, int, int, int], windows: tuple
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_order_of_heads_equals_the_reference(data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 9), (1, 6), (1, 3), (1, 5)))
+    shape = tuple(
+        data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 9), (1, 6), (1, 3), (1, 5))
+    )
     kinds = st.sampled_from([1, 3, 9, FULL_WINDOW])
     windows = data.draw(st.tuples(*[kinds] * shape[2]))
     check_equals_reference(shape, windows)  # type: ignore[arg-type]
@@ -110,10 +120,14 @@ def test_gated_heads_equal_the_reference(windows: tuple[int, int]) -> None:
         ((3, FULL_WINDOW, 3, 5), [(3, 0, 1), (None, 1, 2), (3, 2, 3), (5, 3, 4)]),
     ],
 )
-def test_runs_are_as_long_as_they_can_be(windows: tuple[int, ...], expected: list[tuple[int | None, int, int]]) -> None:
+def test_runs_are_as_long_as_they_can_be(
+    windows: tuple[int, ...], expected: list[tuple[int | None, int, int]]
+) -> None:
     found = list(flash.runs(windows, 8, 2))
     assert [(run.window, run.kv.start, run.kv.stop) for run in found] == expected
-    assert [(run.q.start, run.q.stop) for run in found] == [(2 * start, 2 * stop) for _, start, stop in expected]
+    assert [(run.q.start, run.q.stop) for run in found] == [
+        (2 * start, 2 * stop) for _, start, stop in expected
+    ]
 
 
 def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +137,9 @@ def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.Monkey
 
     def seen(name: str, function: Callable[..., None]) -> Callable[..., None]:
         def call(*arguments: Tensor | float | None) -> None:
-            storages[name].append([x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)])
+            storages[name].append(
+                [x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)]
+            )
             function(*arguments)
 
         return call
@@ -169,7 +185,9 @@ def test_compiles_and_recomputes_to_the_same(gated: bool) -> None:
         out = function(*leaves)
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
     for other in results[1:]:
-        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+        assert all(
+            torch.equal(first, second) for first, second in zip(results[0], other, strict=True)
+        )
 
 
 def test_a_broadcast_gradient_is_understood() -> None:
@@ -183,7 +201,9 @@ def test_a_broadcast_gradient_is_understood() -> None:
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
 
 
-def test_flash_attn_4_is_not_taken_where_its_gradients_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_4_is_not_taken_where_its_gradients_are_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def served(capability: int) -> tuple[int, ...]:
         monkeypatch.setattr(flash_library, "_capability", lambda device: capability)
         return flash_library.served_head_dims(torch.device("cuda"))

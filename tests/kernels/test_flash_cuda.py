@@ -12,7 +12,10 @@ from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.kernels import Problem, hybrid_attention
 from megaconsa.kernels.attention import backends
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 W = 100
 TABLES = {
@@ -43,7 +46,9 @@ def skip_if_refused(dtype: torch.dtype, dim: int) -> None:
         pytest.skip(refusal)
 
 
-def check(dtype: torch.dtype, length: int, group: int, dim: int, windows: tuple[int, ...], gated: bool) -> None:
+def check(
+    dtype: torch.dtype, length: int, group: int, dim: int, windows: tuple[int, ...], gated: bool
+) -> None:
     """Errors relative to the reference and a tenth of the upstream gradient, 5e-3 in bf16."""
     generator = torch.Generator("cuda").manual_seed(length + dim)
     kv_heads = len(windows)
@@ -52,13 +57,22 @@ def check(dtype: torch.dtype, length: int, group: int, dim: int, windows: tuple[
         for heads in (kv_heads * group, kv_heads, kv_heads)
     )
     upstream = torch.randn(q.shape, device="cuda", dtype=dtype, generator=generator)
-    gate = torch.rand(2, kv_heads, device="cuda", generator=generator) * 0.9 + 0.05 if gated else None
+    gate = (
+        torch.rand(2, kv_heads, device="cuda", generator=generator) * 0.9 + 0.05 if gated else None
+    )
 
     def run(backend: str, kind: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
-        z = None if gate is None else gate.to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        z = (
+            None
+            if gate is None
+            else gate.to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        )
         out = hybrid_attention(*leaves, window=windows, gate=z, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves if z is None else [*leaves, z], upstream.to(kind))]
+        return [
+            out.detach(),
+            *torch.autograd.grad(out, leaves if z is None else [*leaves, z], upstream.to(kind)),
+        ]
 
     for result, truth in zip(run("flash", dtype), run("reference", torch.float64), strict=True):
         error = (result.double() - truth).norm() / (truth.norm() + 0.1 * upstream.double().norm())
@@ -87,7 +101,10 @@ def test_gated_heads() -> None:
 
 def test_deterministic_when_torch_is_asked_to_be() -> None:
     skip_if_refused(torch.bfloat16, 128)
-    leaves = [torch.randn(2, 4096, heads, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for heads in (8, 4, 4)]
+    leaves = [
+        torch.randn(2, 4096, heads, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for heads in (8, 4, 4)
+    ]
     upstream = torch.randn_like(leaves[0])
     torch.use_deterministic_algorithms(True)
     try:

@@ -27,15 +27,24 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def qkv(batch: int, length: int, kv_heads: int, group: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    batch: int, length: int, kv_heads: int, group: int, dim: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys large enough for attention to be uneven."""
     q = 2 * draw((batch, length, kv_heads * group, dim), seed)
-    return q, 2 * draw((batch, length, kv_heads, dim), seed + 1), draw((batch, length, kv_heads, dim), seed + 2)
+    return (
+        q,
+        2 * draw((batch, length, kv_heads, dim), seed + 1),
+        draw((batch, length, kv_heads, dim), seed + 2),
+    )
 
 
 def documents_of(*lengths: list[int]) -> Tensor:
     """Each row's documents by their lengths; a document's id is the index at which it starts, as the loader numbers them."""
-    rows = [[start for start, stop in pairwise(boundaries(row)) for _ in range(stop - start)] for row in lengths]
+    rows = [
+        [start for start, stop in pairwise(boundaries(row)) for _ in range(stop - start)]
+        for row in lengths
+    ]
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -44,7 +53,13 @@ def boundaries(lengths: list[int]) -> list[int]:
 
 
 def brute_force(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """One query of one head at a time, over a list of the keys that it sees."""
     group = q.shape[2] // k.shape[2]
@@ -53,11 +68,16 @@ def brute_force(
         keys = [
             key
             for key in range(query + 1)
-            if query - key < window and (documents is None or documents[row, key] == documents[row, query])
+            if query - key < window
+            and (documents is None or documents[row, key] == documents[row, query])
         ]
-        scores = torch.stack([q[row, query, head] @ k[row, key, head // group] * scale for key in keys])
+        scores = torch.stack(
+            [q[row, query, head] @ k[row, key, head // group] * scale for key in keys]
+        )
         weights = scores.exp() / scores.exp().sum()
-        return sum((weights[i] * v[row, key, head // group] for i, key in enumerate(keys)), torch.zeros(()))
+        return sum(
+            (weights[i] * v[row, key, head // group] for i, key in enumerate(keys)), torch.zeros(())
+        )
 
     def output(row: int, head: int, query: int) -> Tensor:
         windowed = attend(row, head, query, windows[head // group])
@@ -66,11 +86,20 @@ def brute_force(
         z = gate.expand(q.shape[0], -1)[row, head // group]
         return z * attend(row, head, query, len(q[row])) + (1 - z) * windowed
 
-    heads = [[[output(b, h, i) for h in range(q.shape[2])] for i in range(q.shape[1])] for b in range(q.shape[0])]
+    heads = [
+        [[output(b, h, i) for h in range(q.shape[2])] for i in range(q.shape[1])]
+        for b in range(q.shape[0])
+    ]
     return torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in heads])
 
 
-def check_equal(backend: str, expected_by: str, inputs: tuple[Tensor, ...], gate: Tensor | None, **arguments: object) -> None:
+def check_equal(
+    backend: str,
+    expected_by: str,
+    inputs: tuple[Tensor, ...],
+    gate: Tensor | None,
+    **arguments: object,
+) -> None:
     """Output and gradients of q, k, v and of the gates inside (0, 1)."""
     leaves = [x.clone().requires_grad_() for x in (*inputs, *([] if gate is None else [gate]))]
     out_gradient = draw(tuple(inputs[0].shape), 99)
@@ -80,7 +109,10 @@ def check_equal(backend: str, expected_by: str, inputs: tuple[Tensor, ...], gate
         if name == "loops":
             windows = arguments["window"]
             windows = windows if isinstance(windows, tuple) else (windows,) * inputs[1].shape[2]
-            documents, scale = arguments.get("documents"), arguments.get("scale") or inputs[0].shape[-1] ** -0.5
+            documents, scale = (
+                arguments.get("documents"),
+                arguments.get("scale") or inputs[0].shape[-1] ** -0.5,
+            )
             out = brute_force(*leaves[:3], windows, z, documents, scale)  # type: ignore[arg-type]
         else:
             out = hybrid_attention(*leaves[:3], gate=z, backend=name, **arguments)  # type: ignore[arg-type]
@@ -95,44 +127,79 @@ def check_equal(backend: str, expected_by: str, inputs: tuple[Tensor, ...], gate
         torch.testing.assert_close(result, truth, rtol=1e-11, atol=1e-11)
 
 
-WINDOWS = [1, 2, 4, LENGTH - 1, LENGTH, LENGTH + 3, FULL_WINDOW, (3, FULL_WINDOW), (1, 5), (FULL_WINDOW, 1)]
+WINDOWS = [
+    1,
+    2,
+    4,
+    LENGTH - 1,
+    LENGTH,
+    LENGTH + 3,
+    FULL_WINDOW,
+    (3, FULL_WINDOW),
+    (1, 5),
+    (FULL_WINDOW, 1),
+]
 GATES = {
     "none": None,
     "per head": torch.tensor([0.3, 0.85], dtype=torch.float64),
     "per sequence": torch.tensor([[0.02, 0.6], [0.999, 0.4]], dtype=torch.float64),
     "exact": torch.tensor([[0.0, 1.0], [0.5, 0.0]], dtype=torch.float64),
 }
-PACKINGS = {"one": None, "random": documents_of([3, 6], [1, 4, 2, 2]), "of one token": documents_of([1] * 9, [1, 1, 7])}
+PACKINGS = {
+    "one": None,
+    "random": documents_of([3, 6], [1, 4, 2, 2]),
+    "of one token": documents_of([1] * 9, [1, 1, 7]),
+}
 
 
 @pytest.mark.parametrize(
     ("gate", "packing"),
-    [("none", "one"), ("per head", "one"), ("per sequence", "random"), ("exact", "of one token"), ("none", "random")],
+    [
+        ("none", "one"),
+        ("per head", "one"),
+        ("per sequence", "random"),
+        ("exact", "of one token"),
+        ("none", "random"),
+    ],
 )
 @pytest.mark.parametrize("window", [1, 4, 9, (3, FULL_WINDOW)])
 def test_reference_equals_loops(window: int | tuple[int, ...], gate: str, packing: str) -> None:
     inputs = qkv(2, LENGTH, 2, 2, 3)
-    check_equal("reference", "loops", inputs, GATES[gate], window=window, documents=PACKINGS[packing])
+    check_equal(
+        "reference", "loops", inputs, GATES[gate], window=window, documents=PACKINGS[packing]
+    )
 
 
 def test_scale_is_that_of_the_scores() -> None:
-    check_equal("reference", "loops", qkv(2, LENGTH, 2, 2, 3), GATES["per head"], window=4, scale=0.3)
+    check_equal(
+        "reference", "loops", qkv(2, LENGTH, 2, 2, 3), GATES["per head"], window=4, scale=0.3
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", FAST)
-def test_backends_equal_reference(backend: str, window: int | tuple[int, ...], gate: str, packing: str) -> None:
+def test_backends_equal_reference(
+    backend: str, window: int | tuple[int, ...], gate: str, packing: str
+) -> None:
     inputs = qkv(2, LENGTH, 2, 2, 4)
-    check_equal(backend, "reference", inputs, GATES[gate], window=window, documents=PACKINGS[packing])
+    check_equal(
+        backend, "reference", inputs, GATES[gate], window=window, documents=PACKINGS[packing]
+    )
 
 
 @st.composite
-def cases(draw_: st.DrawFn) -> tuple[tuple[int, ...], int | tuple[int, ...], Tensor | None, Tensor | None, float | None]:
+def cases(
+    draw_: st.DrawFn,
+) -> tuple[tuple[int, ...], int | tuple[int, ...], Tensor | None, Tensor | None, float | None]:
     """(batch, length, KV heads, group, head dimension), window, gate, documents, scale."""
     batch, length = draw_(st.integers(1, 3)), draw_(st.integers(1, 19))
-    kv_heads, group, dim = draw_(st.integers(1, 4)), draw_(st.integers(1, 4)), draw_(st.integers(1, 9))
+    kv_heads, group, dim = (
+        draw_(st.integers(1, 4)),
+        draw_(st.integers(1, 4)),
+        draw_(st.integers(1, 9)),
+    )
     width = st.integers(1, length + 2)
     window = draw_(st.one_of(width, st.tuples(*[width] * kv_heads)))
     z = st.sampled_from([0.0, 0.01, 0.5, 0.97, 1.0])
@@ -142,7 +209,13 @@ def cases(draw_: st.DrawFn) -> tuple[tuple[int, ...], int | tuple[int, ...], Ten
     rows = draw_(st.one_of(st.none(), st.lists(starts, min_size=batch, max_size=batch)))
     documents = None if rows is None else torch.tensor(rows).cumsum(1).to(torch.int32)
     gates = None if gate is None else torch.tensor(gate, dtype=torch.float64)
-    return (batch, length, kv_heads, group, dim), window, gates, documents, draw_(st.sampled_from([None, 0.7]))
+    return (
+        (batch, length, kv_heads, group, dim),
+        window,
+        gates,
+        documents,
+        draw_(st.sampled_from([None, 0.7])),
+    )
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -153,14 +226,18 @@ def test_backends_equal_reference_for_any_shape(
     case: tuple[tuple[int, ...], int | tuple[int, ...], Tensor | None, Tensor | None, float | None],
 ) -> None:
     shape, window, gate, documents, scale = case
-    check_equal(backend, "reference", qkv(*shape), gate, window=window, documents=documents, scale=scale)
+    check_equal(
+        backend, "reference", qkv(*shape), gate, window=window, documents=documents, scale=scale
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gate", [None, 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("window", [1, 2, 5, 12, 13])
 @pytest.mark.parametrize("backend", EVERY)
-def test_exactly_the_visible_keys_weigh(backend: str, window: int, gate: float | None, packed: bool) -> None:
+def test_exactly_the_visible_keys_weigh(
+    backend: str, window: int, gate: float | None, packed: bool
+) -> None:
     """With the identity for values the output is the attention: key i - W + 1 weighs, key i - W does not, to the last bit."""
     length = 13
     q, k, _ = qkv(1, length, 1, 1, length, seed=5)
@@ -178,7 +255,9 @@ def test_exactly_the_visible_keys_weigh(backend: str, window: int, gate: float |
     for query in range(length):
         first = query - window + 1 if not gate else 0
         start = int(documents[0, query]) if documents is not None else 0
-        assert out[0, query, 0].nonzero().flatten().tolist() == list(range(max(first, start, 0), query + 1))
+        assert out[0, query, 0].nonzero().flatten().tolist() == list(
+            range(max(first, start, 0), query + 1)
+        )
     torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), rtol=1e-14, atol=0)
 
 
@@ -198,7 +277,9 @@ def test_binarised_gates_equal_the_allocated_table(backend: str, documents: Tens
         torch.testing.assert_close(gated, allocated, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("gate", [None, torch.tensor([0.4, 1.0], dtype=torch.float64)], ids=["allocated", "gated"])
+@pytest.mark.parametrize(
+    "gate", [None, torch.tensor([0.4, 1.0], dtype=torch.float64)], ids=["allocated", "gated"]
+)
 @pytest.mark.parametrize("backend", EVERY)
 def test_another_document_changes_nothing(backend: str, gate: Tensor | None) -> None:
     """Bitwise: neither tokens before it nor tokens after it reach a document, in either direction."""
@@ -210,7 +291,9 @@ def test_another_document_changes_nothing(backend: str, gate: Tensor | None) -> 
         for x, y in zip(mine, other, strict=True):
             x[:, :4], x[:, 10:] = 30 * y[:, :4], 30 * y[:, 10:]
             x.requires_grad_()
-        out = hybrid_attention(*mine, window=(3, FULL_WINDOW), gate=gate, documents=documents, backend=backend)
+        out = hybrid_attention(
+            *mine, window=(3, FULL_WINDOW), gate=gate, documents=documents, backend=backend
+        )
         gradients = torch.autograd.grad(out[:, own].square().sum(), mine)
         results.append((out.detach()[:, own], *(gradient[:, own] for gradient in gradients)))
         for gradient in gradients:
@@ -241,7 +324,9 @@ def test_output_has_the_precision_of_q(backend: str, dtype: torch.dtype) -> None
     out = hybrid_attention(*rounded, window=7, gate=gate, backend=backend)
     assert out.dtype == dtype
     assert torch.autograd.grad(out.float().sum(), gate)[0].dtype == torch.float32
-    exact = hybrid_attention(*(x.double() for x in rounded), window=7, gate=gate.double(), backend="reference")
+    exact = hybrid_attention(
+        *(x.double() for x in rounded), window=7, gate=gate.double(), backend="reference"
+    )
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert float(error.detach()) < (1e-6 if dtype == torch.float32 else 8e-3)
 
@@ -265,14 +350,37 @@ def test_output_has_the_precision_of_q(backend: str, dtype: torch.dtype) -> None
         ({}, {"gate": torch.ones(1, 2)}, "gate has shape"),
         ({}, {"gate": torch.ones(2, 4)}, "gate has shape"),
         ({}, {"gate": torch.tensor(0.5)}, "gate has shape"),
-        ({}, {"documents": torch.zeros(2, 7)}, r"documents has shape \(2, 7\), but must be \(2, 8\)"),
+        (
+            {},
+            {"documents": torch.zeros(2, 7)},
+            r"documents has shape \(2, 7\), but must be \(2, 8\)",
+        ),
         ({}, {"documents": torch.zeros(8)}, "documents has shape"),
         ({}, {"backend": "cudnn"}, "backend cudnn is unknown"),
-        ({}, {"gate": torch.ones(2, dtype=torch.float64)}, "gate is torch.float64, but must be torch.float32"),
+        (
+            {},
+            {"gate": torch.ones(2, dtype=torch.float64)},
+            "gate is torch.float64, but must be torch.float32",
+        ),
         ({}, {"gate": torch.ones(2, device="meta")}, "gate is on meta, but q is on cpu"),
-        ({}, {"documents": torch.zeros(2, 8, dtype=torch.int64)}, "documents is torch.int64, but must be torch.int32"),
-        ({}, {"v": torch.zeros(2, 8, 2, 4, dtype=torch.bfloat16)}, "must have one floating-point precision"),
-        ({}, {name: torch.zeros(2, 8, 4 if name == "q" else 2, 4, dtype=torch.int32) for name in "qkv"}, "floating-point"),
+        (
+            {},
+            {"documents": torch.zeros(2, 8, dtype=torch.int64)},
+            "documents is torch.int64, but must be torch.int32",
+        ),
+        (
+            {},
+            {"v": torch.zeros(2, 8, 2, 4, dtype=torch.bfloat16)},
+            "must have one floating-point precision",
+        ),
+        (
+            {},
+            {
+                name: torch.zeros(2, 8, 4 if name == "q" else 2, 4, dtype=torch.int32)
+                for name in "qkv"
+            },
+            "floating-point",
+        ),
         ({}, {"k": torch.zeros(2, 8, 2, 4, device="meta")}, "k is on meta, but q is on cpu"),
     ],
 )

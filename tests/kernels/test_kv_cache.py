@@ -17,17 +17,28 @@ WINDOWS = (5, FULL_WINDOW, 1, 5, CAPACITY, 8)
 
 def numbered(tokens: int, batch: int = 2, dim: int = 3) -> tuple[Tensor, Tensor]:
     """Keys that say which (sequence, token, head) they belong to; values are their negatives."""
-    b, t, h = torch.meshgrid(torch.arange(batch), torch.arange(tokens), torch.arange(len(WINDOWS)), indexing="ij")
+    b, t, h = torch.meshgrid(
+        torch.arange(batch), torch.arange(tokens), torch.arange(len(WINDOWS)), indexing="ij"
+    )
     keys = (10_000 * (b + 1) + 100 * t + h).to(torch.float32)[..., None].expand(-1, -1, -1, dim)
     return keys, -keys
 
 
 def empty(**changes: object) -> KVCache:
-    arguments = {"batch": 2, "capacity": CAPACITY, "windows": WINDOWS, "head_dim": 3, "dtype": torch.float32, "device": "cpu"}
+    arguments = {
+        "batch": 2,
+        "capacity": CAPACITY,
+        "windows": WINDOWS,
+        "head_dim": 3,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
     return KVCache(**(arguments | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("chunks", [[1] * CAPACITY, [CAPACITY], [7, 1, 1, 11], [4, 16], [2, 5, 1, 9, 3]], ids=str)
+@pytest.mark.parametrize(
+    "chunks", [[1] * CAPACITY, [CAPACITY], [7, 1, 1, 11], [4, 16], [2, 5, 1, 9, 3]], ids=str
+)
 def test_every_head_holds_its_window(chunks: list[int]) -> None:
     """However the tokens came: token j in slot j modulo the slots, the newest min(W, capacity) tokens and no other."""
     cache = empty()
@@ -57,13 +68,23 @@ def test_bytes_are_those_of_the_formula(dtype: torch.dtype) -> None:
     cache = empty(dtype=dtype)
     slots = 5 + CAPACITY + 1 + 5 + CAPACITY + 8
     assert cache.nbytes == 2 * 2 * 3 * dtype.itemsize * slots
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for g in cache.groups for x in (g.keys, g.values)}
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for g in cache.groups
+        for x in (g.keys, g.values)
+    }
     assert cache.nbytes == sum(storages.values())
 
 
 def test_bytes_against_a_dense_cache() -> None:
     """Half of the heads windowed: half the memory and the windows, which is what the hybrid is for."""
-    shape = {"batch": 1, "capacity": 32_768, "head_dim": 128, "dtype": torch.bfloat16, "device": "meta"}
+    shape = {
+        "batch": 1,
+        "capacity": 32_768,
+        "head_dim": 128,
+        "dtype": torch.bfloat16,
+        "device": "meta",
+    }
     dense = KVCache(windows=(FULL_WINDOW,) * 8, **shape)  # type: ignore[arg-type]
     hybrid = KVCache(windows=(FULL_WINDOW, 1024) * 4, **shape)  # type: ignore[arg-type]
     assert hybrid.nbytes / dense.nbytes == 0.5 + 0.5 * 1024 / 32_768

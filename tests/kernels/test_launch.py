@@ -18,10 +18,21 @@ from megaconsa import cli
 from megaconsa.benchmarks.attention import tuning
 from megaconsa.benchmarks.attention.cases import Shape
 from megaconsa.kernels.attention import launch
-from megaconsa.kernels.attention.launch import HOPPER, Launch, find, forced, packaged, read, shape_key, to_text
+from megaconsa.kernels.attention.launch import (
+    HOPPER,
+    Launch,
+    find,
+    forced,
+    packaged,
+    read,
+    shape_key,
+    to_text,
+)
 from megaconsa.kernels.attention.triton.operators import DTYPES, HEAD_DIMS, attention
 
-interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here"
+)
 
 STEPS = ("forward", "backward")
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)]
@@ -57,7 +68,10 @@ def test_every_shape_has_a_launch_on_every_device(capability: tuple[int, int], g
             for head_dim in HEAD_DIMS:
                 found = find(packaged(), capability, step, dtype, head_dim, gated=gated)
                 assert 128 % found.block_m == 0
-                if capability != (9, 0) or shape_key(dtype, head_dim) not in ("16-bit/64", "16-bit/128"):
+                if capability != (9, 0) or shape_key(dtype, head_dim) not in (
+                    "16-bit/64",
+                    "16-bit/128",
+                ):
                     width = "fp32" if dtype == torch.float32 else "16-bit"
                     assert found in tuning.CANDIDATES[step, width]
 
@@ -72,8 +86,15 @@ def test_packaged_file_is_written_as_tuning_writes() -> None:
 def test_hopper_kernels_keep_their_tiles(head_dim: int) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert find(packaged(), (9, 0), "forward", dtype, head_dim, gated=True)[:3] == (128, 128, 8)
-        assert find(packaged(), (9, 0), "backward", dtype, head_dim, gated=False)[:3] == (64, 128, 8)
-    assert find(packaged(), (9, 0), "forward", torch.float32, head_dim, gated=True) != HOPPER["forward"]
+        assert find(packaged(), (9, 0), "backward", dtype, head_dim, gated=False)[:3] == (
+            64,
+            128,
+            8,
+        )
+    assert (
+        find(packaged(), (9, 0), "forward", torch.float32, head_dim, gated=True)
+        != HOPPER["forward"]
+    )
     assert find(packaged(), (9, 0), "forward", torch.bfloat16, 256, gated=True) != HOPPER["forward"]
 
 
@@ -88,19 +109,35 @@ def test_cpu_takes_small_tiles() -> None:
 
 
 def test_the_users_entries_win(user_file: Callable[[Any], Path]) -> None:
-    user_file({"sm90": {"forward": {"fp32/64": ENTRY}}, "sm89": {"backward": {"16-bit/128/gated": ENTRY}}})
+    user_file(
+        {"sm90": {"forward": {"fp32/64": ENTRY}}, "sm89": {"backward": {"16-bit/128/gated": ENTRY}}}
+    )
     table, own = launch.launches(), packaged()
     mine = Launch(**ENTRY)
     for gated in (False, True):
         assert find(table, (9, 0), "forward", torch.float32, 64, gated=gated) == mine
-        assert find(table, (9, 0), "forward", torch.float32, 16, gated=gated) == own["sm90"]["forward"]["fp32/16"]
-        assert find(table, (8, 6), "forward", torch.float32, 64, gated=gated) == own["default"]["forward"]["fp32/64"]
+        assert (
+            find(table, (9, 0), "forward", torch.float32, 16, gated=gated)
+            == own["sm90"]["forward"]["fp32/16"]
+        )
+        assert (
+            find(table, (8, 6), "forward", torch.float32, 64, gated=gated)
+            == own["default"]["forward"]["fp32/64"]
+        )
     assert find(table, (8, 9), "backward", torch.float16, 96, gated=True) == mine
-    assert find(table, (8, 9), "backward", torch.float16, 96, gated=False) == own["default"]["backward"]["16-bit/128"]
-    assert find(table, (8, 9), "forward", torch.float16, 96, gated=True) == own["default"]["forward"]["16-bit/128"]
+    assert (
+        find(table, (8, 9), "backward", torch.float16, 96, gated=False)
+        == own["default"]["backward"]["16-bit/128"]
+    )
+    assert (
+        find(table, (8, 9), "forward", torch.float16, 96, gated=True)
+        == own["default"]["forward"]["16-bit/128"]
+    )
 
 
-def test_without_a_file_the_packaged_launches_hold(user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_file_the_packaged_launches_hold(
+    user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MEGACONSA_LAUNCH_FILE")
     assert launch.launches() == packaged()
 
@@ -119,8 +156,14 @@ def entry(**changed: Any) -> dict[str, Any]:
         ({"hopper": {}}, "'hopper' is not an architecture"),
         ({"sm90": {"sideways": {}}}, "'sideways' is not a pass"),
         ({"sm90": {"forward": {"fp32/80": ENTRY}}}, "'fp32/80' is not a shape"),
-        ({"sm90": {"forward": {"16-bit/128/gated": ENTRY}}}, "sm90 forward 16-bit/128/gated is fixed"),
-        ({"sm90": {"forward": {"fp32/64": {"block_m": 64}}}}, "must have block_m, block_n, num_warps, num_stages"),
+        (
+            {"sm90": {"forward": {"16-bit/128/gated": ENTRY}}},
+            "sm90 forward 16-bit/128/gated is fixed",
+        ),
+        (
+            {"sm90": {"forward": {"fp32/64": {"block_m": 64}}}},
+            "must have block_m, block_n, num_warps, num_stages",
+        ),
         (entry(waves=1), "must have"),
         (entry(num_stages=0), "positive whole numbers"),
         (entry(num_stages=True), "positive whole numbers"),
@@ -133,7 +176,9 @@ def entry(**changed: Any) -> dict[str, Any]:
 )
 def test_damaged_file_is_refused(user_file: Callable[[Any], Path], content: Any, said: str) -> None:
     path = user_file(content)
-    with pytest.raises(ValueError, match=re.escape(f"the launch file {path} is damaged: ")) as refusal:
+    with pytest.raises(
+        ValueError, match=re.escape(f"the launch file {path} is damaged: ")
+    ) as refusal:
         launch.launches()
     assert said in str(refusal.value)
     assert str(refusal.value).count("\n") == 0
@@ -147,7 +192,9 @@ def test_bytes_that_are_no_text_are_refused(user_file: Callable[[Any], Path]) ->
 
 
 def test_missing_file_is_refused(user_file: Callable[[Any], Path]) -> None:
-    with pytest.raises(ValueError, match=r"launch\.json cannot be read \(No such file or directory\); make it with"):
+    with pytest.raises(
+        ValueError, match=r"launch\.json cannot be read \(No such file or directory\); make it with"
+    ):
         launch.launches()
 
 
@@ -176,7 +223,12 @@ SMALL = Shape(1, 40, 2, 2, 16, 6, torch.float32, torch.device("cpu"))
 @interpreted
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, where the kernels are real and only the device's name, its clock and its limits are given."""
-    slow, fast, wrong, large = Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(16, 16, 4, 1), Launch(64, 64, 4, 1)
+    slow, fast, wrong, large = (
+        Launch(32, 32, 4, 1),
+        Launch(16, 32, 4, 1),
+        Launch(16, 16, 4, 1),
+        Launch(64, 64, 4, 1),
+    )
     inside: list[Launch] = []
 
     def stopwatch(run: Callable[[], Any], return_mode: str) -> float:
@@ -184,16 +236,24 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
         inside.append(launch._forced["forward"])
         return {slow: 2.0, fast: 1.0}[inside[-1]]
 
-    def errors(results: Any, expected: Any, inputs: Any, real: Any = tuning.errors) -> dict[str, float]:
+    def errors(
+        results: Any, expected: Any, inputs: Any, real: Any = tuning.errors
+    ) -> dict[str, float]:
         if launch._forced["forward"] == large:
             raise triton.OutOfResources(2, 1, "shared memory")
         measured = real(results, expected, inputs)
-        return dict.fromkeys(measured, float("nan")) if launch._forced["forward"] == wrong else measured
+        return (
+            dict.fromkeys(measured, float("nan"))
+            if launch._forced["forward"] == wrong
+            else measured
+        )
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "do_bench", stopwatch)
     monkeypatch.setattr(tuning, "errors", errors)
-    monkeypatch.setattr(tuning, "CANDIDATES", {(step, "fp32"): (slow, fast, large, wrong) for step in STEPS})
+    monkeypatch.setattr(
+        tuning, "CANDIDATES", {(step, "fp32"): (slow, fast, large, wrong) for step in STEPS}
+    )
     trials: list[tuning.Trial] = []
     found = tuning.tune(SMALL, trials.append)
     assert found == {"sm90": {step: {"fp32/16": fast, "fp32/16/gated": fast} for step in STEPS}}
@@ -219,7 +279,9 @@ def test_fixed_launches_are_not_tuned(monkeypatch: pytest.MonkeyPatch, head_dim:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def bench(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Runs `megaconsa bench-attention --tune ...` in this process: exit code, stdout, stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -233,7 +295,10 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_tune_needs_a_gpu(
-    bench: Callable[..., tuple[int, str, str]], user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bench: Callable[..., tuple[int, str, str]],
+    user_file: Callable[[Any], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, error = bench()
@@ -242,20 +307,37 @@ def test_tune_needs_a_gpu(
     assert not list(tmp_path.iterdir())
 
 
-def test_tune_takes_no_case_and_no_out(bench: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_tune_takes_no_case_and_no_out(
+    bench: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     for arguments in (["--case", "dense"], ["--out", str(tmp_path / "out.json")]):
         code, _, error = bench(*arguments)
         assert (code, error.count("\n")) == (2, 1)
         assert "--tune does not go with --case or --out" in error
 
 
-SMALL_COMMAND = ("--batch", "1", "--length", "200", "--heads", "2", "--kv-heads", "2", "--window", "40", "--head-dim", "16")
+SMALL_COMMAND = (
+    "--batch",
+    "1",
+    "--length",
+    "200",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "2",
+    "--window",
+    "40",
+    "--head-dim",
+    "16",
+)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tune_needs_a_file_a_sound_one_and_a_shape_to_tune(
-    bench: Callable[..., tuple[int, str, str]], user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., tuple[int, str, str]],
+    user_file: Callable[[Any], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = user_file("{")
     code, _, error = bench(*SMALL_COMMAND)
@@ -273,7 +355,10 @@ def test_tune_needs_a_file_a_sound_one_and_a_shape_to_tune(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_tune_writes_what_it_found(
-    bench: Callable[..., tuple[int, str, str]], user_file: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+    bench: Callable[..., tuple[int, str, str]],
+    user_file: Callable[[Any], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
 ) -> None:
     path = user_file({"sm99": {"forward": {"fp32/64": ENTRY}}})
     width = "fp32" if dtype == "fp32" else "16-bit"
@@ -291,6 +376,8 @@ def test_tune_writes_what_it_found(
         step: [f"{width}/16", f"{width}/16/gated"] for step in STEPS
     }
     assert (
-        launch.launches()[launch.architecture_key(torch.cuda.get_device_capability())]["forward"].items()
+        launch.launches()[launch.architecture_key(torch.cuda.get_device_capability())][
+            "forward"
+        ].items()
         >= steps["forward"].items()
     )

@@ -13,7 +13,9 @@ from megaconsa.model.rope import rotary_angles
 SHAPES = pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 6), (8, 64), (5, 128), (16, 80)])
 
 
-def draw(heads: int, dim: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(heads * dim)
     x = torch.randn(2, 7, heads, dim, generator=generator).to(device, dtype)
     positions = torch.randint(1000, (2, 7), generator=generator).to(device)

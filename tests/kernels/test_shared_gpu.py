@@ -54,8 +54,12 @@ def _shared_gpu() -> Iterator[None]:
 def test_every_repetition_has_the_same_bits(gated: bool) -> None:
     torch.manual_seed(0)
     shapes = [(BATCH, LENGTH, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    q, k, v, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    starts, ends = document_bounds(torch.randint(0, 6, (BATCH, LENGTH), device="cuda").sort(dim=1).values)
+    q, k, v, upstream = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes
+    )
+    starts, ends = document_bounds(
+        torch.randint(0, 6, (BATCH, LENGTH), device="cuda").sort(dim=1).values
+    )
     gate = torch.full((BATCH, KV_HEADS), 0.7, device="cuda") if gated else None
     windows = (128,) * KV_HEADS if gated else (128, LENGTH) * (KV_HEADS // 2)
 

@@ -44,7 +44,8 @@ from megaconsa.kernels.attention.triton import operators
 from megaconsa.kernels.attention.triton.operators import attention, document_bounds, refusal
 
 pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here: test_triton_cuda.py covers it"
+    not triton.knobs.runtime.interpret,
+    reason="Triton compiles for the GPU here: test_triton_cuda.py covers it",
 )
 
 TOLERANCE = 1e-5
@@ -61,11 +62,22 @@ def test_lengths(length: int, packed: bool, gate: tuple[float, ...] | None) -> N
 @pytest.mark.parametrize("length", [1, 7, 65, 130])
 def test_16_bits(length: int) -> None:
     """The interpreter multiplies fp16 rightly: what only 16-bit inputs do, such as the fixed point of dz and its sums of dq."""
-    case = Case(length, (20, FULL, 9), (0.3, 0.001, 1.0), random_documents(length, batch=2), batch=2, group=2)
+    case = Case(
+        length,
+        (20, FULL, 9),
+        (0.3, 0.001, 1.0),
+        random_documents(length, batch=2),
+        batch=2,
+        group=2,
+    )
     check(attention, draw(case, "cpu", torch.float16), 1e-3)
 
 
-@pytest.mark.parametrize("case", [Case(20, (20,), (0.4,)), Case(65, (5,), (0.4,), ((64, 1),))], ids=["short", "late document"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(20, (20,), (0.4,)), Case(65, (5,), (0.4,), ((64, 1),))],
+    ids=["short", "late document"],
+)
 def test_rows_of_padding_that_see_no_key(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of queries longer than those of keys: their softmax has no sum, and must leave the gradients alone."""
     monkeypatch.setattr(operators, "forward_launch", lambda q, gated: Launch(128, 32, 4, 1))
@@ -105,12 +117,21 @@ def test_length_8191() -> None:
         first, stop = max(0, start - window), min(length, start + piece)
         tokens = slice(first, stop + window)
         part = Inputs(
-            wide.q[:, tokens], wide.k[:, tokens], wide.v[:, tokens], wide.upstream[:, tokens], (window,), None, None, wide.scale
+            wide.q[:, tokens],
+            wide.k[:, tokens],
+            wide.v[:, tokens],
+            wide.upstream[:, tokens],
+            (window,),
+            None,
+            None,
+            wide.scale,
         )
         for name, truth in run(reference.attention, part).items():
             truths[name][:, start:stop] = truth[:, start - first : stop - first]
     for name, truth in truths.items():
-        assert (results[name] - truth).norm() <= TOLERANCE * (truth.norm() + 0.1 * inputs.upstream.norm())
+        assert (results[name] - truth).norm() <= TOLERANCE * (
+            truth.norm() + 0.1 * inputs.upstream.norm()
+        )
 
 
 @pytest.mark.parametrize("gate", [None, (0.3,)], ids=["allocated", "gated"])
@@ -176,7 +197,10 @@ def test_document_ids_only_mark_where_documents_start() -> None:
     results = run(attention, inputs)
     assert_same_bits(results, run(attention, replace(inputs, documents=renamed)))
     # As a column of a wider table of the loader: not contiguous.
-    assert_same_bits(results, run(attention, replace(inputs, documents=torch.stack([renamed, renamed], dim=2)[:, :, 0])))
+    assert_same_bits(
+        results,
+        run(attention, replace(inputs, documents=torch.stack([renamed, renamed], dim=2)[:, :, 0])),
+    )
 
 
 def test_document_bounds() -> None:
@@ -201,7 +225,11 @@ def test_slices_of_a_fused_projection() -> None:
 
 def test_one_key_and_value_for_the_whole_batch() -> None:
     inputs = draw(Case(37, (6, FULL), batch=3, group=2))
-    check(attention, replace(inputs, k=inputs.k[:1].expand(3, -1, -1, -1), v=inputs.v[:1].expand(3, -1, -1, -1)), TOLERANCE)
+    check(
+        attention,
+        replace(inputs, k=inputs.k[:1].expand(3, -1, -1, -1), v=inputs.v[:1].expand(3, -1, -1, -1)),
+        TOLERANCE,
+    )
 
 
 def test_upstream_of_a_sum() -> None:
@@ -212,12 +240,18 @@ def test_upstream_of_a_sum() -> None:
 
 @pytest.mark.parametrize("size", [1e-10, 1e10])
 def test_upstream_of_any_size(size: float) -> None:
-    check(attention, properties.uneven_upstream(draw(Case(70, (6, FULL), (0.3, 0.9))), size), TOLERANCE)
+    check(
+        attention,
+        properties.uneven_upstream(draw(Case(70, (6, FULL), (0.3, 0.9))), size),
+        TOLERANCE,
+    )
 
 
 def test_an_outlier_costs_the_others_nothing() -> None:
     inputs = draw(Case(70, (6, FULL), (0.3, 0.9), ((1, 69),)))
-    properties.an_outlier_costs_the_others_nothing(attention, inputs, key=1000, value=1000, tolerance=TOLERANCE)
+    properties.an_outlier_costs_the_others_nothing(
+        attention, inputs, key=1000, value=1000, tolerance=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("needed", [("q",), ("v",), ("gate",), ("k", "gate")])
@@ -266,7 +300,9 @@ def test_two_runs_give_the_same_bits() -> None:
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 63, 64])
 @pytest.mark.parametrize("gate", [None, 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("documents", [None, ((20, 1, 43),)], ids=["single", "packed"])
-def test_exactly_the_visible_keys_weigh(window: int, gate: float | None, documents: tuple[tuple[int, ...], ...] | None) -> None:
+def test_exactly_the_visible_keys_weigh(
+    window: int, gate: float | None, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
     inputs = draw(Case(64, (window,), None if gate is None else (gate,), documents, dim=64))
     properties.exactly_the_visible_keys_weigh(attention, inputs)
 
@@ -277,10 +313,15 @@ def test_scores_far_below_zero(gate: tuple[float, ...] | None) -> None:
     inputs = draw(Case(70, (7,), gate, ((30, 40),)))
     generator = torch.Generator().manual_seed(1)
     levels = 1 + torch.randperm(70, generator=generator).float()
-    q, k = torch.full_like(inputs.q, 1024), (-1024 * levels)[None, :, None, None].expand_as(inputs.k)
+    q, k = (
+        torch.full_like(inputs.q, 1024),
+        (-1024 * levels)[None, :, None, None].expand_as(inputs.k),
+    )
     z = None if inputs.gate is None else inputs.gate.expand(1, 1)
     arguments = ((7,), z, inputs.documents, inputs.scale)
-    torch.testing.assert_close(attention(q, k, inputs.v, *arguments), reference.attention(q, k, inputs.v, *arguments))
+    torch.testing.assert_close(
+        attention(q, k, inputs.v, *arguments), reference.attention(q, k, inputs.v, *arguments)
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +339,9 @@ def test_blocks_that_nobody_sees_are_not_read(case: Case) -> None:
 
 @pytest.mark.parametrize("gate", [None, ((0.3, 1.0), (0.3, 1.0))], ids=["allocated", "gated"])
 def test_other_rows_and_heads_change_nothing(gate: tuple[tuple[float, ...], ...] | None) -> None:
-    properties.other_rows_and_heads_change_nothing(attention, draw(Case(70, (9, FULL), gate, batch=2, group=2)))
+    properties.other_rows_and_heads_change_nothing(
+        attention, draw(Case(70, (9, FULL), gate, batch=2, group=2))
+    )
 
 
 @pytest.mark.parametrize("gate", [None, (0.4, 1.0)], ids=["allocated", "gated"])
@@ -308,7 +351,12 @@ def test_another_document_changes_nothing(gate: tuple[float, ...] | None) -> Non
     other = draw(Case(90, (9, FULL), seed=1))
     own = slice(20, 61)
     inputs = clean.map(Tensor.clone)
-    for x, y in ((inputs.q, other.q), (inputs.k, other.k), (inputs.v, other.v), (inputs.upstream, other.upstream)):
+    for x, y in (
+        (inputs.q, other.q),
+        (inputs.k, other.k),
+        (inputs.v, other.v),
+        (inputs.upstream, other.upstream),
+    ):
         x[:, :20], x[:, 61:] = 30 * y[:, :20], 30 * y[:, 61:]
     results, others = run(attention, clean), run(attention, inputs)
     for name in ("out", "k", "v"):
@@ -319,7 +367,9 @@ def test_another_document_changes_nothing(gate: tuple[float, ...] | None) -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v", "upstream"])
 def test_what_is_not_finite_stays_visible(name: str, value: float) -> None:
-    properties.what_is_not_finite_stays_visible(attention, draw(Case(70, (9,), (0.4,))), name, value)
+    properties.what_is_not_finite_stays_visible(
+        attention, draw(Case(70, (9,), (0.4,))), name, value
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
@@ -340,7 +390,16 @@ def test_checkpointing_gives_the_same_bits() -> None:
 
 def operator_inputs(inputs: Inputs) -> tuple[object, ...]:
     starts, ends = (None, None) if inputs.documents is None else document_bounds(inputs.documents)
-    return inputs.q, inputs.k, inputs.v, list(inputs.windows), inputs.gate, starts, ends, inputs.scale
+    return (
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        list(inputs.windows),
+        inputs.gate,
+        starts,
+        ends,
+        inputs.scale,
+    )
 
 
 @pytest.mark.parametrize(
@@ -375,9 +434,17 @@ def test_operators_meet_their_contract(case: Case) -> None:
 )
 def test_compiled_as_one_graph(case: Case, dynamic: bool) -> None:
     def function(
-        q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        windows: tuple[int, ...],
+        gate: Tensor | None,
+        documents: Tensor | None,
+        scale: float,
     ) -> Tensor:
-        return hybrid_attention(q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton")
+        return hybrid_attention(
+            q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton"
+        )
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -437,20 +504,30 @@ except ValueError as error:
     print(error)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    finished = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     assert finished.stdout == "triton needs a CUDA GPU; take sdpa on this device\n"
 
 
 @st.composite
 def cases(draw_: st.DrawFn) -> Case:
-    batch, length, kv_heads = draw_(st.integers(1, 2)), draw_(st.integers(1, 40)), draw_(st.integers(1, 2))
+    batch, length, kv_heads = (
+        draw_(st.integers(1, 2)),
+        draw_(st.integers(1, 40)),
+        draw_(st.integers(1, 2)),
+    )
     window = st.one_of(st.integers(1, length + 2), st.just(FULL))
     z = st.sampled_from([0.0, 0.001, 0.5, 0.97, 1.0])
     gate = st.tuples(*[z] * kv_heads)
     starts = st.lists(st.booleans(), min_size=length - 1, max_size=length - 1)
 
     def lengths(new: list[bool]) -> tuple[int, ...]:
-        bounds = [0, *(position for position, starts_here in enumerate(new, 1) if starts_here), length]
+        bounds = [
+            0,
+            *(position for position, starts_here in enumerate(new, 1) if starts_here),
+            length,
+        ]
         return tuple(stop - start for start, stop in pairwise(bounds))
 
     return Case(

@@ -36,14 +36,19 @@ from torch.utils.checkpoint import checkpoint
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention.triton.operators import attention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DIM = 128
 
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=list(NAMES.values()))
-widest_and_narrowest = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+widest_and_narrowest = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"]
+)
 
 
 def check_on_gpu(case: Case, dtype: torch.dtype) -> None:
@@ -56,14 +61,18 @@ def check_on_gpu(case: Case, dtype: torch.dtype) -> None:
 def test_lengths(mode: str, length: int, dtype: torch.dtype) -> None:
     # At 8191 tokens the reference holds half a GiB for each matrix of scores.
     batch = 1 if length == 8191 else 2
-    gate, documents = ((0.001, 0.85), random_documents(length, batch)) if mode != "allocated" else (None, None)
+    gate, documents = (
+        ((0.001, 0.85), random_documents(length, batch)) if mode != "allocated" else (None, None)
+    )
     check_on_gpu(Case(length, (100, FULL), gate, documents, batch, group=2, dim=DIM), dtype)
 
 
 @pytest.mark.parametrize("length", [1, 65, 1000, 8191])
 @pytest.mark.parametrize("mode", ["gated", "packed"])
 def test_lengths_of_gated_and_of_packed(mode: str, length: int) -> None:
-    gate, documents = ((0.6, 0.001), None) if mode == "gated" else (None, random_documents(length, batch=1))
+    gate, documents = (
+        ((0.6, 0.001), None) if mode == "gated" else (None, random_documents(length, batch=1))
+    )
     check_on_gpu(Case(length, (100, FULL), gate, documents, group=2, dim=DIM), torch.bfloat16)
 
 
@@ -81,13 +90,32 @@ def test_each_head_has_its_window(gate: tuple[float, ...] | None) -> None:
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_group_sizes(group: int) -> None:
-    check_on_gpu(Case(200, (70, FULL), (0.3, 0.8), random_documents(200, batch=2), batch=2, group=group, dim=DIM), torch.bfloat16)
+    check_on_gpu(
+        Case(
+            200,
+            (70, FULL),
+            (0.3, 0.8),
+            random_documents(200, batch=2),
+            batch=2,
+            group=group,
+            dim=DIM,
+        ),
+        torch.bfloat16,
+    )
 
 
 @widest_and_narrowest
 @pytest.mark.parametrize(
     "gate",
-    [(0.0, 0.0), (1.0, 1.0), (0.001, 0.001), (0.999, 0.999), (1.0, 0.0), ((0.0, 1.0), (0.5, 0.001)), random_gate(2, 2)],
+    [
+        (0.0, 0.0),
+        (1.0, 1.0),
+        (0.001, 0.001),
+        (0.999, 0.999),
+        (1.0, 0.0),
+        ((0.0, 1.0), (0.5, 0.001)),
+        random_gate(2, 2),
+    ],
     ids=["zeros", "ones", "small", "large", "mixed", "per sequence", "random"],
 )
 def test_gates(gate: tuple[float, ...], dtype: torch.dtype) -> None:
@@ -107,7 +135,9 @@ def test_gates(gate: tuple[float, ...], dtype: torch.dtype) -> None:
     ],
     ids=["one token each", "one document", "at block edges", "short at the ends", "random"],
 )
-def test_documents(documents: tuple[tuple[int, ...], ...], gate: tuple[float, ...] | None, dtype: torch.dtype) -> None:
+def test_documents(
+    documents: tuple[tuple[int, ...], ...], gate: tuple[float, ...] | None, dtype: torch.dtype
+) -> None:
     check_on_gpu(Case(500, (70, FULL), gate, documents, batch=2, group=2, dim=DIM), dtype)
 
 
@@ -125,20 +155,34 @@ def errors_by_dim() -> dict[DimKey, Future[dict[str, float]]]:
     pool = ProcessPoolExecutor(8, mp_context=get_context("spawn"))
     futures = {
         (dim, dtype, gated): pool.submit(
-            measure, Case(65, (20, FULL), (0.3, 0.001) if gated else None, ((30, 35),) * 2, batch=2, group=2, dim=dim), dtype
+            measure,
+            Case(
+                65,
+                (20, FULL),
+                (0.3, 0.001) if gated else None,
+                ((30, 35),) * 2,
+                batch=2,
+                group=2,
+                dim=dim,
+            ),
+            dtype,
         )
         for dim in HEAD_DIMS
         for dtype in TOLERANCES
         for gated in (False, True)
     }
-    pool.shutdown(wait=False)  # the processes end, and free the GPU's memory, when the last of these is done
+    pool.shutdown(
+        wait=False
+    )  # the processes end, and free the GPU's memory, when the last of these is done
     return futures
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["allocated", "gated"])
 @every_dtype
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_head_dims(errors_by_dim: dict[DimKey, Future[dict[str, float]]], dim: int, dtype: torch.dtype, gated: bool) -> None:
+def test_head_dims(
+    errors_by_dim: dict[DimKey, Future[dict[str, float]]], dim: int, dtype: torch.dtype, gated: bool
+) -> None:
     measured = errors_by_dim[dim, dtype, gated].result()
     assert all(error <= TOLERANCES[dtype] for error in measured.values()), measured
 
@@ -146,7 +190,11 @@ def test_head_dims(errors_by_dim: dict[DimKey, Future[dict[str, float]]], dim: i
 @widest_and_narrowest
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    inputs = draw(Case(137, (60, FULL), (0.3, 1.0), ((37, 100), (137,)), batch=2, group=2, dim=DIM), "cuda", dtype)
+    inputs = draw(
+        Case(137, (60, FULL), (0.3, 1.0), ((37, 100), (137,)), batch=2, group=2, dim=DIM),
+        "cuda",
+        dtype,
+    )
     check(attention, inputs.map(LAYOUTS[layout]), TOLERANCES[dtype])
 
 
@@ -157,10 +205,16 @@ def test_strides_beyond_2_31_elements(axis: int) -> None:
     def far(x: Tensor) -> Tensor:
         strides = list(x.stride())
         strides[axis] = math.ceil(2**31 / (x.shape[axis] - 1) / 8) * 8
-        buffer = x.new_empty(1 + sum(stride * (extent - 1) for stride, extent in zip(strides, x.shape, strict=True)))
+        buffer = x.new_empty(
+            1 + sum(stride * (extent - 1) for stride, extent in zip(strides, x.shape, strict=True))
+        )
         return buffer.as_strided(x.shape, strides).copy_(x)
 
-    inputs = draw(Case(65, (20, FULL), (0.3, 0.8), ((30, 35),) * 2, batch=2, group=2, dim=DIM), "cuda", torch.bfloat16)
+    inputs = draw(
+        Case(65, (20, FULL), (0.3, 0.8), ((30, 35),) * 2, batch=2, group=2, dim=DIM),
+        "cuda",
+        torch.bfloat16,
+    )
     check(attention, inputs.map(far), TOLERANCES[torch.bfloat16])
 
 
@@ -192,7 +246,9 @@ def test_more_than_2_31_elements() -> None:
 
         only = slice(head, head + 1)
         part = replace(inputs.map(of_head), windows=(20,), gate=inputs.gate[only], documents=None)  # type: ignore[index]
-        part_results = {name: x[only] if name == "gate" else of_head(x) for name, x in results.items()}
+        part_results = {
+            name: x[only] if name == "gate" else of_head(x) for name, x in results.items()
+        }
         measured = errors(part_results, part)
         assert all(error <= TOLERANCES[torch.bfloat16] for error in measured.values()), measured
 
@@ -205,12 +261,30 @@ def test_more_rows_than_a_grid_axis_holds() -> None:
 
 def test_heads_beyond_the_cache() -> None:
     """Worked off in sections of heads and sequences, the last of them smaller."""
-    check_on_gpu(Case(1000, (FULL, 9, 300, 70, FULL, 1, 128, 500), random_gate(9, 8), batch=9, group=2, dim=DIM), torch.bfloat16)
+    check_on_gpu(
+        Case(
+            1000,
+            (FULL, 9, 300, 70, FULL, 1, 128, 500),
+            random_gate(9, 8),
+            batch=9,
+            group=2,
+            dim=DIM,
+        ),
+        torch.bfloat16,
+    )
 
 
 def test_three_runs_give_the_same_bits() -> None:
     """At a size that fills the GPU, where programs finish in another order each time."""
-    case = Case(4096, (512, FULL) * 4, random_gate(2, 8), random_documents(4096, batch=2), batch=2, group=2, dim=DIM)
+    case = Case(
+        4096,
+        (512, FULL) * 4,
+        random_gate(2, 8),
+        random_documents(4096, batch=2),
+        batch=2,
+        group=2,
+        dim=DIM,
+    )
     for each in (case, replace(case, documents=None), replace(case, gate=None, documents=None)):
         inputs = draw(each, "cuda", torch.bfloat16)
         first = run(attention, inputs)
@@ -221,8 +295,14 @@ def test_three_runs_give_the_same_bits() -> None:
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 127, 128])
 @pytest.mark.parametrize("gate", [None, 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("documents", [None, ((50, 1, 77),)], ids=["single", "packed"])
-def test_exactly_the_visible_keys_weigh(window: int, gate: float | None, documents: tuple[tuple[int, ...], ...] | None) -> None:
-    inputs = draw(Case(DIM, (window,), None if gate is None else (gate,), documents, dim=DIM), "cuda", torch.bfloat16)
+def test_exactly_the_visible_keys_weigh(
+    window: int, gate: float | None, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
+    inputs = draw(
+        Case(DIM, (window,), None if gate is None else (gate,), documents, dim=DIM),
+        "cuda",
+        torch.bfloat16,
+    )
     properties.exactly_the_visible_keys_weigh(attention, inputs)
 
 
@@ -237,7 +317,9 @@ def test_exactly_the_visible_keys_weigh(window: int, gate: float | None, documen
     ids=["window", "gate of 0", "documents", "gated documents"],
 )
 def test_blocks_that_nobody_sees_are_not_read(case: Case) -> None:
-    properties.blocks_that_nobody_sees_are_not_read(attention, draw(case, "cuda", torch.bfloat16), tokens=400)
+    properties.blocks_that_nobody_sees_are_not_read(
+        attention, draw(case, "cuda", torch.bfloat16), tokens=400
+    )
 
 
 @pytest.mark.parametrize("gate", [None, ((0.3, 1.0), (0.3, 1.0))], ids=["allocated", "gated"])
@@ -260,16 +342,33 @@ def test_upstream_of_any_size(size: float) -> None:
 
 
 def test_an_outlier_costs_the_others_nothing() -> None:
-    inputs = draw(Case(1000, (70, FULL), (0.3, 0.9), ((1, 999),), group=2, dim=DIM), "cuda", torch.bfloat16)
-    properties.an_outlier_costs_the_others_nothing(attention, inputs, key=100, value=10, tolerance=TOLERANCES[torch.bfloat16])
+    inputs = draw(
+        Case(1000, (70, FULL), (0.3, 0.9), ((1, 999),), group=2, dim=DIM), "cuda", torch.bfloat16
+    )
+    properties.an_outlier_costs_the_others_nothing(
+        attention, inputs, key=100, value=10, tolerance=TOLERANCES[torch.bfloat16]
+    )
 
 
 def test_binarised_gates_equal_the_allocated_table() -> None:
-    inputs = draw(Case(500, (70,) * 4, (1.0, 0.0, 0.0, 1.0), random_documents(500, 2), batch=2, group=2, dim=DIM), "cuda")
+    inputs = draw(
+        Case(
+            500,
+            (70,) * 4,
+            (1.0, 0.0, 0.0, 1.0),
+            random_documents(500, 2),
+            batch=2,
+            group=2,
+            dim=DIM,
+        ),
+        "cuda",
+    )
     properties.binarised_gates_equal_the_allocated_table(attention, inputs)
 
 
-FULL_FEATURED = Case(300, (70, FULL), (0.3, 0.0), random_documents(300, 2), batch=2, group=2, dim=DIM)
+FULL_FEATURED = Case(
+    300, (70, FULL), (0.3, 0.0), random_documents(300, 2), batch=2, group=2, dim=DIM
+)
 
 
 def checkpointed(*arguments: object) -> Tensor:
@@ -277,28 +376,48 @@ def checkpointed(*arguments: object) -> Tensor:
 
 
 def compiled(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     torch.compiler.reset()
     function = torch.compile(hybrid_attention, fullgraph=True)
-    return function(q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton")
+    return function(
+        q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton"
+    )
 
 
 @pytest.mark.parametrize("wrapped", [checkpointed, compiled])
-@pytest.mark.parametrize("case", [FULL_FEATURED, replace(FULL_FEATURED, gate=None, documents=None)], ids=["gated", "allocated"])
-def test_checkpointed_and_compiled_give_the_same_bits(wrapped: Callable[..., Tensor], case: Case) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [FULL_FEATURED, replace(FULL_FEATURED, gate=None, documents=None)],
+    ids=["gated", "allocated"],
+)
+def test_checkpointed_and_compiled_give_the_same_bits(
+    wrapped: Callable[..., Tensor], case: Case
+) -> None:
     inputs = draw(case, "cuda", torch.bfloat16)
     assert_same_bits(run(wrapped, inputs), run(attention, inputs))
 
 
 def test_captured_in_a_cuda_graph() -> None:
     """Forward and backward, replayed on new values: nothing waits for the GPU, and nothing is kept from the capture."""
-    inputs, fresh = (draw(replace(FULL_FEATURED, seed=seed), "cuda", torch.bfloat16) for seed in (0, 1))
-    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.gate) if x is not None]
+    inputs, fresh = (
+        draw(replace(FULL_FEATURED, seed=seed), "cuda", torch.bfloat16) for seed in (0, 1)
+    )
+    leaves = [
+        x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.gate) if x is not None
+    ]
 
     def step() -> tuple[Tensor, ...]:
         gate = leaves[3].expand(inputs.q.shape[0], -1)
-        out = attention(leaves[0], leaves[1], leaves[2], inputs.windows, gate, inputs.documents, inputs.scale)
+        out = attention(
+            leaves[0], leaves[1], leaves[2], inputs.windows, gate, inputs.documents, inputs.scale
+        )
         return out.detach(), *torch.autograd.grad(out, leaves, inputs.upstream)
 
     side = torch.cuda.Stream()
@@ -310,7 +429,9 @@ def test_captured_in_a_cuda_graph() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for leaf, value in zip(leaves, (fresh.q, fresh.k, fresh.v, torch.tensor([0.0, 0.7])), strict=True):
+        for leaf, value in zip(
+            leaves, (fresh.q, fresh.k, fresh.v, torch.tensor([0.0, 0.7])), strict=True
+        ):
             leaf.copy_(value)
         inputs.upstream.copy_(fresh.upstream)
     graph.replay()

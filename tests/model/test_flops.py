@@ -51,7 +51,11 @@ def test_training_flops_count_every_product() -> None:
     """Against the products one by one: 2 forward and 4 backward for each multiplication that takes part."""
     allocation = Allocation(4, ((True, False), (False, False), (True, True)))
     lengths = [5, 1, 10]
-    weights = sum(weight.numel() for name, weight in Qwen3(SMALL, allocation).named_parameters() if weight.dim() == 2)
+    weights = sum(
+        weight.numel()
+        for name, weight in Qwen3(SMALL, allocation).named_parameters()
+        if weight.dim() == 2
+    )
     multiplications = weights * sum(lengths)  # the tied embedding stands for the head here
     for layer in range(3):
         for query_head in range(4):
@@ -64,14 +68,21 @@ def test_forward_flops_of_each_layer() -> None:
     """Blocks one by one, then the head; their weights from the model itself."""
     allocation = Allocation(4, ((True, False), (False, False), (True, True)))
     lengths = [5, 1, 10]
-    block = sum(weight.numel() for weight in Qwen3(SMALL, allocation).model.layers[0].parameters() if weight.dim() == 2)
+    block = sum(
+        weight.numel()
+        for weight in Qwen3(SMALL, allocation).model.layers[0].parameters()
+        if weight.dim() == 2
+    )
     expected = [2 * sum(lengths) * block] * 3
     for layer in range(3):
         for window in allocation.windows(layer):
             pairs = sum(int(mask(length, window).sum()) for length in lengths)
             assert kv_head_flops(SMALL, window, lengths) == 2 * 2 * 2 * 8 * pairs
             expected[layer] += 2 * 2 * 2 * 8 * pairs
-    assert forward_flops(SMALL, allocation, sum(lengths), iter(lengths)) == [*expected, 2 * sum(lengths) * 50 * 16]
+    assert forward_flops(SMALL, allocation, sum(lengths), iter(lengths)) == [
+        *expected,
+        2 * sum(lengths) * 50 * 16,
+    ]
 
 
 def test_dense_table_equals_none_and_a_long_window_is_full() -> None:
@@ -93,7 +104,9 @@ def test_flops_per_token_are_those_of_the_facts(preset: str, total: float) -> No
 
 def test_saving_of_half_the_heads() -> None:
     """0.441 of the FLOPs is attention, half of it windowed, and a window of 1024 sees 0.234 of the pairs at 8192."""
-    saved = 1 - training_flops(LARGE, head_share(28, 8, 1024, 0.5), 8192, [8192]) / training_flops(LARGE, None, 8192, [8192])
+    saved = 1 - training_flops(LARGE, head_share(28, 8, 1024, 0.5), 8192, [8192]) / training_flops(
+        LARGE, None, 8192, [8192]
+    )
     assert saved == pytest.approx(0.4408 * 0.5 * (1 - 0.2343), rel=1e-3)
 
 
@@ -121,7 +134,9 @@ def test_parameters_are_those_of_the_model(tied: bool) -> None:
         model = Qwen3(shape, dense(3, 2, 4))
     assert count.total == sum(weight.numel() for weight in model.parameters())
     assert count.embedding == 50 * 16
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    linear = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
     assert count.matmul == linear
 
 
@@ -131,7 +146,9 @@ def test_kv_cache() -> None:
     assert kv_cache_bytes(LARGE, None, 8192) == 28 * 8 * 8192 * a_head
     assert kv_cache_bytes(LARGE, half, 8192) == 28 * 4 * (8192 + 1023) * a_head
     assert kv_cache_bytes(LARGE, half, 1023) == kv_cache_bytes(LARGE, None, 1023)
-    assert kv_cache_bytes(LARGE, half, 8192, bytes_per_value=4) == 2 * kv_cache_bytes(LARGE, half, 8192)
+    assert kv_cache_bytes(LARGE, half, 8192, bytes_per_value=4) == 2 * kv_cache_bytes(
+        LARGE, half, 8192
+    )
     assert kv_cache_bytes(LARGE, all_swa(28, 8, 1), 8192) == 0
 
 

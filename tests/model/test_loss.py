@@ -22,14 +22,22 @@ def test_loss_and_gradients_equal_the_definition() -> None:
     for row in range(2):
         for position in range(5):
             if (label := int(labels[row, position])) != IGNORED:
-                expected = expected + logits[row, position].exp().sum().log() - logits[row, position, label]
+                expected = (
+                    expected
+                    + logits[row, position].exp().sum().log()
+                    - logits[row, position, label]
+                )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for result, truth in zip(
-        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden_, weight_)), strict=True
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden_, weight_)),
+        strict=True,
     ):
         torch.testing.assert_close(result, truth.float(), rtol=1e-5, atol=1e-6)
-    assert not torch.autograd.grad(summed_cross_entropy(hidden, weight, labels), hidden)[0][labels == IGNORED].any()
+    assert not torch.autograd.grad(summed_cross_entropy(hidden, weight, labels), hidden)[0][
+        labels == IGNORED
+    ].any()
 
 
 def test_without_labels_there_is_no_loss() -> None:
@@ -41,7 +49,10 @@ def test_without_labels_there_is_no_loss() -> None:
 
 def test_statistics_are_fp32_for_bf16_weights() -> None:
     """Of 4096 equal logits the loss is log 4096, which bf16 would round to 8.3125."""
-    hidden, weight = torch.ones(1, 1, 8, dtype=torch.bfloat16), torch.ones(4096, 8, dtype=torch.bfloat16)
+    hidden, weight = (
+        torch.ones(1, 1, 8, dtype=torch.bfloat16),
+        torch.ones(4096, 8, dtype=torch.bfloat16),
+    )
     loss = summed_cross_entropy(hidden, weight, torch.zeros(1, 1, dtype=torch.long))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(8.317766, rel=1e-6)

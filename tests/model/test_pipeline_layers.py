@@ -26,7 +26,9 @@ TABLE = Allocation(4, tuple((layer % 2 == 0, layer % 3 == 0) for layer in range(
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
-def build_layers(shape: ModelConfig, separate: bool = True) -> tuple[nn.Module, list[Callable[[Any], Any]]]:
+def build_layers(
+    shape: ModelConfig, separate: bool = True
+) -> tuple[nn.Module, list[Callable[[Any], Any]]]:
     """Modules named and called as DeepSpeed's PipelineModule does: by index, and one for all specs of a tied key.
 
     For one process, which reorders heads too: full ones first.
@@ -35,7 +37,9 @@ def build_layers(shape: ModelConfig, separate: bool = True) -> tuple[nn.Module, 
 
     module, functions = nn.Module(), []
     module.tied_modules = nn.ModuleDict()
-    for index, spec in enumerate(layer_specs(Sharding(shape, TABLE), TensorParallel(), TABLE, "auto", separate)):
+    for index, spec in enumerate(
+        layer_specs(Sharding(shape, TABLE), TensorParallel(), TABLE, "auto", separate)
+    ):
         if isinstance(spec, TiedLayerSpec):
             if spec.key not in module.tied_modules:
                 module.tied_modules[spec.key] = spec.build()
@@ -52,8 +56,13 @@ def test_canonical_names_are_those_of_the_whole_model(tied: bool) -> None:
     """Also beyond nine layers."""
     shape = replace(SHAPE, tie_word_embeddings=tied)
     module, _ = build_layers(shape)
-    names = {canonical_name(name, shape.num_hidden_layers): weight.shape for name, weight in module.named_parameters()}
-    assert {layer_index(name, shape.num_hidden_layers) for name in names} == set(range(13 if tied else 14))
+    names = {
+        canonical_name(name, shape.num_hidden_layers): weight.shape
+        for name, weight in module.named_parameters()
+    }
+    assert {layer_index(name, shape.num_hidden_layers) for name in names} == set(
+        range(13 if tied else 14)
+    )
     assert len(names) == len(list(module.parameters()))
     assert names == {name: weight.shape for name, weight in Qwen3(shape, TABLE).named_parameters()}
 
@@ -71,7 +80,10 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
 
     module, functions = build_layers(shape, separate)
     whole = Qwen3(shape, TABLE, separate=separate)
-    pipelined = {canonical_name(name, shape.num_hidden_layers): weight for name, weight in module.named_parameters()}
+    pipelined = {
+        canonical_name(name, shape.num_hidden_layers): weight
+        for name, weight in module.named_parameters()
+    }
     sharding = Sharding(shape, TABLE)
     for name, weight in whole.named_parameters():
         weight.data.copy_(initial_weight(name, weight.shape, shape, 0))
@@ -88,7 +100,11 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
     whole.model.norm.register_forward_hook(lambda _module, _arguments, output: final.append(output))
     logits = whole(tokens, documents, sequences)
     chosen = labels != IGNORED
-    expected = torch.nn.functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum") * 4 / (3 * labelled)
+    expected = (
+        torch.nn.functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
+        * 4
+        / (3 * labelled)
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     direct = summed_cross_entropy(final[0], whole.lm_head.weight, labels)
     assert direct.item() * 4 / (3 * labelled) == pytest.approx(expected.item(), rel=1e-6)
@@ -100,7 +116,9 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
         scale = float(weight.grad.abs().max())
         gradient = pipelined[name].grad
         assert gradient is not None
-        torch.testing.assert_close(sharding.join(name, [gradient]), weight.grad, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            sharding.join(name, [gradient]), weight.grad, rtol=0, atol=1e-5 * scale
+        )
 
 
 def test_normalizer_carries_both_counts_as_integers() -> None:

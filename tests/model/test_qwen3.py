@@ -31,8 +31,14 @@ TOKENS = torch.randint(SHAPE.vocab_size, (2, 32), generator=torch.Generator().ma
 def weights_of(shape: ModelConfig) -> dict[str, Tensor]:
     """Far from their initial values: attention so uneven that one key too many or too few shows, norms that scale unevenly."""
     generator = torch.Generator().manual_seed(7)
-    noise = {name: torch.randn(size, generator=generator) for name, size in parameter_shapes(shape).items()}
-    return {name: 1.5 + 0.5 * x if x.dim() == 1 else 2 * x / x.shape[1] ** 0.5 for name, x in noise.items()}
+    noise = {
+        name: torch.randn(size, generator=generator)
+        for name, size in parameter_shapes(shape).items()
+    }
+    return {
+        name: 1.5 + 0.5 * x if x.dim() == 1 else 2 * x / x.shape[1] ** 0.5
+        for name, x in noise.items()
+    }
 
 
 def build(shape: ModelConfig, heads: HeadSelector, **arguments: Any) -> Qwen3:
@@ -45,7 +51,9 @@ def build(shape: ModelConfig, heads: HeadSelector, **arguments: Any) -> Qwen3:
 
 @torch.no_grad()
 def transformers_logits(shape: ModelConfig, tokens: Tensor, **fields: Any) -> Tensor:
-    stock = Qwen3ForCausalLM(Qwen3Config(**(qwen3_config_fields(shape) | fields), attn_implementation="eager")).eval()
+    stock = Qwen3ForCausalLM(
+        Qwen3Config(**(qwen3_config_fields(shape) | fields), attn_implementation="eager")
+    ).eval()
     stock.load_state_dict(weights_of(shape), strict=False)
     stock.tie_weights()
     return stock(tokens, use_cache=False).logits
@@ -81,7 +89,12 @@ def test_other_shapes_equal_transformers(shape: ModelConfig) -> None:
 def test_layer_wise_logits_equal_transformers() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     expected = transformers_logits(
-        SHAPE, TOKENS, use_sliding_window=True, sliding_window=WINDOW, layer_types=types, max_window_layers=0
+        SHAPE,
+        TOKENS,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=types,
+        max_window_layers=0,
     )
     assert difference(build(SHAPE, LAYER_WISE)(TOKENS), expected) < 1e-5
     for window in (WINDOW - 1, WINDOW + 1):
@@ -92,10 +105,16 @@ def test_layer_wise_logits_equal_transformers() -> None:
 def test_names_shapes_and_order_are_the_canonical_ones(preset: str) -> None:
     shape = PRESETS[preset]
     with torch.device("meta"):
-        model = Qwen3(shape, Allocation(1, ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers))
+        model = Qwen3(
+            shape, Allocation(1, ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers)
+        )
     canonical = parameter_shapes(shape)
-    assert [(name, tuple(weight.shape)) for name, weight in model.named_parameters()] == list(canonical.items())
-    assert model.state_dict().keys() - canonical.keys() == ({"lm_head.weight"} if shape.tie_word_embeddings else set())
+    assert [(name, tuple(weight.shape)) for name, weight in model.named_parameters()] == list(
+        canonical.items()
+    )
+    assert model.state_dict().keys() - canonical.keys() == (
+        {"lm_head.weight"} if shape.tie_word_embeddings else set()
+    )
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == shape.tie_word_embeddings
 
 
@@ -123,12 +142,16 @@ def test_a_packed_document_has_the_logits_it_has_alone(heads: Allocation) -> Non
 def test_positions_restart_without_separation_too() -> None:
     """Documents that see each other still count their positions from their start; transformers takes the positions as they are."""
     documents, _ = packed(12, 20)
-    stock = Qwen3ForCausalLM(Qwen3Config(**qwen3_config_fields(SHAPE), attn_implementation="eager")).eval()
+    stock = Qwen3ForCausalLM(
+        Qwen3Config(**qwen3_config_fields(SHAPE), attn_implementation="eager")
+    ).eval()
     stock.load_state_dict(weights_of(SHAPE), strict=False)
     stock.tie_weights()
     mask = torch.zeros(1, 1, 32, 32).masked_fill(~torch.ones(32, 32).tril().bool(), float("-inf"))
     with torch.no_grad():
-        expected = stock(TOKENS, position_ids=torch.arange(32) - documents, attention_mask=mask, use_cache=False).logits
+        expected = stock(
+            TOKENS, position_ids=torch.arange(32) - documents, attention_mask=mask, use_cache=False
+        ).logits
     assert difference(build(SHAPE, DENSE, separate=False)(TOKENS, documents), expected) < 1e-5
 
 
@@ -140,12 +163,18 @@ def test_tokens_of_another_document_change_nothing() -> None:
     other[:, parts[0]], other[:, parts[2]] = 3, 5
     own = parts[1]
     assert torch.equal(model(TOKENS, documents)[:, own], model(other, documents)[:, own])
-    assert not torch.equal(model(TOKENS, documents)[:, parts[2]], model(other, documents)[:, parts[2]])
+    assert not torch.equal(
+        model(TOKENS, documents)[:, parts[2]], model(other, documents)[:, parts[2]]
+    )
 
 
 def bank_of(table: Allocation, saturated: float) -> GateBank:
     """Gates that say what the table says; saturated at 30 every sample is exactly 0 or 1."""
-    bank = GateBank(GateSettings(Constraint(3, 2, table.sparsity, scope="global"), WINDOW, "paper", global_batch=4))
+    bank = GateBank(
+        GateSettings(
+            Constraint(3, 2, table.sparsity, scope="global"), WINDOW, "paper", global_batch=4
+        )
+    )
     sampler = bank.gates
     assert isinstance(sampler, SampledGates)
     with torch.no_grad():
@@ -161,7 +190,9 @@ def test_saturated_gates_equal_the_allocated_table() -> None:
     results = []
     for model in (gated, allocated):
         logits = model(TOKENS, documents)
-        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+        results.append(
+            [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+        )
     for result, expected in zip(*results, strict=True):
         assert difference(result, expected) < 2e-5
 

@@ -46,15 +46,24 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     path.write_text(json.dumps(jobs))
     # Left behind by tests that train in this process.
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    with subprocess.Popen(
-        [*command, str(Path(__file__).with_name("worker.py")), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=inherited | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # so that ranks which wait for each other for ever can be ended with their launcher
-    ) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    with (
+        subprocess.Popen(
+            [*command, str(Path(__file__).with_name("worker.py")), str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=inherited | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # so that ranks which wait for each other for ever can be ended with their launcher
+        ) as process
+    ):
         try:
             output, _ = process.communicate(timeout=LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
@@ -75,25 +84,37 @@ def tensors(saved: Checkpoint) -> dict[str, Tensor]:
 
 def differences(run: Path, reference: Path, steps: tuple[int, ...]) -> list[Difference]:
     """Everything in which a run's metrics and its checkpoints of `steps` are farther from the reference than rounding; worst first."""
-    found = list(_of_metrics(read_metrics(run / "metrics.jsonl"), read_metrics(reference / "metrics.jsonl")))
+    found = list(
+        _of_metrics(read_metrics(run / "metrics.jsonl"), read_metrics(reference / "metrics.jsonl"))
+    )
     for step in steps:
         own, theirs = checkpoint(run, step), checkpoint(reference, step)
         for name in ("tokens", "sequences", "optimizer_steps"):
             if own.state[name] != theirs.state[name]:
-                found.append(Difference(math.inf, f"step {step} {name}: {own.state[name]}, not {theirs.state[name]}"))
+                found.append(
+                    Difference(
+                        math.inf, f"step {step} {name}: {own.state[name]}, not {theirs.state[name]}"
+                    )
+                )
         if own.allocation != theirs.allocation:
             found.append(Difference(math.inf, f"step {step} allocation.json"))
         found += _of_tensors(tensors(own), tensors(theirs), f"step {step} ")
-    return sorted((each for each in found if not each.size <= TOLERANCE), key=lambda each: -each.size)
+    return sorted(
+        (each for each in found if not each.size <= TOLERANCE), key=lambda each: -each.size
+    )
 
 
-def _of_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str) -> Iterator[Difference]:
+def _of_tensors(
+    own: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str
+) -> Iterator[Difference]:
     if own.keys() != theirs.keys():
         yield Difference(math.inf, f"{prefix}names {sorted(own.keys() ^ theirs.keys())}")
     for name in own.keys() & theirs.keys():
         a, b = own[name], theirs[name]
         if a.shape != b.shape:
-            yield Difference(math.inf, f"{prefix}{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+            yield Difference(
+                math.inf, f"{prefix}{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
+            )
         else:
             yield Difference(relative(a, b), prefix + name)
 
@@ -115,7 +136,10 @@ def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tenso
             yield from _numbers(value, f"{name}.")
         elif name not in CLOCK | DIFFERENCES:
             # Before there is evidence its figures are null: in the other run too, then.
-            yield prefix + name, torch.tensor(UNKNOWN if value is None else value, dtype=torch.float64)
+            yield (
+                prefix + name,
+                torch.tensor(UNKNOWN if value is None else value, dtype=torch.float64),
+            )
 
 
 def relative(a: Tensor, b: Tensor) -> float:

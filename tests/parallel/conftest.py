@@ -20,15 +20,26 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `data`, whose documents are three lines each: a sequence holds several, and micro-batches differ in labels."""
     folder = tmp_path_factory.mktemp("topologies")
     lines = [
-        line for module in (argparse, tarfile) for line in Path(str(module.__file__)).read_text().splitlines() if line.strip()
+        line
+        for module in (argparse, tarfile)
+        for line in Path(str(module.__file__)).read_text().splitlines()
+        if line.strip()
     ]
     documents = ["\n".join(lines[start : start + 3]) for start in range(0, len(lines), 3)]
     source = folder / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    prepare([str(source)], folder / "data", train_tokenizer=512, sequence_length=64, validation_share=0.1)
+    prepare(
+        [str(source)],
+        folder / "data",
+        train_tokenizer=512,
+        sequence_length=64,
+        validation_share=0.1,
+    )
     return folder
 
 
 @pytest.fixture
-def runs(workspace: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> Runs:
+def runs(
+    workspace: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]
+) -> Runs:
     return Runs(workspace, make_config, train)

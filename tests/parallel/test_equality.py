@@ -53,14 +53,20 @@ from megaconsa.model.initialize import initial_weight
 from megaconsa.reporting.metrics import read_metrics
 
 
-def check_equal(runs: Runs, layout: Layout, faults: Mapping[str, tuple[Case, str]] = MappingProxyType({})) -> dict[str, Path]:
+def check_equal(
+    runs: Runs, layout: Layout, faults: Mapping[str, tuple[Case, str]] = MappingProxyType({})
+) -> dict[str, Path]:
     """Launches all cases and compares them; `faults` (name: case and fault) run along and are left to the caller."""
-    jobs = [Job(case.name, case) for case in CASES] + [Job(name, case, fault=fault) for name, (case, fault) in faults.items()]
+    jobs = [Job(case.name, case) for case in CASES] + [
+        Job(name, case, fault=fault) for name, (case, fault) in faults.items()
+    ]
     done = runs.launch(layout, jobs)
     found = []
     for case in CASES:
         run = done[case.name]
-        found += [f"{case.name}: {each}" for each in differences(run, runs.reference(case), (1, STEPS))]
+        found += [
+            f"{case.name}: {each}" for each in differences(run, runs.reference(case), (1, STEPS))
+        ]
         if case.initialised_from is None:
             check_clipping(run)
     assert not found, "\n".join(found[:30])
@@ -78,7 +84,9 @@ def check_export(run: Path, out: Path) -> None:
     assert not table.is_layer_wise
     weights = dict(saved.weights())
     export(weights, saved.shape, table, out, tokenizer=None, dtype=torch.float32, origin=None)
-    tokens = torch.randint(saved.shape.vocab_size, (2, 3 * table.window), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        saved.shape.vocab_size, (2, 3 * table.window), generator=torch.Generator().manual_seed(1)
+    )
     assert compare_logits(out, tokens, masked_logits(weights, saved.shape, table, tokens)) <= 1e-5
     shutil.rmtree(out)
 
@@ -86,7 +94,9 @@ def check_export(run: Path, out: Path) -> None:
 def check_clipping(run: Path) -> None:
     """The first step's gradient had a larger norm than CLIPPING, and that norm when Adam got it."""
     saved = checkpoint(run, 1)
-    first_moments = [value.double() for name, value in saved.moments().items() if name.startswith("exp_avg/")]
+    first_moments = [
+        value.double() for name, value in saved.moments().items() if name.startswith("exp_avg/")
+    ]
     beta1 = saved.state["config"]["training"]["betas"][0]
     given = math.sqrt(sum(float(value.square().sum()) for value in first_moments)) / (1 - beta1)
     assert read_metrics(run / "metrics.jsonl")[0]["grad_norm"] > 2 * CLIPPING
@@ -114,7 +124,9 @@ def test_data_parallel_and_one_process_takes_over(runs: Runs) -> None:
     for step in range(3, STEPS + 1):
         shutil.rmtree(run / "checkpoints" / f"step_{step}")  # as if it had been killed after step 2
     runs.train(runs.values(LEARN_TIED, run))
-    assert not (found := differences(run, runs.reference(LEARN_TIED), (STEPS,))), "\n".join(map(str, found))
+    assert not (found := differences(run, runs.reference(LEARN_TIED), (STEPS,))), "\n".join(
+        map(str, found)
+    )
 
 
 def test_tensor_parallel(runs: Runs) -> None:
@@ -157,10 +169,14 @@ def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> N
     wrong = [each for each in gradients if any(name in each.place for name in broken)]
     # The others differ too, by the factor of clipping alone: the norm is of all gradients.
     assert wrong
-    assert min(each.size for each in wrong) > 10 * max(each.size for each in gradients if each not in wrong)
+    assert min(each.size for each in wrong) > 10 * max(
+        each.size for each in gradients if each not in wrong
+    )
 
 
-IN_BF16 = pytest.mark.parametrize("layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name)
+IN_BF16 = pytest.mark.parametrize(
+    "layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name
+)
 
 
 @IN_BF16
@@ -171,7 +187,13 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
 def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:
     run = check_bf16(runs, TP2_PP2, [HEAD_ALONE])[HEAD_ALONE.name]
     # Gradients are summed in fp32, over micro-batches and over data ranks: bf16 could not hold them.
-    moments = torch.cat([value.flatten() for name, value in checkpoint(run, 1).moments().items() if name.startswith("exp_avg/")])
+    moments = torch.cat(
+        [
+            value.flatten()
+            for name, value in checkpoint(run, 1).moments().items()
+            if name.startswith("exp_avg/")
+        ]
+    )
     gradients = moments[moments != 0] / (1 - 0.9)
     assert ((gradients.bfloat16() - gradients) / gradients).abs().median() > 1e-4
 
@@ -182,7 +204,12 @@ def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:
 def test_bf16_on_gpus(runs: Runs, layout: Layout) -> None:
     kernels = {"head_dim": 32}  # which the Triton kernels serve
     check_bf16(
-        runs, layout, [Case("learn-gpu", LEARN | {"model": kernels}), Case("train-gpu", TRAIN | {"model": UNTIED | kernels})]
+        runs,
+        layout,
+        [
+            Case("learn-gpu", LEARN | {"model": kernels}),
+            Case("train-gpu", TRAIN | {"model": UNTIED | kernels}),
+        ],
     )
 
 
@@ -192,11 +219,16 @@ def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> dict[str, P
     for case in cases:
         run, reference = done[case.name], runs.reference(case, "bf16")
         own, theirs = (read_metrics(path / "metrics.jsonl") for path in (run, reference))
-        assert [row["loss"] for row in own] == pytest.approx([row["loss"] for row in theirs], rel=0.01)
+        assert [row["loss"] for row in own] == pytest.approx(
+            [row["loss"] for row in theirs], rel=0.01
+        )
         first, last, truth = checkpoint(run, 1), checkpoint(run, STEPS), checkpoint(reference, 1)
         shape = first.shape
         seed = first.state["config"]["run"]["seed"]
-        beginning = {name: initial_weight(name, torch.Size(size), shape, seed) for name, size in first.weight_shapes().items()}
+        beginning = {
+            name: initial_weight(name, torch.Size(size), shape, seed)
+            for name, size in first.weight_shapes().items()
+        }
         for name, before in beginning.items():
             after_one, after_all = first.weights()[name], last.weights()[name]
             assert not torch.equal(before, after_one), name

@@ -33,16 +33,27 @@ OTHERS = (ONE, TP2_SEQUENCE, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
 
 def contents(run: Path, step: int) -> dict[str, bytes]:
     saved = checkpoint(run, step).path
-    return {path.name: path.read_bytes() for path in [*saved.glob("*.safetensors"), *saved.glob("allocation.json")]}
+    return {
+        path.name: path.read_bytes()
+        for path in [*saved.glob("*.safetensors"), *saved.glob("allocation.json")]
+    }
 
 
-@pytest.mark.parametrize("layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name
+)
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
     """20 steps, and 7 steps and 13."""
     cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
-    whole = runs.launch(layout, [Job(f"{name}-whole", case, steps=20) for name, case in cases.items()])
-    runs.launch(layout, [Job(f"{name}-stopped", case, steps=20, stop=7) for name, case in cases.items()])
-    stopped = runs.launch(layout, [Job(f"{name}-stopped", case, steps=20) for name, case in cases.items()])
+    whole = runs.launch(
+        layout, [Job(f"{name}-whole", case, steps=20) for name, case in cases.items()]
+    )
+    runs.launch(
+        layout, [Job(f"{name}-stopped", case, steps=20, stop=7) for name, case in cases.items()]
+    )
+    stopped = runs.launch(
+        layout, [Job(f"{name}-stopped", case, steps=20) for name, case in cases.items()]
+    )
     for name in cases:
         one, two = whole[f"{name}-whole"], stopped[f"{name}-stopped"]
         rows = [computed(read_metrics(run / "metrics.jsonl")) for run in (one, two)]
@@ -50,7 +61,9 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
         assert len(rows[0]) == 20
         assert contents(one, 20) == contents(two, 20)
         # Where the next batch begins, which is a function of this and the seed.
-        assert checkpoint(one, 20).state["sequences"] == checkpoint(two, 20).state["sequences"] == 160
+        assert (
+            checkpoint(one, 20).state["sequences"] == checkpoint(two, 20).state["sequences"] == 160
+        )
 
 
 @pytest.mark.slow
@@ -58,9 +71,13 @@ def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
     """In bf16 with three data ranks: a checkpoint holds one of the copies, so that a run that goes on would differ."""
     case = Case("tied-12", LEARN_TIED.sections | {"training": {"global_batch": 12}})
     layout = Layout("pp2-dp3", 6, {"pipeline": 2})
-    whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8)])["tied-12-whole"]
+    whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8)])[
+        "tied-12-whole"
+    ]
     runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8, stop=3)])
-    stopped = runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8)])["tied-12-stopped"]
+    stopped = runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8)])[
+        "tied-12-stopped"
+    ]
     assert contents(whole, 8) == contents(stopped, 8)
 
 
@@ -71,17 +88,30 @@ def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str,
     return runs.launch(layout, jobs)
 
 
-@pytest.mark.parametrize("case", [LEARN_TIED, pytest.param(TRAIN_UNTIED, marks=pytest.mark.slow)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [LEARN_TIED, pytest.param(TRAIN_UNTIED, marks=pytest.mark.slow)],
+    ids=lambda case: case.name,
+)
 def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, case: Case) -> None:
     """5 steps in TP2 x PP2, 5 in the other; and 5 steps, 3 in the other, 2 in TP2 x PP2 again."""
     done = runs.launch(
-        TP2_PP2, [Job(f"{case.name}-undisturbed", case, steps=10), Job(f"{case.name}-left", case, steps=10, stop=5)]
+        TP2_PP2,
+        [
+            Job(f"{case.name}-undisturbed", case, steps=10),
+            Job(f"{case.name}-left", case, steps=10, stop=5),
+        ],
     )
-    losses = [row["loss"] for row in read_metrics(done[f"{case.name}-undisturbed"] / "metrics.jsonl")]
+    losses = [
+        row["loss"] for row in read_metrics(done[f"{case.name}-undisturbed"] / "metrics.jsonl")
+    ]
     returning = []
     for layout in OTHERS:
         name = f"{case.name}-{layout.name}"
-        jobs = [Job(f"{name}-stays", case, steps=10), Job(f"{name}-returns", case, steps=10, stop=8)]
+        jobs = [
+            Job(f"{name}-stays", case, steps=10),
+            Job(f"{name}-returns", case, steps=10, stop=8),
+        ]
         runs_there = go_on(runs, done[f"{case.name}-left"], layout, jobs)
         stayed = read_metrics(runs_there[f"{name}-stays"] / "metrics.jsonl")
         assert [row["loss"] for row in stayed] == pytest.approx(losses, rel=1e-5)
@@ -89,4 +119,6 @@ def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, cas
         shutil.copytree(runs_there[f"{name}-returns"], runs.run_of(TP2_PP2, back))
         returning.append(back)
     for run in runs.launch(TP2_PP2, returning).values():
-        assert [row["loss"] for row in read_metrics(run / "metrics.jsonl")] == pytest.approx(losses, rel=1e-5)
+        assert [row["loss"] for row in read_metrics(run / "metrics.jsonl")] == pytest.approx(
+            losses, rel=1e-5
+        )

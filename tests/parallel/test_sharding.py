@@ -13,7 +13,9 @@ from megaconsa.model.qwen3 import weight_shapes
 from megaconsa.parallel.sharding import OwnHeads, Sharding, is_divided
 
 SHAPE = ModelConfig(61, 24, 40, 3, 8, 4, head_dim=6, tie_word_embeddings=False)
-TABLE = Allocation(4, ((True, True, False, False), (False, True, True, True), (False, False, False, True)))
+TABLE = Allocation(
+    4, ((True, True, False, False), (False, True, True, True), (False, False, False, True))
+)
 
 
 @pytest.mark.parametrize("allocation", [None, TABLE], ids=["learning", "allocated"])
@@ -31,7 +33,9 @@ def test_every_rank_computes_as_many_full_heads() -> None:
     for layer, full in ((0, (1, 1)), (1, (1, 2)), (2, (0, 1))):
         windows = []
         for rank in range(2):
-            own, gate = OwnHeads(TABLE, Sharding(SHAPE, TABLE, rank, 2)).select(layer, torch.tensor([0]))
+            own, gate = OwnHeads(TABLE, Sharding(SHAPE, TABLE, rank, 2)).select(
+                layer, torch.tensor([0])
+            )
             assert isinstance(own, tuple)
             assert gate is None
             assert list(own) == sorted(own, reverse=True)  # full heads first

@@ -11,15 +11,30 @@ from megaconsa.reporting.metrics import computed, read_metrics
 
 
 @pytest.mark.parametrize(
-    "layout", [DP2, *(pytest.param(each, marks=pytest.mark.slow) for each in (TP2_SEQUENCE, PP2, PP2_DUALPIPEV))]
+    "layout",
+    [
+        DP2,
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (TP2_SEQUENCE, PP2, PP2_DUALPIPEV)
+        ),
+    ],
 )
 def test_a_nan_on_one_rank_skips_the_step_on_all(layout: Layout, runs: Runs) -> None:
     precisions = ("fp32", "bf16")
-    jobs = [Job(fault, LEARN_TIED, precision, fault) for precision in precisions for fault in ("nan", "passed_over")]
+    jobs = [
+        Job(fault, LEARN_TIED, precision, fault)
+        for precision in precisions
+        for fault in ("nan", "passed_over")
+    ]
     runs.launch(layout, jobs)
     for precision in precisions:
-        skipped, passed_over = (runs.run_of(layout, job) for job in jobs if job.precision == precision)
-        rows, expected = (computed(read_metrics(run / "metrics.jsonl")) for run in (skipped, passed_over))
+        skipped, passed_over = (
+            runs.run_of(layout, job) for job in jobs if job.precision == precision
+        )
+        rows, expected = (
+            computed(read_metrics(run / "metrics.jsonl")) for run in (skipped, passed_over)
+        )
         assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
         assert rows[2]["grad_norm"] is None
         assert rows[:2] + rows[3:] == expected[:2] + expected[3:], precision
@@ -28,4 +43,6 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(layout: Layout, runs: Runs) -> 
         assert tensors(own).keys() == tensors(theirs).keys()
         for name, tensor in tensors(own).items():
             assert torch.equal(tensor, tensors(theirs)[name]), f"{precision} {name}"
-        assert not (skipped / "checkpoints" / "step_3").exists()  # a checkpoint waits for a step that is applied
+        assert not (
+            skipped / "checkpoints" / "step_3"
+        ).exists()  # a checkpoint waits for a step that is applied

@@ -19,7 +19,9 @@ SMALL = ModelConfig(50, 16, 24, 3, 4, 2, head_dim=8)
 
 
 @pytest.mark.parametrize(
-    "allocation", [None, dense(28, 8, 1024), head_share(28, 8, 1024, 0.5), bottom_swa(28, 8, 512, 0.25)], ids=str
+    "allocation",
+    [None, dense(28, 8, 1024), head_share(28, 8, 1024, 0.5), bottom_swa(28, 8, 512, 0.25)],
+    ids=str,
 )
 def test_costs_are_a_third_of_the_training_flops(allocation: Allocation | None) -> None:
     model = PRESETS["qwen3-0.6b"]
@@ -33,7 +35,14 @@ def test_costs_layer_by_layer() -> None:
     costs = layer_costs(SMALL, Allocation(2, ((True, True), (False, False), (True, False))), 4)
     linear = 2 * 4 * (2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 24)
     pair = 2 * 2 * 2 * 8
-    assert costs == [0, linear + 20 * pair, linear + 14 * pair, linear + 17 * pair, 0, 2 * 4 * 50 * 16]
+    assert costs == [
+        0,
+        linear + 20 * pair,
+        linear + 14 * pair,
+        linear + 17 * pair,
+        0,
+        2 * 4 * 50 * 16,
+    ]
     assert layer_costs(SMALL, None, 4)[1:4] == [linear + 20 * pair] * 3
 
 
@@ -45,9 +54,12 @@ def parts(costs: list[int], bounds: list[int]) -> list[int]:
 def cuts(draw: st.DrawFn) -> tuple[list[int], int]:
     """Costs of the pipeline's layers, small so that many cuts are equally good, and a number of stages."""
     blocks = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
-    return [draw(st.integers(0, 3)), *blocks, draw(st.integers(0, 3)), draw(st.integers(0, 15))], draw(
-        st.integers(1, len(blocks) + 1)
-    )
+    return [
+        draw(st.integers(0, 3)),
+        *blocks,
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 15)),
+    ], draw(st.integers(1, len(blocks) + 1))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -56,8 +68,12 @@ def test_cut_is_the_best_of_all(case: tuple[list[int], int]) -> None:
     costs, stages = case
     bounds = cut(costs, stages)
     # A bound cannot part the embedding from the first block, nor the norm from the head.
-    possible = [[0, *inner, len(costs)] for inner in combinations(range(2, len(costs) - 1), stages - 1)]
-    assert bounds == min(possible, key=lambda each: (sorted(parts(costs, each), reverse=True), each))
+    possible = [
+        [0, *inner, len(costs)] for inner in combinations(range(2, len(costs) - 1), stages - 1)
+    ]
+    assert bounds == min(
+        possible, key=lambda each: (sorted(parts(costs, each), reverse=True), each)
+    )
     assert max(parts(costs, bounds)) == min(max(parts(costs, each)) for each in possible)
 
 
@@ -78,6 +94,9 @@ def test_more_windows_move_the_cut() -> None:
 
 @pytest.mark.parametrize("stages", [5, 8])
 def test_too_many_stages_are_refused(stages: int) -> None:
-    with pytest.raises(InputError, match=f"{stages} pipeline stages are more than 3 layers and the output head can fill"):
+    with pytest.raises(
+        InputError,
+        match=f"{stages} pipeline stages are more than 3 layers and the output head can fill",
+    ):
         cut(layer_costs(SMALL, None, 4), stages)
     assert cut(layer_costs(SMALL, None, 4), 4) == [0, 2, 3, 4, 6]

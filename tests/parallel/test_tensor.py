@@ -23,9 +23,13 @@ def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> N
     multiprocessing.spawn(_rank, (check, size, sequence, free_port()), nprocs=size)  # type: ignore[no-untyped-call]
 
 
-def _rank(rank: int, check: Callable[[TensorParallel], None], size: int, sequence: bool, port: str) -> None:
+def _rank(
+    rank: int, check: Callable[[TensorParallel], None], size: int, sequence: bool, port: str
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     try:
         check(TensorParallel(rank, size, dist.group.WORLD, sequence))
     finally:
@@ -44,7 +48,10 @@ def stretch(x: Tensor, tensor: TensorParallel) -> Tensor:
 def check_block(tensor: TensorParallel) -> None:
     """A hidden layer divided by columns and rows; a norm's weight before it meets only this rank's tokens."""
     x, scale = draw(BATCH, LENGTH, HIDDEN), draw(HIDDEN, seed=1).requires_grad_()
-    up, down = draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_(), draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_()
+    up, down = (
+        draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_(),
+        draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_(),
+    )
     upstream = draw(BATCH, LENGTH, HIDDEN, seed=4)
     whole_x = x.clone().requires_grad_()
     whole = whole_x + torch.tanh((whole_x * scale) @ up) @ down
@@ -67,18 +74,24 @@ def check_block(tensor: TensorParallel) -> None:
 
 def check_vocabulary(tensor: TensorParallel) -> None:
     """Embedding and loss; 301 rows leave two of padding, which hold what must not count."""
-    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)  # five tokens: the last chunk is short
+    loss.CHUNK_BYTES = (
+        4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)
+    )  # five tokens: the last chunk is short
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     labels[0, 3:7] = labels[1, -1] = loss.IGNORED
-    labels[1, :4] = torch.tensor([1, 102, 100, 201])  # less 101 or 202, the first rows of ranks 1 and 2: IGNORED and ELSEWHERE
+    labels[1, :4] = torch.tensor(
+        [1, 102, 100, 201]
+    )  # less 101 or 202, the first rows of ranks 1 and 2: IGNORED and ELSEWHERE
     embedded = torch.nn.functional.embedding(tokens, weight)
     whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
     (truth,) = torch.autograd.grad(whole, weight)
 
     rows = vocabulary.rows(VOCABULARY, tensor.size)
-    padded = torch.cat((weight.detach(), torch.full((rows * tensor.size - VOCABULARY, HIDDEN), 3.0)))
+    padded = torch.cat(
+        (weight.detach(), torch.full((rows * tensor.size - VOCABULARY, HIDDEN), 3.0))
+    )
     own = padded[tensor.rank * rows : (tensor.rank + 1) * rows].clone().requires_grad_()
     hidden = tensor.leave(vocabulary.lookup(tokens, own, tensor))
     torch.testing.assert_close(hidden, stretch(embedded, tensor))
@@ -87,14 +100,18 @@ def check_vocabulary(tensor: TensorParallel) -> None:
     torch.testing.assert_close(total, whole)
     (gradient,) = torch.autograd.grad(total, own)
     expected = torch.cat((truth, torch.zeros(rows * tensor.size - VOCABULARY, HIDDEN)))
-    torch.testing.assert_close(gradient, expected[tensor.rank * rows : (tensor.rank + 1) * rows], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient, expected[tensor.rank * rows : (tensor.rank + 1) * rows], rtol=1e-5, atol=1e-6
+    )
     with torch.no_grad():
         again = 0.1 * loss.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, part)
     torch.testing.assert_close(again, whole)
 
 
 @pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "whole"])
-@pytest.mark.parametrize(("check", "size"), [(check_block, 3), (check_vocabulary, 3)], ids=["block", "vocabulary"])
+@pytest.mark.parametrize(
+    ("check", "size"), [(check_block, 3), (check_vocabulary, 3)], ids=["block", "vocabulary"]
+)
 def test_equals_one_process(check: Any, size: int, sequence: bool) -> None:
     run(check, size, sequence)
 

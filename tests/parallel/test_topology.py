@@ -37,7 +37,9 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
     assert Topology.of(config(), 1) == Topology(1, 1, 1, 16)
     assert Topology.of(config(tensor=2, pipeline=2), 8) == Topology(2, 2, 2, 8)
     assert Topology.of(config(tensor=2, pipeline=2, micro_batch=4), 8) == Topology(2, 2, 2, 2)
-    assert Topology.of(config(pipeline=2, schedule="dualpipev", micro_batch=4), 2) == Topology(1, 2, 1, 4, "dualpipev")
+    assert Topology.of(config(pipeline=2, schedule="dualpipev", micro_batch=4), 2) == Topology(
+        1, 2, 1, 4, "dualpipev"
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,13 +50,21 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             6,
             "6 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=2; start a multiple of 4",
         ),
-        (config(tensor=2), 1, "1 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=1"),
+        (
+            config(tensor=2),
+            1,
+            "1 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=1",
+        ),
         (
             config(micro_batch=4),
             3,
             "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=3 (3 processes)",
         ),
-        (config(micro_batch=4), 8, "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=8"),
+        (
+            config(micro_batch=4),
+            8,
+            "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=8",
+        ),
         (
             config(pipeline=2, micro_batch=8),
             4,
@@ -77,7 +87,11 @@ def test_refusals(run: Config, processes: int, message: str) -> None:
 
 def test_stages_of_the_ranks() -> None:
     assert [Topology(1, 3, 1, 6).stages_of(rank) for rank in range(3)] == [(0,), (1,), (2,)]
-    assert [Topology(1, 3, 1, 6, "dualpipev").stages_of(rank) for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert [Topology(1, 3, 1, 6, "dualpipev").stages_of(rank) for rank in range(3)] == [
+        (0, 5),
+        (1, 4),
+        (2, 3),
+    ]
 
 
 def passes(topology: Topology) -> list[list[Any]]:
@@ -85,16 +99,31 @@ def passes(topology: Topology) -> list[list[Any]]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.pipe import schedule
 
-    made = schedule.DualPipeVSchedule if topology.schedule == "dualpipev" else schedule.TrainSchedule
+    made = (
+        schedule.DualPipeVSchedule if topology.schedule == "dualpipev" else schedule.TrainSchedule
+    )
     ranks = range(topology.pipeline)
     return [
-        [command for step in made(topology.accumulation, topology.pipeline, rank).steps() for command in step] for rank in ranks
+        [
+            command
+            for step in made(topology.accumulation, topology.pipeline, rank).steps()
+            for command in step
+        ]
+        for rank in ranks
     ]
 
 
 TOPOLOGIES = [
-    *[Topology(1, pipeline, 1, pipeline + extra) for pipeline in (1, 2, 3, 4, 8) for extra in (0, 1, 9)],
-    *[Topology(1, pipeline, 1, 2 * pipeline + extra, "dualpipev") for pipeline in (2, 3, 4, 8) for extra in (0, 1, 9)],
+    *[
+        Topology(1, pipeline, 1, pipeline + extra)
+        for pipeline in (1, 2, 3, 4, 8)
+        for extra in (0, 1, 9)
+    ],
+    *[
+        Topology(1, pipeline, 1, 2 * pipeline + extra, "dualpipev")
+        for pipeline in (2, 3, 4, 8)
+        for extra in (0, 1, 9)
+    ],
 ]
 
 
@@ -136,7 +165,10 @@ def duration(topology: Topology) -> int:
             if kind in ("ForwardPass", "BackwardPass"):
                 program.append(1 if kind == "ForwardPass" else 2)
             elif kind.startswith(("Send", "Recv")):
-                receiver = topology.stages_of(rank)[phase] + {"SendActivation": 1, "SendGrad": -1}.get(kind, 0)
+                receiver = topology.stages_of(rank)[phase] + {
+                    "SendActivation": 1,
+                    "SendGrad": -1,
+                }.get(kind, 0)
                 queued.append((kind[4:], counts[kind, phase], receiver))
                 counts[kind, phase] += 1
             if queued and (topology.schedule == "1f1b" or kind == "CommitP2P"):

@@ -17,7 +17,12 @@ CLIPPING = 0.05
 TABLE = Allocation(
     8,
     (
-        (True, True, False, False),  # full heads all on one side: in the model's own order the second tensor rank would have none
+        (
+            True,
+            True,
+            False,
+            False,
+        ),  # full heads all on one side: in the model's own order the second tensor rank would have none
         (False, False, True, True),
         (True, False, False, False),
         (True, True, False, True),
@@ -48,13 +53,21 @@ HEAD_ALONE = Case(
     LEARN
     | {
         # A vocabulary that outweighs the layers, so that the last stage of two holds the final norm and the head only.
-        "model": {"num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2},
+        "model": {
+            "num_hidden_layers": 2,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
         "training": {"gradient_clipping": 0.0},
     },
 )
 CASES = (
     LEARN_TIED,
-    Case("learn-untied-recomputed", LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}}),
+    Case(
+        "learn-untied-recomputed",
+        LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}},
+    ),
     Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED}),
     TRAIN_UNTIED,
     Case("train-after-learn", TRAIN, initialised_from="learn-tied"),
@@ -103,11 +116,18 @@ COMBINATIONS = (
 class Runs:
     """Makes the configurations of all cases, and trains each in this process once."""
 
-    def __init__(self, folder: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> None:
+    def __init__(
+        self, folder: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]
+    ) -> None:
         self.folder, self.make_config, self.train = folder, make_config, train
 
     def values(
-        self, case: Case, run: Path, precision: str = "fp32", parallel: dict[str, Any] | None = None, steps: int = STEPS
+        self,
+        case: Case,
+        run: Path,
+        precision: str = "fp32",
+        parallel: dict[str, Any] | None = None,
+        steps: int = STEPS,
     ) -> dict[str, Any]:
         """Plain values of a case's run."""
         values = self.make_config(
@@ -157,7 +177,9 @@ class Runs:
         done = {job.name: self.run_of(layout, job) for job in jobs}
         listed = [
             {
-                "config": self.values(job.case, self.run_of(layout, job), job.precision, layout.parallel, job.steps),
+                "config": self.values(
+                    job.case, self.run_of(layout, job), job.precision, layout.parallel, job.steps
+                ),
                 "fault": job.fault,
                 "stop": job.stop,
             }

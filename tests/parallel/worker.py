@@ -38,7 +38,9 @@ def without_exchange_of_tied_weights() -> Any:
     """A tied embedding keeps the gradient of the use that its own stage makes of it."""
     from megaconsa.parallel.pipeline_module import CostCutModule
 
-    return patch.object(CostCutModule, "get_tied_weights_and_groups", lambda self: list(self.tensor_sums))
+    return patch.object(
+        CostCutModule, "get_tied_weights_and_groups", lambda self: list(self.tensor_sums)
+    )
 
 
 def with_a_nan_in_step_3_of_the_last_rank() -> Any:
@@ -49,7 +51,9 @@ def with_a_nan_in_step_3_of_the_last_rank() -> Any:
         world = trainer.mesh.world
         if trainer.progress.step != 2 or world.rank != world.size - 1:
             return step(trainer)
-        hook = next(trainer.engine.engine.module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        hook = next(trainer.engine.engine.module.parameters()).register_hook(
+            lambda gradient: gradient * math.nan
+        )
         try:
             return step(trainer)
         finally:
@@ -113,7 +117,9 @@ def main(jobs: list[dict[str, Any]]) -> None:
     try:
         for job in jobs:
             config = build(job["config"])
-            place = mesh.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+            place = mesh.initialize(
+                config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
+            )
             inputs = check_inputs(config, place.world)
             with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
                 trainer = build_trainer(inputs, place)

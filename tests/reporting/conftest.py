@@ -26,12 +26,20 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_runs(folder: Path, steps: int = 300) -> None:
     """Writes data/dataset.json, learn/ and train/ under `folder`."""
     random = np.random.default_rng(0)
-    log_alpha = random.normal(0, 0.3, (LAYERS, HEADS)) + 5 * np.sin(np.linspace(-1.4, 3.6, LAYERS))[:, None]
+    log_alpha = (
+        random.normal(0, 0.3, (LAYERS, HEADS)) + 5 * np.sin(np.linspace(-1.4, 3.6, LAYERS))[:, None]
+    )
     log_alpha += random.normal(0, 2.5, (LAYERS, HEADS))
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "dataset.json").write_text(json.dumps({"unigram_entropy": 6.9}))
     learn = _run(folder, "learn", {"source": "learn", "sparsity": 0.5}, steps)
-    _write_rows(learn, [_row(step, steps, random) | _gates(step, steps, log_alpha, random) for step in range(1, steps + 1)])
+    _write_rows(
+        learn,
+        [
+            _row(step, steps, random) | _gates(step, steps, log_alpha, random)
+            for step in range(1, steps + 1)
+        ],
+    )
     probability = 1 / (1 + np.exp(-log_alpha - 1.6))
     errors = np.full((LAYERS, HEADS), 0.4)
     gates = {
@@ -42,7 +50,9 @@ def write_runs(folder: Path, steps: int = 300) -> None:
         "standard_error": errors.tolist(),
     }
     (learn / "gates.json").write_text(json.dumps(gates))
-    train = _run(folder, "train", {"source": "rule", "rule": "head-share", "sparsity": 0.5}, 3 * steps)
+    train = _run(
+        folder, "train", {"source": "rule", "rule": "head-share", "sparsity": 0.5}, 3 * steps
+    )
     _write_rows(train, [_row(step, 3 * steps, random, 4.1) for step in range(1, 3 * steps + 1)])
 
 
@@ -55,7 +65,13 @@ def _run(folder: Path, name: str, allocation: dict[str, Any], steps: int) -> Pat
             "model": {"preset": "small"},
             "attention": {"window": 256},
             "allocation": allocation,
-            "training": {"steps": steps, "micro_batch": 4, "global_batch": 8, "sequence_length": 2048, "learning_rate": 1e-3},
+            "training": {
+                "steps": steps,
+                "micro_batch": 4,
+                "global_batch": 8,
+                "sequence_length": 2048,
+                "learning_rate": 1e-3,
+            },
             "data": {"path": str(folder / "data")},
         }
     )
@@ -73,9 +89,15 @@ def _row(step: int, steps: int, random: np.random.Generator, start: float = 9.0)
         "step": step,
         "tokens": step * 16_384,
         "loss": loss,
-        "learning_rate": 1e-3 * min(1.0, step / (0.05 * steps)) * 0.5 * (1 + float(np.cos(np.pi * step / steps))),
-        "grad_norm": float(np.exp(random.normal(0, 0.3))) * (1 + 4 * float(np.exp(-20 * step / steps))),
-        "tokens_per_second": 118_000 + float(random.normal(0, 2500)) - (60_000 if step % 97 == 0 else 0),
+        "learning_rate": 1e-3
+        * min(1.0, step / (0.05 * steps))
+        * 0.5
+        * (1 + float(np.cos(np.pi * step / steps))),
+        "grad_norm": float(np.exp(random.normal(0, 0.3)))
+        * (1 + 4 * float(np.exp(-20 * step / steps))),
+        "tokens_per_second": 118_000
+        + float(random.normal(0, 2500))
+        - (60_000 if step % 97 == 0 else 0),
         "mfu": 0.37 + float(random.normal(0, 0.005)),
         "step_seconds": 0.14,
         "data_seconds": 0.0006,
@@ -84,11 +106,15 @@ def _row(step: int, steps: int, random: np.random.Generator, start: float = 9.0)
     return row | ({"validation_loss": loss + 0.08} if step % (steps // 6) == 0 else {})
 
 
-def _gates(step: int, steps: int, log_alpha: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
+def _gates(
+    step: int, steps: int, log_alpha: np.ndarray, random: np.random.Generator
+) -> dict[str, Any]:
     done = min(1.0, 1.6 * step / steps)
     target = 0.5 * min(1.0, step / (0.3 * steps))
     layers = 1 - 1 / (1 + np.exp(-(done * log_alpha + (1 - done) * 2.5) - 1.6))
-    expected = target * 0.98 + 0.03 * float(np.sin(12 * step / steps)) * float(np.exp(-3 * step / steps))
+    expected = target * 0.98 + 0.03 * float(np.sin(12 * step / steps)) * float(
+        np.exp(-3 * step / steps)
+    )
     lam = 0.5 + done * np.linspace(-1, 2, LAYERS) + 0.3 * np.sin(10 * step / steps)
     return {
         "target_sparsity": target,

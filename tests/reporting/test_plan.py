@@ -38,7 +38,9 @@ def settings(tmp_path: Path) -> Path:
     return path
 
 
-def planned(settings: Path, *overrides: str, gpus: int = 1, device: str = "h100", mfu: float = 0.4) -> Plan:
+def planned(
+    settings: Path, *overrides: str, gpus: int = 1, device: str = "h100", mfu: float = 0.4
+) -> Plan:
     return make_plan(config.load(settings, list(overrides)), gpus, device, mfu)
 
 
@@ -52,12 +54,24 @@ def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert memory["weights"] == 2 * parameters
     assert memory["gradients"] == 6 * parameters
     assert memory["optimizer"] == 12 * parameters // 8
-    assert memory["total"] == sum(memory[part] for part in ("weights", "gradients", "optimizer", "activations", "logits"))
-    assert memory["activations"] == memory["activations_kept"] > 10 * memory["activations_checkpointed"]
+    assert memory["total"] == sum(
+        memory[part] for part in ("weights", "gradients", "optimizer", "activations", "logits")
+    )
+    assert (
+        memory["activations"]
+        == memory["activations_kept"]
+        > 10 * memory["activations_checkpointed"]
+    )
     # Learning is reckoned as dense; the finished table saves FLOPs and half of the cache's growth.
-    assert plan["seconds"] == pytest.approx(plan["tokens"] * plan["dense"]["flops_per_token"] / (8 * 989e12 * 0.4))
+    assert plan["seconds"] == pytest.approx(
+        plan["tokens"] * plan["dense"]["flops_per_token"] / (8 * 989e12 * 0.4)
+    )
     assert plan["allocation"]["flops_per_token"] < plan["dense"]["flops_per_token"]
-    assert plan["allocation"]["kv_cache_bytes_per_token"] * 2 == plan["dense"]["kv_cache_bytes_per_token"] == 28 * 8 * 512
+    assert (
+        plan["allocation"]["kv_cache_bytes_per_token"] * 2
+        == plan["dense"]["kv_cache_bytes_per_token"]
+        == 28 * 8 * 512
+    )
     assert plan["allocation"]["kv_cache_bytes"] == 28 * 4 * 512 * (131_072 + 1023)
 
 
@@ -69,7 +83,10 @@ def test_table(settings: Path) -> None:
 
 
 def test_checkpointing_and_precision(settings: Path) -> None:
-    kept, checkpointed = planned(settings), planned(settings, "training.activation_checkpointing=true")
+    kept, checkpointed = (
+        planned(settings),
+        planned(settings, "training.activation_checkpointing=true"),
+    )
     assert checkpointed.memory.activations == kept.memory.activations_checkpointed
     exact = planned(settings, "training.precision=fp32")
     assert exact.memory.weights == 2 * kept.memory.weights
@@ -79,27 +96,42 @@ def test_checkpointing_and_precision(settings: Path) -> None:
 def test_rule_and_file(settings: Path, tmp_path: Path) -> None:
     rule = planned(settings, "allocation.source=rule", "allocation.rule=interleaved")
     assert rule.sparsity == 0.75
-    assert rule.seconds == pytest.approx(rule.tokens * rule.allocation.flops_per_token / (989e12 * 0.4))
+    assert rule.seconds == pytest.approx(
+        rule.tokens * rule.allocation.flops_per_token / (989e12 * 0.4)
+    )
     table = rules.head_share(28, 8, 512, 0.25)
     table.save(tmp_path / "allocation.json")
-    file = planned(settings, "allocation.source=file", f"allocation.file={tmp_path / 'allocation.json'}")
+    file = planned(
+        settings, "allocation.source=file", f"allocation.file={tmp_path / 'allocation.json'}"
+    )
     assert (file.window, file.sparsity) == (512, 0.25)
     shape = config.load(settings).shape()
     assert file.allocation.flops_per_token == training_flops(shape, table, 8192, [8192]) / 8192
 
 
 def test_layer_granularity_learns(settings: Path) -> None:
-    plan = planned(settings, "allocation.granularity=layer", "allocation.scope=global", "allocation.sparsity=0.25")
+    plan = planned(
+        settings,
+        "allocation.granularity=layer",
+        "allocation.scope=global",
+        "allocation.sparsity=0.25",
+    )
     assert plan.sparsity == 0.25
 
 
 def test_budget(settings: Path) -> None:
     assert planned(settings).budget is None
-    settings.write_text(SETTINGS.replace(", sparsity: 0.5", ", cache_share: 0.35, context: 131072, scope: global"))
+    settings.write_text(
+        SETTINGS.replace(", sparsity: 0.5", ", cache_share: 0.35, context: 131072, scope: global")
+    )
     plan = make_plan(config.load(settings), 1, "h100", 0.4, context=131_072)
     assert plan.sparsity == pytest.approx(147 / 224)
     assert plan.allocation.kv_cache_bytes <= 0.35 * plan.dense.kv_cache_bytes
-    assert plan.to_dict()["budget"] == {"quantity": "cache_share", "limit": 0.35, "context": 131_072}
+    assert plan.to_dict()["budget"] == {
+        "quantity": "cache_share",
+        "limit": 0.35,
+        "context": 131_072,
+    }
     with console.capture() as capture:
         console.print(plan_table(plan))
     text = " ".join(capture.get().split())  # a narrow terminal wraps the cell
@@ -108,13 +140,22 @@ def test_budget(settings: Path) -> None:
 
 def on_ranks(settings: Path, gpus: int, *overrides: str) -> Plan:
     """With an allocation whose full heads are all in the first half of each layer."""
-    return planned(settings, "allocation.source=rule", "allocation.rule=head-share", *overrides, gpus=gpus)
+    return planned(
+        settings, "allocation.source=rule", "allocation.rule=head-share", *overrides, gpus=gpus
+    )
 
 
 def test_one_gpu_waits_for_nobody(settings: Path) -> None:
     plan = planned(settings)
-    assert (plan.bubble, plan.pipeline_imbalance, plan.tensor_balance.imbalance, plan.efficiency) == (0, 1, 1, 1)
-    assert [(rank.layers, rank.in_flight, rank.cost_share) for rank in plan.pipeline] == [([(0, 31)], [1], 1)]
+    assert (
+        plan.bubble,
+        plan.pipeline_imbalance,
+        plan.tensor_balance.imbalance,
+        plan.efficiency,
+    ) == (0, 1, 1, 1)
+    assert [(rank.layers, rank.in_flight, rank.cost_share) for rank in plan.pipeline] == [
+        ([(0, 31)], [1], 1)
+    ]
     assert plan.pipeline[0].memory == plan.memory
 
 
@@ -127,13 +168,17 @@ def test_tensor_ranks(settings: Path) -> None:
     assert (plan.tensor_balance.imbalance, plan.efficiency) == (1, 1)
     full, windowed = (visible_pairs(8192, window) for window in (8192, 1024))
     attention = plan.allocation.attention_share
-    assert plan.tensor_balance.imbalance_unpermuted == pytest.approx(1 - attention + attention * 2 * full / (full + windowed))
+    assert plan.tensor_balance.imbalance_unpermuted == pytest.approx(
+        1 - attention + attention * 2 * full / (full + windowed)
+    )
     uneven = on_ranks(settings, 8, "parallel.tensor=8", "allocation.sparsity=0.375")
     # 5 full heads a layer on 8 ranks: each layer waits for a rank that has one, and over 28 layers 140 are dealt out in turn.
     assert uneven.tensor_balance.full_heads == [18] * 4 + [17] * 4
     assert uneven.efficiency == pytest.approx(1 / uneven.tensor_balance.imbalance)
     assert uneven.efficiency < 0.9
-    assert uneven.tokens_per_second == pytest.approx(8 * 989e12 * 0.4 * uneven.efficiency / uneven.allocation.flops_per_token)
+    assert uneven.tokens_per_second == pytest.approx(
+        8 * 989e12 * 0.4 * uneven.efficiency / uneven.allocation.flops_per_token
+    )
 
 
 def test_learning_heads_cost_alike(settings: Path) -> None:
@@ -160,7 +205,13 @@ def test_memory_of_tensor_ranks(settings: Path) -> None:
 
 
 def test_pipeline_ranks(settings: Path) -> None:
-    plan = on_ranks(settings, 8, "parallel.pipeline=4", "training.micro_batch=1", "model.tie_word_embeddings=false")
+    plan = on_ranks(
+        settings,
+        8,
+        "parallel.pipeline=4",
+        "training.micro_batch=1",
+        "model.tie_word_embeddings=false",
+    )
     assert (plan.pipeline_ranks, plan.data_ranks, plan.accumulation) == (4, 2, 32)
     shape = config.load(settings).shape()
     costs = layer_costs(shape, rules.head_share(28, 8, 1024, 0.5), 8192)
@@ -168,19 +219,33 @@ def test_pipeline_ranks(settings: Path) -> None:
     assert [rank.layers for rank in plan.pipeline] == [[each] for each in pairwise(bounds)]
     assert [rank.in_flight for rank in plan.pipeline] == [[4], [3], [2], [1]]
     assert sum(rank.cost_share for rank in plan.pipeline) == pytest.approx(1)
-    assert plan.pipeline_imbalance == pytest.approx(4 * max(rank.cost_share for rank in plan.pipeline))
+    assert plan.pipeline_imbalance == pytest.approx(
+        4 * max(rank.cost_share for rank in plan.pipeline)
+    )
     assert plan.bubble == pytest.approx(3 / 35)
     assert plan.efficiency == pytest.approx((1 - plan.bubble) / plan.pipeline_imbalance)
-    assert plan.seconds == pytest.approx(plan.tokens * plan.allocation.flops_per_token / (8 * 989e12 * 0.4 * plan.efficiency))
+    assert plan.seconds == pytest.approx(
+        plan.tokens * plan.allocation.flops_per_token / (8 * 989e12 * 0.4 * plan.efficiency)
+    )
     # All weights once, in bf16; activations of each rank's layers for its micro-batches in flight; logits at the end alone.
     assert sum(rank.memory.weights for rank in plan.pipeline) == 2 * plan.parameters
-    layer = planned(settings, "training.micro_batch=1", "allocation.source=rule").memory.activations_kept // 28
-    blocks = [len([each for each in range(1, 29) if start <= each < stop]) for start, stop in pairwise(bounds)]
+    layer = (
+        planned(
+            settings, "training.micro_batch=1", "allocation.source=rule"
+        ).memory.activations_kept
+        // 28
+    )
+    blocks = [
+        len([each for each in range(1, 29) if start <= each < stop])
+        for start, stop in pairwise(bounds)
+    ]
     assert [rank.memory.activations_kept for rank in plan.pipeline] == [
         count * flight * layer for count, flight in zip(blocks, (4, 3, 2, 1), strict=True)
     ]
     assert [rank.memory.logits > 0 for rank in plan.pipeline] == [False, False, False, True]
-    assert plan.memory == max((rank.memory for rank in plan.pipeline), key=lambda memory: memory.total)
+    assert plan.memory == max(
+        (rank.memory for rank in plan.pipeline), key=lambda memory: memory.total
+    )
     for rank in plan.pipeline:
         assert rank.memory.gradients == 3 * rank.memory.weights
         assert rank.memory.optimizer == 6 * rank.memory.weights // 2
@@ -192,15 +257,23 @@ def test_where_a_tied_embedding_stands(settings: Path) -> None:
     overrides = ["parallel.pipeline=2", "training.micro_batch=1"]
     for schedule, copies in (("1f1b", 2), ("dualpipev", 1)):
         plan = on_ranks(settings, 2, *overrides, f"parallel.schedule={schedule}")
-        assert sum(rank.memory.weights for rank in plan.pipeline) == 2 * plan.parameters + (copies - 1) * embedding
+        assert (
+            sum(rank.memory.weights for rank in plan.pipeline)
+            == 2 * plan.parameters + (copies - 1) * embedding
+        )
 
 
 def test_dualpipev(settings: Path) -> None:
-    plan = on_ranks(settings, 2, "parallel.pipeline=2", "training.micro_batch=1", "parallel.schedule=dualpipev")
+    plan = on_ranks(
+        settings, 2, "parallel.pipeline=2", "training.micro_batch=1", "parallel.schedule=dualpipev"
+    )
     first, second = plan.pipeline
     assert first.layers[0][0] == 0
     assert first.layers[1][1] == 31
-    assert second.layers == [(first.layers[0][1], second.layers[0][1]), (second.layers[0][1], first.layers[1][0])]
+    assert second.layers == [
+        (first.layers[0][1], second.layers[0][1]),
+        (second.layers[0][1], first.layers[1][0]),
+    ]
     assert (first.in_flight, second.in_flight) == ([4, 1], [3, 2])
     assert first.memory.logits > second.memory.logits == 0
     assert plan.bubble == pytest.approx(4 / (6 * 64 + 4))
@@ -247,14 +320,32 @@ def test_refusals(settings: Path, arguments: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("gpus", "overrides", "message"),
     [
-        (6, ("parallel.tensor=4",), "6 processes are not a multiple of parallel.tensor=4 x parallel.pipeline=1"),
-        (32, ("parallel.pipeline=2",), "fewer than the 2 stages of parallel.pipeline=2: stages would idle"),
-        (16, ("parallel.pipeline=2", "parallel.schedule=dualpipev"), "parallel.schedule=dualpipev cannot run"),
-        (8, ("parallel.tensor=3",), "parallel.tensor=3 does not divide model.num_key_value_heads=8"),
+        (
+            6,
+            ("parallel.tensor=4",),
+            "6 processes are not a multiple of parallel.tensor=4 x parallel.pipeline=1",
+        ),
+        (
+            32,
+            ("parallel.pipeline=2",),
+            "fewer than the 2 stages of parallel.pipeline=2: stages would idle",
+        ),
+        (
+            16,
+            ("parallel.pipeline=2", "parallel.schedule=dualpipev"),
+            "parallel.schedule=dualpipev cannot run",
+        ),
+        (
+            8,
+            ("parallel.tensor=3",),
+            "parallel.tensor=3 does not divide model.num_key_value_heads=8",
+        ),
         (64, ("parallel.pipeline=32",), "28 layers and the output head make at most 29"),
     ],
 )
-def test_topologies_that_cannot_work_are_refused(settings: Path, gpus: int, overrides: tuple[str, ...], message: str) -> None:
+def test_topologies_that_cannot_work_are_refused(
+    settings: Path, gpus: int, overrides: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         planned(settings, *overrides, gpus=gpus)
 
@@ -262,7 +353,9 @@ def test_topologies_that_cannot_work_are_refused(settings: Path, gpus: int, over
 def test_file_of_another_shape_is_refused(settings: Path, tmp_path: Path) -> None:
     rules.dense(2, 2, 4).save(tmp_path / "allocation.json")
     with pytest.raises(InputError, match="2 layers x 2 KV heads"):
-        planned(settings, "allocation.source=file", f"allocation.file={tmp_path / 'allocation.json'}")
+        planned(
+            settings, "allocation.source=file", f"allocation.file={tmp_path / 'allocation.json'}"
+        )
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
@@ -283,7 +376,10 @@ def test_rule_masks(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         ({"rule": "best", "preset": "tiny"}, "rule 'best' is unknown"),
-        ({"rule": "random", "preset": "tiny"}, "rule random needs a seed; give one, for example --seed 0"),
+        (
+            {"rule": "random", "preset": "tiny"},
+            "rule random needs a seed; give one, for example --seed 0",
+        ),
         (
             {"rule": "random", "preset": "tiny", "seed": 0, "granularity": "layer"},
             "allocation.scope=per_layer cannot hold with allocation.granularity=layer",
@@ -291,7 +387,10 @@ def test_rule_masks(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ({"rule": "dense", "preset": "qwen9"}, "--preset qwen9"),
         ({"rule": "dense"}, "either --preset or both"),
         ({"rule": "dense", "layers": 4}, "either --preset or both"),
-        ({"rule": "dense", "preset": "tiny", "layers": 4, "kv_heads": 2}, "either --preset or both"),
+        (
+            {"rule": "dense", "preset": "tiny", "layers": 4, "kv_heads": 2},
+            "either --preset or both",
+        ),
         ({"rule": "head-share", "preset": "tiny", "sparsity": 0.3}, "cannot be met"),
     ],
 )

@@ -46,14 +46,18 @@ def test_sections_and_figures(page: str) -> None:
 def test_page_is_self_contained(page: str) -> None:
     assert not re.search(r"https?:|//[a-z]", page)
     assert not re.search(r"<(script|link|iframe)", page)
-    assert all(source.startswith(("data:", "#")) for source in re.findall(r'(?:href|src)="([^"]*)"', page))
+    assert all(
+        source.startswith(("data:", "#")) for source in re.findall(r'(?:href|src)="([^"]*)"', page)
+    )
     # Ink and paper come from the page, light or dark.
     assert "#010203" not in page
     assert "#fefdfc" not in page
 
 
 def test_same_run_same_page(sample: Path, tmp_path: Path) -> None:
-    pages = [write_report(sample / "train", tmp_path / name).read_text() for name in ("a.html", "b.html")]
+    pages = [
+        write_report(sample / "train", tmp_path / name).read_text() for name in ("a.html", "b.html")
+    ]
     assert pages[0] == pages[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
 
@@ -72,7 +76,10 @@ def test_allocations_come_from_file_gates_or_rule(sample: Path, tmp_path: Path) 
 
 
 def test_bare_metrics_suffice(tmp_path: Path) -> None:
-    rows = [{"step": step, "loss": 5.0 - step, "mfu": None, "cut_margin": float("inf")} for step in range(1, 4)]
+    rows = [
+        {"step": step, "loss": 5.0 - step, "mfu": None, "cut_margin": float("inf")}
+        for step in range(1, 4)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "2.0000" in write_report(tmp_path).read_text()
 
@@ -93,7 +100,9 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert last(rows, "absent") is None
 
 
-@pytest.mark.parametrize("line", [b'{"st', b'{"step": "\xff\xfe"}', b"\xff", b"[" * 5000, b"[]", b""])
+@pytest.mark.parametrize(
+    "line", [b'{"st', b'{"step": "\xff\xfe"}', b"\xff", b"[" * 5000, b"[]", b""]
+)
 def test_a_line_in_the_middle_that_is_no_row_is_left_out_with_a_warning(
     line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +129,12 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
 
 
 def test_command_refuses_with_code_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "report.py", tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "report.py", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")

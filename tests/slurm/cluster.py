@@ -20,7 +20,16 @@ SEARCHED = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
 NODES = ("node1", "node2")
 GPUS = 2
 """Pretended ones of each node, so that jobs ask for what they ask for on a real cluster."""
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+)
 CONFIGURATION = """\
 ClusterName=megaconsa-tests
 SlurmctldHost={host}(127.0.0.1)
@@ -75,9 +84,18 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH"))
+        }
         # Slurm's names for this machine are no names of its network, so the jobs are told where to meet.
-        own = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCHED, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        own = {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": SEARCHED,
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
         self.environment = inherited | own
         self.daemons: list[subprocess.Popen[bytes]] = []
 
@@ -103,7 +121,9 @@ class Cluster:
     def call(self, *command: object, **variables: str) -> str:
         """Standard output of a command that must succeed, run in the repository's root, with further environment variables."""
         ended = self._attempt(*command, **variables)
-        assert ended.returncode == 0, f"{command}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}"
+        assert ended.returncode == 0, (
+            f"{command}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}"
+        )
         return ended.stdout
 
     def job(self, job: str) -> dict[str, str]:
@@ -113,21 +133,39 @@ class Cluster:
 
     def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
         """The record of a job when it has ended for good."""
-        await_until(lambda: self.job(job)["JobState"] in ENDED, f"end of job {job}", seconds, lambda: str(self.job(job)))
+        await_until(
+            lambda: self.job(job)["JobState"] in ENDED,
+            f"end of job {job}",
+            seconds,
+            lambda: str(self.job(job)),
+        )
         return self.job(job)
 
     def _attempt(self, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
         words, environment = [str(word) for word in command], self.environment | variables
-        return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(
+            words,
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
 
     def _configure(self) -> None:
         host, folder, ports = socket.gethostname(), self.folder, _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            NODE.format(name=name, host=host, port=port, gpus=GPUS) for name, port in zip(NODES, ports[1:], strict=True)
+            NODE.format(name=name, host=host, port=port, gpus=GPUS)
+            for name, port in zip(NODES, ports[1:], strict=True)
         )
-        (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=nodes))
+        (folder / "slurm.conf").write_text(
+            CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=nodes)
+        )
         devices = [folder / f"gpu{number}" for number in range(GPUS)]
-        (folder / "gres.conf").write_text("AutoDetect=off\n" + "".join(f"Name=gpu File={device}\n" for device in devices))
+        (folder / "gres.conf").write_text(
+            "AutoDetect=off\n" + "".join(f"Name=gpu File={device}\n" for device in devices)
+        )
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         for device in devices:
             device.touch()
@@ -137,28 +175,53 @@ class Cluster:
         (folder / "munge.key").write_bytes(os.urandom(128))
 
     def _start(self) -> None:
-        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "seed-file": "munge.seed"}
-        self._daemon("munged", "--foreground", "--force", *(f"--{option}={self.folder / file}" for option, file in files.items()))
+        files = {
+            "socket": "munge.socket",
+            "key-file": "munge.key",
+            "pid-file": "munge.pid",
+            "seed-file": "munge.seed",
+        }
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{option}={self.folder / file}" for option, file in files.items()),
+        )
         self._await((self.folder / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "-D")
         for name in NODES:
             self._daemon("slurmd", "-D", "-N", name)
-        self._await(lambda: self._attempt("sinfo", "-h", "-N", "-o", "%t").stdout.split() == ["idle"] * len(NODES), "idle nodes")
+        self._await(
+            lambda: (
+                self._attempt("sinfo", "-h", "-N", "-o", "%t").stdout.split()
+                == ["idle"] * len(NODES)
+            ),
+            "idle nodes",
+        )
 
     def _daemon(self, *command: str) -> None:
         # They end with the tests, also where these are killed: what they had queued would run on.
         words = ["setpriv", "--pdeathsig", "TERM", *command]
         with (self.folder / f"daemon_{len(self.daemons)}.log").open("wb") as log:
-            self.daemons.append(subprocess.Popen(words, env=self.environment, stdout=log, stderr=log, start_new_session=True))
+            self.daemons.append(
+                subprocess.Popen(
+                    words, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
 
     def _await(self, reached: Callable[[], bool], what: str) -> None:
         def logs() -> str:
-            return "\n".join(f"{path}:\n{path.read_text(errors='replace')[-2000:]}" for path in self.folder.glob("*.log"))
+            return "\n".join(
+                f"{path}:\n{path.read_text(errors='replace')[-2000:]}"
+                for path in self.folder.glob("*.log")
+            )
 
         await_until(reached, what, 30, logs)
 
 
-def await_until(reached: Callable[[], bool], what: str, seconds: float, told: Callable[[], str]) -> None:
+def await_until(
+    reached: Callable[[], bool], what: str, seconds: float, told: Callable[[], str]
+) -> None:
     """Polls; fails after so many seconds with what `told` has to say."""
     end = time.monotonic() + seconds
     while not reached():

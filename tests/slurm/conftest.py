@@ -44,7 +44,9 @@ def write_config(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> 
 
     def write(name: str, **sections: dict[str, Any]) -> Path:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(make_config(**{"run": {"dir": str(tmp_path / name)}, **sections})))
+        path.write_text(
+            yaml.safe_dump(make_config(**{"run": {"dir": str(tmp_path / name)}, **sections}))
+        )
         return path
 
     return write

@@ -60,7 +60,12 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
     job = number(submit("learn", write_config("disturbed", **LONG), *ONE_NODE))
     running_at(cluster, tmp_path / "disturbed", 30)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
-    await_until(lambda: cluster.job(job)["Restarts"] == "1", "requeue", 60, lambda: log(tmp_path / "disturbed"))
+    await_until(
+        lambda: cluster.job(job)["Restarts"] == "1",
+        "requeue",
+        60,
+        lambda: log(tmp_path / "disturbed"),
+    )
     stopped = steps(tmp_path / "disturbed")
     assert 30 <= stopped < 90
     undisturbed = number(submit("learn", write_config("undisturbed", **LONG), *ONE_NODE))
@@ -75,7 +80,9 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
     assert f"resumes at step {stopped} " in said
     (failure,) = json.loads((tmp_path / "disturbed" / "restarts.json").read_text())
     assert failure["job"] == job
-    disturbed, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed"))
+    disturbed, whole = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed")
+    )
     assert computed(disturbed) == computed(whole)
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
 
@@ -91,7 +98,9 @@ def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
     running_at(cluster, run, 50)
     cluster.call("scancel", "--signal=KILL", f"{job}.0")
     lock = run / ".lock"
-    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "gone", "machine": "another"}))
+    lock.write_text(
+        json.dumps(json.loads(lock.read_text()) | {"host": "gone", "machine": "another"})
+    )
     newest = store.committed(run)[0]
     state = newest / "state.json"
     aside = state.rename(run / "aside")
@@ -109,16 +118,27 @@ def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
     assert f"resumes at step {newest.name.removeprefix('step_')} " in said
     assert cluster.job(job)["Restarts"] == "1"
     assert not list((run / "checkpoints").glob("*.damaged"))
-    disturbed, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed"))
+    disturbed, whole = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed")
+    )
     assert computed(disturbed) == computed(whole)
     assert weights(run) == weights(tmp_path / "undisturbed")
 
 
-def test_the_time_limit_is_foreseen(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_the_time_limit_is_foreseen(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """Long before Slurm's signal the run sees that what is left of its four minutes would not hold a save of unknown length."""
     config = write_config("limited", training={"steps": 100_000}, checkpoint={"every": 0})
-    job = number(submit("learn", config, "--gpus-per-node", 1, "--time", 4, "--sbatch=--signal=B:USR1@1"))
-    await_until(lambda: cluster.job(job)["Restarts"] == "1", "requeue", 200, lambda: log(tmp_path / "limited"))
+    job = number(
+        submit("learn", config, "--gpus-per-node", 1, "--time", 4, "--sbatch=--signal=B:USR1@1")
+    )
+    await_until(
+        lambda: cluster.job(job)["Restarts"] == "1",
+        "requeue",
+        200,
+        lambda: log(tmp_path / "limited"),
+    )
     cluster.call("scancel", job)
     said = log(tmp_path / "limited")
     assert "the job ends in" in said
@@ -140,27 +160,44 @@ def test_two_nodes_equal_one_process(
     job = number(submit("learn", write_config("two"), "--nodes", 2, "--gpus-per-node", 1))
     one = train(make_config(run={"dir": str(tmp_path / "one")}))
     record = cluster.ended(job)
-    assert (record["JobState"], record["NodeList"], record["NumNodes"]) == ("COMPLETED", "node[1-2]", "2"), log(tmp_path / "two")
+    assert (record["JobState"], record["NodeList"], record["NumNodes"]) == (
+        "COMPLETED",
+        "node[1-2]",
+        "2",
+    ), log(tmp_path / "two")
     two = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
 
-def test_crash_loop_is_given_up(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_crash_loop_is_given_up(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """A learning rate that makes the loss infinite in the first steps, again and again."""
-    config = write_config("diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 0})
+    config = write_config(
+        "diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 0}
+    )
     job = number(submit("learn", config, "--gpus-per-node", 1, MEGACONSA_MAX_FAILURES="2"))
     record = cluster.ended(job)
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "1")
     said = log(tmp_path / "diverging").splitlines()
-    assert any("exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said)
+    assert any(
+        "exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said
+    )
     assert (
-        "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)" in said[-1]
+        "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)"
+        in said[-1]
     )
 
 
-def test_refused_input_is_not_requeued(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_refused_input_is_not_requeued(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """Two ranks: neither's code 2 is lost."""
-    job = number(submit("learn", write_config("refused", data={"path": str(tmp_path / "nowhere")}), *ONE_NODE))
+    job = number(
+        submit(
+            "learn", write_config("refused", data={"path": str(tmp_path / "nowhere")}), *ONE_NODE
+        )
+    )
     record = cluster.ended(job)
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "2:0", "0")
     assert f"error: data {tmp_path}/nowhere: no such folder" in log(tmp_path / "refused")
@@ -168,12 +205,21 @@ def test_refused_input_is_not_requeued(cluster: Cluster, submit: Submit, write_c
     assert not (tmp_path / "refused" / "restarts.json").exists()
 
 
-def test_cancelled_job_stays_cancelled(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
-    job = number(submit("learn", write_config("cancelled", training={"steps": 5000}), "--gpus-per-node", 1))
+def test_cancelled_job_stays_cancelled(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    job = number(
+        submit("learn", write_config("cancelled", training={"steps": 5000}), "--gpus-per-node", 1)
+    )
     running_at(cluster, tmp_path / "cancelled", 3)
     cluster.call("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
-    await_until(lambda: not cluster.call("squeue", "-h", "-j", job), "end of its tasks", 60, lambda: log(tmp_path / "cancelled"))
+    await_until(
+        lambda: not cluster.call("squeue", "-h", "-j", job),
+        "end of its tasks",
+        60,
+        lambda: log(tmp_path / "cancelled"),
+    )
     assert cluster.job(job)["JobState"] == "CANCELLED"
     newest = store.newest(tmp_path / "cancelled")
     assert newest is not None
@@ -192,7 +238,9 @@ def test_chain(cluster: Cluster, write_config: WriteConfig, tmp_path: Path) -> N
     }
     output = tmp_path / "chain.out"
     arguments = ("slurm/chain.sbatch", learn, train, tmp_path / "out")
-    cluster.ended(cluster.call("sbatch", "--parsable", f"--output={output}", *arguments, **variables).strip())
+    cluster.ended(
+        cluster.call("sbatch", "--parsable", f"--output={output}", *arguments, **variables).strip()
+    )
     numbers = dict(line.split(": job ") for line in output.read_text().splitlines())
     assert list(numbers) == ["learn", "finalize-masks", "train", "export-hf"]
     for name, job in numbers.items():
@@ -207,7 +255,16 @@ def test_chain(cluster: Cluster, write_config: WriteConfig, tmp_path: Path) -> N
 
 def test_sweep(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
     wanted = {"kv_head_0.25": 0.25, "layer_0.25": 0.25}
-    sweep = ("--sparsity", 0.25, "--granularity", "kv_head", "--granularity", "layer", "--out", tmp_path / "sweep")
+    sweep = (
+        "--sparsity",
+        0.25,
+        "--granularity",
+        "kv_head",
+        "--granularity",
+        "layer",
+        "--out",
+        tmp_path / "sweep",
+    )
     job = number(submit("sweep", write_config("sweep_base"), "--gpus-per-node", 1, *sweep))
     for task in range(2):
         assert cluster.ended(f"{job}_{task}")["JobState"] == "COMPLETED", (

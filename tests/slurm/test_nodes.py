@@ -33,7 +33,9 @@ def task(job: str, rank: int) -> int:
     raise AssertionError(f"no rank {rank} of job {job}")
 
 
-def test_the_node_of_a_lost_rank_is_avoided(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_the_node_of_a_lost_rank_is_avoided(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
     options = ("--gpus-per-node", 2, "--cpus-per-task", 4, "--exclusive")
     job = number(submit("learn", write_config("run", **LONG), *options))
     running_at(cluster, tmp_path / "run", 30)
@@ -51,7 +53,9 @@ def test_the_node_of_a_lost_rank_is_avoided(cluster: Cluster, submit: Submit, wr
     assert record["NodeList"] != first["NodeList"]
 
 
-def test_a_node_that_cannot_be_done_without(cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_node_that_cannot_be_done_without(
+    cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """Of two nodes a job on both."""
     job = number(submit("learn", write_config("run", **LONG), "--nodes", 2, "--gpus-per-node", 1))
     running_at(cluster, tmp_path / "run", 30)

@@ -148,12 +148,16 @@ def save_measures(runs: Runs, trial: Trial, loss: float) -> None:
     measures.save(file)
 
 
-def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
+def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
+    make_runs: Callable[..., Runs], tmp_path: Path
+) -> None:
     def scored(scope: str, **fields: Any) -> dict[str, Any]:
         return {"score": "leave-one-out", "scope": scope} | fields
 
     table = torch.tensor([[True, True, False, False]] * 2)
-    from_scores = Allocation.from_scores(table.double(), Constraint(2, 4, 0.5, scope="global"), 16, {})
+    from_scores = Allocation.from_scores(
+        table.double(), Constraint(2, 4, 0.5, scope="global"), 16, {}
+    )
     from_scores.save(tmp_path / "found.json")
     drawn = {"rule": "random", "draws": [0], "seeds": [0, 1, 2]}
     runs = make_runs(
@@ -167,7 +171,14 @@ def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(make_runs: C
             "found": {"file": str(tmp_path / "found.json")},
         },
     )
-    bases = {"dense": 2.0, "layers": 2.25, "global": 2.5, "drawn": 3.0, "drawn-layers": 3.0, "found": 3.0}
+    bases = {
+        "dense": 2.0,
+        "layers": 2.25,
+        "global": 2.5,
+        "drawn": 3.0,
+        "drawn-layers": 3.0,
+        "found": 3.0,
+    }
     for trial in runs.study.trials():
         save_measures(runs, trial, bases[trial.arm] + trial.seed)
     found = {row.arm: row.leave_one_out_difference for row in collect(runs)}

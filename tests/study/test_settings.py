@@ -171,7 +171,12 @@ def test_refused_by_the_file_alone(
             "arms.a: gates.warmup_steps=20 must be at most 18 of training.steps=24",
         ),
         (
-            {"arms": {"dense": DENSE, "a": {"score": "gradient", "scope": "per_layer", "sparsities": [0.3]}}},
+            {
+                "arms": {
+                    "dense": DENSE,
+                    "a": {"score": "gradient", "scope": "per_layer", "sparsities": [0.3]},
+                }
+            },
             "arms.a: allocation.sparsity=0.3 cannot be met by the 4 KV heads of a layer",
         ),
         (
@@ -248,5 +253,7 @@ def test_a_start_made_by_hand_must_have_the_studys_settings(make_runs: Callable[
     record.check(runs)
     values["training"]["learning_rate"] = 0.5
     (runs.start / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(InputError, match=r"was made with another configuration \(training\.learning_rate: 0\.5"):
+    with pytest.raises(
+        InputError, match=r"was made with another configuration \(training\.learning_rate: 0\.5"
+    ):
         record.check(runs)

@@ -29,7 +29,9 @@ class Outcome:
 
 
 @pytest.fixture
-def megaconsa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def megaconsa(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """Runs `megaconsa ...` to its end; anything but an exit with a code (a traceback) fails the test."""
 
     def run(*arguments: object) -> Outcome:

@@ -24,7 +24,20 @@ from megaconsa.kernels.attention import reference
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 37, 6, 3, 8, 5, torch.float32, CPU)
 NAMES = ["dense", "window", "mixed", "gated", "gated-half", "gated-partly"]
-SMALL = ("--batch", 2, "--length", 40, "--heads", 4, "--kv-heads", 2, "--head-dim", 8, "--window", 6)
+SMALL = (
+    "--batch",
+    2,
+    "--length",
+    40,
+    "--heads",
+    4,
+    "--kv-heads",
+    2,
+    "--head-dim",
+    8,
+    "--window",
+    6,
+)
 
 every_case = pytest.mark.parametrize("name", NAMES)
 
@@ -90,9 +103,13 @@ def bare(heads_first: bool) -> Callable[..., Callable[[Tensor, Tensor, Tensor], 
 @every_case
 @pytest.mark.parametrize("heads_first", [False, True], ids=["BSHD", "BHSD"])
 @pytest.mark.parametrize("launch_per_window", [False, True], ids=["masks", "launches"])
-def test_what_a_peer_launches_is_the_case(name: str, heads_first: bool, launch_per_window: bool) -> None:
+def test_what_a_peer_launches_is_the_case(
+    name: str, heads_first: bool, launch_per_window: bool
+) -> None:
     inputs = inputs_of(name)
-    peer = Peer("bare", bare(heads_first), heads_first, windowed=True, launch_per_window=launch_per_window)
+    peer = Peer(
+        "bare", bare(heads_first), heads_first, windowed=True, launch_per_window=launch_per_window
+    )
     assert peer.serves(inputs.case) == (launch_per_window or inputs.gate is None)
     if peer.serves(inputs.case):
         two = launch_per_window and name not in ("dense", "window")
@@ -145,7 +162,9 @@ def test_all_are_timed_in_every_round_unless_they_are_slow(monkeypatch: pytest.M
     contestants, seen = runs(OurBackend("sdpa"), OurBackend("reference")), []
     monkeypatch.setattr(timing, "SECONDS", 60.0)
     timings = time_in_turns(contestants, CPU, seen.append)
-    assert [len(x) for t in timings.values() for x in (t.forward, t.backward)] == [timing.ROUNDS] * 4
+    assert [len(x) for t in timings.values() for x in (t.forward, t.backward)] == [
+        timing.ROUNDS
+    ] * 4
     assert min(x for t in timings.values() for x in (*t.forward, *t.backward)) > 0
     assert len(seen) == timing.ROUNDS
     monkeypatch.setattr(timing, "SECONDS", 0.0)
@@ -156,33 +175,66 @@ def test_all_are_timed_in_every_round_unless_they_are_slow(monkeypatch: pytest.M
 def test_quotients_of_what_was_timed() -> None:
     def row(case: str, contestant: str, milliseconds: float) -> Row:
         quartiles = Quartiles(milliseconds / 2, 0.0, 0.0, 3)
-        return Row(case, contestant, True, 1, quartiles, quartiles, milliseconds, 1.0, None, {"out": 0.0}, {"out": 0.0})
+        return Row(
+            case,
+            contestant,
+            True,
+            1,
+            quartiles,
+            quartiles,
+            milliseconds,
+            1.0,
+            None,
+            {"out": 0.0},
+            {"out": 0.0},
+        )
 
-    rows = [row("dense", "triton", 10.0), row("gated", "triton", 11.0), row("mixed", "FlexAttention", 8.0)]
-    assert [(ratio.name, ratio.value, ratio.goal) for ratio in compare(rows)] == [("gated triton / dense triton", 1.1, 1.15)]
+    rows = [
+        row("dense", "triton", 10.0),
+        row("gated", "triton", 11.0),
+        row("mixed", "FlexAttention", 8.0),
+    ]
+    assert [(ratio.name, ratio.value, ratio.goal) for ratio in compare(rows)] == [
+        ("gated triton / dense triton", 1.1, 1.15)
+    ]
     rows.append(row("mixed", "triton", 6.0))
-    assert next((ratio.name, ratio.value) for ratio in compare(rows)) == ("mixed triton / mixed FlexAttention", 0.75)
+    assert next((ratio.name, ratio.value) for ratio in compare(rows)) == (
+        "mixed triton / mixed FlexAttention",
+        0.75,
+    )
 
 
 def test_the_command_writes_what_it_measured(done: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
     printed = done("bench-attention", *SMALL, "--out", out)
     content = json.loads(out.read_text())
-    assert content["command"] == "megaconsa bench-attention " + " ".join(map(str, SMALL)) + " --dtype fp32"
-    assert content["versions"]["torch"] == torch.__version__.split("+")[0] or content["versions"]["torch"] == torch.__version__
+    assert (
+        content["command"]
+        == "megaconsa bench-attention " + " ".join(map(str, SMALL)) + " --dtype fp32"
+    )
+    assert (
+        content["versions"]["torch"] == torch.__version__.split("+")[0]
+        or content["versions"]["torch"] == torch.__version__
+    )
     assert content["shape"]["dtype"] == "float32"
     assert [case["name"] for case in content["cases"]] == NAMES
     assert content["cases"][2]["windows"] == [40, 6]
     assert content["cases"][4]["gate"] == [1.0, 0.0]
     results = content["results"]
-    assert [(row["case"], row["contestant"]) for row in results] == [(n, c) for n in NAMES for c in ("sdpa", "reference")]
+    assert [(row["case"], row["contestant"]) for row in results] == [
+        (n, c) for n in NAMES for c in ("sdpa", "reference")
+    ]
     for row in results:
         assert 0 < row["forward"]["low"] <= row["forward"]["median"] <= row["forward"]["high"]
         assert row["total_ms"] == row["forward"]["median"] + row["backward"]["median"]
-        flops = next(case["forward_flops"] for case in content["cases"] if case["name"] == row["case"])
+        flops = next(
+            case["forward_flops"] for case in content["cases"] if case["name"] == row["case"]
+        )
         assert row["tflops"] == pytest.approx(3.5 * flops / row["total_ms"] / 1e9)
         assert row["ratio"] is None
-        assert set(row["errors"]) == {"out", "dq", "dk", "dv"} | ({"dz"} if row["case"].startswith("gated") else set())
+        assert set(row["errors"]) == {"out", "dq", "dk", "dv"} | (
+            {"dz"} if row["case"].startswith("gated") else set()
+        )
         assert max(row["errors"].values()) < content["bound"] == 1e-5
     for said in ("No GPU", "TFLOP/s", "gated-partly", f"wrote {out}"):
         assert said in printed
@@ -190,17 +242,35 @@ def test_the_command_writes_what_it_measured(done: Callable[..., str], tmp_path:
 
 def test_cases_are_chosen_and_the_dtype_is_kept(done: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
-    done("bench-attention", *SMALL, "--case", "mixed", "--case", "dense", "--dtype", "bf16", "--out", out)
+    done(
+        "bench-attention",
+        *SMALL,
+        "--case",
+        "mixed",
+        "--case",
+        "dense",
+        "--dtype",
+        "bf16",
+        "--out",
+        out,
+    )
     content = json.loads(out.read_text())
     assert content["command"].endswith("--dtype bf16 --case mixed --case dense")
     assert [case["name"] for case in content["cases"]] == ["dense", "mixed"]
-    assert 1e-5 < max(error for row in content["results"] for error in row["errors"].values()) < content["bound"] == 5e-3
+    assert (
+        1e-5
+        < max(error for row in content["results"] for error in row["errors"].values())
+        < content["bound"]
+        == 5e-3
+    )
 
 
 def narrower(*qkv: Tensor, window: tuple[int, ...], **arguments: Any) -> Tensor:
     """One key too few in windowed heads."""
     length = qkv[0].shape[1]
-    return hybrid_attention(*qkv, window=[size if size >= length else size - 1 for size in window], **arguments)
+    return hybrid_attention(
+        *qkv, window=[size if size >= length else size - 1 for size in window], **arguments
+    )
 
 
 def unfinished(*qkv: Tensor, **arguments: Any) -> Tensor:
@@ -229,10 +299,17 @@ WRONG = {
 
 @pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__name__)
 def test_no_speed_of_a_wrong_backend(
-    function: Callable[..., Tensor], megaconsa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    function: Callable[..., Tensor],
+    megaconsa: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(peers, "contestants", lambda device: [OurBackend("reference"), OurBackend("sdpa", function)])
-    outcome = megaconsa("bench-attention", *SMALL, "--case", "mixed", "--out", tmp_path / "out.json")
+    monkeypatch.setattr(
+        peers, "contestants", lambda device: [OurBackend("reference"), OurBackend("sdpa", function)]
+    )
+    outcome = megaconsa(
+        "bench-attention", *SMALL, "--case", "mixed", "--out", tmp_path / "out.json"
+    )
     assert outcome.code == 1
     assert outcome.err.startswith(
         "error: no speed is reported, because sdpa fails the case mixed at batch 2, length 40, window 6"
@@ -267,16 +344,38 @@ def missing(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
 def test_a_peer_that_fails_is_left_out_with_its_reason(
     done: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = [*map(peer_by, (hybrid_attention, narrower, crashing)), OnCpu("absent", missing, False, True, True)]
+    found = [
+        *map(peer_by, (hybrid_attention, narrower, crashing)),
+        OnCpu("absent", missing, False, True, True),
+    ]
     monkeypatch.setattr(peers, "contestants", lambda device: [OurBackend("sdpa"), *found])
-    printed = done("bench-attention", *SMALL, "--case", "mixed", "--case", "gated-half", "--out", tmp_path / "out.json")
+    printed = done(
+        "bench-attention",
+        *SMALL,
+        "--case",
+        "mixed",
+        "--case",
+        "gated-half",
+        "--out",
+        tmp_path / "out.json",
+    )
     content = json.loads((tmp_path / "out.json").read_text())
     timed = [(row["case"], row["contestant"], row["launches"]) for row in content["results"]]
-    assert timed == [(c, n, k) for c in ("mixed", "gated-half") for n, k in (("sdpa", 1), ("hybrid_attention", 2))]
+    assert timed == [
+        (c, n, k)
+        for c in ("mixed", "gated-half")
+        for n, k in (("sdpa", 1), ("hybrid_attention", 2))
+    ]
     for ours, peer in zip(content["results"][::2], content["results"][1::2], strict=True):
         assert (ours["ratio"], peer["ratio"]) == (ours["total_ms"] / peer["total_ms"], 1)
-    assert "not timed: crashing (mixed, gated-half): an illegal memory access was encountered\n" in printed
-    assert "not timed: absent (mixed, gated-half): package_that_is_not_there is not installed\n" in printed
+    assert (
+        "not timed: crashing (mixed, gated-half): an illegal memory access was encountered\n"
+        in printed
+    )
+    assert (
+        "not timed: absent (mixed, gated-half): package_that_is_not_there is not installed\n"
+        in printed
+    )
     assert "not timed: narrower (mixed, gated-half): wrong: " in printed
     assert "  hybrid_attention x 2 " in printed
 
@@ -307,7 +406,9 @@ def test_a_backend_that_refuses_is_no_failure() -> None:
         (("--dtype", "fp8"), "--dtype fp8 is unknown; choose one of bf16, fp16, fp32"),
     ],
 )
-def test_refused_input(arguments: tuple[object, ...], said: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_refused_input(
+    arguments: tuple[object, ...], said: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
     assert said in refused("bench-attention", *SMALL, *arguments, "--out", tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
 
@@ -320,8 +421,27 @@ def test_a_folder_in_the_place_of_the_file(refused: Callable[..., str], tmp_path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(done: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
-    done("bench-attention", "--batch", 1, "--length", 1000, "--window", 100, "--case", "dense", "--case", "gated", "--out", out)
+    done(
+        "bench-attention",
+        "--batch",
+        1,
+        "--length",
+        1000,
+        "--window",
+        100,
+        "--case",
+        "dense",
+        "--case",
+        "gated",
+        "--out",
+        out,
+    )
     content = json.loads(out.read_text())
     timed = {(row["case"], row["contestant"]) for row in content["results"]}
-    assert {("dense", "triton"), ("dense", "FlexAttention"), ("gated", "triton"), ("gated", "sdpa")} <= timed
+    assert {
+        ("dense", "triton"),
+        ("dense", "FlexAttention"),
+        ("gated", "triton"),
+        ("gated", "sdpa"),
+    } <= timed
     assert "gated triton / dense triton" in [ratio["name"] for ratio in content["ratios"]]

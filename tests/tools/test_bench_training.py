@@ -22,11 +22,17 @@ def configuration(make_config: Callable[..., dict[str, Any]], tmp_path: Path) ->
     return path
 
 
-def test_each_topology_stands_beside_one_process(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_topology_stands_beside_one_process(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "bench.json"
     bench_training.main(configuration, topology=["data=2"], steps=3, skip=1, out=out)
     one, two = json.loads(out.read_text())["measurements"]
-    assert (one["layout"], one["speedup"], one["loss_deviation"]) == ({"tensor": 1, "pipeline": 1, "data": 1}, 1, 0)
+    assert (one["layout"], one["speedup"], one["loss_deviation"]) == (
+        {"tensor": 1, "pipeline": 1, "data": 1},
+        1,
+        0,
+    )
     assert two["layout"]["data"] == 2
     assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
     assert two["tokens_per_second"] == pytest.approx(4 * 64 / two["step_seconds"])
@@ -38,7 +44,9 @@ def test_each_topology_stands_beside_one_process(configuration: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "config.yaml"]
 
 
-@pytest.mark.parametrize("text", ["tensor", "tensor=0", "tensor=x", "model=2", "tensor=2,tensor=2", ""])
+@pytest.mark.parametrize(
+    "text", ["tensor", "tensor=0", "tensor=x", "model=2", "tensor=2,tensor=2", ""]
+)
 def test_a_topology_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="topology"):
         Layout.parse(text)
@@ -51,7 +59,9 @@ def test_what_cannot_run_is_refused_before_anything_runs(configuration: Path) ->
         bench_training.main(configuration, steps=3, skip=3)
 
 
-def test_the_failing_rank_is_heard(configuration: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_failing_rank_is_heard(
+    configuration: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A rank of the started processes fails: a module that Python imports at its start plants the error."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"

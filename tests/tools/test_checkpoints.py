@@ -16,7 +16,10 @@ from megaconsa.checkpoint import store
 
 @pytest.fixture
 def run(make_config: Callable[..., dict[str, Any]], train: Any) -> Path:
-    values = make_config(allocation={"source": "rule", "rule": "interleaved", "ratio": 1}, checkpoint={"every": 2, "keep": 3})
+    values = make_config(
+        allocation={"source": "rule", "rule": "interleaved", "ratio": 1},
+        checkpoint={"every": 2, "keep": 3},
+    )
     train(values)
     return Path(values["run"]["dir"])
 
@@ -30,8 +33,15 @@ def damage(path: Path) -> None:
 def test_list(run: Path, done: Callable[..., str]) -> None:
     lines = done("checkpoints", run).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["step_6", "step_4", "step_2"]
-    rows = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-    assert lines[1].split()[1:4] == ["1,536", f"{rows[6]['loss']:.4f}", f"{rows[6]['validation_loss']:.4f}"]
+    rows = {
+        row["step"]: row
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
+    assert lines[1].split()[1:4] == [
+        "1,536",
+        f"{rows[6]['loss']:.4f}",
+        f"{rows[6]['validation_loss']:.4f}",
+    ]
     assert all(line.endswith("whole") for line in lines[1:])
     (run / "checkpoints" / "step_4" / "model.safetensors").unlink()
     (run / "checkpoints" / "step_2" / "state.json").write_text("{")
@@ -58,14 +68,27 @@ def test_what_holds_none_is_refused(tmp_path: Path, refused: Callable[..., str])
 def test_the_mean_of_checkpoints_is_exported(
     run: Path, done: Callable[..., str], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    said = done("export-hf", run, "--average", "3", "--out", tmp_path / "hf", "--dtype", "float32", "--verify", "32")
+    said = done(
+        "export-hf",
+        run,
+        "--average",
+        "3",
+        "--out",
+        tmp_path / "hf",
+        "--dtype",
+        "float32",
+        "--verify",
+        "32",
+    )
     assert "logits differ from the checkpoint's by" in said
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     saved = [store.read(path).weights() for path in store.committed(run)]
     name = "model.layers.0.mlp.up_proj.weight"
     assert (exported[name] == (sum(each[name].double() for each in saved) / 3).float()).all()
     assert '"averaged_steps"' in (tmp_path / "hf" / "README.md").read_text()
-    assert "holds 3 checkpoints, not 4" in refused("export-hf", run, "--average", "4", "--out", tmp_path / "other")
+    assert "holds 3 checkpoints, not 4" in refused(
+        "export-hf", run, "--average", "4", "--out", tmp_path / "other"
+    )
     damage(run / "checkpoints" / "step_2" / "model.safetensors")
     assert "damaged" in refused("export-hf", run, "--average", "3", "--out", tmp_path / "other")
     shutil.rmtree(tmp_path / "hf")

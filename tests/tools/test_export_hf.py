@@ -34,32 +34,55 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
     checkpoint = store.resolve(run)
     model = Qwen3(checkpoint.shape, table, "reference", separate=False)
     model.load_state_dict(dict(checkpoint.weights()), strict=False)
-    tokens = torch.from_numpy(TokenShards(data, "validation")[1][:SEQUENCE_LENGTH].astype("int64"))[None]
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True)
+    tokens = torch.from_numpy(TokenShards(data, "validation")[1][:SEQUENCE_LENGTH].astype("int64"))[
+        None
+    ]
+    exported = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
+    )
     expected, logits = model(tokens), exported(tokens).logits
     assert logits.shape == (1, SEQUENCE_LENGTH, checkpoint.shape.vocab_size)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     inputs = tokenizer("def main(", return_tensors="pt")
-    settings: dict[str, Any] = {"attention_mask": inputs.attention_mask, "max_new_tokens": 12, "do_sample": False}
+    settings: dict[str, Any] = {
+        "attention_mask": inputs.attention_mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+    }
     assert torch.equal(
         exported.generate(inputs.input_ids, use_cache=True, **settings),
         exported.generate(inputs.input_ids, use_cache=False, **settings),
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), [("heads", "per-head model file"), ("layers", "stock Qwen3")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("heads", "per-head model file"), ("layers", "stock Qwen3")]
+)
 def test_learning_run_with_its_table(
     name: str, kind: str, finished: Finished, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
     run, table, out = finished(name), tmp_path / "allocation.json", tmp_path / "hf"
     done("finalize-masks", run, "--out", table)
-    text = done("export-hf", run, "--allocation", table, "--out", out, "--dtype", "float32", "--verify", SEQUENCE_LENGTH)
+    text = done(
+        "export-hf",
+        run,
+        "--allocation",
+        table,
+        "--out",
+        out,
+        "--dtype",
+        "float32",
+        "--verify",
+        SEQUENCE_LENGTH,
+    )
     sparsity = Allocation.load(table).sparsity
     first, second = text.splitlines()[-2:]
     assert first == f"{out}: {kind}, float32, sparsity {sparsity:.4f}, window 8"
     match = re.fullmatch(
-        re.escape(f"{out}: logits differ from the checkpoint's by ") + r"(\S+) of the largest logit, on 64 tokens", second
+        re.escape(f"{out}: logits differ from the checkpoint's by ")
+        + r"(\S+) of the largest logit, on 64 tokens",
+        second,
     )
     assert match
     assert float(match[1]) <= TOLERANCE
@@ -67,7 +90,9 @@ def test_learning_run_with_its_table(
     check_logits(out, run, Allocation.load(table), small_data)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("trained", "per-head model file"), ("stock", "stock Qwen3")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("trained", "per-head model file"), ("stock", "stock Qwen3")]
+)
 def test_training_run_knows_its_table(
     name: str, kind: str, finished: Finished, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +112,16 @@ def test_a_checkpoint_in_bfloat16_with_a_tokenizer_of_ones_own(
     """Precision and checkpoint reach the folder; --verify compares with the weights as rounded."""
     out = tmp_path / "hf"
     checkpoint = finished("trained") / "checkpoints" / "step_4"
-    text = done("export-hf", checkpoint, "--out", out, "--tokenizer", small_data / "tokenizer", "--verify", 32)
+    text = done(
+        "export-hf",
+        checkpoint,
+        "--out",
+        out,
+        "--tokenizer",
+        small_data / "tokenizer",
+        "--verify",
+        32,
+    )
     assert "on 32 tokens" in text
     config = json.loads((out / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
@@ -96,21 +130,48 @@ def test_a_checkpoint_in_bfloat16_with_a_tokenizer_of_ones_own(
     assert tokens == AutoTokenizer.from_pretrained(small_data / "tokenizer")("import os").input_ids
 
 
-def test_verify_says_how_many_tokens_it_compared(finished: Finished, done: Done, tmp_path: Path) -> None:
+def test_verify_says_how_many_tokens_it_compared(
+    finished: Finished, done: Done, tmp_path: Path
+) -> None:
     """A sequence of the data may be shorter than what was asked for."""
-    text = done("export-hf", finished("stock"), "--out", tmp_path / "hf", "--dtype", "float32", "--verify", 10_000)
+    text = done(
+        "export-hf",
+        finished("stock"),
+        "--out",
+        tmp_path / "hf",
+        "--dtype",
+        "float32",
+        "--verify",
+        10_000,
+    )
     assert "on 10000 tokens" not in text
 
 
 def test_verify_finds_a_wrong_export(
-    finished: Finished, megaconsa: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished,
+    megaconsa: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One sentence and exit code 1: the input was not at fault."""
     from megaconsa.huggingface import export
 
     real = export.reorder_weight
-    monkeypatch.setattr(export, "reorder_weight", lambda name, tensor, model, order: real(name, tensor, model, order[::-1]))
-    outcome = megaconsa("export-hf", finished("trained"), "--out", tmp_path / "hf", "--dtype", "float32", "--verify", 64)
+    monkeypatch.setattr(
+        export,
+        "reorder_weight",
+        lambda name, tensor, model, order: real(name, tensor, model, order[::-1]),
+    )
+    outcome = megaconsa(
+        "export-hf",
+        finished("trained"),
+        "--out",
+        tmp_path / "hf",
+        "--dtype",
+        "float32",
+        "--verify",
+        64,
+    )
     assert outcome.code == 1
     assert "the export is wrong" in outcome.err
     assert not (tmp_path / "hf").exists()
@@ -130,12 +191,28 @@ def test_another_tokenizer_than_the_runs_is_refused(
     """
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "hf"
     shutil.copytree(small_data, data)
-    train(make_config(data={"path": str(data)}, allocation={"source": "rule", "rule": "dense"}, training={"steps": 2}))
+    train(
+        make_config(
+            data={"path": str(data)},
+            allocation={"source": "rule", "rule": "dense"},
+            training={"steps": 2},
+        )
+    )
     words = shutil.copytree(data / "tokenizer", tmp_path / "words")
     trained = DatasetInfo.load(data).tokenizer_fingerprint
     shutil.rmtree(data)
-    sources = [str(Path(sysconfig.get_paths()["stdlib"]) / name) for name in ("difflib.py", "pdb.py", "optparse.py")]
-    settings = ("--train-tokenizer", 512, "--sequence-length", SEQUENCE_LENGTH, "--validation-share", 0.2)
+    sources = [
+        str(Path(sysconfig.get_paths()["stdlib"]) / name)
+        for name in ("difflib.py", "pdb.py", "optparse.py")
+    ]
+    settings = (
+        "--train-tokenizer",
+        512,
+        "--sequence-length",
+        SEQUENCE_LENGTH,
+        "--validation-share",
+        0.2,
+    )
     done("prepare-data", *sources, "--out", data, *settings)
     said = refused("export-hf", run, "--out", out)
     assert f"tokenizer={data / 'tokenizer'} has fingerprint" in said

@@ -47,7 +47,9 @@ def test_no_arguments_shows_the_commands(megaconsa: Callable[..., Any]) -> None:
 def test_the_command_line_loads_nothing_heavy() -> None:
     """So that --help and a refused argument answer at once."""
     script = f"import json, sys; import megaconsa.cli; print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert json.loads(ended.stdout) == []
 
 
@@ -55,7 +57,13 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None:
     """From another folder."""
     script = ROOT / "tools" / f"{tool.replace('-', '_')}.py"
-    ended = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, script, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Example" in ended.stdout
 
@@ -63,7 +71,13 @@ def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None
 def test_script_of_a_tool_does_the_work(finished: Callable[[str], Path], tmp_path: Path) -> None:
     """The script's own folder comes first in its path: its neighbours must not hide what libraries import."""
     script = ROOT / "tools" / "finalize_masks.py"
-    command: list[str | Path] = [sys.executable, script, finished("heads"), "--out", tmp_path / "allocation.json"]
+    command: list[str | Path] = [
+        sys.executable,
+        script,
+        finished("heads"),
+        "--out",
+        tmp_path / "allocation.json",
+    ]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "allocation.json").is_file()

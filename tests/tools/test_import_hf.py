@@ -21,17 +21,31 @@ from megaconsa.huggingface.load import load_exported
 
 VOCABULARY = 512  # of small_data
 SEQUENCE_LENGTH = 64
-SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "head_dim": 8,
+}
 
 Done = Callable[..., str]
 Refused = Callable[..., str]
 
 
-def save_qwen3(folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB") -> Path:
+def save_qwen3(
+    folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB"
+) -> Path:
     """A random model of the preset `tiny` with SHAPE, written by transformers."""
     torch.manual_seed(0)
-    sizes = SHAPE | {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "rope_theta": 1e6}
-    config = Qwen3Config(**sizes, max_position_embeddings=4096, tie_word_embeddings=tied, initializer_range=0.02)
+    sizes = SHAPE | {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "rope_theta": 1e6,
+    }
+    config = Qwen3Config(
+        **sizes, max_position_embeddings=4096, tie_word_embeddings=tied, initializer_range=0.02
+    )
     model = Qwen3ForCausalLM(config).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -40,7 +54,11 @@ def save_qwen3(folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.bf
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -52,15 +70,25 @@ def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 def contents(path: Path) -> dict[str, bytes]:
     """Of a file, or of a folder's files; nothing where there is neither."""
-    return {str(each.relative_to(path)): each.read_bytes() for each in (path, *path.rglob("*")) if each.is_file()}
+    return {
+        str(each.relative_to(path)): each.read_bytes()
+        for each in (path, *path.rglob("*"))
+        if each.is_file()
+    }
 
 
 @pytest.mark.parametrize(
     ("tied", "dtype", "shard"),
-    [(True, torch.bfloat16, "5GB"), (False, torch.float32, "40KB"), (False, torch.bfloat16, "20KB")],
+    [
+        (True, torch.bfloat16, "5GB"),
+        (False, torch.float32, "40KB"),
+        (False, torch.bfloat16, "20KB"),
+    ],
     ids=["tied-bf16", "untied-fp32-sharded", "untied-bf16-sharded"],
 )
-def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, small_data: Path, tmp_path: Path) -> None:
+def test_round_trip(
+    tied: bool, dtype: torch.dtype, shard: str, done: Done, small_data: Path, tmp_path: Path
+) -> None:
     folder = save_qwen3(tmp_path / "hf", tied=tied, dtype=dtype, shard=shard)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "5GB")
     copy_tokenizer(small_data / "tokenizer", folder)
@@ -77,7 +105,8 @@ def test_round_trip(tied: bool, dtype: torch.dtype, shard: str, done: Done, smal
         assert contents(tmp_path / "export" / name) == contents(folder / name)
     ids = torch.randint(0, VOCABULARY, (1, 50))
     logits = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (folder, tmp_path / "export")
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
+        for path in (folder, tmp_path / "export")
     ]
     assert torch.equal(*logits)
 
@@ -91,10 +120,24 @@ def test_exports_come_back(full: list[list[bool]], done: Done, tmp_path: Path) -
     """Heads in their original order, and the table; exported again, the same folder."""
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
-    table = {"version": 1, "num_layers": 4, "num_kv_heads": 4, "window": 8, "scope": "per_layer", "target_sparsity": 0.5}
+    table = {
+        "version": 1,
+        "num_layers": 4,
+        "num_kv_heads": 4,
+        "window": 8,
+        "scope": "per_layer",
+        "target_sparsity": 0.5,
+    }
     table |= {"granularity": "kv_head", "full": full}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    done("export-hf", tmp_path / "import", "--out", tmp_path / "export", "--allocation", tmp_path / "table.json")
+    done(
+        "export-hf",
+        tmp_path / "import",
+        "--out",
+        tmp_path / "export",
+        "--allocation",
+        tmp_path / "table.json",
+    )
     done("import-hf", tmp_path / "export", "--out", tmp_path / "again")
     again = store.resolve(tmp_path / "again")
     assert_same_bytes(again.weights(), tensors(folder))
@@ -111,10 +154,27 @@ def test_a_head_wise_model_that_transformers_saved_again_comes_back(
     """It has no allocation.json: the table is in its configuration."""
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
-    table = {"version": 1, "num_layers": 4, "num_kv_heads": 4, "window": 8, "scope": "per_layer", "target_sparsity": 0.5}
-    table |= {"granularity": "kv_head", "full": [[False, True, False, True], [True, False, False, True]] * 2}
+    table = {
+        "version": 1,
+        "num_layers": 4,
+        "num_kv_heads": 4,
+        "window": 8,
+        "scope": "per_layer",
+        "target_sparsity": 0.5,
+    }
+    table |= {
+        "granularity": "kv_head",
+        "full": [[False, True, False, True], [True, False, False, True]] * 2,
+    }
     (tmp_path / "table.json").write_text(json.dumps(table))
-    done("export-hf", tmp_path / "import", "--out", tmp_path / "export", "--allocation", tmp_path / "table.json")
+    done(
+        "export-hf",
+        tmp_path / "import",
+        "--out",
+        tmp_path / "export",
+        "--allocation",
+        tmp_path / "table.json",
+    )
     load_exported(tmp_path / "export")[0].save_pretrained(tmp_path / "saved")
     done("import-hf", tmp_path / "saved", "--out", tmp_path / "again")
     again = store.resolve(tmp_path / "again")
@@ -124,7 +184,9 @@ def test_a_head_wise_model_that_transformers_saved_again_comes_back(
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["without a tokenizer", "with one"])
-@pytest.mark.parametrize("generation", [False, True], ids=["without a generation config", "with one"])
+@pytest.mark.parametrize(
+    "generation", [False, True], ids=["without a generation config", "with one"]
+)
 def test_ids_of_special_tokens_stay_as_they_are(
     words: bool, generation: bool, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +212,9 @@ def test_ids_of_special_tokens_stay_as_they_are(
         assert ids.items() <= json.loads(written.read_text()).items()
     assert (tmp_path / "export" / "tokenizer.json").exists() == words
     if words:  # so that they go on into the data, and into what is trained on it
-        assert (tmp_path / "import" / "tokenizer" / "generation_config.json").read_bytes() == written.read_bytes()
+        assert (
+            tmp_path / "import" / "tokenizer" / "generation_config.json"
+        ).read_bytes() == written.read_bytes()
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
@@ -171,14 +235,18 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     assert f"its tokenizer has a token {VOCABULARY}, but vocab_size={VOCABULARY}" in said
 
 
-def test_a_stored_copy_of_the_tied_output_layer_is_dropped(done: Done, refused: Refused, tmp_path: Path) -> None:
+def test_a_stored_copy_of_the_tied_output_layer_is_dropped(
+    done: Done, refused: Refused, tmp_path: Path
+) -> None:
     folder = save_qwen3(tmp_path / "hf")
     weights = tensors(folder)
     copy = weights["model.embed_tokens.weight"].clone()
     save_file(weights | {"lm_head.weight": copy}, folder / "model.safetensors", {"format": "pt"})
     done("import-hf", folder, "--out", tmp_path / "import")
     assert_same_bytes(store.resolve(tmp_path / "import").weights(), weights)
-    save_file(weights | {"lm_head.weight": copy * 2}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights | {"lm_head.weight": copy * 2}, folder / "model.safetensors", {"format": "pt"}
+    )
     assert "lm_head.weight differs" in refused("import-hf", folder, "--out", tmp_path / "other")
 
 
@@ -254,7 +322,10 @@ NORM = "model.norm.weight"
     [
         (change_config(model_type="llama"), "model of type llama"),
         (change_config(model_type="qwen2"), "model of type qwen2"),
-        (change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None), "rope_scaling"),
+        (
+            change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None),
+            "rope_scaling",
+        ),
         (change_config(attention_bias=True), "attention_bias=true"),
         (change_config(use_sliding_window=True, sliding_window=8), "use_sliding_window"),
         (change_config(hidden_size=48), "has shape"),
@@ -268,12 +339,20 @@ NORM = "model.norm.weight"
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors are missing"),
         (truncate, "cannot be read"),
         (change_weights(lambda weights: weights.pop(NORM)), f"lack {NORM}"),
-        (change_weights(lambda weights: weights.update(more=torch.ones(1))), "have the unknown more"),
+        (
+            change_weights(lambda weights: weights.update(more=torch.ones(1))),
+            "have the unknown more",
+        ),
         (change_weights(lambda weights: weights[NORM].fill_(float("nan"))), f"{NORM} holds NaN"),
-        (change_weights(lambda weights: weights.update({NORM: weights[NORM].float()})), "weights are BF16 and F32"),
+        (
+            change_weights(lambda weights: weights.update({NORM: weights[NORM].float()})),
+            "weights are BF16 and F32",
+        ),
     ],
 )
-def test_refused(damage: Callable[[Path], object], said: str, refused: Refused, tmp_path: Path) -> None:
+def test_refused(
+    damage: Callable[[Path], object], said: str, refused: Refused, tmp_path: Path
+) -> None:
     folder = save_qwen3(tmp_path / "hf")
     damage(folder)
     before = sorted(tmp_path.rglob("*"))
@@ -291,5 +370,9 @@ def test_a_missing_shard_is_named(refused: Refused, tmp_path: Path) -> None:
 def test_what_an_import_cannot_do(done: Done, refused: Refused, tmp_path: Path) -> None:
     done("import-hf", save_qwen3(tmp_path / "hf"), "--out", tmp_path / "import")
     assert "exists" in refused("import-hf", tmp_path / "hf", "--out", tmp_path / "import")
-    assert "learned no allocation" in refused("finalize-masks", tmp_path / "import", "--out", tmp_path / "a.json")
-    assert "no held-out tokens" in refused("export-hf", tmp_path / "import", "--out", tmp_path / "e", "--verify", "8")
+    assert "learned no allocation" in refused(
+        "finalize-masks", tmp_path / "import", "--out", tmp_path / "a.json"
+    )
+    assert "no held-out tokens" in refused(
+        "export-hf", tmp_path / "import", "--out", tmp_path / "e", "--verify", "8"
+    )

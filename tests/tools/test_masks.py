@@ -72,7 +72,9 @@ def test_the_papers_threshold_is_for_its_own_gates(
     gates = store.resolve(run).gates()
     assert gates is not None
     assert Allocation.load(out).full == as_rows(gates["log_alpha"] > 0)
-    assert "has none, use top-k" in refused("finalize-masks", finished("heads"), "--out", out, "--method", "threshold")
+    assert "has none, use top-k" in refused(
+        "finalize-masks", finished("heads"), "--out", out, "--method", "threshold"
+    )
 
 
 def test_an_allocation_from_noise_is_warned_of_and_refused_on_request(
@@ -85,13 +87,19 @@ def test_an_allocation_from_noise_is_warned_of_and_refused_on_request(
     """Two steps of four sequences say nothing about eight heads."""
     run, out = tmp_path / "short", tmp_path / "table.json"
     train(make_config(run={"dir": str(run)}, gates={"warmup_steps": 1}, training={"steps": 2}))
-    assert "not supported by evidence" in refused("finalize-masks", run, "--out", out, "--require-evidence")
+    assert "not supported by evidence" in refused(
+        "finalize-masks", run, "--out", out, "--require-evidence"
+    )
     assert not out.exists()
-    assert "warning: the cut is not supported by evidence: " in done("finalize-masks", run, "--out", out)
+    assert "warning: the cut is not supported by evidence: " in done(
+        "finalize-masks", run, "--out", out
+    )
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_table_goes_into_the_run_by_default(checkpoint: bool, finished: Finished, done: Done, tmp_path: Path) -> None:
+def test_the_table_goes_into_the_run_by_default(
+    checkpoint: bool, finished: Finished, done: Done, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished("heads"), run)
     before = {path.relative_to(run) for path in run.rglob("*")}
@@ -113,7 +121,9 @@ def test_default_place_from_within_the_run(
     assert {path.relative_to(run) for path in run.rglob("*")} - before == {Path("allocation.json")}
 
 
-def test_folder_names_with_brackets_are_printed_whole(finished: Finished, done: Done, tmp_path: Path) -> None:
+def test_folder_names_with_brackets_are_printed_whole(
+    finished: Finished, done: Done, tmp_path: Path
+) -> None:
     """Rich takes [a] for markup."""
     out = tmp_path / "[a]" / "table.json"
     assert str(out) in done("finalize-masks", finished("heads"), "--out", out)
@@ -142,8 +152,13 @@ def test_rule_masks(rule: str, done: Done, tmp_path: Path) -> None:
     else:
         assert allocation.full == tuple((full,) * 4 for full in EXPECTED[rule])
     assert allocation.window == 16
-    assert text.splitlines()[-1] == f"{out}: {allocation.sparsity:.1%} of 4 x 4 KV heads use a window of 16"
-    assert [line.split()[-2] for line in text.splitlines()[3::-1]] == [f"{sum(row)}/4" for row in allocation.full]
+    assert (
+        text.splitlines()[-1]
+        == f"{out}: {allocation.sparsity:.1%} of 4 x 4 KV heads use a window of 16"
+    )
+    assert [line.split()[-2] for line in text.splitlines()[3::-1]] == [
+        f"{sum(row)}/4" for row in allocation.full
+    ]
 
     shape = PRESETS["tiny"]
     counts = ("--layers", shape.num_hidden_layers, "--kv-heads", shape.num_key_value_heads)
@@ -154,7 +169,18 @@ def test_rule_masks(rule: str, done: Done, tmp_path: Path) -> None:
 def test_random_over_all_layers(done: Done, tmp_path: Path) -> None:
     def written(*arguments: object) -> Allocation:
         out = tmp_path / "allocation.json"
-        common = ("--preset", "small", "--window", 16, "--scope", "global", "--seed", 3, "--out", out)
+        common = (
+            "--preset",
+            "small",
+            "--window",
+            16,
+            "--scope",
+            "global",
+            "--seed",
+            3,
+            "--out",
+            out,
+        )
         done("rule-masks", "random", *common, *arguments)
         return Allocation.load(out)
 
@@ -167,12 +193,34 @@ def test_random_over_all_layers(done: Done, tmp_path: Path) -> None:
 
 def test_head_share_without_a_seed_keeps_the_first_heads(done: Done, tmp_path: Path) -> None:
     out = tmp_path / "allocation.json"
-    done("rule-masks", "head-share", "--preset", "tiny", "--window", 16, "--sparsity", 0.25, "--out", out)
+    done(
+        "rule-masks",
+        "head-share",
+        "--preset",
+        "tiny",
+        "--window",
+        16,
+        "--sparsity",
+        0.25,
+        "--out",
+        out,
+    )
     assert Allocation.load(out).full == ((True, True, True, False),) * 4
 
 
 def test_defaults_of_the_rules(done: Done, tmp_path: Path) -> None:
-    for rule, sparsity in (("interleaved", 0.75), ("head-share", 0.5), ("bottom-swa", 0.5), ("middle", 0.5)):
-        done("rule-masks", rule, "--preset", "qwen3-0.6b", "--window", 1024, "--out", tmp_path / rule)
+    for rule, sparsity in (
+        ("interleaved", 0.75),
+        ("head-share", 0.5),
+        ("bottom-swa", 0.5),
+        ("middle", 0.5),
+    ):
+        done(
+            "rule-masks", rule, "--preset", "qwen3-0.6b", "--window", 1024, "--out", tmp_path / rule
+        )
         written = json.loads((tmp_path / rule).read_text())
-        assert (written["num_layers"], written["num_kv_heads"], written["sparsity"]) == (28, 8, sparsity)
+        assert (written["num_layers"], written["num_kv_heads"], written["sparsity"]) == (
+            28,
+            8,
+            sparsity,
+        )

@@ -20,8 +20,13 @@ Finished = Callable[[str], Path]
 MakeConfig = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("heads", "learns its allocation"), ("trained", "trains on a fixed allocation")])
-def test_report_of_a_run(name: str, kind: str, finished: Finished, done: Done, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("heads", "learns its allocation"), ("trained", "trains on a fixed allocation")],
+)
+def test_report_of_a_run(
+    name: str, kind: str, finished: Finished, done: Done, tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "page.html"
     assert done("report", finished(name), "--out", out) == f"wrote {out}\n"
     page = out.read_text()
@@ -31,7 +36,9 @@ def test_report_of_a_run(name: str, kind: str, finished: Finished, done: Done, t
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
 
 
-def test_report_of_a_folder_of_runs_goes_into_it(finished: Finished, done: Done, tmp_path: Path) -> None:
+def test_report_of_a_folder_of_runs_goes_into_it(
+    finished: Finished, done: Done, tmp_path: Path
+) -> None:
     for name in ("heads", "trained"):
         shutil.copytree(finished(name), tmp_path / name)
     assert done("report", tmp_path) == f"wrote {tmp_path / 'report.html'}\n"
@@ -40,12 +47,16 @@ def test_report_of_a_folder_of_runs_goes_into_it(finished: Finished, done: Done,
     assert {path.name for path in tmp_path.iterdir()} == {"heads", "trained", "report.html"}
 
 
-def test_plan_as_json_with_overrides_among_options(make_config: MakeConfig, done: Done, tmp_path: Path) -> None:
+def test_plan_as_json_with_overrides_among_options(
+    make_config: MakeConfig, done: Done, tmp_path: Path
+) -> None:
     values = make_config(data={"path": "/nowhere"})
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     options = ("--gpus", 2, "--device", "a100", "--mfu", 0.25, "--context", 4096)
-    plan = json.loads(done("plan", config, "training.steps=11", *options, "training.micro_batch=1", "--json"))
+    plan = json.loads(
+        done("plan", config, "training.steps=11", *options, "training.micro_batch=1", "--json")
+    )
     values["training"] |= {"steps": 11, "micro_batch": 1}
     assert plan == json.loads(json.dumps(make_plan(build(values), 2, "a100", 0.25, 4096).to_dict()))
     assert (plan["steps"], plan["accumulation"], plan["gpus"], plan["context"]) == (11, 2, 2, 4096)
@@ -60,12 +71,16 @@ def test_plan_of_the_shipped_configurations(done: Done) -> None:
         text = config.read_text()
         if "\narms:" in text:
             continue  # a study
-        allocation = ["allocation.source=rule", "allocation.file=null"] if "source: file" in text else []
+        allocation = (
+            ["allocation.source=rule", "allocation.file=null"] if "source: file" in text else []
+        )
         gpus = json.loads(done("plan", config, *allocation, "--json"))["gpus"]
         assert gpus == 1, config
 
 
-def test_verify_data(small_data: Path, done: Done, megaconsa: Callable[..., Any], tmp_path: Path) -> None:
+def test_verify_data(
+    small_data: Path, done: Done, megaconsa: Callable[..., Any], tmp_path: Path
+) -> None:
     assert done("verify-data", small_data).endswith(f"{small_data}: all shards are intact\n")
     shutil.copytree(small_data, tmp_path / "data")
     shard = next((tmp_path / "data" / "validation").glob("shard.*"))
@@ -86,7 +101,9 @@ def test_prepared_data_verifies(done: Done, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for index, part in enumerate(parts[:20]):
         (tmp_path / "texts" / f"{index}.txt").write_text(part)
-    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": part}) for part in parts[20:]))
+    (tmp_path / "lines.jsonl").write_text(
+        "\n".join(json.dumps({"text": part}) for part in parts[20:])
+    )
     out = tmp_path / "data"
     sizes = ("--train-tokenizer", 512, "--sequence-length", 16, "--validation-share", 0.2)
     command = ("prepare-data", tmp_path / "texts", tmp_path / "lines.jsonl", "--out", out, *sizes)

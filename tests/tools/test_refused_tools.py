@@ -61,22 +61,36 @@ def test_run_without_a_checkpoint(run: Path, untouched: Refused, tmp_path: Path)
 def test_checkpoint_of_another_format(run: Path, untouched: Refused, tmp_path: Path) -> None:
     state = run / "checkpoints" / "step_6" / "state.json"
     state.write_text(state.read_text().replace('"version": 1', '"version": 2', 1))
-    assert "has format version 2" in untouched("finalize-masks", state.parent, "--out", tmp_path / "out")
+    assert "has format version 2" in untouched(
+        "finalize-masks", state.parent, "--out", tmp_path / "out"
+    )
 
 
-@pytest.mark.parametrize("command", [("finalize-masks", "RUN"), ("rule-masks", "dense", "--preset", "tiny", "--window", "8")])
-def test_table_in_the_place_of_a_folder(command: tuple[str, ...], finished: Finished, untouched: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [("finalize-masks", "RUN"), ("rule-masks", "dense", "--preset", "tiny", "--window", "8")],
+)
+def test_table_in_the_place_of_a_folder(
+    command: tuple[str, ...], finished: Finished, untouched: Refused, tmp_path: Path
+) -> None:
     out = tmp_path / "folder"
     out.mkdir()
     arguments = [finished("heads") if word == "RUN" else word for word in command]
     assert str(out) in untouched(*arguments, "--out", out)
 
 
-@pytest.mark.parametrize("command", [("finalize-masks", "RUN"), ("rule-masks", "dense", "--preset", "tiny", "--window", "8")])
-def test_table_below_a_file(command: tuple[str, ...], finished: Finished, untouched: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [("finalize-masks", "RUN"), ("rule-masks", "dense", "--preset", "tiny", "--window", "8")],
+)
+def test_table_below_a_file(
+    command: tuple[str, ...], finished: Finished, untouched: Refused, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     arguments = [finished("heads") if word == "RUN" else word for word in command]
-    assert str(tmp_path / "file") in untouched(*arguments, "--out", tmp_path / "file" / "allocation.json")
+    assert str(tmp_path / "file") in untouched(
+        *arguments, "--out", tmp_path / "file" / "allocation.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,21 +100,35 @@ def test_table_below_a_file(command: tuple[str, ...], finished: Finished, untouc
         (("dense", "--preset", "qwen9"), "--preset qwen9 is unknown; choose one of tiny"),
         (("dense",), "give either --preset or both --layers and --kv-heads"),
         (("dense", "--kv-heads", 4), "give either --preset or both"),
-        (("head-share", "--preset", "tiny", "--sparsity", 0.3), "possible are 0, 0.25, 0.5, 0.75, 1"),
+        (
+            ("head-share", "--preset", "tiny", "--sparsity", 0.3),
+            "possible are 0, 0.25, 0.5, 0.75, 1",
+        ),
         (("bottom-swa", "--preset", "tiny", "--sparsity", 1.5), "must lie between 0 and 1"),
         (("interleaved", "--preset", "tiny", "--ratio", 0), "ratio=0"),
     ],
 )
-def test_rule_masks(arguments: tuple[object, ...], said: str, untouched: Refused, tmp_path: Path) -> None:
-    assert said in untouched("rule-masks", *arguments, "--window", 8, "--out", tmp_path / "allocation.json")
+def test_rule_masks(
+    arguments: tuple[object, ...], said: str, untouched: Refused, tmp_path: Path
+) -> None:
+    assert said in untouched(
+        "rule-masks", *arguments, "--window", 8, "--out", tmp_path / "allocation.json"
+    )
 
 
-def test_export_of_a_learning_run_needs_a_table_that_fits(finished: Finished, untouched: Refused, tmp_path: Path) -> None:
-    export, out = ("export-hf", finished("heads"), "--out", tmp_path / "hf"), tmp_path / "allocation.json"
+def test_export_of_a_learning_run_needs_a_table_that_fits(
+    finished: Finished, untouched: Refused, tmp_path: Path
+) -> None:
+    export, out = (
+        ("export-hf", finished("heads"), "--out", tmp_path / "hf"),
+        tmp_path / "allocation.json",
+    )
     assert "was still learning its allocation; run finalize-masks" in untouched(*export)
     assert "does not exist" in untouched(*export, "--allocation", out)
     rules.dense(2, 4, 8).save(out)
-    assert "made for 2 layers x 4 KV heads, but the model has 4 x 4" in untouched(*export, "--allocation", out)
+    assert "made for 2 layers x 4 KV heads, but the model has 4 x 4" in untouched(
+        *export, "--allocation", out
+    )
     out.write_text("{}")
     assert str(out) in untouched(*export, "--allocation", out)
 
@@ -108,15 +136,25 @@ def test_export_of_a_learning_run_needs_a_table_that_fits(finished: Finished, un
 def test_export_never_overwrites(finished: Finished, untouched: Refused, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "precious").touch()
-    assert "is not an empty folder" in untouched("export-hf", finished("trained"), "--out", tmp_path / "hf")
-    assert "is not an empty folder" in untouched("export-hf", finished("trained"), "--out", tmp_path / "hf" / "precious")
+    assert "is not an empty folder" in untouched(
+        "export-hf", finished("trained"), "--out", tmp_path / "hf"
+    )
+    assert "is not an empty folder" in untouched(
+        "export-hf", finished("trained"), "--out", tmp_path / "hf" / "precious"
+    )
 
 
-def test_export_without_its_tokenizer(run: Path, finished: Finished, untouched: Refused, tmp_path: Path) -> None:
+def test_export_without_its_tokenizer(
+    run: Path, finished: Finished, untouched: Refused, tmp_path: Path
+) -> None:
     out = ("--out", tmp_path / "hf")
-    assert "is not a tokenizer folder" in untouched("export-hf", finished("trained"), *out, "--tokenizer", tmp_path)
+    assert "is not a tokenizer folder" in untouched(
+        "export-hf", finished("trained"), *out, "--tokenizer", tmp_path
+    )
     moved = moved_data(finished("trained"), tmp_path)
-    assert "is not there any more; give its folder with --tokenizer" in untouched("export-hf", moved, *out)
+    assert "is not there any more; give its folder with --tokenizer" in untouched(
+        "export-hf", moved, *out
+    )
 
 
 def test_verify_without_held_out_data_writes_nothing(
@@ -125,7 +163,9 @@ def test_verify_without_held_out_data_writes_nothing(
     """What --verify needs is looked at before the export is written."""
     moved = moved_data(finished("trained"), tmp_path)
     tokenizer = ("--tokenizer", small_data / "tokenizer")
-    assert "no such folder" in untouched("export-hf", moved, "--out", tmp_path / "hf", *tokenizer, "--verify", 64)
+    assert "no such folder" in untouched(
+        "export-hf", moved, "--out", tmp_path / "hf", *tokenizer, "--verify", 64
+    )
 
 
 def moved_data(run: Path, folder: Path) -> Path:
@@ -137,12 +177,17 @@ def moved_data(run: Path, folder: Path) -> Path:
     (checkpoint / "state.json").write_text(json.dumps(state))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     content = (checkpoint / "state.json").read_bytes()
-    manifest["files"]["state.json"] = {"bytes": len(content), "xxh3_64": xxhash.xxh3_64(content).hexdigest()}
+    manifest["files"]["state.json"] = {
+        "bytes": len(content),
+        "xxh3_64": xxhash.xxh3_64(content).hexdigest(),
+    }
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return checkpoint
 
 
-def test_negative_number_of_tokens_to_verify(finished: Finished, megaconsa: Callable[..., Any], tmp_path: Path) -> None:
+def test_negative_number_of_tokens_to_verify(
+    finished: Finished, megaconsa: Callable[..., Any], tmp_path: Path
+) -> None:
     outcome = megaconsa("export-hf", finished("stock"), "--out", tmp_path / "hf", "--verify", -1)
     assert outcome.code == 2
     assert not (tmp_path / "hf").exists()
@@ -156,20 +201,32 @@ def test_negative_number_of_tokens_to_verify(finished: Finished, megaconsa: Call
         (("--device", "abacus"), "--device abacus"),
         (("--mfu", 1.5), "--mfu 1.5 must lie between 0 and 1"),
         (("--gpus", 3), "training.global_batch=4 must be a multiple"),
-        (("allocation.source=file", "allocation.file=/nowhere.json"), "/nowhere.json does not exist"),
+        (
+            ("allocation.source=file", "allocation.file=/nowhere.json"),
+            "/nowhere.json does not exist",
+        ),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_plan(
-    arguments: tuple[object, ...], said: str, as_json: bool, make_config: Callable[..., Any], untouched: Refused, tmp_path: Path
+    arguments: tuple[object, ...],
+    said: str,
+    as_json: bool,
+    make_config: Callable[..., Any],
+    untouched: Refused,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_config()))
-    assert said in untouched("plan", tmp_path / "config.yaml", *arguments, *(["--json"] if as_json else []))
+    assert said in untouched(
+        "plan", tmp_path / "config.yaml", *arguments, *(["--json"] if as_json else [])
+    )
 
 
 @pytest.mark.parametrize("command", [("plan",), ("train",)])
 @pytest.mark.parametrize("content", [None, "", "- 1", "run: [", "\x00"])
-def test_no_configuration(command: tuple[str, ...], content: str | None, untouched: Refused, tmp_path: Path) -> None:
+def test_no_configuration(
+    command: tuple[str, ...], content: str | None, untouched: Refused, tmp_path: Path
+) -> None:
     config = tmp_path / "config.yaml"
     if content is not None:
         config.write_text(content)
@@ -185,7 +242,9 @@ def test_report(run: Path, untouched: Refused, tmp_path: Path) -> None:
 
 
 def test_report_below_a_file(run: Path, untouched: Refused, tmp_path: Path) -> None:
-    assert str(run / "metrics.jsonl") in untouched("report", run, "--out", run / "metrics.jsonl" / "page.html")
+    assert str(run / "metrics.jsonl") in untouched(
+        "report", run, "--out", run / "metrics.jsonl" / "page.html"
+    )
 
 
 def test_verify_data(untouched: Refused, tmp_path: Path) -> None:
@@ -210,9 +269,13 @@ def test_verify_data(untouched: Refused, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_prepare_data(arguments: tuple[object, ...], said: str, untouched: Refused, tmp_path: Path) -> None:
+def test_prepare_data(
+    arguments: tuple[object, ...], said: str, untouched: Refused, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text(Path(argparse.__file__).read_text())
-    assert said in untouched("prepare-data", tmp_path / "text.txt", "--out", tmp_path / "data", *arguments)
+    assert said in untouched(
+        "prepare-data", tmp_path / "text.txt", "--out", tmp_path / "data", *arguments
+    )
 
 
 def test_prepare_data_without_sources(untouched: Refused, tmp_path: Path) -> None:
@@ -234,7 +297,18 @@ def test_prepare_data_without_sources(untouched: Refused, tmp_path: Path) -> Non
         ("export-hf", "RUN"),
         ("export-hf", "RUN", "--out", "OUT", "--dtype", "int8"),
         ("rule-masks", "dense", "--preset", "tiny", "--window", "0", "--out", "OUT"),
-        ("rule-masks", "dense", "--layers", "0", "--kv-heads", "2", "--window", "8", "--out", "OUT"),
+        (
+            "rule-masks",
+            "dense",
+            "--layers",
+            "0",
+            "--kv-heads",
+            "2",
+            "--window",
+            "8",
+            "--out",
+            "OUT",
+        ),
         ("plan", "RUN/config.yaml", "--gpus", "0"),
         ("plan", "RUN/config.yaml", "--gpu", "many"),
         ("report",),
@@ -245,7 +319,9 @@ def test_arguments_that_do_not_parse(
     arguments: tuple[str, ...], finished: Finished, megaconsa: Callable[..., Any], tmp_path: Path
 ) -> None:
     run = str(finished("trained"))
-    outcome = megaconsa(*[word.replace("RUN", run).replace("OUT", str(tmp_path / "out")) for word in arguments])
+    outcome = megaconsa(
+        *[word.replace("RUN", run).replace("OUT", str(tmp_path / "out")) for word in arguments]
+    )
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
     assert not list(tmp_path.iterdir())

@@ -43,8 +43,15 @@ def test_a_finished_run(finished: Callable[[str], Path], done: Callable[..., str
     assert "0.250 wanted" in text
     assert "to go" not in text
     found = json.loads(done("status", run, "--json"))
-    assert found["tokens_per_second"] == pytest.approx(sum(row["tokens_per_second"] for row in rows) / 6)
-    assert (found["state"], found["mfu"], found["holder"], found["skipped"]) == ("finished", None, None, 0)
+    assert found["tokens_per_second"] == pytest.approx(
+        sum(row["tokens_per_second"] for row in rows) / 6
+    )
+    assert (found["state"], found["mfu"], found["holder"], found["skipped"]) == (
+        "finished",
+        None,
+        None,
+        0,
+    )
     assert listing(run) == before
 
 
@@ -56,14 +63,22 @@ def test_while_it_trains_and_after_it_was_killed(make_config: MakeConfig, tmp_pa
     values = make_config(training={"steps": 100_000}, checkpoint={"every": 20})
     config, run = tmp_path / "config.yaml", Path(values["run"]["dir"])
     config.write_text(yaml.safe_dump(values))
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"}
-    training = subprocess.Popen([sys.executable, "-m", "megaconsa.train", config], env=environment, stdout=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    training = subprocess.Popen(
+        [sys.executable, "-m", "megaconsa.train", config],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 60
         while not (run / "checkpoints" / "step_20").exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        found = [status(run) for _ in range(200)]  # some of them while a row or checkpoint is being written
+        found = [
+            status(run) for _ in range(200)
+        ]  # some of them while a row or checkpoint is being written
         assert {each.state for each in found} == {"training"}
         assert all(each.step >= 20 and each.checkpoint is not None for each in found)
         assert f"process {training.pid} on " in str(found[-1].holder)
@@ -71,7 +86,11 @@ def test_while_it_trains_and_after_it_was_killed(make_config: MakeConfig, tmp_pa
         assert 0 <= found[-1].seconds_since_step < 30  # type: ignore[operator]
         training.send_signal(signal.SIGKILL)
         training.wait()
-        assert (status(run).state, status(run).holder, status(run).remaining_seconds) == ("stopped", None, None)
+        assert (status(run).state, status(run).holder, status(run).remaining_seconds) == (
+            "stopped",
+            None,
+            None,
+        )
     finally:
         training.kill()
 
@@ -81,7 +100,9 @@ def copy_of(run: Path, to: Path) -> Path:
     return to
 
 
-def test_torn_files_and_incidents(finished: Callable[[str], Path], done: Callable[..., str], tmp_path: Path) -> None:
+def test_torn_files_and_incidents(
+    finished: Callable[[str], Path], done: Callable[..., str], tmp_path: Path
+) -> None:
     run = copy_of(finished("heads"), tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
@@ -101,7 +122,9 @@ def test_torn_files_and_incidents(finished: Callable[[str], Path], done: Callabl
     assert status(run).state == "silent"
 
 
-def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_end_of_a_long_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reporting, "TAIL_BYTES", 100)
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1000)))
@@ -113,7 +136,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path, refused: Callable[..., str]) 
 
 
 def test_durations() -> None:
-    said = {0: "0 s", 59.6: "1 min 0 s", 3601: "1 h 0 min", 90000: "1 d 1 h", 86400 * 40: "40 d 0 h"}
+    said = {
+        0: "0 s",
+        59.6: "1 min 0 s",
+        3601: "1 h 0 min",
+        90000: "1 d 1 h",
+        86400 * 40: "40 d 0 h",
+    }
     assert {seconds: _duration(seconds) for seconds in said} == said
 
 
@@ -130,6 +159,16 @@ def test_prometheus_reads_the_newest_numbers(finished: Callable[[str], Path]) ->
     values = {name: float(value) for _, name, value in line.findall(text)}
     row = read_metrics(run / "metrics.jsonl")[-1]
     assert values["megaconsa_loss"] == row["loss"]
-    assert (values["megaconsa_step"], values["megaconsa_steps"], values["megaconsa_skipped"]) == (6, 6, 0)
-    assert abs(values["megaconsa_last_step_timestamp_seconds"] - (run / "metrics.jsonl").stat().st_mtime) < 60
+    assert (values["megaconsa_step"], values["megaconsa_steps"], values["megaconsa_skipped"]) == (
+        6,
+        6,
+        0,
+    )
+    assert (
+        abs(
+            values["megaconsa_last_step_timestamp_seconds"]
+            - (run / "metrics.jsonl").stat().st_mtime
+        )
+        < 60
+    )
     assert not list(run.glob("*.tmp"))

@@ -22,23 +22,40 @@ SCRIPTS = sorted([*FILES.glob("*.sbatch"), *FILES.glob("*.sh")])
 
 
 @pytest.fixture
-def configs(make_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def configs(
+    make_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """learn.yaml and train.yaml in the working directory."""
     monkeypatch.chdir(tmp_path)
     for name, sections in {"learn": {}, "train": {"allocation": RULE}}.items():
-        Path(f"{name}.yaml").write_text(yaml.safe_dump(make_config(run={"dir": f"runs/{name}"}, **sections)))
+        Path(f"{name}.yaml").write_text(
+            yaml.safe_dump(make_config(run={"dir": f"runs/{name}"}, **sections))
+        )
 
 
 @pytest.mark.usefixtures("configs")
 def test_train(done: Done) -> None:
     where = ("--partition", "gpu", "--account", "me", "--sbatch=--qos=high")
     printed = done(
-        "submit", "train", "train.yaml", "run.seed=1", "--nodes", 2, "--gpus-per-node", 1, "--time", "1-00", *where, "--dry-run"
+        "submit",
+        "train",
+        "train.yaml",
+        "run.seed=1",
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        1,
+        "--time",
+        "1-00",
+        *where,
+        "--dry-run",
     )
     assert f"MEGACONSA_SLURM={FILES}" in printed
     options = "--partition=gpu --account=me --output=runs/train/slurm/%x-%j.out --qos=high "
     size = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --time=1-00"
-    assert printed.endswith(f"sbatch --parsable {options}{size} {FILES}/train.sbatch train.yaml run.seed=1\n")
+    assert printed.endswith(
+        f"sbatch --parsable {options}{size} {FILES}/train.sbatch train.yaml run.seed=1\n"
+    )
     assert not Path("runs").exists()
 
 
@@ -70,14 +87,39 @@ def test_paths_are_expanded(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.usefixtures("configs")
 def test_sweep(done: Done) -> None:
-    printed = done("submit", "sweep", "learn.yaml", *SWEEP, "--granularity", "layer", "--gpus-per-node", 1, "--dry-run")
-    assert "MEGACONSA_SPARSITIES='0.25 0.5' MEGACONSA_GRANULARITIES=layer sbatch --parsable --array=0-1 " in printed
+    printed = done(
+        "submit",
+        "sweep",
+        "learn.yaml",
+        *SWEEP,
+        "--granularity",
+        "layer",
+        "--gpus-per-node",
+        1,
+        "--dry-run",
+    )
+    assert (
+        "MEGACONSA_SPARSITIES='0.25 0.5' MEGACONSA_GRANULARITIES=layer sbatch --parsable --array=0-1 "
+        in printed
+    )
     assert printed.endswith(f"{FILES}/sweep.sbatch learn.yaml sweep\n")
 
 
 @pytest.mark.usefixtures("configs")
 def test_chain_prints_its_four_jobs(done: Done) -> None:
-    chain = ("submit", "chain", "learn.yaml", "train.yaml", "run.seed=2", "--out", "out", "--nodes", 2, "--gpus-per-node", 1)
+    chain = (
+        "submit",
+        "chain",
+        "learn.yaml",
+        "train.yaml",
+        "run.seed=2",
+        "--out",
+        "out",
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        1,
+    )
     lines = done(*chain, "--dry-run").partition("# which submits\n")[2].splitlines()
     ends = [
         f"--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 {FILES}/learn.sbatch learn.yaml run.seed=2 run.dir=out/learn",
@@ -106,16 +148,31 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
     ("arguments", "said"),
     [
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
-        (("train", "learn.yaml"), "learn.yaml has allocation.source=learn, but this job is to train on a finished allocation"),
-        (("learn", "train.yaml"), "train.yaml has allocation.source=rule, but this job is to learn"),
+        (
+            ("train", "learn.yaml"),
+            "learn.yaml has allocation.source=learn, but this job is to train on a finished allocation",
+        ),
+        (
+            ("learn", "train.yaml"),
+            "train.yaml has allocation.source=rule, but this job is to learn",
+        ),
         (("learn", "learn.yaml", "training.stepz=1"), "did you mean training.steps?"),
-        (("learn", "learn.yaml", "--nodes", 3), "--nodes 3 --gpus-per-node 1: training.global_batch=4 must be a multiple"),
-        (("learn", "learn.yaml", "parallel.tensor=2"), "1 processes are not a multiple of parallel.tensor=2"),
+        (
+            ("learn", "learn.yaml", "--nodes", 3),
+            "--nodes 3 --gpus-per-node 1: training.global_batch=4 must be a multiple",
+        ),
+        (
+            ("learn", "learn.yaml", "parallel.tensor=2"),
+            "1 processes are not a multiple of parallel.tensor=2",
+        ),
         (
             ("learn", "learn.yaml", "parallel.tensor=2", "--nodes", 2),
             "--gpus-per-node 1: parallel.tensor=2 does not divide it, and a tensor group across",
         ),
-        (("learn", "~nosuchuser/learn.yaml"), "configuration ~nosuchuser/learn.yaml: there is no user ~nosuchuser"),
+        (
+            ("learn", "~nosuchuser/learn.yaml"),
+            "configuration ~nosuchuser/learn.yaml: there is no user ~nosuchuser",
+        ),
         (
             ("chain", "learn.yaml", "train.yaml", "--out", "$NOWHERE/a"),
             "--out $NOWHERE/a: the environment has no variable $NOWHERE",
@@ -127,16 +184,24 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
         (("chain", "learn.yaml", "--out", "out"), "chain needs 2 configurations"),
         (("chain", "learn.yaml", "run.seed=1", "--out", "out"), "chain needs 2 configurations"),
         (("chain", "learn.yaml", "train.yaml"), "--out FOLDER is missing"),
-        (("chain", "train.yaml", "learn.yaml", "--out", "out"), "train.yaml has allocation.source=rule"),
+        (
+            ("chain", "train.yaml", "learn.yaml", "--out", "out"),
+            "train.yaml has allocation.source=rule",
+        ),
         (("chain", "learn.yaml", "train.yaml", "--out", "my out"), "has a space in it"),
         (("sweep", "learn.yaml", "--out", "out"), "--sparsity, at least once"),
-        (("sweep", "learn.yaml", *SWEEP, "--sparsity", 0.3), "cannot be met by 16 KV heads; possible are 0, 0.0625,"),
+        (
+            ("sweep", "learn.yaml", *SWEEP, "--sparsity", 0.3),
+            "cannot be met by 16 KV heads; possible are 0, 0.0625,",
+        ),
         (("sweep", "learn.yaml", *SWEEP, "--granularity", "tall"), "allocation.granularity='tall'"),
     ],
 )
 def test_refused(arguments: tuple[object, ...], said: str, refused: Done) -> None:
     before = sorted(Path().rglob("*"))
-    assert said in refused("submit", *arguments, *(() if "--gpus-per-node" in arguments else ("--gpus-per-node", 1)))
+    assert said in refused(
+        "submit", *arguments, *(() if "--gpus-per-node" in arguments else ("--gpus-per-node", 1))
+    )
     assert sorted(Path().rglob("*")) == before
 
 
@@ -159,7 +224,13 @@ def test_scripts_are_sound_bash(script: Path) -> None:
     """By bash itself, and by shellcheck where it is installed."""
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
-        checked = subprocess.run(["shellcheck", "-x", script], cwd=FILES.parent, capture_output=True, text=True, check=False)
+        checked = subprocess.run(
+            ["shellcheck", "-x", script],
+            cwd=FILES.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert checked.returncode == 0, checked.stdout
 
 
@@ -172,6 +243,12 @@ def test_scripts_say_what_to_edit_and_name_no_site(script: Path) -> None:
 
 def test_scripts_started_in_the_wrong_way_say_so() -> None:
     """Outside a job and without arguments."""
-    ended = subprocess.run(["bash", FILES / "chain.sbatch"], env=dict(os.environ), capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["bash", FILES / "chain.sbatch"],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2
     assert ended.stderr.startswith("refused: give two configurations and a folder")

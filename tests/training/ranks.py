@@ -29,7 +29,11 @@ class Ended:
 
 def environment(**variables: str) -> dict[str, str]:
     """Without what tests that trained in this process have left behind."""
-    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"} | variables
+    return (
+        {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        | {"OMP_NUM_THREADS": "1"}
+        | variables
+    )
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
@@ -38,15 +42,26 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2, device: str = "cpu") -> list[subprocess.Popen[str]]:
+def start(
+    config: Path, command: Sequence[str] = TRAIN, tasks: int = 2, device: str = "cpu"
+) -> list[subprocess.Popen[str]]:
     """Tasks with the variables that srun sets; they see the GPUs there are only where device is cuda."""
     gpus = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}
-    port = {"MASTER_PORT": free_port()}  # the one that a job's number gives may be taken on a machine that has no Slurm
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(tasks),
+    }
+    port = {
+        "MASTER_PORT": free_port()
+    }  # the one that a job's number gives may be taken on a machine that has no Slurm
     return [
         subprocess.Popen(
             [sys.executable, *command, str(config)],
-            env=environment(**step, **port, **gpus, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            env=environment(
+                **step, **port, **gpus, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,7 +70,9 @@ def start(config: Path, command: Sequence[str] = TRAIN, tasks: int = 2, device: 
     ]
 
 
-def ended(tasks: Sequence[subprocess.Popen[str]], patience: float = PATIENCE_SECONDS) -> list[Ended]:
+def ended(
+    tasks: Sequence[subprocess.Popen[str]], patience: float = PATIENCE_SECONDS
+) -> list[Ended]:
     """Waits for all tasks; kills what is left after `patience` seconds and fails."""
     deadline = time.monotonic() + patience
     try:
@@ -69,6 +86,10 @@ def ended(tasks: Sequence[subprocess.Popen[str]], patience: float = PATIENCE_SEC
 def await_step(run: Path, step: int) -> None:
     """Until the run has written that row of metrics."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (run / "metrics.jsonl").exists() or not (rows := read_metrics(run / "metrics.jsonl")) or rows[-1]["step"] < step:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or not (rows := read_metrics(run / "metrics.jsonl"))
+        or rows[-1]["step"] < step
+    ):
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.05)

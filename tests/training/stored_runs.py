@@ -89,11 +89,16 @@ def make(out: Path) -> None:
         paragraphs = LICENSE.read_text().split("\n\n")
         lines = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
         text.write_text("\n".join(lines))
-        prepare([str(text)], Path("data"), train_tokenizer=512, sequence_length=16, validation_share=0.1)
+        prepare(
+            [str(text)], Path("data"), train_tokenizer=512, sequence_length=16, validation_share=0.1
+        )
         text.unlink()
         head_share(2, 2, 4, 0.5).save(Path("table.json"))
         kinds = {"learn": {"source": "learn"}, "train": {"source": "file", "file": "table.json"}}
-        expected = {name: losses(f"{name}_whole", allocation, stop=False) for name, allocation in kinds.items()}
+        expected = {
+            name: losses(f"{name}_whole", allocation, stop=False)
+            for name, allocation in kinds.items()
+        }
         Path("expected.json").write_text(json.dumps(expected))
         for name, allocation in kinds.items():
             losses(name, allocation, stop=True)

@@ -29,7 +29,10 @@ def settled() -> BadSteps:
     """After 200 applied steps whose loss falls from 3 to 2.6 with a noise of 0.02, and norms around 0.5."""
     draw, found = random.Random(0), BadSteps()
     for step in range(200):
-        numbers = {"loss": 3 - step / 500 + draw.gauss(0, 0.02), "grad_norm": 0.5 * 2 ** draw.gauss(0, 0.15)}
+        numbers = {
+            "loss": 3 - step / 500 + draw.gauss(0, 0.02),
+            "grad_norm": 0.5 * 2 ** draw.gauss(0, 0.15),
+        }
         assert found.fault(SPIKES, numbers) is None, step
         found.applied(**numbers)
     return found
@@ -48,7 +51,12 @@ def test_spikes_are_told_from_noise_and_only_where_asked_for() -> None:
         assert "deviations above" in (run.fault(SPIKES, numbers) or "")
         assert run.fault(BadStepsSection(), numbers) is None
     assert run.fault(SPIKES, {"loss": 1.0, "grad_norm": 0.01}) is None  # downwards is no spike
-    assert BadSteps(losses=run.losses[: bad_steps.LEAST - 1]).fault(SPIKES, {"loss": 100.0, "grad_norm": 0.5}) is None
+    assert (
+        BadSteps(losses=run.losses[: bad_steps.LEAST - 1]).fault(
+            SPIKES, {"loss": 100.0, "grad_norm": 0.5}
+        )
+        is None
+    )
 
 
 def test_a_spike_does_not_hide_the_next() -> None:
@@ -68,7 +76,8 @@ def test_too_many_in_a_row_end_the_run() -> None:
     run.applied(2.0, 0.5)
     run.skip(section, 9, "its loss is nan")
     with pytest.raises(
-        RunError, match=r"2 steps in a row, up to step 10, were not applied \(bad_steps.limit=2\): .*its loss is nan"
+        RunError,
+        match=r"2 steps in a row, up to step 10, were not applied \(bad_steps.limit=2\): .*its loss is nan",
     ):
         run.skip(section, 10, "its loss is nan")
     assert run.skipped == 3
@@ -82,11 +91,15 @@ def held(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_spike_is_skipped_whole(precision: str, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spike_is_skipped_whole(
+    precision: str, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     values = make_config(training={"precision": precision}, bad_steps={"spikes": "skip"})
     trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
     trainer.step()
-    trainer.progress.bad_steps.losses = [0.001] * bad_steps.LEAST  # beside which any loss of a fresh model is a spike
+    trainer.progress.bad_steps.losses = [
+        0.001
+    ] * bad_steps.LEAST  # beside which any loss of a fresh model is a spike
     before = held(trainer)
     row = trainer.step()
     assert row["skipped"] == 1
@@ -100,7 +113,9 @@ def test_a_spike_is_skipped_whole(precision: str, make_config: MakeConfig, caplo
     assert not torch.equal(before["evidence.sum"], held(trainer)["evidence.sum"])
 
 
-def test_what_was_seen_of_steps_is_resumed(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
+def test_what_was_seen_of_steps_is_resumed(
+    make_config: MakeConfig, train: Any, tmp_path: Path
+) -> None:
     from megaconsa.checkpoint import store
 
     def config(name: str, **sections: Any) -> dict[str, Any]:

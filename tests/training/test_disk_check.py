@@ -35,14 +35,18 @@ def checkpoints(values: dict[str, Any]) -> float:
 def test_a_disk_without_room_for_one(disk: Path, make_config: MakeConfig) -> None:
     """A checkpoint of the small model takes 0.6 MB."""
     inputs = inputs_of(make_config(run={"dir": str(disk / "run")}))
-    with pytest.raises(InputError, match=r"has 1 MiB free for checkpoints .* need .* MiB more: up to 3 of .* each"):
+    with pytest.raises(
+        InputError, match=r"has 1 MiB free for checkpoints .* need .* MiB more: up to 3 of .* each"
+    ):
         start_checks.check_machines(inputs, ALONE)
     assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("disk", ["30m"], indirect=True)
 @pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
-def test_two_fit_but_three_do_not(linked: bool, disk: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_two_fit_but_three_do_not(
+    linked: bool, disk: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
     """Checkpoints of 11.4 MiB: the third one would fail, and each one after it."""
     run = tmp_path / "run" if linked else disk / "run"
     if linked:
@@ -50,7 +54,9 @@ def test_two_fit_but_three_do_not(linked: bool, disk: Path, make_config: MakeCon
         (run / "checkpoints").symlink_to(disk)
     shape = {"hidden_size": 160, "intermediate_size": 480, "head_dim": 16}
     values = make_config(run={"dir": str(run)}, model=shape)
-    with pytest.raises(InputError, match=r"checkpoint.keep=2 .* lower checkpoint.keep or choose another disk"):
+    with pytest.raises(
+        InputError, match=r"checkpoint.keep=2 .* lower checkpoint.keep or choose another disk"
+    ):
         check_disk(inputs_of(values))
     values["checkpoint"]["keep"] = 1
     free, needed = check_disk(inputs_of(values))
@@ -66,15 +72,21 @@ def test_what_the_run_holds_already_counts(make_config: MakeConfig, train: Any) 
     rest = [2, 4]
     for path in store.committed(Path(values["run"]["dir"]))[:-2]:
         path.rename(path.with_name("." + path.name + ".tmp"))
-    assert sorted(int(path.name[5:]) for path in store.committed(Path(values["run"]["dir"]))) == rest
+    assert (
+        sorted(int(path.name[5:]) for path in store.committed(Path(values["run"]["dir"]))) == rest
+    )
     assert checkpoints(values) == 2  # of steps 5 and 6, for the clock may ask at any
     values["checkpoint"]["minutes"] = 0
     assert checkpoints(values) == 1
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, 1), (6, 1), (5, 2), (2, 3), (1, 5)])
-def test_no_more_than_the_run_will_write(every: int, expected: int, make_config: MakeConfig) -> None:
-    assert checkpoints(make_config(checkpoint={"every": every, "minutes": 0, "keep": 4})) == expected
+def test_no_more_than_the_run_will_write(
+    every: int, expected: int, make_config: MakeConfig
+) -> None:
+    assert (
+        checkpoints(make_config(checkpoint={"every": every, "minutes": 0, "keep": 4})) == expected
+    )
 
 
 @pytest.mark.parametrize("disk", ["4m"], indirect=True)
@@ -88,7 +100,9 @@ def test_leftovers_of_a_killed_run_are_room(disk: Path, make_config: MakeConfig)
 
 
 @pytest.mark.parametrize("disk", ["4m"], indirect=True)
-def test_those_that_stay_for_ever_are_told_of(disk: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_those_that_stay_for_ever_are_told_of(
+    disk: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     values = make_config(
         run={"dir": str(disk / "run")},
         training={"steps": 60},
@@ -103,11 +117,15 @@ def test_a_link_to_nowhere(make_config: MakeConfig, tmp_path: Path) -> None:
     run = Path(values["run"]["dir"])
     run.mkdir()
     (run / "checkpoints").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"run/checkpoints is a link to .*gone, which is no folder"):
+    with pytest.raises(
+        InputError, match=r"run/checkpoints is a link to .*gone, which is no folder"
+    ):
         inputs_of(values)
 
 
-def test_the_size_of_a_checkpoint_is_foreseen(make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_size_of_a_checkpoint_is_foreseen(
+    make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     values = make_config()
     inputs = inputs_of(values)
     with caplog.at_level(logging.INFO, "megaconsa"):

@@ -28,7 +28,10 @@ from megaconsa.training.callbacks.watchdog import Watchdog
 
 MakeConfig = Callable[..., dict[str, Any]]
 ENDLESS = {"steps": 100_000}
-TWO_GPUS = [pytest.mark.multigpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+TWO_GPUS = [
+    pytest.mark.multigpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 RANK_1_SLEEPS = """
 import sys, time
@@ -64,7 +67,9 @@ sys.exit(_main(sys.argv[1:]))
 
 
 @DEVICES
-def test_a_killed_rank_brings_the_other_down_at_once(device: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_killed_rank_brings_the_other_down_at_once(
+    device: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
     values = make_config(training=ENDLESS)
     run = Path(values["run"]["dir"])
     tasks = start(write(values, tmp_path), device=device)
@@ -82,7 +87,9 @@ def test_a_killed_rank_brings_the_other_down_at_once(device: str, make_config: M
 
 
 @DEVICES
-def test_a_rank_that_hangs_is_given_up_with_its_stacks(device: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_given_up_with_its_stacks(
+    device: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(RANK_1_HANGS)
     values = make_config(training=ENDLESS, watchdog={"factor": 5, "minimum_seconds": 5})
@@ -91,20 +98,34 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(device: str, make_config:
     assert (main.code, other.code) == (76, 76), main.err + other.err
     assert "error: nothing has moved for " in main.err + other.err
     (folder,) = (run / "incidents").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["rank_0.json", "rank_0.txt", "rank_1.json", "rank_1.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "rank_0.json",
+        "rank_0.txt",
+        "rank_1.json",
+        "rank_1.txt",
+    ]
     assert "in train_step" in (folder / "rank_0.txt").read_text()
     assert "in hanging" in (folder / "rank_1.txt").read_text()
-    collectives = [json.loads((folder / f"rank_{rank}.json").read_text())["entries"] for rank in (0, 1)]
+    collectives = [
+        json.loads((folder / f"rank_{rank}.json").read_text())["entries"] for rank in (0, 1)
+    ]
     # The one that rank 1 never came to.
     latest = [max(entry["record_id"] for entry in entries) for entries in collectives]
     assert latest[0] == latest[1] + 1
-    assert "all_reduce" in next(entry for entry in collectives[0] if entry["record_id"] == latest[0])["profiling_name"]
+    assert (
+        "all_reduce"
+        in next(entry for entry in collectives[0] if entry["record_id"] == latest[0])[
+            "profiling_name"
+        ]
+    )
     (incident,) = incidents.read(run)
     assert incident["kind"] == "hang"
     assert incident["step"] == 6
 
 
-def test_a_damaged_shard_ends_all_ranks_with_its_name(make_config: MakeConfig, small_data: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_all_ranks_with_its_name(
+    make_config: MakeConfig, small_data: Path, tmp_path: Path
+) -> None:
     shutil.copytree(small_data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").glob("shard.*"))
     content = bytearray(shard.read_bytes())
@@ -128,7 +149,9 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     library = sysconfig.get_paths()["stdlib"]
     data, away = tmp_path / "data", tmp_path / "away"
     sources = [f"{library}/{name}" for name in ("json", "email")]
-    prepare(sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1)
+    prepare(
+        sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1
+    )
     assert len(list((data / "train").glob("shard.*"))) > LOADED_SHARDS
     values = make_config(training=ENDLESS, data={"path": str(data)}, validation={"every": 0})
     run, configuration = Path(values["run"]["dir"]), write(values, tmp_path)
@@ -149,7 +172,9 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     assert [task.code for task in ended(tasks)] == [0, 0]
 
 
-def test_data_may_be_waited_for_longer_than_a_step_may_take(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_data_may_be_waited_for_longer_than_a_step_may_take(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(RANK_1_WAITS_FOR_DATA)
     values = make_config(training={"steps": 8}, watchdog={"factor": 5, "minimum_seconds": 4})
@@ -158,7 +183,9 @@ def test_data_may_be_waited_for_longer_than_a_step_may_take(make_config: MakeCon
 
 
 @pytest.mark.parametrize("disk", ["8m"], indirect=True)
-def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(disk: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(
+    disk: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(DISK_FILLS.replace("DISK", repr(str(disk))))
     values = make_config(run={"dir": str(disk / "run")}, training={"steps": 12})
@@ -175,13 +202,18 @@ def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(disk: Path, make_
     assert [task.code for task in ended(start(configuration))] == [0, 0]
     whole = make_config(run={"dir": str(tmp_path / "whole")}, training={"steps": 12})
     assert [task.code for task in ended(start(write(whole, tmp_path)))] == [0, 0]
-    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (disk / "run", tmp_path / "whole")]
+    losses = [
+        [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+        for run in (disk / "run", tmp_path / "whole")
+    ]
     assert losses[0] == losses[1]
 
 
 def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
     """A validation that takes longer than a step may; as soon as steps have been timed, their own limit holds."""
-    watchdog = Watchdog(tmp_path, WatchdogSection(factor=2, minimum_seconds=0.01, pause_seconds=500), ALONE)
+    watchdog = Watchdog(
+        tmp_path, WatchdogSection(factor=2, minimum_seconds=0.01, pause_seconds=500), ALONE
+    )
     nobody: Any = None
     assert watchdog.step_limit == 500
     for _ in range(3):
@@ -196,20 +228,36 @@ def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hold", ["python", "interpreter"])
-def test_a_hang_of_one_process_ends_it_too(hold: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_hang_of_one_process_ends_it_too(
+    hold: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
     """Also where a C call holds the interpreter, so that no Python thread runs: then by faulthandler's thread, with code 1."""
-    held = "import ctypes; ctypes.PyDLL(None).sleep(1000)" if hold == "interpreter" else "time.sleep(1000)"
+    held = (
+        "import ctypes; ctypes.PyDLL(None).sleep(1000)"
+        if hold == "interpreter"
+        else "time.sleep(1000)"
+    )
     script = tmp_path / "script.py"
-    patched = "import megaconsa.training.callbacks.watchdog as watchdog\nwatchdog.BACKSTOP_SECONDS = 3\n"
-    script.write_text(patched + RANK_1_HANGS.replace("rank == 1", "rank == 0").replace("time.sleep(1000)", held))
-    values = make_config(training=ENDLESS, watchdog={"factor": 2, "minimum_seconds": 2, "pause_seconds": 8})
+    patched = (
+        "import megaconsa.training.callbacks.watchdog as watchdog\nwatchdog.BACKSTOP_SECONDS = 3\n"
+    )
+    script.write_text(
+        patched + RANK_1_HANGS.replace("rank == 1", "rank == 0").replace("time.sleep(1000)", held)
+    )
+    values = make_config(
+        training=ENDLESS, watchdog={"factor": 2, "minimum_seconds": 2, "pause_seconds": 8}
+    )
     (task,) = start(write(values, tmp_path), [str(script)], tasks=1)
     (alone,) = ended([task], 150)
     assert alone.code == (1 if hold == "interpreter" else 76), alone.err
-    assert "in hanging" in alone.err + "".join(path.read_text() for path in Path(values["run"]["dir"]).glob("incidents/*/*.txt"))
+    assert "in hanging" in alone.err + "".join(
+        path.read_text() for path in Path(values["run"]["dir"]).glob("incidents/*/*.txt")
+    )
 
 
 def test_a_run_that_goes_well_leaves_nothing_of_it(make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config(training={"steps": 3}, watchdog={"minimum_seconds": 1})
     assert train(write(values, tmp_path), []) == 0
-    assert not {"incidents", "incidents.jsonl", "failures"} & {path.name for path in Path(values["run"]["dir"]).iterdir()}
+    assert not {"incidents", "incidents.jsonl", "failures"} & {
+        path.name for path in Path(values["run"]["dir"]).iterdir()
+    }

@@ -10,12 +10,22 @@ import torch
 
 from megaconsa.model.loss import summed_cross_entropy
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
-@pytest.mark.parametrize("allocation", [{"source": "learn"}, {"source": "rule", "rule": "head-share"}], ids=["learn", "train"])
+@pytest.mark.parametrize(
+    "allocation",
+    [{"source": "learn"}, {"source": "rule", "rule": "head-share"}],
+    ids=["learn", "train"],
+)
 def test_bf16_follows_fp32(
-    allocation: dict[str, Any], make_config: Callable[..., dict[str, Any]], train: Callable[..., Any], tmp_path: Any
+    allocation: dict[str, Any],
+    make_config: Callable[..., dict[str, Any]],
+    train: Callable[..., Any],
+    tmp_path: Any,
 ) -> None:
     runs = [
         train(
@@ -43,7 +53,9 @@ def test_fused_loss_equals_plain() -> None:
     fused = summed_cross_entropy(hidden, weight, labels)
     gradients = torch.autograd.grad(fused, (hidden, weight))
     logits = hidden.double() @ weight.double().T
-    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
     truth = torch.autograd.grad(plain, (hidden, weight))
     assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
     for gradient, true in zip(gradients, truth, strict=True):

@@ -35,13 +35,35 @@ sys.exit(_main(sys.argv[1:]))
 
 
 def torchrun(config: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, *TRAIN, str(config)], check=True, capture_output=True, env=environment())
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    subprocess.run(
+        [*launcher, *TRAIN, str(config)], check=True, capture_output=True, env=environment()
+    )
 
 
 def deepspeed(config: Path) -> None:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
-    subprocess.run([*launcher, "--module", TRAIN[1], str(config)], check=True, capture_output=True, env=environment())
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        free_port(),
+    ]
+    subprocess.run(
+        [*launcher, "--module", TRAIN[1], str(config)],
+        check=True,
+        capture_output=True,
+        env=environment(),
+    )
 
 
 def srun(config: Path) -> None:
@@ -49,7 +71,9 @@ def srun(config: Path) -> None:
 
 
 @pytest.mark.parametrize("launch", [torchrun, deepspeed, srun])
-def test_two_ranks_equal_one(launch: Callable[[Path], Any], make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(
+    launch: Callable[[Path], Any], make_config: MakeConfig, train: Any, tmp_path: Path
+) -> None:
     one = train(make_config(run={"dir": str(tmp_path / "one")}, training={"steps": 3}))
     launch(write(make_config(run={"dir": str(tmp_path / "two")}, training={"steps": 3}), tmp_path))
     two = read_metrics(tmp_path / "two" / "metrics.jsonl")
@@ -65,7 +89,10 @@ def test_two_ranks_equal_one(launch: Callable[[Path], Any], make_config: MakeCon
             "error: parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does\n",
         ),
         ({"data": {"path": "/nowhere/data"}}, "error: data /nowhere/data: no such folder"),
-        ({"training": {"global_batch": 6}}, "error: training.global_batch=6 must be a multiple of "),
+        (
+            {"training": {"global_batch": 6}},
+            "error: training.global_batch=6 must be a multiple of ",
+        ),
     ],
     ids=["configuration", "inputs", "topology"],
 )
@@ -95,7 +122,11 @@ def test_the_first_rank_to_fail_is_heard(make_config: MakeConfig, tmp_path: Path
     assert "failed after another rank" in last
     assert "Traceback" not in other.err
     (folder,) = (Path(values["run"]["dir"]) / "failures").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["first.txt", "rank_0.txt", "rank_1.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "first.txt",
+        "rank_0.txt",
+        "rank_1.txt",
+    ]
     assert (folder / "first.txt").read_text() == (folder / "rank_1.txt").read_text()
     assert "a planted error" in (folder / "first.txt").read_text()
 
@@ -128,7 +159,9 @@ def test_mpirun(mpi: str, make_config: MakeConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0", "--local-rank 0"])
-def test_a_launchers_local_rank_is_no_field(flag: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_launchers_local_rank_is_no_field(
+    flag: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
     """torch.distributed.launch and DeepSpeed put it before the configuration, others behind it."""
     config = str(write(make_config(training={"steps": 3}), tmp_path))
     for arguments in ([*flag.split(), config, "run.seed=1"], [config, *flag.split(), "run.seed=1"]):

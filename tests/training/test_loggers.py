@@ -57,7 +57,9 @@ def records(run: Path) -> Iterator[list[Any]]:
     """What W&B stored offline, for each start of the run."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-not-found, unused-ignore]
 
-    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        (run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    ):
         content, place, found, part = path.read_bytes(), 7, [], b""
         while place + 7 <= len(content):
             if BLOCK - place % BLOCK < 7:
@@ -119,7 +121,9 @@ class KillService(Callback):
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if row["step"] == 2:
-            children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb"], capture_output=True, text=True)
+            children = subprocess.run(
+                ["pgrep", "-P", str(os.getpid()), "-f", "wandb"], capture_output=True, text=True
+            )
             assert children.stdout
             for child in children.stdout.split():
                 os.kill(int(child), signal.SIGKILL)
@@ -152,8 +156,15 @@ def test_a_resumed_run_is_the_same_at_wandb_and_another_is_not(
         assert not trainer.run()
         train(values)
         first, second = records(tmp_path / name)
-        starts = [next(record.run for record in found if record.HasField("run")) for found in (first, second)]
-        assert starts[0].run_id == starts[1].run_id == json.loads((tmp_path / name / "wandb.json").read_text())["id"]
+        starts = [
+            next(record.run for record in found if record.HasField("run"))
+            for found in (first, second)
+        ]
+        assert (
+            starts[0].run_id
+            == starts[1].run_id
+            == json.loads((tmp_path / name / "wandb.json").read_text())["id"]
+        )
         assert starts[0].display_name == str(tmp_path / name)
         assert [row["step"] for found in (first, second) for row in rows(found)] == [
             1,
@@ -176,7 +187,9 @@ def test_rows_of_steps_that_come_again_are_not_hidden(
     train(values)
     (found,) = records(Path(values["run"]["dir"]))
     metrics = [record.metric for record in found if record.HasField("metric")]
-    assert [(metric.glob_name, metric.step_metric) for metric in metrics if metric.glob_name] == [("*", "step")]
+    assert [(metric.glob_name, metric.step_metric) for metric in metrics if metric.glob_name] == [
+        ("*", "step")
+    ]
     logged = rows(found)
     assert [row["_step"] for row in logged] == [0, 1, 2, 3, 4, 5]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
@@ -184,7 +197,9 @@ def test_rows_of_steps_that_come_again_are_not_hidden(
 
 
 @pytest.mark.parametrize("disk", ["8m"], indirect=True)
-def test_tensorboard_that_cannot_write(disk: Path, make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorboard_that_cannot_write(
+    disk: Path, make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     values = make_config(run={"dir": str(disk / "run")}, logging={"tensorboard": True})
     (disk / "run").mkdir()
     (disk / "run" / "tensorboard").write_text("no folder")

@@ -22,7 +22,9 @@ WSD = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4}
 
 @pytest.fixture
 def run_of(make_config: MakeConfig, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def values(name: str, steps: int, allocation: dict[str, Any] = RULE, **training: Any) -> dict[str, Any]:
+    def values(
+        name: str, steps: int, allocation: dict[str, Any] = RULE, **training: Any
+    ) -> dict[str, Any]:
         return make_config(
             run={"dir": str(tmp_path / name)},
             allocation=allocation,
@@ -61,7 +63,9 @@ def test_within_the_warmup_any_schedule_allows_it(run_of: Any, train: Any) -> No
     ],
     ids=["decay", "cosine"],
 )
-def test_not_after_steps_that_depend_on_the_length(stopped: int, training: dict[str, Any], said: str, run_of: Any) -> None:
+def test_not_after_steps_that_depend_on_the_length(
+    stopped: int, training: dict[str, Any], said: str, run_of: Any
+) -> None:
     interrupted(run_of("run", 10, **training), StopAfter(stopped))
     with pytest.raises(InputError, match=rf"training.steps: 10 -> 14\): {said}.*model.init_from="):
         check_inputs(build(run_of("run", 14, **training)))
@@ -101,11 +105,15 @@ def test_a_new_run_may_extend_the_context(
     values = make_config(run={"dir": str(tmp_path / "long")}, allocation=RULE, model=longer)
     with caplog.at_level(logging.INFO, "megaconsa"):
         check_inputs(build(values))
-    assert "max_position_embeddings: 4096 -> 8192; rope_theta: 1000000.0 -> 5000000.0" in caplog.text
+    assert (
+        "max_position_embeddings: 4096 -> 8192; rope_theta: 1000000.0 -> 5000000.0" in caplog.text
+    )
     train(values)
     assert store.resolve(tmp_path / "long").shape.rope_theta == 5e6
     values["model"]["rope_theta"] = 1e6
-    with pytest.raises(InputError, match="another configuration"):  # on resume they stay what they are
+    with pytest.raises(
+        InputError, match="another configuration"
+    ):  # on resume they stay what they are
         check_inputs(build(values))
     wider = make_config(
         run={"dir": str(tmp_path / "wide")},

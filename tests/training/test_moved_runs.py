@@ -128,7 +128,9 @@ def test_relative_paths_are_those_of_the_place_where_they_were_written(
     assert checkpoint.origin["run"] == str(project / "runs" / "a")
 
 
-def test_what_the_run_began_with_may_be_gone(project: Path, make_config: MakeConfig, train: Any, caplog: Any) -> None:
+def test_what_the_run_began_with_may_be_gone(
+    project: Path, make_config: MakeConfig, train: Any, caplog: Any
+) -> None:
     expected = whole(make_config, train, project)
     values = stage_2(make_config, project)
     shutil.rmtree(project / "learn")
@@ -145,7 +147,9 @@ def test_another_table_is_refused_whatever_its_name(project: Path, make_config: 
         check_inputs(build(stage_2(make_config, project)))
 
 
-def test_before_the_first_checkpoint_the_start_counts(project: Path, make_config: MakeConfig) -> None:
+def test_before_the_first_checkpoint_the_start_counts(
+    project: Path, make_config: MakeConfig
+) -> None:
     values = stage_2(make_config, project)
     shutil.rmtree(project / "train" / "checkpoints")
     check_inputs(build(values))
@@ -161,7 +165,9 @@ def test_a_missing_table_of_a_new_run_is_refused(project: Path, make_config: Mak
         check_inputs(build(stage_2(make_config, project, "new")))
 
 
-def test_config_files_that_are_no_runs_stay_as_they_are(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_config_files_that_are_no_runs_stay_as_they_are(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
     values = make_config(run={"dir": "/gone/run"})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert str(configuration.load(tmp_path / "config.yaml").run.dir) == "/gone/run"

@@ -58,10 +58,18 @@ def contents(run: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("allocation", [{"source": "learn"}, RULE], ids=["learn", "train"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stop_and_resume_equals_never_stopping(
-    allocation: dict[str, Any], precision: str, make_config: MakeConfig, train: Train, tmp_path: Path
+    allocation: dict[str, Any],
+    precision: str,
+    make_config: MakeConfig,
+    train: Train,
+    tmp_path: Path,
 ) -> None:
     def config(name: str) -> dict[str, Any]:
-        return make_config(run={"dir": str(tmp_path / name)}, allocation=allocation, training={"precision": precision})
+        return make_config(
+            run={"dir": str(tmp_path / name)},
+            allocation=allocation,
+            training={"precision": precision},
+        )
 
     whole = train(config("whole"))
     again = train(config("again"))
@@ -76,7 +84,9 @@ def test_stop_and_resume_equals_never_stopping(
         assert contents(config(name)["run"]["dir"]) == contents(config("whole")["run"]["dir"]), name
 
 
-def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(make_config: MakeConfig, train: Train) -> None:
+def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(
+    make_config: MakeConfig, train: Train
+) -> None:
     values = make_config()
     interrupted(values, CrashAfter(3))
     metrics = Path(values["run"]["dir"]) / "metrics.jsonl"
@@ -92,7 +102,9 @@ def test_checkpoints_by_the_clock(make_config: MakeConfig, train: Train) -> None
     """Every step takes longer than this; what the main rank asks for is done after the next step."""
     values = make_config(checkpoint={"every": 0, "minutes": 1e-6, "keep": 9})
     train(values)
-    steps = sorted(int(path.name.removeprefix("step_")) for path in store.committed(Path(values["run"]["dir"])))
+    steps = sorted(
+        int(path.name.removeprefix("step_")) for path in store.committed(Path(values["run"]["dir"]))
+    )
     assert steps == [2, 4, 6]
 
 
@@ -105,13 +117,21 @@ def test_a_run_that_saves_at_its_end_only_says_so(
     assert [path.name for path in store.committed(Path(values["run"]["dir"]))] == ["step_6"]
 
 
-def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, train: Train, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(
+    make_config: MakeConfig, train: Train, tmp_path: Path
+) -> None:
     plain = train(make_config(run={"dir": str(tmp_path / "plain")}))
-    recomputed = train(make_config(run={"dir": str(tmp_path / "again")}, training={"activation_checkpointing": True}))
+    recomputed = train(
+        make_config(
+            run={"dir": str(tmp_path / "again")}, training={"activation_checkpointing": True}
+        )
+    )
     assert computed(recomputed) == computed(plain)
 
 
-def test_accumulation_changes_nothing_but_rounding(make_config: MakeConfig, train: Train, tmp_path: Path) -> None:
+def test_accumulation_changes_nothing_but_rounding(
+    make_config: MakeConfig, train: Train, tmp_path: Path
+) -> None:
     """Token-weighted: micro-batches hold different numbers of labelled tokens, so a mean of their means would differ."""
     one = train(make_config(run={"dir": str(tmp_path / "one")}, training={"micro_batch": 4}))
     four = train(make_config(run={"dir": str(tmp_path / "four")}, training={"micro_batch": 1}))
@@ -124,7 +144,11 @@ def test_train_takes_over_from_learn(make_config: MakeConfig, train: Train, tmp_
     learn = make_config(run={"dir": str(tmp_path / "learn")})
     train(learn)
     origin = store.resolve(tmp_path / "learn")
-    values = make_config(run={"dir": str(tmp_path / "train")}, model={"init_from": str(tmp_path / "learn")}, allocation=RULE)
+    values = make_config(
+        run={"dir": str(tmp_path / "train")},
+        model={"init_from": str(tmp_path / "learn")},
+        allocation=RULE,
+    )
     inputs = check_inputs(build(values))
     trainer = build_trainer(inputs, mesh.initialize())
 
@@ -138,10 +162,15 @@ def test_train_takes_over_from_learn(make_config: MakeConfig, train: Train, tmp_
     reference = build_trainer(check_inputs(build(expected)), mesh.initialize())
     for _ in range(6):
         next(reference.steps)
-    assert all((a.tokens == b.tokens).all() for a, b in zip(next(trainer.steps), next(reference.steps), strict=True))
+    assert all(
+        (a.tokens == b.tokens).all()
+        for a, b in zip(next(trainer.steps), next(reference.steps), strict=True)
+    )
 
 
-def test_reset_optimizer_takes_weights_only(make_config: MakeConfig, train: Train, tmp_path: Path) -> None:
+def test_reset_optimizer_takes_weights_only(
+    make_config: MakeConfig, train: Train, tmp_path: Path
+) -> None:
     train(make_config(run={"dir": str(tmp_path / "learn")}))
     values = make_config(
         run={"dir": str(tmp_path / "train")},
@@ -154,7 +183,9 @@ def test_reset_optimizer_takes_weights_only(make_config: MakeConfig, train: Trai
     assert all(not value.any() for _, value in trainer.engine.moments())
 
 
-def test_checkpoints_hold_canonical_names_and_no_pickle(make_config: MakeConfig, train: Train) -> None:
+def test_checkpoints_hold_canonical_names_and_no_pickle(
+    make_config: MakeConfig, train: Train
+) -> None:
     from megaconsa.huggingface.names import parameter_shapes
 
     values = make_config()

@@ -56,7 +56,9 @@ def spike_in(call: int) -> Iterator[None]:
         calls += 1
         if calls != call:
             return original(engine, *arguments)
-        hook = next(iter(engine.distributed.parameters.values())).register_hook(lambda gradient: gradient * 1000)
+        hook = next(iter(engine.distributed.parameters.values())).register_hook(
+            lambda gradient: gradient * 1000
+        )
         try:
             return original(engine, *arguments)
         finally:
@@ -77,7 +79,9 @@ def released(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def spiky(make_config: MakeConfig, tmp_path: Path, name: str = "run", limit: int = 3) -> dict[str, Any]:
+def spiky(
+    make_config: MakeConfig, tmp_path: Path, name: str = "run", limit: int = 3
+) -> dict[str, Any]:
     return make_config(
         run={"dir": str(tmp_path / name)},
         training={"steps": 10},
@@ -96,7 +100,10 @@ def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_pa
     assert newest is not None
     assert newest.step == 4
     assert json.loads((run / NAME).read_text()) == [{"step": 7, "sequences": 28}]
-    assert [(entry["kind"], entry["step"]) for entry in incidents.read(run)] == [("skipped", 7), ("rewind", 7)]
+    assert [(entry["kind"], entry["step"]) for entry in incidents.read(run)] == [
+        ("skipped", 7),
+        ("rewind", 7),
+    ]
     train(values)
 
     by_hand = spiky(make_config, tmp_path, "by_hand")
@@ -109,7 +116,9 @@ def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_pa
         next(trainer.steps)
     trainer.progress.sequences = 28
     assert trainer.run()
-    found, truth = (computed(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("run", "by_hand"))
+    found, truth = (
+        computed(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("run", "by_hand")
+    )
     assert found == truth
     assert [row["step"] for row in found] == list(range(1, 11))
     assert found[-1]["skipped"] == 0
@@ -120,7 +129,11 @@ def test_it_passes_over_them_once(make_config: MakeConfig, train: Any, tmp_path:
     with spike_in(7):
         assert not trainer_of(values).run()
     interrupted = trainer_of(values)
-    assert (interrupted.progress.step, interrupted.progress.sequences, interrupted.rewinds) == (4, 28, 1)
+    assert (interrupted.progress.step, interrupted.progress.sequences, interrupted.rewinds) == (
+        4,
+        28,
+        1,
+    )
     interrupted.request_stop()
     assert not interrupted.run()
     resumed = released(trainer_of(values))
@@ -139,7 +152,10 @@ def test_it_does_not_go_back_for_ever(make_config: MakeConfig, tmp_path: Path) -
             assert not trainer_of(values).run()
     with (
         spike_in(3),
-        pytest.raises(RunError, match=r"newest checkpoint 2 times \(bad_steps.limit=2\) and met a spike again, in step 7"),
+        pytest.raises(
+            RunError,
+            match=r"newest checkpoint 2 times \(bad_steps.limit=2\) and met a spike again, in step 7",
+        ),
     ):
         trainer_of(values).run()
 
@@ -153,7 +169,10 @@ def test_a_spike_in_the_last_step(make_config: MakeConfig, train: Any, tmp_path:
 
 def test_a_damaged_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('[{"step": 3}]')
-    with pytest.raises(InputError, match=r"rewinds.json cannot be read as a list of steps and sequences; restore it"):
+    with pytest.raises(
+        InputError,
+        match=r"rewinds.json cannot be read as a list of steps and sequences; restore it",
+    ):
         rewound(tmp_path, 1, 4)
 
 

@@ -66,7 +66,9 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
     processes = []
     start = tmp_path / "start"
 
-    def begin(run: Path, prefix: tuple[str, ...] = (), *, wait: bool = True, **environment: str) -> subprocess.Popen[str]:
+    def begin(
+        run: Path, prefix: tuple[str, ...] = (), *, wait: bool = True, **environment: str
+    ) -> subprocess.Popen[str]:
         command = [*prefix, sys.executable, "-c", HOLD, str(run), str(start)]
         process = subprocess.Popen(
             command,
@@ -92,7 +94,10 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 @pytest.fixture
 def elsewhere() -> tuple[str, ...]:
     """What makes a command run on another machine."""
-    if shutil.which("unshare") is None or subprocess.run([*ELSEWHERE, "true"], check=False).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*ELSEWHERE, "true"], check=False).returncode
+    ):
         pytest.skip("name spaces cannot be made here")
     return ELSEWHERE
 
@@ -124,7 +129,9 @@ def test_a_process_of_this_machine(hold: Hold, tmp_path: Path) -> None:
     assert list(run.iterdir()) == []
 
 
-def test_a_process_of_another_machine(hold: Hold, elsewhere: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_process_of_another_machine(
+    hold: Hold, elsewhere: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     holder = hold(run, elsewhere)
     with pytest.raises(InputError, match=r"is in use: process \d+ on"):
@@ -201,7 +208,9 @@ def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [None, "stale"])
-def test_of_several_starts_at_once_one_goes_on(left: str | None, hold: Hold, tmp_path: Path) -> None:
+def test_of_several_starts_at_once_one_goes_on(
+    left: str | None, hold: Hold, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     if left is not None:
@@ -212,7 +221,9 @@ def test_of_several_starts_at_once_one_goes_on(left: str | None, hold: Hold, tmp
     assert sorted(said) == ["", "", "held\n"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"host": "node7", "pid": 12, "since": "2026-11-24 10:00:00"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"host": "node7", "pid": 12, "since": "2026-11-24 10:00:00"}']
+)
 def test_text_that_is_no_lease_is_watched(text: str, tmp_path: Path) -> None:
     (tmp_path / run_lock.NAME).write_text(text)
     assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
@@ -249,7 +260,9 @@ def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path) -> Non
     assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
 
 
-def test_time_in_which_storage_does_not_answer_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_storage_does_not_answer_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The watcher is answered first, the holder touches its file a second later."""
     leave_behind(tmp_path, machine="another")
     real = run_lock._touched

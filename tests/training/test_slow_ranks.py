@@ -45,7 +45,9 @@ def test_beside_its_own_stage(seconds: tuple[float, ...], stage_ranks: int, slow
     assert slow_ranks(seconds, stage_ranks) == slow
 
 
-def test_a_rank_with_slow_layers(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_rank_with_slow_layers(
+    make_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     """Both ranks' steps take equally long, for they wait for each other."""
     script = tmp_path / "script.py"
     script.write_text(SLOW_RANK)

@@ -13,9 +13,15 @@ from megaconsa.checkpoint.gates import read_gates
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize(("granularity", "scope"), [("kv_head", "per_layer"), ("kv_head", "global"), ("layer", "global")])
+@pytest.mark.parametrize(
+    ("granularity", "scope"), [("kv_head", "per_layer"), ("kv_head", "global"), ("layer", "global")]
+)
 def test_expected_sparsity_follows_the_target(
-    granularity: str, scope: str, sparsity: float, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]
+    granularity: str,
+    scope: str,
+    sparsity: float,
+    make_config: Callable[..., dict[str, Any]],
+    train: Callable[..., Any],
 ) -> None:
     values = make_config(
         allocation={"sparsity": sparsity, "granularity": granularity, "scope": scope},

@@ -77,9 +77,15 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (ELSEWHERE, "is not the folder that rank 0 writes in; put it on a file system that all nodes share (on rank 1 of 2)\n"),
+        (
+            ELSEWHERE,
+            "is not the folder that rank 0 writes in; put it on a file system that all nodes share (on rank 1 of 2)\n",
+        ),
         (NO_DATA, ": no such folder (on rank 1 of 2)\n"),
-        (WRONG_SUM, "error: a sum over all ranks by gloo gave 4 instead of 3; look at the network between the nodes\n"),
+        (
+            WRONG_SUM,
+            "error: a sum over all ranks by gloo gave 4 instead of 3; look at the network between the nodes\n",
+        ),
         pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.slow),
     ],
     ids=["folder", "data", "sum", "late"],

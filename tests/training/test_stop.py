@@ -27,7 +27,9 @@ def saved_step(run: Path) -> int:
     return newest.step
 
 
-def test_a_stop_file_ends_the_run_with_code_0_and_is_removed(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_stop_file_ends_the_run_with_code_0_and_is_removed(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     values = make_config()
     run = Path(values["run"]["dir"])
     run.mkdir()
@@ -49,12 +51,16 @@ def test_the_end_of_the_jobs_time_stops_the_run_early_enough(
     monkeypatch.setenv(stop_requests.END_TIME, f"{end:.0f}")
     assert train(write(values, tmp_path), []) == 75
     left = end - time.time()
-    assert needed - 5 < left < needed + 6  # it had trained for a while, and did not cut into what it keeps
+    assert (
+        needed - 5 < left < needed + 6
+    )  # it had trained for a while, and did not cut into what it keeps
     rows = read_metrics(Path(values["run"]["dir"]) / "metrics.jsonl")
     assert saved_step(Path(values["run"]["dir"])) == rows[-1]["step"] > 2
 
 
-def test_a_hangup_that_nohup_has_ignored_stays_ignored(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_hangup_that_nohup_has_ignored_stays_ignored(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         config = write(make_config(training={"steps": 40}, checkpoint={"every": 0}), tmp_path)
@@ -73,8 +79,14 @@ def test_a_later_end_of_the_jobs_time_changes_nothing(
     assert train(write(make_config(training={"steps": 3}), tmp_path), []) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda each: each.name)
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: signal.Signals, make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU],
+    ids=lambda each: each.name,
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    number: signal.Signals, make_config: MakeConfig, tmp_path: Path
+) -> None:
     values = make_config(training=ENDLESS, checkpoint={"every": 0})
     run = Path(values["run"]["dir"])
     # Under nohup the tests would hand on a SIGHUP that is ignored.

@@ -54,14 +54,20 @@ def test_this_version_has_its_archive() -> None:
 
 
 @pytest.mark.parametrize("kind", ["learn", "train"])
-@pytest.mark.parametrize("archive", ARCHIVES, ids=[archive.name.removesuffix(".tar.gz") for archive in ARCHIVES])
+@pytest.mark.parametrize(
+    "archive", ARCHIVES, ids=[archive.name.removesuffix(".tar.gz") for archive in ARCHIVES]
+)
 def test_a_run_of_each_version_goes_on(archive: Path, kind: str, tmp_path: Path) -> None:
     folder = extracted(archive, tmp_path)
-    trainer = build_trainer(check_inputs(configuration.load(folder / kind / "config.yaml")), mesh.initialize())
+    trainer = build_trainer(
+        check_inputs(configuration.load(folder / kind / "config.yaml")), mesh.initialize()
+    )
     assert trainer.progress.step == STOPPED_AFTER
     assert trainer.run()
     losses = [row["loss"] for row in read_metrics(folder / kind / "metrics.jsonl")]
-    assert losses == pytest.approx(json.loads((folder / "expected.json").read_text())[kind], rel=1e-5)
+    assert losses == pytest.approx(
+        json.loads((folder / "expected.json").read_text())[kind], rel=1e-5
+    )
 
 
 def test_a_field_that_a_version_did_not_have_is_its_default() -> None:
@@ -113,7 +119,9 @@ def test_an_absent_field_is_no_other_value(newest: Path) -> None:
         check_inputs(configuration.load(run / "config.yaml", ["training.weight_decay=0.2"]))
 
 
-def test_the_default_of_a_new_field_of_the_data(monkeypatch: pytest.MonkeyPatch, newest: Path) -> None:
+def test_the_default_of_a_new_field_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, newest: Path
+) -> None:
     class Later(DatasetInfo):
         alphabet: str = "any"
 
@@ -123,4 +131,6 @@ def test_the_default_of_a_new_field_of_the_data(monkeypatch: pytest.MonkeyPatch,
 
 def test_defaults_are_plain_values() -> None:
     assert with_defaults({}, BadStepsSection) == BadStepsSection().model_dump(mode="json")
-    assert ModelConfig(8, 8, 8, 1, 1, 1).rms_norm_eps == inputs_module._DEFAULT_SHAPE["rms_norm_eps"]
+    assert (
+        ModelConfig(8, 8, 8, 1, 1, 1).rms_norm_eps == inputs_module._DEFAULT_SHAPE["rms_norm_eps"]
+    )

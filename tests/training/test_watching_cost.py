@@ -17,4 +17,6 @@ def test_watching_costs_less_than_a_hundredth(make_config: Callable[..., dict[st
     )
     watchers, whole = measure(build(values), steps=30, warm_up=5)
     assert {"Watchdog", "StopSignals", "StopFile", "bad steps"} <= watchers.keys()
-    assert sum(watchers.values()) < 0.01 * whole, {name: f"{seconds / whole:.3%}" for name, seconds in watchers.items()}
+    assert sum(watchers.values()) < 0.01 * whole, {
+        name: f"{seconds / whole:.3%}" for name, seconds in watchers.items()
+    }

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import libdevice
 
 from megaconsa.kernels.attention.hopper.instructions import add_tile, block_barrier, load_tile
@@ -27,9 +33,23 @@ def _start_tile(
     mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes, pred=wanted)
     mbarrier.expect(d_out_ready.index(stage), d_out_desc.block_type.nbytes, pred=wanted)
     mbarrier.expect(statistics_ready.index(stage), statistics_desc.block_type.nbytes, pred=wanted)
-    load_tile(q_desc, [row, head, start, 0], q_ready.index(stage), q_tiles.index(stage), pred=wanted)
-    load_tile(d_out_desc, [row, head, start, 0], d_out_ready.index(stage), d_out_tiles.index(stage), pred=wanted)
-    load_tile(statistics_desc, [line, start], statistics_ready.index(stage), statistics_tiles.index(stage), pred=wanted)
+    load_tile(
+        q_desc, [row, head, start, 0], q_ready.index(stage), q_tiles.index(stage), pred=wanted
+    )
+    load_tile(
+        d_out_desc,
+        [row, head, start, 0],
+        d_out_ready.index(stage),
+        d_out_tiles.index(stage),
+        pred=wanted,
+    )
+    load_tile(
+        statistics_desc,
+        [line, start],
+        statistics_ready.index(stage),
+        statistics_tiles.index(stage),
+        pred=wanted,
+    )
 
 
 @gluon.jit
@@ -82,7 +102,9 @@ def hopper_backward_kernel(
     query_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     d_scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
 
-    tile, row, kv_head, _ = tile_of_program(gl.program_id(0), order, batch, kv_heads, tiles, section, 1)
+    tile, row, kv_head, _ = tile_of_program(
+        gl.program_id(0), order, batch, kv_heads, tiles, section, 1
+    )
     first = tile * BLOCK_N
     last = gl.minimum(first + BLOCK_N, length) - 1
     keys = first + gl.arange(0, BLOCK_N, key_layout)
@@ -133,7 +155,9 @@ def hopper_backward_kernel(
     k_tile = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
     v_tile = gl.allocate_shared_memory(dtype, [1] + v_desc.block_type.shape, v_desc.layout)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
-    d_out_tiles = gl.allocate_shared_memory(dtype, [STAGES] + d_out_desc.block_type.shape, d_out_desc.layout)
+    d_out_tiles = gl.allocate_shared_memory(
+        dtype, [STAGES] + d_out_desc.block_type.shape, d_out_desc.layout
+    )
     statistics_tiles = gl.allocate_shared_memory(
         gl.float32, [STAGES] + statistics_desc.block_type.shape, statistics_desc.layout
     )  # fmt: skip
@@ -172,7 +196,9 @@ def hopper_backward_kernel(
     mbarrier.wait(kv_ready, 0)
     mbarrier.wait(q_ready.index(0), 0)
     following = q_tiles.index(0).reshape([BLOCK_M, BLOCK_D])
-    scores_next = warpgroup_mma(first_key, following.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+    scores_next = warpgroup_mma(
+        first_key, following.permute((1, 0)), zero_scores, use_acc=False, is_async=True
+    )
     scores = warpgroup_mma_wait(0, deps=[scores_next])
 
     # Tiles of queries that see a key through the window, that straddle its edge, and beyond it: a straddling one needs the statistics
@@ -202,13 +228,18 @@ def hopper_backward_kernel(
                 # From memory, not from the tile: a transposed view of an unswizzled tile is read wrongly (Triton 3.6).
                 line = ((row * heads + head) * ROWS).to(gl.int64)
                 per_unit = gl.load(
-                    statistics_rows + (line + 2) * padded + start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, d_q_layout))
+                    statistics_rows
+                    + (line + 2) * padded
+                    + start
+                    + gl.arange(0, BLOCK_M, gl.SliceLayout(1, d_q_layout))
                 )
                 query = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
                 upstream = d_out_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
 
                 mbarrier.wait(d_out_ready.index(stage), i // STAGES & 1)
-                d_weights_next = warpgroup_mma(value, upstream.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                d_weights_next = warpgroup_mma(
+                    value, upstream.permute((1, 0)), zero_scores, use_acc=False, is_async=True
+                )
                 mbarrier.wait(statistics_ready.index(stage), i // STAGES & 1)
                 statistics = statistics_tiles.index(stage)
                 lse = statistics.slice(0, 1).load(score_layout)
@@ -226,7 +257,9 @@ def hopper_backward_kernel(
                 centre = statistics.slice(1, 1).load(score_layout)
                 if kind == 1:
                     centre_before = gl.load(statistics_rows + (line + 5) * padded + queries)
-                    d_scores = weights * (d_weights - gl.where(windowed, centre, centre_before[None, :]))
+                    d_scores = weights * (
+                        d_weights - gl.where(windowed, centre, centre_before[None, :])
+                    )
                 else:
                     d_scores = weights * (d_weights - centre)
                 operand = gl.convert_layout(weights.to(dtype), operand_layout)
@@ -238,11 +271,15 @@ def hopper_backward_kernel(
                 fence_async_shared()
                 block_barrier()
                 d_key = warpgroup_mma(d_scores_tile, query, d_key, is_async=True)
-                d_query_next = warpgroup_mma(d_scores_tile.permute((1, 0)), key, zero_d_query, use_acc=False, is_async=True)
+                d_query_next = warpgroup_mma(
+                    d_scores_tile.permute((1, 0)), key, zero_d_query, use_acc=False, is_async=True
+                )
                 next_stage = (i + 1) % STAGES
                 mbarrier.wait(q_ready.index(next_stage), (i + 1) // STAGES & 1, pred=i + 1 < total)
                 following = q_tiles.index(next_stage).reshape([BLOCK_M, BLOCK_D])
-                scores_next = warpgroup_mma(key, following.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                scores_next = warpgroup_mma(
+                    key, following.permute((1, 0)), zero_scores, use_acc=False, is_async=True
+                )
                 # All warps have finished with the tile before this one, whose place the tile after the next takes.
                 _start_tile(
                     q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles, q_ready, d_out_ready, statistics_ready,

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from megaconsa.kernels.attention.hopper.instructions import block_barrier, load_tile, store_tile
 from megaconsa.kernels.attention.triton.schedule import tile_of_program
@@ -39,14 +45,28 @@ def _load(desc, tiles, ready, row, head, first, slot, wanted):
 
 @gluon.jit
 def _weigh(
-    acc, scores, total, highest, v_tiles, v_ready, count, first, lower, upper, scale, layouts: gl.constexpr, MASKED: gl.constexpr
+    acc,
+    scores,
+    total,
+    highest,
+    v_tiles,
+    v_ready,
+    count,
+    first,
+    lower,
+    upper,
+    scale,
+    layouts: gl.constexpr,
+    MASKED: gl.constexpr,
 ):
     """Softmax of a block's scores; starts the product of its weights and its values."""
     score_layout: gl.constexpr = layouts[0]
     acc_layout: gl.constexpr = layouts[1]
     BLOCK_N: gl.constexpr = scores.shape[1]
     BLOCK_D: gl.constexpr = acc.shape[1]
-    weights, total, highest, shrink = _softmax(scores, total, highest, first, lower, upper, scale, BLOCK_N, score_layout, MASKED)
+    weights, total, highest, shrink = _softmax(
+        scores, total, highest, first, lower, upper, scale, BLOCK_N, score_layout, MASKED
+    )
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     operand = gl.convert_layout(weights.to(v_tiles.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     mbarrier.wait(v_ready.index(count % 2), count // 2 & 1)
@@ -69,11 +89,22 @@ def _steps(
         following = (count + 1) % 2
         # Every warp has taken the scores of this block and the values of the one before it.
         block_barrier()
-        _load(k_desc, k_tiles, k_ready, row, head, begin + (block + 2) * BLOCK_N, count % 2, block + 2 < blocks)
+        _load(
+            k_desc,
+            k_tiles,
+            k_ready,
+            row,
+            head,
+            begin + (block + 2) * BLOCK_N,
+            count % 2,
+            block + 2 < blocks,
+        )
         _load(v_desc, v_tiles, v_ready, row, head, begin + (block + 1) * BLOCK_N, following, True)
         mbarrier.wait(k_ready.index(following), (count + 1) // 2 & 1)
         key = k_tiles.index(following).reshape([BLOCK_N, BLOCK_D])
-        scores_started = warpgroup_mma(query, key.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        scores_started = warpgroup_mma(
+            query, key.permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
         acc_started, total, highest = _weigh(
             acc, scores, total, highest, v_tiles, v_ready, count, begin + block * BLOCK_N, lower, upper, scale, layouts, MASKED
         )  # fmt: skip
@@ -101,7 +132,9 @@ def _walk(
     mbarrier.wait(k_ready.index(done % 2), done // 2 & 1)
     key = k_tiles.index(done % 2).reshape([BLOCK_N, BLOCK_D])
     no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layouts[0])
-    scores_started = warpgroup_mma(query, key.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    scores_started = warpgroup_mma(
+        query, key.permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
     scores = warpgroup_mma_wait(0, deps=[scores_started])
 
     final = blocks - 1
@@ -140,7 +173,9 @@ def hopper_forward_kernel(
     layouts: gl.constexpr = (score_layout, acc_layout)
     query_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
 
-    tile, row, kv_head, member = tile_of_program(gl.program_id(0), order, batch, kv_heads, tiles, section, GROUP)
+    tile, row, kv_head, member = tile_of_program(
+        gl.program_id(0), order, batch, kv_heads, tiles, section, GROUP
+    )
     head = kv_head * GROUP + member
     first = (tiles - 1 - tile) * BLOCK_M
     last = gl.minimum(first + BLOCK_M, length) - 1
@@ -200,7 +235,9 @@ def hopper_forward_kernel(
 
     if GATED:
         if between:
-            wide_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.float32)
+            wide_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+                [BLOCK_M, BLOCK_D], gl.float32
+            )
             windowed_tile = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], wide_layout)
             windowed_tile.store(result)
             begin = start_of_first // BLOCK_N * BLOCK_N
@@ -211,7 +248,10 @@ def hopper_forward_kernel(
                 )  # fmt: skip
             gl.store(lse_full + statistics, gl.where(inside, highest + gl.log2(total), 0.0))
             windowed = windowed_tile.load(acc_layout)
-            change = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))[:, None] - windowed
+            change = (
+                acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))[:, None]
+                - windowed
+            )
             # `triton_forward.in_fixed_point`, in Gluon.
             unit = gl.max(gl.abs(change), 1) * (1.0 / 32767.0) + gl.sum(change, 1) * 0.0
             whole = gl.floor(change / gl.where(unit == 0.0, 1.0, unit)[:, None] + 0.5).to(gl.int16)

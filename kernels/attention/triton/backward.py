@@ -35,10 +35,20 @@ def bound_kernel(
         tokens = (part * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = (tokens < length)[:, None] & (columns[None, :] < HEAD_DIM)
         wide = tokens[:, None].to(tl.int64)
-        key = tl.load(k + row * k_row + head * k_head + wide * k_token + columns[None, :], mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(v + row * v_row + head * v_head + wide * v_token + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+        key = tl.load(
+            k + row * k_row + head * k_head + wide * k_token + columns[None, :],
+            mask=valid,
+            other=0.0,
+        ).to(tl.float32)
+        value = tl.load(
+            v + row * v_row + head * v_head + wide * v_token + columns[None, :],
+            mask=valid,
+            other=0.0,
+        ).to(tl.float32)
         largest_key = tl.maximum(largest_key, tl.abs(key), propagate_nan=tl.PropagateNan.ALL)
-        largest_value = tl.maximum(largest_value, tl.sum(value * value, 1), propagate_nan=tl.PropagateNan.ALL)
+        largest_value = tl.maximum(
+            largest_value, tl.sum(value * value, 1), propagate_nan=tl.PropagateNan.ALL
+        )
     # A maximum over lanes drops NaN, a sum keeps it.
     spoiled = tl.sum(tl.sum(largest_key, 1) + largest_value, 0) * 0.0
     tl.store(bounds + (line * 2) * parts + part, tl.max(tl.max(largest_key, 1), 0) + spoiled)
@@ -81,9 +91,18 @@ def prepare_kernel(
     upstream = tl.load(d_out + upstream_offsets, mask=valid, other=0.0).to(tl.float32)
     product = tl.sum(upstream * tl.load(out + offsets, mask=valid, other=0.0).to(tl.float32), 1)
 
-    units = d_query_units + line.to(tl.int64) * padded * BLOCK_D + queries[:, None].to(tl.int64) * BLOCK_D + columns[None, :]
+    units = (
+        d_query_units
+        + line.to(tl.int64) * padded * BLOCK_D
+        + queries[:, None].to(tl.int64) * BLOCK_D
+        + columns[None, :]
+    )
     tl.store(units, tl.zeros([BLOCK_M, BLOCK_D], d_query_units.dtype.element_ty))
-    bound = 2.0 * tl.sqrt(tl.sum(upstream * upstream, 1)) * tl.load(largest + row * kv_heads + head // GROUP)
+    bound = (
+        2.0
+        * tl.sqrt(tl.sum(upstream * upstream, 1))
+        * tl.load(largest + row * kv_heads + head // GROUP)
+    )
     bound += product - product  # NaN where q or k hold what is not finite
     # A floor keeps 1 / unit finite; gradients far below it are lost. The comparison lets NaN through: a NaN bound then makes the
     # whole row of dq NaN.
@@ -97,8 +116,14 @@ def prepare_kernel(
         gate = tl.load(gates + row * kv_heads + head // GROUP)
         part = gate - gate  # 0, or NaN
         if (gate > 0.0) & (gate < 1.0):
-            change_unit = tl.load(difference_unit + line.to(tl.int64) * padded + queries, mask=queries < length, other=0.0)
-            change = from_fixed_point(tl.load(difference + offsets, mask=valid, other=0.0), change_unit)
+            change_unit = tl.load(
+                difference_unit + line.to(tl.int64) * padded + queries,
+                mask=queries < length,
+                other=0.0,
+            )
+            change = from_fixed_point(
+                tl.load(difference + offsets, mask=valid, other=0.0), change_unit
+            )
             product_change = tl.sum(upstream * change, 1)
             part = tl.sum(product_change, 0)
             full_lse = tl.load(lse_full + line.to(tl.int64) * padded + queries)
@@ -107,7 +132,9 @@ def prepare_kernel(
             tl.store(mine + 5 * padded, full_product)
             through_full = gate * tl.math.exp2(tl.minimum(own_lse - full_lse, 0.0))
             weight = through_full + (1.0 - gate)
-            product = (through_full * full_product + (1.0 - gate) * (product - gate * product_change)) / weight
+            product = (
+                through_full * full_product + (1.0 - gate) * (product - gate * product_change)
+            ) / weight
             own_lse -= tl.math.log2(weight)
         tl.store(d_gate + line * tiles + tile, part)
     tl.store(mine, own_lse)
@@ -123,7 +150,9 @@ def backward_kernel(
     GATED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_N keys of one KV head. ends: int32 (B, S), where each token's document ends (exclusive)."""
-    tile, row, kv_head, _ = tile_of_program(tl.program_id(0), order, batch, kv_heads, tiles, section, 1)
+    tile, row, kv_head, _ = tile_of_program(
+        tl.program_id(0), order, batch, kv_heads, tiles, section, 1
+    )
     first = tile * BLOCK_N
     last = tl.minimum(first + BLOCK_N, length) - 1
     keys = first + tl.arange(0, BLOCK_N)
@@ -188,15 +217,28 @@ def backward_kernel(
             d_value = tl.dot(weights.to(upstream.dtype), upstream, d_value, input_precision="ieee")
             d_scores = d_scores.to(query.dtype)
             d_key = tl.dot(d_scores, query, d_key, input_precision="ieee")
-            d_query = tl.dot(d_scores.T, key, input_precision="ieee") * tl.load(mine + 2 * padded)[:, None]
-            whole = libdevice.float2int_rn(d_query) if NEAREST else tl.floor(d_query + 0.5).to(units.dtype.element_ty)
-            tl.atomic_add(units + queries[:, None].to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], whole, sem="relaxed")
+            d_query = (
+                tl.dot(d_scores.T, key, input_precision="ieee")
+                * tl.load(mine + 2 * padded)[:, None]
+            )
+            whole = (
+                libdevice.float2int_rn(d_query)
+                if NEAREST
+                else tl.floor(d_query + 0.5).to(units.dtype.element_ty)
+            )
+            tl.atomic_add(
+                units + queries[:, None].to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :],
+                whole,
+                sem="relaxed",
+            )
 
     columns = tl.arange(0, BLOCK_D)
     offsets = (row.to(tl.int64) * length * kv_heads + kv_head) * HEAD_DIM
     offsets += keys[:, None].to(tl.int64) * (kv_heads * HEAD_DIM) + columns[None, :]
     stored = (keys[:, None] < length) & (columns[None, :] < HEAD_DIM)
-    tl.store(d_key_out + offsets, (d_key * natural_scale).to(d_key_out.dtype.element_ty), mask=stored)
+    tl.store(
+        d_key_out + offsets, (d_key * natural_scale).to(d_key_out.dtype.element_ty), mask=stored
+    )
     tl.store(d_value_out + offsets, d_value.to(d_value_out.dtype.element_ty), mask=stored)
 
 
@@ -210,7 +252,9 @@ def finish_kernel(
     tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
-    source = d_query_units + line.to(tl.int64) * padded * BLOCK_D + tile.to(tl.int64) * BLOCK_M * BLOCK_D
+    source = (
+        d_query_units + line.to(tl.int64) * padded * BLOCK_D + tile.to(tl.int64) * BLOCK_M * BLOCK_D
+    )
     units = tl.load(source + tl.arange(0, BLOCK_M * BLOCK_D))
     if REGISTER_ORDER:
         units = units.reshape([BLOCK_D // 16, 2, 4, 8, 4, 2, 2]).permute((2, 5, 3, 1, 0, 4, 6))

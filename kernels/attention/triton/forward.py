@@ -88,7 +88,9 @@ def forward_kernel(
     for gates inside (0, 1) only. gates: fp32 (B, kv_heads). windows: int32 (kv_heads,), at most S. starts: int32 (B, S), first
     position of each token's document. `scale` includes log2(e).
     """
-    tile, row, kv_head, member = tile_of_program(tl.program_id(0), order, batch, kv_heads, tiles, section, GROUP)
+    tile, row, kv_head, member = tile_of_program(
+        tl.program_id(0), order, batch, kv_heads, tiles, section, GROUP
+    )
     head = kv_head * GROUP + member
     first = (tiles - 1 - tile) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, length) - 1
@@ -110,7 +112,9 @@ def forward_kernel(
     if PACKED:
         row_starts = starts + row.to(tl.int64) * length
         start = tl.load(row_starts + queries, mask=inside, other=0)
-        start_of_first = tl.load(row_starts + tl.minimum(first, last))  # a tile of padding starts behind the last token
+        start_of_first = tl.load(
+            row_starts + tl.minimum(first, last)
+        )  # a tile of padding starts behind the last token
         start_of_last = tl.load(row_starts + last)
         lower = tl.maximum(lower, start)
         lowest = tl.maximum(lowest, start_of_first)
@@ -126,18 +130,62 @@ def forward_kernel(
     diagonal = tl.maximum((first + 1) // BLOCK_N * BLOCK_N, begin)
     seen_by_all = tl.minimum(tl.cdiv(lower_of_last, BLOCK_N) * BLOCK_N, diagonal)
     acc, total, highest = _walk(
-        acc, total, highest, q, k_desc, v_desc, row, kv_head, begin, seen_by_all, lower, queries + 1, scale, BLOCK_N, True
+        acc,
+        total,
+        highest,
+        q,
+        k_desc,
+        v_desc,
+        row,
+        kv_head,
+        begin,
+        seen_by_all,
+        lower,
+        queries + 1,
+        scale,
+        BLOCK_N,
+        True,
     )
     acc, total, highest = _walk(
-        acc, total, highest, q, k_desc, v_desc, row, kv_head, seen_by_all, diagonal, lower, queries + 1, scale, BLOCK_N, False
+        acc,
+        total,
+        highest,
+        q,
+        k_desc,
+        v_desc,
+        row,
+        kv_head,
+        seen_by_all,
+        diagonal,
+        lower,
+        queries + 1,
+        scale,
+        BLOCK_N,
+        False,
     )
     acc, total, highest = _walk(
-        acc, total, highest, q, k_desc, v_desc, row, kv_head, diagonal, last + 1, lower, queries + 1, scale, BLOCK_N, True
+        acc,
+        total,
+        highest,
+        q,
+        k_desc,
+        v_desc,
+        row,
+        kv_head,
+        diagonal,
+        last + 1,
+        lower,
+        queries + 1,
+        scale,
+        BLOCK_N,
+        True,
     )
 
     columns = tl.arange(0, BLOCK_D)
     base = (row.to(tl.int64) * length * kv_heads * GROUP + head) * HEAD_DIM
-    offsets = base + queries[:, None].to(tl.int64) * (kv_heads * GROUP * HEAD_DIM) + columns[None, :]
+    offsets = (
+        base + queries[:, None].to(tl.int64) * (kv_heads * GROUP * HEAD_DIM) + columns[None, :]
+    )
     stored = inside[:, None] & (columns[None, :] < HEAD_DIM)
     statistics = (row.to(tl.int64) * kv_heads * GROUP + head) * padded + queries
     tl.store(lse + statistics, tl.where(inside, highest + tl.math.log2(total), 0.0))
@@ -149,21 +197,67 @@ def forward_kernel(
             # waits in the place of the result.
             rounded = result.to(difference.dtype.element_ty)
             tl.store(difference + offsets, rounded, mask=stored)
-            tl.store(out + offsets, (result - rounded.to(tl.float32)).to(out.dtype.element_ty), mask=stored)
+            tl.store(
+                out + offsets,
+                (result - rounded.to(tl.float32)).to(out.dtype.element_ty),
+                mask=stored,
+            )
             # Keys before the window: straddled document starts, blocks outside everybody's window, its straddled lower edge again.
             begin = start_of_first // BLOCK_N * BLOCK_N
             outside = tl.maximum(lowest // BLOCK_N * BLOCK_N, begin)
             if PACKED:
                 seen_by_all = tl.minimum(tl.cdiv(start_of_last, BLOCK_N) * BLOCK_N, outside)
                 acc, total, highest = _walk(
-                    acc, total, highest, q, k_desc, v_desc, row, kv_head, begin, seen_by_all, start, lower, scale, BLOCK_N, True
+                    acc,
+                    total,
+                    highest,
+                    q,
+                    k_desc,
+                    v_desc,
+                    row,
+                    kv_head,
+                    begin,
+                    seen_by_all,
+                    start,
+                    lower,
+                    scale,
+                    BLOCK_N,
+                    True,
                 )
                 begin = seen_by_all
             acc, total, highest = _walk(
-                acc, total, highest, q, k_desc, v_desc, row, kv_head, begin, outside, start, lower, scale, BLOCK_N, False
+                acc,
+                total,
+                highest,
+                q,
+                k_desc,
+                v_desc,
+                row,
+                kv_head,
+                begin,
+                outside,
+                start,
+                lower,
+                scale,
+                BLOCK_N,
+                False,
             )
             acc, total, highest = _walk(
-                acc, total, highest, q, k_desc, v_desc, row, kv_head, outside, lower_of_last, start, lower, scale, BLOCK_N, True
+                acc,
+                total,
+                highest,
+                q,
+                k_desc,
+                v_desc,
+                row,
+                kv_head,
+                outside,
+                lower_of_last,
+                start,
+                lower,
+                scale,
+                BLOCK_N,
+                True,
             )
             tl.store(lse_full + statistics, tl.where(inside, highest + tl.math.log2(total), 0.0))
             tl.debug_barrier()  # the threads that read the windowed output back need not be those that wrote it

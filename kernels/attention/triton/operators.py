@@ -14,8 +14,18 @@ from megaconsa.kernels.attention.hopper.backward import hopper_backward_kernel
 from megaconsa.kernels.attention.hopper.forward import hopper_forward_kernel
 from megaconsa.kernels.attention.launch import PADDING, backward_launch, forward_launch, on_hopper
 from megaconsa.kernels.attention.problem import Problem
-from megaconsa.kernels.attention.triton.backward import backward_kernel, bound_kernel, finish_kernel, prepare_kernel
-from megaconsa.kernels.attention.triton.descriptors import addressable, head_blocks, hopper_head_blocks, hopper_matrix_blocks
+from megaconsa.kernels.attention.triton.backward import (
+    backward_kernel,
+    bound_kernel,
+    finish_kernel,
+    prepare_kernel,
+)
+from megaconsa.kernels.attention.triton.descriptors import (
+    addressable,
+    head_blocks,
+    hopper_head_blocks,
+    hopper_matrix_blocks,
+)
 from megaconsa.kernels.attention.triton.forward import forward_kernel
 from megaconsa.kernels.attention.triton.schedule import order_kernel, section_size
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS, INTERPRETED, LOG2_E
@@ -42,7 +52,13 @@ def refusal(problem: Problem) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], gate: Tensor | None, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: tuple[int, ...],
+    gate: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None."""
     starts, ends = (None, None) if documents is None else document_bounds(documents)
@@ -75,7 +91,20 @@ def forward(
     if out.numel() == 0:
         return out, lse, lse_full, difference, difference_unit
     with _on(q.device):
-        _launch_forward(q, k, v, tuple(windows), gate, starts, scale, out, lse, lse_full, difference, difference_unit)
+        _launch_forward(
+            q,
+            k,
+            v,
+            tuple(windows),
+            gate,
+            starts,
+            scale,
+            out,
+            lse,
+            lse_full,
+            difference,
+            difference_unit,
+        )
     return out, lse, lse_full, difference, difference_unit
 
 
@@ -101,7 +130,9 @@ def _launch_forward(
     padded = lse.shape[2]
     tiles = padded // launch.block_m
     window_tensor, order = _schedule(windows, gate, batch, length, q.device)
-    section = section_size(batch * kv_heads, 2 * length * dim * q.element_size(), _cache_bytes(q.device))
+    section = section_size(
+        batch * kv_heads, 2 * length * dim * q.element_size(), _cache_bytes(q.device)
+    )
     arguments = (
         lse,
         lse_full,
@@ -135,7 +166,9 @@ def _launch_forward(
             hopper_head_blocks(k, launch.block_n, block_d),
             hopper_head_blocks(v, launch.block_n, block_d),
             out_descriptor,
-            out_descriptor if gate is None else hopper_head_blocks(difference, launch.block_m, block_d),
+            out_descriptor
+            if gate is None
+            else hopper_head_blocks(difference, launch.block_m, block_d),
             difference_unit,
             *arguments,
             **constants,
@@ -256,7 +289,9 @@ def _launch_backward(
     row_tiles = padded // PREPARED_ROWS
     hopper = on_hopper(q)
     statistics = lse.new_empty((batch * heads * rows, padded))
-    units = q.new_empty((batch * heads * padded, block_d), dtype=torch.int64 if exact else torch.int32)
+    units = q.new_empty(
+        (batch * heads * padded, block_d), dtype=torch.int64 if exact else torch.int32
+    )
     bound_parts = triton.cdiv(length, BOUND_KEYS * BOUND_BLOCKS)
     bounds = lse.new_empty((batch, kv_heads, 2, bound_parts))
     bound_kernel[(batch * kv_heads * bound_parts,)](
@@ -402,7 +437,12 @@ def _(
 
 def _gradients(q: Tensor, k: Tensor, gated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate_shape = (k.shape[0], k.shape[2]) if gated else (0,)
-    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(gate_shape, dtype=torch.float32)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        k.new_empty(k.shape),
+        q.new_empty(gate_shape, dtype=torch.float32),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -413,7 +453,9 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, d_out, *_):  # type: ignore[no-untyped-def]
     q, k, v, gate, ends, *statistics = ctx.saved_tensors
-    d_q, d_k, d_v, d_gate = backward(d_out, q, k, v, ctx.windows, gate, ends, ctx.scale, *statistics)
+    d_q, d_k, d_v, d_gate = backward(
+        d_out, q, k, v, ctx.windows, gate, ends, ctx.scale, *statistics
+    )
     return d_q, d_k, d_v, None, None if gate is None else d_gate, None, None, None
 
 
@@ -434,7 +476,9 @@ def _schedule(
         pairs = batch * len(windows)
         order = torch.empty_like(order)
         block = triton.next_power_of_2(pairs)
-        order_kernel[(1,)](gate.contiguous(), window_tensor, order, pairs, len(windows), length, BLOCK=block)
+        order_kernel[(1,)](
+            gate.contiguous(), window_tensor, order, pairs, len(windows), length, BLOCK=block
+        )
     return window_tensor, order
 
 
@@ -454,4 +498,6 @@ def _on_device(windows: tuple[int, ...], batch: int, device: torch.device) -> tu
 
 @lru_cache
 def _cache_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 25
+    return (
+        torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 25
+    )

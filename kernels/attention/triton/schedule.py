@@ -29,7 +29,9 @@ def order_kernel(gates, windows, order, pairs, kv_heads, length, BLOCK: tl.const
     pair = tl.arange(0, BLOCK)
     inside = pair < pairs
     gate = tl.load(gates + pair, mask=inside, other=0.0)
-    costly = ((gate > 0.0) | (tl.load(windows + pair % kv_heads, mask=inside, other=1) >= length)) & inside
+    costly = (
+        (gate > 0.0) | (tl.load(windows + pair % kv_heads, mask=inside, other=1) >= length)
+    ) & inside
     rank = tl.cumsum(costly.to(tl.int32), 0)
     before = pair + 1 - rank
     position = tl.where(costly, rank - 1, tl.sum(costly.to(tl.int32), 0) + before - 1)

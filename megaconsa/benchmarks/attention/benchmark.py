@@ -14,7 +14,15 @@ import torch
 from megaconsa.benchmarks.attention.cases import Case, Shape, all_cases, draw
 from megaconsa.benchmarks.attention.contestants import Contestant
 from megaconsa.benchmarks.attention.peers import FLASH_ATTENTION_4, FLEX_ATTENTION
-from megaconsa.benchmarks.attention.timing import BOUNDS, Notify, Timing, Verdict, check, quartiles, time_in_turns
+from megaconsa.benchmarks.attention.timing import (
+    BOUNDS,
+    Notify,
+    Timing,
+    Verdict,
+    check,
+    quartiles,
+    time_in_turns,
+)
 from megaconsa.console import Task, progress
 from megaconsa.errors import InputError, RunError
 from megaconsa.model.flops import visible_pairs
@@ -105,9 +113,15 @@ class Benchmark:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device_name(shape.device),
             "versions": _versions(),
-            "shape": {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch."), "device": str(shape.device)},
+            "shape": {
+                **asdict(shape),
+                "dtype": str(shape.dtype).removeprefix("torch."),
+                "device": str(shape.device),
+            },
             "bound": BOUNDS[shape.dtype],
-            "cases": [{**asdict(case), "forward_flops": forward_flops(shape, case)} for case in self.cases],
+            "cases": [
+                {**asdict(case), "forward_flops": forward_flops(shape, case)} for case in self.cases
+            ],
             "results": [asdict(row) for row in self.rows],
             "not_timed": [asdict(left) for left in self.left],
             "ratios": [asdict(ratio) for ratio in self.ratios],
@@ -125,7 +139,10 @@ def select_cases(shape: Shape, names: Sequence[str]) -> list[Case]:
 
 
 def run_benchmark(
-    shape: Shape, names: Sequence[str], contestants: list[Contestant], show: Callable[[dict[str, list[Verdict]]], None]
+    shape: Shape,
+    names: Sequence[str],
+    contestants: list[Contestant],
+    show: Callable[[dict[str, list[Verdict]]], None],
 ) -> Benchmark:
     """Checks everybody on a small problem and shows the errors; then checks and times everybody at `shape`, case by case.
 
@@ -135,9 +152,13 @@ def run_benchmark(
     cases, bound = select_cases(shape, names), BOUNDS[shape.dtype]
     small = shape.small()
     checked: dict[str, list[Verdict]] = {}
-    with progress("checking", sum(c.serves(case) for case in cases for c in contestants), "contestants") as task:
+    with progress(
+        "checking", sum(c.serves(case) for case in cases for c in contestants), "contestants"
+    ) as task:
         for case in select_cases(small, names):
-            checked[case.name] = check(draw(small, case), contestants, _noting(task, f"{case.name}: "))
+            checked[case.name] = check(
+                draw(small, case), contestants, _noting(task, f"{case.name}: ")
+            )
     show(checked)
     for name, verdicts in checked.items():
         _refuse_wrong(name, verdicts, bound, small)
@@ -151,16 +172,24 @@ def run_benchmark(
     return Benchmark(shape, cases, rows, left, compare(rows))
 
 
-def _time_case(shape: Shape, case: Case, small: list[Verdict], bound: float, task: Task) -> tuple[list[Row], list[Left]]:
-    sound = {verdict.contestant.name: verdict for verdict in small if _reason(verdict, bound) is None}
-    verdicts = check(draw(shape, case), [verdict.contestant for verdict in sound.values()], _noting(task))
+def _time_case(
+    shape: Shape, case: Case, small: list[Verdict], bound: float, task: Task
+) -> tuple[list[Row], list[Left]]:
+    sound = {
+        verdict.contestant.name: verdict for verdict in small if _reason(verdict, bound) is None
+    }
+    verdicts = check(
+        draw(shape, case), [verdict.contestant for verdict in sound.values()], _noting(task)
+    )
     _refuse_wrong(case.name, verdicts, bound, shape)
     left = [
         Left(case.name, verdict.contestant.name, reason)
         for verdict in [*small, *verdicts]
         if (reason := _reason(verdict, bound)) is not None
     ]
-    ready = {v.contestant.name: v for v in verdicts if v.run is not None and _reason(v, bound) is None}
+    ready = {
+        v.contestant.name: v for v in verdicts if v.run is not None and _reason(v, bound) is None
+    }
     runs = {name: verdict.run for name, verdict in ready.items() if verdict.run is not None}
     timings = time_in_turns(runs, shape.device, _noting(task))
     peers = [_total(timing) for name, timing in timings.items() if not ready[name].contestant.ours]
@@ -214,7 +243,10 @@ def _refuse_wrong(case: str, verdicts: list[Verdict], bound: float, shape: Shape
 
 def _worst(verdict: Verdict) -> str:
     """The result with the largest error; NaN is larger than any."""
-    return max(verdict.errors, key=lambda name: (verdict.errors[name] != verdict.errors[name], verdict.errors[name]))
+    return max(
+        verdict.errors,
+        key=lambda name: (verdict.errors[name] != verdict.errors[name], verdict.errors[name]),
+    )
 
 
 def compare(rows: list[Row]) -> list[Ratio]:
@@ -237,7 +269,10 @@ def _noting(task: Task, before: str = "") -> Notify:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
     cudnn = torch.backends.cudnn.version()
     versions["cudnn"] = None if cudnn is None else str(cudnn)
     for package in PACKAGES:

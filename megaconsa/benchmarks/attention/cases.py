@@ -42,7 +42,10 @@ class Shape:
 
         The window shrinks too, since one key too many weighs little in a long one.
         """
-        length, window = _shrunk(self.length, CHECKED_LENGTH), _shrunk(self.window, CHECKED_LENGTH // 4)
+        length, window = (
+            _shrunk(self.length, CHECKED_LENGTH),
+            _shrunk(self.window, CHECKED_LENGTH // 4),
+        )
         return replace(self, batch=min(self.batch, 2), length=length, window=window)
 
 
@@ -61,7 +64,10 @@ class Case:
         A head counts as full where its gate is above 0: the windowed output is a part of that pass.
         """
         gate = (0.0,) * len(self.windows) if self.gate is None else self.gate
-        return sum(visible_pairs(length, length if z > 0 else window) for window, z in zip(self.windows, gate, strict=True))
+        return sum(
+            visible_pairs(length, length if z > 0 else window)
+            for window, z in zip(self.windows, gate, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,18 @@ def all_cases(shape: Shape) -> list[Case]:
         Case("window", f"every head W={window}", windowed, None),
         Case("mixed", f"full and W={window} heads in turn", mixed, None),
         Case("gated", "every z = 0.5", windowed, (0.5,) * count),
-        Case("gated-half", "z = 1 and 0 in turn: the heads of mixed", windowed, tuple((1.0, 0.0)[h % 2] for h in range(count))),
-        Case("gated-partly", "3 of 8 gates at 0: z = " + ", ".join(f"{z:g}" for z in partly), windowed, partly),
+        Case(
+            "gated-half",
+            "z = 1 and 0 in turn: the heads of mixed",
+            windowed,
+            tuple((1.0, 0.0)[h % 2] for h in range(count)),
+        ),
+        Case(
+            "gated-partly",
+            "3 of 8 gates at 0: z = " + ", ".join(f"{z:g}" for z in partly),
+            windowed,
+            partly,
+        ),
     ]
 
 
@@ -106,6 +122,15 @@ def draw(shape: Shape, case: Case) -> Inputs:
         size = (shape.batch, shape.length, heads, shape.head_dim)
         return torch.randn(size, generator=generator, device=shape.device, dtype=shape.dtype)
 
-    q, k, v, gradient = normal(shape.heads), normal(shape.kv_heads), normal(shape.kv_heads), normal(shape.heads)
-    gate = None if case.gate is None else torch.tensor(case.gate, device=shape.device, dtype=torch.float32)
+    q, k, v, gradient = (
+        normal(shape.heads),
+        normal(shape.kv_heads),
+        normal(shape.kv_heads),
+        normal(shape.heads),
+    )
+    gate = (
+        None
+        if case.gate is None
+        else torch.tensor(case.gate, device=shape.device, dtype=torch.float32)
+    )
     return Inputs(shape, case, q, k, v, gradient, gate)

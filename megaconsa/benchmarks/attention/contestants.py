@@ -141,23 +141,33 @@ class Peer:
 
     def serves(self, case: Case) -> bool:
         """Gates are served by two launches, full and windowed: what a gate costs without a kernel for it."""
-        return case.name == "dense" or (self.windowed and (case.gate is None or self.launch_per_window))
+        return case.name == "dense" or (
+            self.windowed and (case.gate is None or self.launch_per_window)
+        )
 
     def refusal(self, inputs: Inputs) -> str | None:
         return None if inputs.shape.device.type == "cuda" else f"{self.name} needs a CUDA GPU"
 
     def prepare(self, inputs: Inputs) -> Run:
-        launches = [_Launch.make(inputs, heads, windows, weight, self) for heads, windows, weight in self._split(inputs)]
+        launches = [
+            _Launch.make(inputs, heads, windows, weight, self)
+            for heads, windows, weight in self._split(inputs)
+        ]
         functions = [self.build(inputs.shape, launch.windows) for launch in launches]
 
         def forward() -> Tensors:
-            return tuple(function(*launch.leaves) for function, launch in zip(functions, launches, strict=True))
+            return tuple(
+                function(*launch.leaves)
+                for function, launch in zip(functions, launches, strict=True)
+            )
 
         def collect(outputs: Tensors, gradients: Tensors) -> Results:
             return _collect(inputs, launches, self._canonical(outputs), self._canonical(gradients))
 
         leaves = tuple(leaf for launch in launches for leaf in launch.leaves)
-        return Run(len(launches), leaves, forward, tuple(launch.gradient for launch in launches), collect)
+        return Run(
+            len(launches), leaves, forward, tuple(launch.gradient for launch in launches), collect
+        )
 
     def _split(self, inputs: Inputs) -> list[tuple[list[int], tuple[int, ...], Tensor | None]]:
         """KV heads, windows and weight of the output (one per KV head) of each launch."""
@@ -168,7 +178,10 @@ class Peer:
         if not self.launch_per_window:
             return [(every, windows, None)]
         kinds = sorted(set(windows), reverse=True)
-        return [([head for head in every if windows[head] == kind], (kind,) * windows.count(kind), None) for kind in kinds]
+        return [
+            ([head for head in every if windows[head] == kind], (kind,) * windows.count(kind), None)
+            for kind in kinds
+        ]
 
     def _native(self, x: Tensor) -> Tensor:
         """(B, S, heads, D) in the peer's layout, contiguous."""
@@ -191,7 +204,13 @@ class _Launch:
     gradient: Tensor
 
     @staticmethod
-    def make(inputs: Inputs, heads: list[int], windows: tuple[int, ...], weight: Tensor | None, peer: Peer) -> _Launch:
+    def make(
+        inputs: Inputs,
+        heads: list[int],
+        windows: tuple[int, ...],
+        weight: Tensor | None,
+        peer: Peer,
+    ) -> _Launch:
         group = inputs.shape.group
         queries = query_heads(heads, group)
         weight = None if weight is None else weight.repeat_interleave(group)[:, None]
@@ -203,13 +222,19 @@ class _Launch:
         return _Launch(heads, queries, windows, weight, leaves, peer._native(gradient))
 
 
-def _collect(inputs: Inputs, launches: list[_Launch], outputs: Tensors, gradients: Tensors) -> Results:
+def _collect(
+    inputs: Inputs, launches: list[_Launch], outputs: Tensors, gradients: Tensors
+) -> Results:
     """The launches' results put together in fp32, outside the time measured."""
-    wide = [torch.zeros_like(x, dtype=torch.float32) for x in (inputs.q, inputs.q, inputs.k, inputs.v)]
+    wide = [
+        torch.zeros_like(x, dtype=torch.float32) for x in (inputs.q, inputs.q, inputs.k, inputs.v)
+    ]
     results = dict(zip(("out", "dq", "dk", "dv"), wide, strict=True))
     for index, (launch, out) in enumerate(zip(launches, outputs, strict=True)):
         dq, dk, dv = gradients[3 * index : 3 * index + 3]
-        results["out"][:, :, launch.queries] += out if launch.weight is None else launch.weight * out
+        results["out"][:, :, launch.queries] += (
+            out if launch.weight is None else launch.weight * out
+        )
         results["dq"][:, :, launch.queries] += dq
         results["dk"][:, :, launch.heads] += dk
         results["dv"][:, :, launch.heads] += dv

@@ -23,7 +23,12 @@ def contestants(device: torch.device) -> list[Contestant]:
     """
     if device.type != "cuda":
         return [OurBackend("sdpa"), OurBackend("reference")]
-    return [OurBackend("triton"), OurBackend("flash", sorted_heads=True), OurBackend("sdpa"), *PEERS]
+    return [
+        OurBackend("triton"),
+        OurBackend("flash", sorted_heads=True),
+        OurBackend("sdpa"),
+        *PEERS,
+    ]
 
 
 def _flash_attention_4(shape: Shape, windows: tuple[int, ...]) -> Attention:
@@ -32,7 +37,9 @@ def _flash_attention_4(shape: Shape, windows: tuple[int, ...]) -> Attention:
     limits = (None, None) if window >= shape.length else (window - 1, 0)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = flash_attn_func(q, k, v, softmax_scale=shape.scale, causal=True, window_size=limits)[0]
+        out: Tensor = flash_attn_func(
+            q, k, v, softmax_scale=shape.scale, causal=True, window_size=limits
+        )[0]
         return out
 
     return attention
@@ -42,7 +49,9 @@ def _sdpa(backend: SDPBackend) -> Callable[[Shape, tuple[int, ...]], Attention]:
     def build(shape: Shape, windows: tuple[int, ...]) -> Attention:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
+                return scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True
+                )
 
         return attention
 
@@ -70,7 +79,9 @@ def _flex_attention(shape: Shape, windows: tuple[int, ...]) -> Attention:
     mask_mod = mixed if not same else causal if window >= shape.length else windowed
     heads = None if same else shape.heads
     # Uncompiled, it would hold a boolean for every pair of every head.
-    mask = create_block_mask(mask_mod, None, heads, shape.length, shape.length, shape.device, _compile=True)
+    mask = create_block_mask(
+        mask_mod, None, heads, shape.length, shape.length, shape.device, _compile=True
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,8 +94,26 @@ def _flex_attention(shape: Shape, windows: tuple[int, ...]) -> Attention:
 FLASH_ATTENTION_4 = "FlashAttention 4"
 FLEX_ATTENTION = "FlexAttention"
 PEERS = [
-    Peer(FLASH_ATTENTION_4, _flash_attention_4, heads_first=False, windowed=True, launch_per_window=True),
-    Peer("cuDNN (SDPA)", _sdpa(SDPBackend.CUDNN_ATTENTION), heads_first=True, windowed=False, launch_per_window=False),
-    Peer("FlashAttention 2 (SDPA)", _sdpa(SDPBackend.FLASH_ATTENTION), heads_first=True, windowed=False, launch_per_window=False),
+    Peer(
+        FLASH_ATTENTION_4,
+        _flash_attention_4,
+        heads_first=False,
+        windowed=True,
+        launch_per_window=True,
+    ),
+    Peer(
+        "cuDNN (SDPA)",
+        _sdpa(SDPBackend.CUDNN_ATTENTION),
+        heads_first=True,
+        windowed=False,
+        launch_per_window=False,
+    ),
+    Peer(
+        "FlashAttention 2 (SDPA)",
+        _sdpa(SDPBackend.FLASH_ATTENTION),
+        heads_first=True,
+        windowed=False,
+        launch_per_window=False,
+    ),
     Peer(FLEX_ATTENTION, _flex_attention, heads_first=True, windowed=True, launch_per_window=False),
 ]

@@ -16,7 +16,10 @@ def errors_table(checked: dict[str, list[Verdict]]) -> Table:
         table.add_row(f"[bold]{case}")
         for verdict in verdicts:
             if verdict.errors:
-                errors = [f"{verdict.errors[name]:.1e}" if name in verdict.errors else "" for name in names]
+                errors = [
+                    f"{verdict.errors[name]:.1e}" if name in verdict.errors else ""
+                    for name in names
+                ]
                 table.add_row(f"  {verdict.contestant.name}", *errors)
     return table
 
@@ -32,7 +35,14 @@ def times_table(benchmark: Benchmark) -> Table:
         name = f"  {row.contestant}" + (f" x {row.launches}" if row.launches > 1 else "")
         times = [f"{x:.3f}" for x in (row.forward.median, row.backward.median, row.total_ms)]
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-        table.add_row(name, *times, f"{row.tflops:.3g}", ratio, f"{row.error:.1e}", style="bold" if row.ours else None)
+        table.add_row(
+            name,
+            *times,
+            f"{row.tflops:.3g}",
+            ratio,
+            f"{row.error:.1e}",
+            style="bold" if row.ours else None,
+        )
     return table
 
 
@@ -50,7 +60,10 @@ def footer(benchmark: Benchmark) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for left in benchmark.left:
         reasons.setdefault((left.contestant, left.reason), []).append(left.case)
-    lines += [f"not timed: {name} ({', '.join(cases)}): {reason}" for (name, reason), cases in reasons.items()]
+    lines += [
+        f"not timed: {name} ({', '.join(cases)}): {reason}"
+        for (name, reason), cases in reasons.items()
+    ]
     return lines
 
 

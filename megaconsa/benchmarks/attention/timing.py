@@ -80,7 +80,9 @@ def _verdict(contestant: Contestant, inputs: Inputs, expected: Results) -> Verdi
         return Verdict(contestant, reason="out of memory")
     except ModuleNotFoundError as error:
         return Verdict(contestant, reason=f"{error.name} is not installed", broken=contestant.ours)
-    except Exception as error:  # whatever another library raises is its own; of ours the command makes a failure
+    except (
+        Exception
+    ) as error:  # whatever another library raises is its own; of ours the command makes a failure
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Verdict(contestant, reason=lines[0][:200], broken=True)
 
@@ -113,7 +115,9 @@ def time_in_turns(runs: dict[str, Run], device: torch.device, notify: Notify) ->
         stride[name] = ROUNDS // rounds
     for index in range(ROUNDS):
         stopwatch.settle()
-        measured = {name: stopwatch.measure(run) for name, run in runs.items() if index % stride[name] == 0}
+        measured = {
+            name: stopwatch.measure(run) for name, run in runs.items() if index % stride[name] == 0
+        }
         for name, read in measured.items():
             forward, backward = read()
             timings[name].forward.append(forward)

@@ -18,7 +18,9 @@ Results = dict[str, Tensor]
 
 def truth(inputs: Inputs) -> Results:
     """Output and gradients, in fp64."""
-    wide = [torch.zeros_like(x, dtype=torch.float64) for x in (inputs.q, inputs.q, inputs.k, inputs.v)]
+    wide = [
+        torch.zeros_like(x, dtype=torch.float64) for x in (inputs.q, inputs.q, inputs.k, inputs.v)
+    ]
     results = dict(zip(("out", "dq", "dk", "dv"), wide, strict=True))
     if inputs.gate is not None:
         results["dz"] = torch.zeros_like(inputs.gate, dtype=torch.float64)
@@ -34,7 +36,9 @@ def _add_block(results: Results, inputs: Inputs, row: int, head: int, start: int
     shape = inputs.shape
     stop = min(start + BLOCK, shape.length)
     queries, group = slice(start, stop), slice(head * shape.group, (head + 1) * shape.group)
-    q, gradient = (x[row, queries, group].transpose(0, 1).double() for x in (inputs.q, inputs.gradient))
+    q, gradient = (
+        x[row, queries, group].transpose(0, 1).double() for x in (inputs.q, inputs.gradient)
+    )
     k, v = (x[row, :stop, head].double().requires_grad_() for x in (inputs.k, inputs.v))
     q.requires_grad_()
     leaves = {"dq": q, "dk": k, "dv": v}
@@ -43,13 +47,18 @@ def _add_block(results: Results, inputs: Inputs, row: int, head: int, start: int
     scores = q @ k.T * shape.scale  # (group, queries, keys)
 
     def attend(window: int) -> Tensor:
-        return scores.masked_fill((distance < 0) | (distance >= window), float("-inf")).softmax(dim=-1) @ v
+        return (
+            scores.masked_fill((distance < 0) | (distance >= window), float("-inf")).softmax(dim=-1)
+            @ v
+        )
 
     out = attend(inputs.case.windows[head])
     if inputs.gate is not None:
         leaves["dz"] = z = inputs.gate[head].double().requires_grad_()
         out = z * attend(shape.length) + (1 - z) * out
-    gradients = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), gradient), strict=True))
+    gradients = dict(
+        zip(leaves, torch.autograd.grad(out, list(leaves.values()), gradient), strict=True)
+    )
     results["out"][row, queries, group] = out.detach().transpose(0, 1)
     results["dq"][row, queries, group] = gradients["dq"].transpose(0, 1)
     results["dk"][row, :stop, head] += gradients["dk"]

@@ -13,7 +13,14 @@ from triton.testing import do_bench
 from megaconsa.benchmarks.attention.cases import Inputs, Shape, all_cases, draw
 from megaconsa.benchmarks.attention.timing import BOUNDS, errors
 from megaconsa.benchmarks.attention.truth import Results, truth
-from megaconsa.kernels.attention.launch import Launch, Table, architecture_key, forced, is_fixed, shape_key
+from megaconsa.kernels.attention.launch import (
+    Launch,
+    Table,
+    architecture_key,
+    forced,
+    is_fixed,
+    shape_key,
+)
 from megaconsa.kernels.attention.triton.operators import backward, forward
 
 CANDIDATES = {
@@ -110,8 +117,12 @@ def tune(shape: Shape, notify: Callable[[Trial], None]) -> Table:
             small, large = _Passes(draw(shape.small(), case)), _Passes(draw(shape, case))
             for step, entries in steps.items():
                 candidates = CANDIDATES[step, key.split("/")[0]]
-                best = entries[key + CASES[case.name]] = _fastest(step, candidates, small, large, notify)
-                if step == "forward":  # the last candidate may have left wrong results to the backward pass, or none
+                best = entries[key + CASES[case.name]] = _fastest(
+                    step, candidates, small, large, notify
+                )
+                if (
+                    step == "forward"
+                ):  # the last candidate may have left wrong results to the backward pass, or none
                     with forced(forward=best, backward=best):
                         small.forward(), large.forward()
     return {architecture_key(torch.cuda.get_device_capability(shape.device)): steps}
@@ -122,25 +133,48 @@ class _Passes:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.gate = None if inputs.gate is None else inputs.gate.expand(inputs.shape.batch, -1).contiguous()
+        self.gate = (
+            None if inputs.gate is None else inputs.gate.expand(inputs.shape.batch, -1).contiguous()
+        )
         self.saved: tuple[Tensor, ...] = ()
 
     def forward(self) -> Results:
         inputs = self.inputs
-        self.saved = forward(inputs.q, inputs.k, inputs.v, inputs.case.windows, self.gate, None, None, inputs.shape.scale)
+        self.saved = forward(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.case.windows,
+            self.gate,
+            None,
+            None,
+            inputs.shape.scale,
+        )
         return {"out": self.saved[0]}
 
     def backward(self) -> Results:
         inputs = self.inputs
         gradients = backward(
-            inputs.gradient, inputs.q, inputs.k, inputs.v, inputs.case.windows, self.gate, None, inputs.shape.scale, *self.saved
+            inputs.gradient,
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.case.windows,
+            self.gate,
+            None,
+            inputs.shape.scale,
+            *self.saved,
         )
         results = dict(zip(("dq", "dk", "dv"), gradients, strict=False))
         return results if self.gate is None else results | {"dz": gradients[3].sum(0)}
 
 
 def _fastest(
-    step: str, candidates: tuple[Launch, ...], small: _Passes, large: _Passes, notify: Callable[[Trial], None]
+    step: str,
+    candidates: tuple[Launch, ...],
+    small: _Passes,
+    large: _Passes,
+    notify: Callable[[Trial], None],
 ) -> Launch:
     """The candidate with the shortest median among those that give the truth on the small problem."""
     expected, bound = truth(small.inputs), BOUNDS[small.inputs.shape.dtype]
@@ -151,8 +185,15 @@ def _fastest(
             with forced(forward=launch, backward=launch):
                 results = getattr(small, step)()
                 # Written so that NaN is wrong.
-                if all(error <= bound for error in errors(results, {n: expected[n] for n in results}, small.inputs).values()):
-                    milliseconds = timed[launch] = do_bench(getattr(large, step), return_mode="median")
+                if all(
+                    error <= bound
+                    for error in errors(
+                        results, {n: expected[n] for n in results}, small.inputs
+                    ).values()
+                ):
+                    milliseconds = timed[launch] = do_bench(
+                        getattr(large, step), return_mode="median"
+                    )
                 else:
                     reason = "wrong"
         except OutOfResources:

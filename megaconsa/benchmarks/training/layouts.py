@@ -36,7 +36,9 @@ class Layout:
         for part in text.split(","):
             axis, _, size = part.strip().partition("=")
             if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-                raise InputError(f"--topology {text} is not of the form tensor=2,pipeline=2,data=2; leave out what is 1")
+                raise InputError(
+                    f"--topology {text} is not of the form tensor=2,pipeline=2,data=2; leave out what is 1"
+                )
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -60,7 +62,9 @@ class Measurement:
         return asdict(self)
 
 
-def measure(layout: Layout, result: dict[str, Any], skip: int, first: dict[str, Any]) -> Measurement:
+def measure(
+    layout: Layout, result: dict[str, Any], skip: int, first: dict[str, Any]
+) -> Measurement:
     """result, first: what megaconsa.benchmarks.training.rank wrote for this layout and for the one to compare with."""
 
     def seconds(rows: list[dict[str, Any]]) -> float:
@@ -75,7 +79,10 @@ def measure(layout: Layout, result: dict[str, Any], skip: int, first: dict[str, 
         median(shares) if shares else None,
         result["memory_gib"],
         seconds(first["rows"]) / own,
-        max(abs(row["loss"] / other["loss"] - 1) for row, other in zip(rows, first["rows"], strict=True)),
+        max(
+            abs(row["loss"] / other["loss"] - 1)
+            for row, other in zip(rows, first["rows"], strict=True)
+        ),
         [row["loss"] for row in rows],
     )
 
@@ -86,6 +93,12 @@ def training_table(measurements: list[Measurement]) -> Table:
         table.add_column(name, justify="right")
     for m in measurements:
         mfu = "-" if m.mfu is None else f"{m.mfu:.1%}"
-        figures = [f"{m.tokens_per_second:,.0f}", f"{m.speedup:.2f}", mfu, f"{m.memory_gib:.1f} GiB", f"{m.loss_deviation:.2%}"]
+        figures = [
+            f"{m.tokens_per_second:,.0f}",
+            f"{m.speedup:.2f}",
+            mfu,
+            f"{m.memory_gib:.1f} GiB",
+            f"{m.loss_deviation:.2%}",
+        ]
         table.add_row(str(m.layout), str(m.layout.processes), *figures)
     return table

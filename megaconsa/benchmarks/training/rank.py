@@ -27,7 +27,9 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
     world = join()
     try:
         inputs = check_inputs(config, world)
-        mesh = initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world)
+        mesh = initialize(
+            config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
+        )
         trainer = build_trainer(inputs, mesh)
         rows = [trainer.step() for _ in range(config.training.steps)]
         memory = torch.tensor(rows[-1]["memory_gib"], device=mesh.device)
@@ -38,7 +40,9 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
         sys.exit(failures.end(error, out.parent, world, None))
     leave()
     if mesh.is_main:
-        replace_text(out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}))
+        replace_text(
+            out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type})
+        )
 
 
 if __name__ == "__main__":

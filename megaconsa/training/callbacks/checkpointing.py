@@ -32,11 +32,21 @@ FAILED_SAVES = 2
 
 
 class Checkpointing(Callback):
-    def __init__(self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]
+    ) -> None:
         """description: what state.json says beside the trainer's progress (configuration, shape, data)."""
         self.run, self.every, self.description = run, section.every, description
         self.seconds = 60 * section.minutes
-        self.writer = Writer(run, section.keep, section.keep_every, world.rank, world.size, world.launch, world.exchange)
+        self.writer = Writer(
+            run,
+            section.keep,
+            section.keep_every,
+            world.rank,
+            world.size,
+            world.launch,
+            world.exchange,
+        )
         self.staging = Staging()
         self.longest_save: float | None = None
         """Seconds from the beginning of a save to its commit; None before the first has ended."""
@@ -52,7 +62,9 @@ class Checkpointing(Callback):
     def on_start(self, trainer: Trainer) -> None:
         self._saved_at = time.monotonic()
         if not (self.every or self.seconds):
-            logger.warning("no checkpoint before the last step: a lost node would lose the whole run; set checkpoint.minutes")
+            logger.warning(
+                "no checkpoint before the last step: a lost node would lose the whole run; set checkpoint.minutes"
+            )
         if trainer.mesh.is_main:
             self.writer.clean()
 
@@ -68,7 +80,11 @@ class Checkpointing(Callback):
         if last or (self.due and not trainer.progress.bad_steps.in_row):
             self.due = False
             self.save(trainer, row)
-        elif trainer.mesh.is_main and self.seconds and time.monotonic() - self._saved_at > self.seconds:
+        elif (
+            trainer.mesh.is_main
+            and self.seconds
+            and time.monotonic() - self._saved_at > self.seconds
+        ):
             # Clocks of ranks differ: the main rank's decides, and the others hear of it with the next step.
             trainer.request_save()
         if last:
@@ -117,7 +133,9 @@ class Checkpointing(Callback):
             moments,
             _random_states(trainer.mesh.device),
             state if main else None,
-            {name: value.detach().cpu().clone() for name, value in gates.state().items()} if gates else None,
+            {name: value.detach().cpu().clone() for name, value in gates.state().items()}
+            if gates
+            else None,
             trainer.allocation if main else None,
         )
         self._stall = time.monotonic() - started
@@ -142,12 +160,20 @@ class Checkpointing(Callback):
             # Ranks hear of the end of a write at different steps: they end together after the next.
             trainer.request_stop(Stop.UNSAVED)
         if result.error is not None and trainer.mesh.is_main:
-            incidents.record(self.run, "checkpoint", f"it could not be written: {result.error}", step=result.step, rank=0)
+            incidents.record(
+                self.run,
+                "checkpoint",
+                f"it could not be written: {result.error}",
+                step=result.step,
+                rank=0,
+            )
             logger.error(
                 "the checkpoint of step %d could not be written: %s; older checkpoints are whole; %s",
                 result.step,
                 result.error,
-                "training goes on, and ends if the next one fails too" if self.failed < FAILED_SAVES else "the run ends",
+                "training goes on, and ends if the next one fails too"
+                if self.failed < FAILED_SAVES
+                else "the run ends",
             )
 
     def _count(self, result: Result) -> None:

@@ -24,7 +24,13 @@ class IncidentLog(Callback):
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if trainer.fault is not None:
-            incidents.record(self.run, "skipped", f"the step was not applied: {trainer.fault}", step=row["step"], rank=0)
+            incidents.record(
+                self.run,
+                "skipped",
+                f"the step was not applied: {trainer.fault}",
+                step=row["step"],
+                rank=0,
+            )
         if trainer.stop in STOPS:
             kind: incidents.Kind = "rewind" if trainer.stop is Stop.REWIND else "stop"
             incidents.record(self.run, kind, STOPS[trainer.stop], step=row["step"], rank=0)

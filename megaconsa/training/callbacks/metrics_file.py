@@ -74,7 +74,9 @@ class MetricsFile(Callback):
             self.written = self._append(rows)
         except OSError as error:
             if not self.failing:
-                logger.error("%s cannot be written: %s; its rows wait in memory", self.path, error.strerror)
+                logger.error(
+                    "%s cannot be written: %s; its rows wait in memory", self.path, error.strerror
+                )
             self.failing = True
             return
         self.failing = False

@@ -37,7 +37,9 @@ class Prometheus(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.held |= {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.held |= {"steps": self.steps, "last_step_timestamp_seconds": time.time()}
-        if time.monotonic() - self.written >= EVERY_SECONDS and (self.writing is None or self.writing.done()):
+        if time.monotonic() - self.written >= EVERY_SECONDS and (
+            self.writing is None or self.writing.done()
+        ):
             if self.writing is not None:
                 self.writing.result()  # raises what was no fault of the disk
             self.written = time.monotonic()

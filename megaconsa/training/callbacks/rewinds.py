@@ -27,7 +27,10 @@ class Rewinds(Callback):
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if trainer.stop is Stop.REWIND:
-            found = [*_read(self.run), {"step": row["step"], "sequences": trainer.progress.sequences}]
+            found = [
+                *_read(self.run),
+                {"step": row["step"], "sequences": trainer.progress.sequences},
+            ]
             replace_text(self.run / NAME, json.dumps(found, indent=1) + "\n")
 
 
@@ -41,7 +44,10 @@ def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
 def _read(run: Path) -> list[dict[str, int]]:
     path = run / NAME
     try:
-        return [{name: int(entry[name]) for name in ("step", "sequences")} for entry in json.loads(read_text(path))]
+        return [
+            {name: int(entry[name]) for name in ("step", "sequences")}
+            for entry in json.loads(read_text(path))
+        ]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError):

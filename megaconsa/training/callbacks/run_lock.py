@@ -72,7 +72,9 @@ class Holder:
         environment = os.environ
         job = environment.get("SLURM_JOB_ID", "")
         if "SLURM_ARRAY_JOB_ID" in environment:
-            job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+            job = (
+                f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+            )
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -107,7 +109,9 @@ class RunLock(Callback):
         except OSError as error:
             raise InputError(f"run.dir={run} cannot be written: {error.strerror}") from None
         if before is not None:
-            logger.info("the last run in %s, of %s, ended without a word; its lock is void", run, before)
+            logger.info(
+                "the last run in %s, of %s, ended without a word; its lock is void", run, before
+            )
         _held[self.own.token] = self
         self._released = threading.Event()
         self._guard = threading.Lock()
@@ -145,7 +149,9 @@ class RunLock(Callback):
                 return
             mine.replace(self.path)
         except FileNotFoundError:
-            if _read(self.path) != self.own:  # otherwise the answer to the first of two tries was lost
+            if (
+                _read(self.path) != self.own
+            ):  # otherwise the answer to the first of two tries was lost
                 raise
         finally:
             mine.unlink(missing_ok=True)
@@ -300,7 +306,9 @@ def _parse(text: str) -> Holder | None:
         return None
     try:
         content = json.loads(text)
-        known = {field.name: content[field.name] for field in fields(Holder) if field.name in content}
+        known = {
+            field.name: content[field.name] for field in fields(Holder) if field.name in content
+        }
         return Holder(**known)
     except (ValueError, TypeError):
         return UNKNOWN

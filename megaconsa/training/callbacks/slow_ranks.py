@@ -42,7 +42,9 @@ class SlowRanks(Callback):
         if row["step"] % EVERY and row["step"] != trainer.training.steps:
             return
         done, self.steps = self.steps - 1, 1
-        seconds, memory = zip(*self.mesh.gather(self.seconds / done, row["memory_gib"]), strict=True)
+        seconds, memory = zip(
+            *self.mesh.gather(self.seconds / done, row["memory_gib"]), strict=True
+        )
         self.seconds = 0.0
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         row |= {

@@ -26,7 +26,11 @@ class TensorBoard(Callback):
         try:
             self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
         except OSError as error:
-            logger.error("TensorBoard cannot write to %s: %s; training goes on without it", self.folder, error.strerror)
+            logger.error(
+                "TensorBoard cannot write to %s: %s; training goes on without it",
+                self.folder,
+                error.strerror,
+            )
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if self.writer is None:
@@ -34,7 +38,10 @@ class TensorBoard(Callback):
         try:
             self._write(self.writer, trainer, row)
         except OSError as error:  # raised by its thread, some steps ago
-            logger.error("TensorBoard's events cannot be written: %s; there are none from here on", error.strerror)
+            logger.error(
+                "TensorBoard's events cannot be written: %s; there are none from here on",
+                error.strerror,
+            )
             self.writer = None
 
     def _write(self, writer: SummaryWriter, trainer: Trainer, row: Row) -> None:

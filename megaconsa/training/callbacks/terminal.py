@@ -16,7 +16,9 @@ class Terminal(Callback):
         self.task: Task | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        self.task = self.stack.enter_context(progress(self.description, trainer.training.steps, "steps"))
+        self.task = self.stack.enter_context(
+            progress(self.description, trainer.training.steps, "steps")
+        )
         self.task.advance(trainer.progress.step)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:

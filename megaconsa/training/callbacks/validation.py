@@ -26,4 +26,6 @@ class Validation(Callback):
         """Mean loss in nats per labelled token of the held-out sequences."""
         labelled = labelled_tokens(self.batches, trainer.mesh)
         with trainer.gates.binarized() if trainer.gates else nullcontext():
-            return trainer.engine.evaluate(carries(self.batches, labelled, trainer.mesh), self.count)
+            return trainer.engine.evaluate(
+                carries(self.batches, labelled, trainer.mesh), self.count
+            )

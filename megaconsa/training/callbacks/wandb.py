@@ -55,7 +55,9 @@ class WandB(Callback):
 
         known = wandb.Settings.model_fields  # older versions lack some
         limits = {
-            name: seconds for name, seconds in LIMITS.items() if name in known and f"WANDB_{name.upper()}" not in os.environ
+            name: seconds
+            for name, seconds in LIMITS.items()
+            if name in known and f"WANDB_{name.upper()}" not in os.environ
         }
         with _without_questions():
             self.logged = wandb.init(

@@ -97,7 +97,11 @@ class Watchdog(Callback):
     def _give_up(self, seconds: float) -> None:
         assert self.trainer is not None
         where = traceback.extract_stack(sys._current_frames()[self.main])[-1]
-        usual = f"a step usually takes {median(self.seconds):.3g} s" if self.seconds else "no step was timed yet"
+        usual = (
+            f"a step usually takes {median(self.seconds):.3g} s"
+            if self.seconds
+            else "no step was timed yet"
+        )
         found = f"nothing has moved for {seconds:.0f} s ({usual}): the main thread is in {where.name} ({where.filename}:{where.lineno})"
         try:
             found += f"; stacks and collectives lie in {self._leave_evidence(found)}"
@@ -105,7 +109,15 @@ class Watchdog(Callback):
             faulthandler.dump_traceback(2)
             found += f"; its stacks are printed above, for {self.run} cannot be written: {error.strerror}"
         time.sleep(GRACE_SECONDS)
-        failures.end(RunError(found), self.run, self.world, self.trainer.progress.step + 1, code=LOST, kind="hang", always=True)
+        failures.end(
+            RunError(found),
+            self.run,
+            self.world,
+            self.trainer.progress.step + 1,
+            code=LOST,
+            kind="hang",
+            always=True,
+        )
 
     def _leave_evidence(self, found: str) -> Path:
         """Writes RUN/incidents/LAUNCH/rank_N.txt, the stacks of all threads, and rank_N.json, the collectives that are not done."""
@@ -113,11 +125,17 @@ class Watchdog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank_{self.world.rank}.txt"
         with path.open("w") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  rank {self.world.rank} of {self.world.size}: {found}\n\n")
+            file.write(
+                f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  rank {self.world.rank} of {self.world.size}: {found}\n\n"
+            )
             file.flush()
             faulthandler.dump_traceback(file)
         # torch's flight recorder; for what each field says, see its documentation.
         recorder: Any = c10d  # of which torch's stubs say nothing
-        dump = recorder._dump_nccl_trace_json if self.world.device.type == "cuda" else recorder._dump_fr_trace_json
+        dump = (
+            recorder._dump_nccl_trace_json
+            if self.world.device.type == "cuda"
+            else recorder._dump_fr_trace_json
+        )
         path.with_suffix(".json").write_bytes(dump(True, False))
         return path.parent
