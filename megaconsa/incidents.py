@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megaconsa import run_folder
+
 logger = logging.getLogger(__name__)
 
-NAME = "incidents.jsonl"
-FOLDER = "incidents"
-"""Of a run: longer evidence, a folder for each launch."""
 Kind = Literal["stop", "skipped", "rewind", "slow_rank", "checkpoint", "error", "lost_rank", "hang"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -33,21 +32,28 @@ def record(run: Path, kind: Kind, text: str, *, step: int | None, rank: int) -> 
     }
     try:
         # In one write: ranks of one machine append to the same file.
-        descriptor = os.open(run / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(
+            run / run_folder.INCIDENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666
+        )
         try:
             os.write(descriptor, json.dumps(entry).encode() + b"\n")
         finally:
             os.close(descriptor)
     except OSError as error:
         logger.error(
-            "%s cannot be written: %s; it would have said: %s", run / NAME, error.strerror, text
+            "%s cannot be written: %s; it would have said: %s",
+            run / run_folder.INCIDENTS,
+            error.strerror,
+            text,
         )
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """A run's incidents in the order of their writing; lines that are torn or foreign are left out, and a missing file is none."""
     try:
-        lines = (run / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (
+            (run / run_folder.INCIDENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     except OSError:
         return []
     found = []

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megaconsa import run_folder
+
 PATHS = (("run", "dir"), ("model", "init_from"), ("allocation", "file"), ("data", "path"))
 """Section and field of every path in a configuration."""
 
@@ -53,7 +55,7 @@ def has_moved_to(folder: Path, config: dict[str, Any]) -> bool:
     A copy of a run that is still there has not moved.
     """
     old = _run_dir(config)
-    is_run = (folder / "metrics.jsonl").is_file() and (folder / "checkpoints").is_dir()
+    is_run = (folder / run_folder.METRICS).is_file() and (folder / run_folder.CHECKPOINTS).is_dir()
     return (
         is_run
         and old is not None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megaconsa import run_folder
 from megaconsa.console import check_out, console, run_tool
 
 
@@ -100,7 +101,7 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     import subprocess
     import sys
 
-    from megaconsa.cluster.bad_nodes import FAILURES, FIRST
+    from megaconsa.cluster.bad_nodes import FIRST
     from megaconsa.errors import RunError
 
     launcher = [
@@ -121,7 +122,7 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        first = out.parent.glob(f"{FAILURES}/*/{FIRST}")
+        first = out.parent.glob(f"{run_folder.FAILURES}/*/{FIRST}")
         said = [path.read_text() for path in first] or [done.stderr[-3000:]]
         raise RunError(f"{processes} processes failed:\n{said[0]}")
     result: dict[str, object] = json.loads(out.read_text())

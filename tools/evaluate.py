@@ -91,9 +91,9 @@ def main(
 
     from megaconsa.errors import InputError
     from megaconsa.evaluation.evaluate import evaluate
+    from megaconsa.evaluation.picture import FILE, save_picture
     from megaconsa.evaluation.settings import Request, find_device
-    from megaconsa.reporting import evaluation_picture
-    from megaconsa.reporting.evaluation_table import evaluation_table, footer
+    from megaconsa.evaluation.table import evaluation_table, footer
 
     if task_folder is not None and not task:
         raise InputError(f"--task-folder {task_folder} without --task NAME; name the tasks to run")
@@ -116,8 +116,8 @@ def main(
             batch_tokens=batch_tokens,
         )
     )
-    picture = out / evaluation_picture.FILE
-    evaluation_picture.save_picture(evaluation, picture)
+    picture = out / FILE
+    save_picture(evaluation, picture)
     console.print(evaluation_table(evaluation))
     for line in footer(evaluation):
         console.print(line, markup=False)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megaconsa import run_folder
 from megaconsa.console import check_out, console, run_tool
 
 FAR = 0.05
@@ -77,7 +78,7 @@ def main(
     }
     allocation = Allocation.from_table(table, constraint, bank.settings.window, origin)
     if out == Path():
-        out = checkpoint.path.resolve().parent.parent / "allocation.json"
+        out = checkpoint.path.resolve().parent.parent / run_folder.ALLOCATION
     check_out(out)
     steps = bank.settings.steps
     distance = float((constraint.sparsities(bank.gates.open_probability) - sparsity).abs().max())

@@ -36,8 +36,8 @@ def main(
 
     from megaconsa.config import load
     from megaconsa.console import console
-    from megaconsa.reporting.plan import make_plan
-    from megaconsa.reporting.plan_table import plan_table
+    from megaconsa.planning.plan import make_plan
+    from megaconsa.planning.table import plan_table
 
     plan = make_plan(load(config, overrides), gpus, device, mfu, context)
     if json:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from megaconsa import run_folder
 from megaconsa.console import console, run_tool
 
 
@@ -33,7 +34,7 @@ def main(
     started = time.monotonic()
     yaml = Path(configs.__file__).parent
     data, learn, train = folder / "data", folder / "learn", folder / "train"
-    allocation, exported = folder / "allocation.json", folder / "hf"
+    allocation, exported = folder / run_folder.ALLOCATION, folder / "hf"
 
     _say("Collect Python's own sources, train a tokenizer on them, pack them into shards")
     _run(

@@ -33,6 +33,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaconsa import run_folder
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data import TOKENIZER
 from megaconsa.errors import InputError
@@ -45,7 +46,6 @@ from megaconsa.tensor_files import TensorFiles
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d+)")
 CHECKING_THREADS = 8
@@ -216,7 +216,7 @@ def newest(run: Path) -> Checkpoint | None:
         logger.warning("checkpoint %s is passed over: %s", path, faults[0])
     if paths:
         raise InputError(
-            f"none of the {len(paths)} checkpoints in {run / FOLDER} is usable (of the oldest: {faults[0]}); "
+            f"none of the {len(paths)} checkpoints in {run / run_folder.CHECKPOINTS} is usable (of the oldest: {faults[0]}); "
             "restore one, or remove that folder to start again"
         )
     return None
@@ -258,7 +258,7 @@ def newest_of(run: Path, count: int) -> list[Checkpoint]:
 
 def committed(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    folder = run / FOLDER
+    folder = run / run_folder.CHECKPOINTS
     try:
         names = patiently(lambda: os.listdir(folder), folder)
     except (FileNotFoundError, NotADirectoryError):

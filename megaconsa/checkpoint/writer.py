@@ -25,7 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megaconsa.checkpoint.store import FOLDER, FORMAT_VERSION, MANIFEST, checksum, committed
+from megaconsa import run_folder
+from megaconsa.checkpoint.store import FORMAT_VERSION, MANIFEST, checksum, committed
 from megaconsa.consa.allocation import Allocation
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Writer:
 
     def clean(self) -> None:
         """Removes what a killed process left of its last write. On the main rank, before any rank writes."""
-        for leftover in (self.run / FOLDER).glob(".step_*"):
+        for leftover in (self.run / run_folder.CHECKPOINTS).glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, snapshot: Snapshot, stall: float = 0.0) -> None:
@@ -137,7 +138,7 @@ class Writer:
         """Writes this rank's files and commits with the others; returns what went wrong."""
         # Of this launch alone: ranks of one before whose main rank was killed may still be writing.
         launch = f".{self.launch}" if self.launch else ""
-        temporary = self.run / FOLDER / f".step_{snapshot.step}{launch}.tmp"
+        temporary = self.run / run_folder.CHECKPOINTS / f".step_{snapshot.step}{launch}.tmp"
         files: dict[str, dict[str, Any]] = {}
         error = None
         try:

@@ -6,10 +6,9 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from megaconsa import run_folder
 from megaconsa.parallel.launcher import START_FORMAT
 
-FAILURES = "failures"
-"""In the run folder: a folder for each start that an error ended, named by when it began."""
 FIRST = "first.txt"
 """What the rank that failed first wrote."""
 DIED = "died without a word"
@@ -28,7 +27,7 @@ def suspects(run: Path, since: datetime | None) -> list[str]:
 
     since: an earlier failure. A start before it was looked at then, and the newest left nothing.
     """
-    starts = sorted((run / FAILURES).glob(f"*/{FIRST}"))
+    starts = sorted((run / run_folder.FAILURES).glob(f"*/{FIRST}"))
     if not starts:
         return []
     try:

@@ -18,9 +18,9 @@ from megaconsa.evaluation.harness import Harness
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.models import Candidate, open_models
 from megaconsa.evaluation.needle import Needles
+from megaconsa.evaluation.record import FILE, Evaluation, ModelRecord
 from megaconsa.evaluation.settings import PARTS, Request, continued, settle
 from megaconsa.huggingface.decoding import use_kernels
-from megaconsa.reporting.evaluation_record import FILE, Evaluation, ModelRecord
 
 
 def evaluate(request: Request) -> Evaluation:

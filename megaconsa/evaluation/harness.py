@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megaconsa.errors import InputError, RunError
-from megaconsa.reporting.evaluation_record import HarnessSettings, Metric
+from megaconsa.evaluation.record import HarnessSettings, Metric
 
 TOKENS_OF_A_REQUEST = 1024
 """By which the number of requests in a batch follows from its tokens."""

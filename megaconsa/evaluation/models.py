@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megaconsa import run_folder
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def _split(name: str) -> tuple[str, Path]:
 def _check_exported(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"model {folder} is not there; give a folder that export-hf made")
-    kinds = {"a run": folder / "config.yaml", "a checkpoint": folder / "state.json"}
+    kinds = {"a run": folder / run_folder.CONFIG, "a checkpoint": folder / "state.json"}
     for kind, mark in kinds.items():
         if mark.is_file():
             raise InputError(

@@ -22,8 +22,8 @@ from torch import Tensor
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.held_out import HeldOut
+from megaconsa.evaluation.record import NeedleCell, NeedleSettings
 from megaconsa.evaluation.scoring import score
-from megaconsa.reporting.evaluation_record import NeedleCell, NeedleSettings
 
 PROMPT, ANSWER, END = "\nThe secret number of {} is", " {}", ".\n"
 """Tokenized one by one, so that needle and question are made of the same tokens."""

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.held_out import HeldOut
+from megaconsa.evaluation.record import Difference, Overall, Perplexity
 from megaconsa.evaluation.scoring import score
-from megaconsa.reporting.evaluation_record import Difference, Overall, Perplexity
 
 FIRST_BUCKET = 128
 """Positions of the first bucket; an eighth of the length where that is less."""

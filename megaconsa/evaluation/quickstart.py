@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
@@ -33,8 +34,8 @@ def try_export(exported: Path, train: Path) -> tuple[float, str]:
 
 def summary(folder: Path, difference: float) -> Table:
     """What a reader wants to know at the end, each figure read back from what the run left."""
-    learn = read_metrics(folder / "learn" / "metrics.jsonl")
-    train = read_metrics(folder / "train" / "metrics.jsonl")
+    learn = read_metrics(folder / "learn" / run_folder.METRICS)
+    train = read_metrics(folder / "train" / run_folder.METRICS)
     gates = learn[-1]
     validation = [row["validation_loss"] for row in train if "validation_loss" in row]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -49,7 +50,7 @@ def summary(folder: Path, difference: float) -> Table:
         ),
         "exported logits differ by": f"{difference:.1e} of the largest logit",
         "the report": str(folder / "report.html"),
-        "the allocation": str(folder / "allocation.json"),
+        "the allocation": str(folder / run_folder.ALLOCATION),
         "the model, and how to load it": str(folder / "hf" / "README.md"),
     }
     for name, value in rows.items():

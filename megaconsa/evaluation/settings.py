@@ -15,7 +15,7 @@ from megaconsa.evaluation.harness import Harness
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.models import Candidate
 from megaconsa.evaluation.needle import Needles
-from megaconsa.reporting.evaluation_record import (
+from megaconsa.evaluation.record import (
     DataSettings,
     Evaluation,
     NeedleSettings,

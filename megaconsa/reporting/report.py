@@ -15,15 +15,16 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megaconsa import config as configuration
+from megaconsa import run_folder
 from megaconsa.config import Config
 from megaconsa.consa.allocation import Allocation
 from megaconsa.console import check_out
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
 from megaconsa.model.flops import kv_cache_bytes, training_flops
+from megaconsa.planning.plan import planned_allocation
 from megaconsa.reporting import plots
 from megaconsa.reporting.metrics import Row, last, read_metrics, series
-from megaconsa.reporting.plan import planned_allocation
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ def render(title: str, runs: Sequence[Run]) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file()
+    return (folder / run_folder.METRICS).is_file()
 
 
 def _read_run(folder: Path) -> Run:
-    rows = read_metrics(folder / "metrics.jsonl")
-    config = _read_config(folder / "config.yaml")
-    gates = _read_gates(folder / "gates.json")
+    rows = read_metrics(folder / run_folder.METRICS)
+    config = _read_config(folder / run_folder.CONFIG)
+    gates = _read_gates(folder / run_folder.GATES)
     return Run(folder, rows, config, _read_allocation(folder, config, gates), gates)
 
 
@@ -134,8 +135,8 @@ def _read_gates(path: Path) -> dict[str, Any] | None:
 def _read_allocation(
     folder: Path, config: Config | None, gates: dict[str, Any] | None
 ) -> Allocation | None:
-    if (folder / "allocation.json").is_file():
-        return Allocation.load(folder / "allocation.json")
+    if (folder / run_folder.ALLOCATION).is_file():
+        return Allocation.load(folder / run_folder.ALLOCATION)
     if config is None:
         return None
     wanted = config.allocation
@@ -177,7 +178,7 @@ def _section(run: Run, entropy: float | None) -> Section:
             else None
         )
         step = run.gates.get("step") if run.gates else None
-        finished = not run.learning or (run.folder / "allocation.json").is_file()
+        finished = not run.learning or (run.folder / run_folder.ALLOCATION).is_file()
         origin = "Allocation" if finished else "Top-k of these gates"
         figures.append(plots.allocation_maps(probability, step, full, origin, window))
     if run.learning:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megaconsa import incidents
+from megaconsa import incidents, run_folder
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 from megaconsa.reporting.metrics import Row, last
@@ -65,15 +65,15 @@ class Status:
 def status(run: Path) -> Status:
     """Reads a run folder; InputError where it is none."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load((run / run_folder.CONFIG).read_text())
         steps = int(config["training"]["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise InputError(f"{run} is not a run folder: it holds no config.yaml of a run") from None
-    rows = newest_rows(run / "metrics.jsonl")
+    rows = newest_rows(run / run_folder.METRICS)
     recent = rows[-RECENT:]
     step = int(rows[-1]["step"]) if rows else 0
     usual = median(row["step_seconds"] for row in recent) if recent else None
-    age = time.time() - (run / "metrics.jsonl").stat().st_mtime if rows else None
+    age = time.time() - (run / run_folder.METRICS).stat().st_mtime if rows else None
     checkpoint = _newest_checkpoint(run)
     holder = _holder(run)
     state = _state(holder, step, steps, checkpoint, age, usual)
@@ -131,7 +131,7 @@ def _newest_checkpoint(run: Path) -> dict[str, Any] | None:
     """By its manifest; a folder named step_N is whole."""
     found = [
         (int(match[1]), path)
-        for path in (run / "checkpoints").glob("step_*")
+        for path in (run / run_folder.CHECKPOINTS).glob("step_*")
         if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
     for step, path in sorted(found, reverse=True):
@@ -184,6 +184,6 @@ def _state(
 
 def _sparsity_of_table(run: Path) -> float | None:
     try:
-        return float(parse_json((run / "allocation.json").read_text())["sparsity"])
+        return float(parse_json((run / run_folder.ALLOCATION).read_text())["sparsity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megaconsa import run_folder
 from megaconsa.study.fields import Trial
 from megaconsa.study.runs import Runs
 
@@ -62,7 +63,7 @@ def graph(runs: Runs, trials: Sequence[Trial] | None = None) -> list[Job]:
 
 def start_job(runs: Runs) -> Job:
     steps = runs.start_config.training.steps
-    return Job("start", START, runs.start / "checkpoints" / f"step_{steps}")
+    return Job("start", START, runs.start / run_folder.CHECKPOINTS / f"step_{steps}")
 
 
 def _jobs_of(runs: Runs, trial: Trial) -> list[Job]:

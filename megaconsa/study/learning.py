@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaconsa import run_folder
 from megaconsa.reporting.metrics import Row, last, read_metrics, series
 
 FIRST_STEPS = 10
@@ -38,15 +39,15 @@ def read_learning(run: Path, dense: Path | None, target: float) -> LearningFigur
     dense: a dense run on the same GPU, to compare durations with. target: the sparsity it was to
     reach.
     """
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / run_folder.METRICS)
     own_seconds = step_seconds(rows)
     dense_seconds = None
-    if dense is not None and (dense / "metrics.jsonl").is_file():
-        dense_seconds = step_seconds(read_metrics(dense / "metrics.jsonl"))
+    if dense is not None and (dense / run_folder.METRICS).is_file():
+        dense_seconds = step_seconds(read_metrics(dense / run_folder.METRICS))
     cost = None
     if own_seconds is not None and dense_seconds is not None:
         cost = own_seconds / dense_seconds
-    gates = json.loads((run / "gates.json").read_text())
+    gates = json.loads((run / run_folder.GATES).read_text())
     return LearningFigures(
         cost,
         steps_to_target(rows, target),

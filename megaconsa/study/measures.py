@@ -18,10 +18,10 @@ from megaconsa.data.shards import VALIDATION
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.native_model import NativeModel
+from megaconsa.evaluation.record import NeedleCell
 from megaconsa.files import parse_json, replace_text
 from megaconsa.kernels.cross_entropy.cross_entropy import cross_entropy_
 from megaconsa.model.loss import CHUNK_BYTES, IGNORED
-from megaconsa.reporting.evaluation_record import NeedleCell
 from megaconsa.study import fields
 from megaconsa.study.native_needles import ScoredModel, needle_cells
 

@@ -14,7 +14,7 @@ from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.native_model import NativeModel
 from megaconsa.evaluation.needle import Needles, measure
-from megaconsa.reporting.evaluation_record import NeedleCell, NeedleSettings
+from megaconsa.evaluation.record import NeedleCell, NeedleSettings
 from megaconsa.study import fields
 
 DEPTHS = (0.1, 0.5, 0.9)

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from megaconsa import run_folder
 from megaconsa.config import differences
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
 from megaconsa.study.runs import Runs
-from megaconsa.training.inputs import CONFIG_NAME
 from megaconsa.training.same_run import check_same_run
 
 FILE = "study.json"
@@ -47,7 +47,7 @@ def check(runs: Runs) -> None:
 
 def _check_start(runs: Runs) -> None:
     """Raises InputError where the start was trained with other settings, by hand perhaps."""
-    path = runs.start / CONFIG_NAME
+    path = runs.start / run_folder.CONFIG
     if path.is_file():
         check_same_run(runs.start_config, yaml.safe_load(path.read_text()))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megaconsa import run_folder
 from megaconsa.console import console
 from megaconsa.exit_codes import DONE, FAILED, STOPPED
 from megaconsa.reporting.metrics import last, read_metrics
@@ -181,14 +182,14 @@ def figure(runs: Runs, job: Job) -> str:
     if job.kind == "score":
         return "units scored"
     if job.kind == "start":
-        loss = last(read_metrics(runs.start / "metrics.jsonl"), "validation_loss")
+        loss = last(read_metrics(runs.start / run_folder.METRICS), "validation_loss")
         return f"validation loss {loss:.4f}"
     assert job.trial is not None
     if job.kind == "first":
-        rows = read_metrics(runs.first_folder(job.trial) / "metrics.jsonl")
+        rows = read_metrics(runs.first_folder(job.trial) / run_folder.METRICS)
         return f"validation loss {last(rows, 'validation_loss'):.4f} after the first leg"
     if job.kind == "learn":
-        rows = read_metrics(runs.learn_folder(job.trial) / "metrics.jsonl")
+        rows = read_metrics(runs.learn_folder(job.trial) / run_folder.METRICS)
         return f"validation loss {last(rows, 'validation_loss'):.4f} with the table learned"
     return f"validation loss {Measures.load(job.result).losses.mean:.4f}"
 

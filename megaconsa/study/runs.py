@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megaconsa import config as configuration
+from megaconsa import run_folder
 from megaconsa.config import Config
 from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
@@ -49,7 +50,7 @@ class Runs:
         return self.folder(trial) / "train"
 
     def allocation_file(self, trial: Trial) -> Path:
-        return self.folder(trial) / "allocation.json"
+        return self.folder(trial) / run_folder.ALLOCATION
 
     def measures_file(self, trial: Trial) -> Path:
         return self.folder(trial) / "measures.json"

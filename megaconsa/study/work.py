@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megaconsa import config as configuration
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.gates import read_gates
 from megaconsa.consa.allocation import Allocation
@@ -142,4 +143,4 @@ def _build_table(runs: Runs, trial: Trial) -> Allocation:
 
 def _remove_checkpoints(run: Path) -> None:
     """They are the bulk of a run's bytes, and nothing reads them any more."""
-    shutil.rmtree(run / store.FOLDER, ignore_errors=True)
+    shutil.rmtree(run / run_folder.CHECKPOINTS, ignore_errors=True)

@@ -7,7 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
-from megaconsa.checkpoint import store
+from megaconsa import run_folder
 from megaconsa.config import CheckpointSection, Config
 from megaconsa.errors import InputError
 from megaconsa.files import binary_size
@@ -27,7 +27,7 @@ def check_disk(inputs: Inputs) -> tuple[int, int]:
     Raises InputError where they find no room; warns where those that stay for ever find none.
     """
     config = inputs.config
-    folder = config.run.dir / store.FOLDER
+    folder = config.run.dir / run_folder.CHECKPOINTS
     size = parameter_count(inputs.shape).total * BYTES_A_PARAMETER
     done = 0 if inputs.resume is None else inputs.resume.step
     held = (

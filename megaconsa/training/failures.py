@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from megaconsa import incidents
-from megaconsa.cluster.bad_nodes import DIED, FAILURES, FIRST
+from megaconsa import incidents, run_folder
+from megaconsa.cluster.bad_nodes import DIED, FIRST
 from megaconsa.errors import RunError
 from megaconsa.exit_codes import FAILED, LOST
 from megaconsa.files import replace_text
@@ -51,7 +51,7 @@ def end_after(gone: str, run: Path, world: World, step: int) -> None:
     without_a_word = (
         f"{DIED}: killed from outside (kill -9, the kernel for want of memory), or its node is down"
     )
-    left_a_file = (run / FAILURES / world.launch / FIRST).exists()
+    left_a_file = (run / run_folder.FAILURES / world.launch / FIRST).exists()
     lost = RunError(f"{gone} {'has ended' if left_a_file else without_a_word}")
     end(lost, run, world, step, code=LOST, kind="lost_rank", always=True)
 
@@ -77,7 +77,7 @@ def _report(
     summary = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     place = f"rank {world.rank} of {world.size} on {node()}, pid {os.getpid()}"
     where = f"{place}, {'while starting' if step is None else f'in step {step}'}"
-    path = run / FAILURES / world.launch / f"rank_{world.rank}.txt"
+    path = run / run_folder.FAILURES / world.launch / f"rank_{world.rank}.txt"
     first = None
     try:
         replace_text(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, differences, with_defaults
@@ -31,7 +32,6 @@ from megaconsa.training.same_run import check_same_run
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.yaml"
 EXTENSIONS = {"rope_theta", "max_position_embeddings"}
 """Fields of the shape that a new run may change on the weights of an old one: they extend its context."""
 _DEFAULT_SHAPE = {
@@ -183,7 +183,7 @@ def _check_folder(run: Path) -> None:
         raise InputError(f"run.dir={run} cannot be made: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"run.dir={run} cannot be written: no permission for {nearest}")
-    checkpoints = run / store.FOLDER
+    checkpoints = run / run_folder.CHECKPOINTS
     if checkpoints.is_symlink() and not checkpoints.is_dir():
         raise InputError(
             f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; make it or remove the link"
@@ -197,7 +197,7 @@ def _check_folder(run: Path) -> None:
 def _check_begun_run(config: Config) -> None:
     """Refuses a run folder without a checkpoint that was begun with another configuration."""
     try:
-        old = yaml.safe_load(read_text(config.run.dir / CONFIG_NAME))
+        old = yaml.safe_load(read_text(config.run.dir / run_folder.CONFIG))
     except (OSError, yaml.YAMLError):
         return
     if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean

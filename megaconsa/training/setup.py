@@ -11,6 +11,7 @@ from itertools import repeat
 import torch
 import yaml
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config
@@ -36,7 +37,7 @@ from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.callbacks.watchdog import Watchdog
-from megaconsa.training.inputs import CONFIG_NAME, Inputs, describe_data, same_data
+from megaconsa.training.inputs import Inputs, describe_data, same_data
 from megaconsa.training.trainer import Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -80,9 +81,9 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         progress.sequences = place
     recorded = absolute(config.to_dict())
     if mesh.is_main:
-        replace_text(config.run.dir / CONFIG_NAME, yaml.safe_dump(recorded, sort_keys=False))
+        replace_text(config.run.dir / run_folder.CONFIG, yaml.safe_dump(recorded, sort_keys=False))
         if inputs.allocation is not None:
-            inputs.allocation.save(config.run.dir / "allocation.json")
+            inputs.allocation.save(config.run.dir / run_folder.ALLOCATION)
         if (budget := config.allocation.budget()) is not None:
             logger.info("sparsity %g from %s", config.allocation.sparsity, budget)
         sequences = inputs.data.splits["train"].sequences

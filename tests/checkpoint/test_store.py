@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store, writer
 from megaconsa.checkpoint.writer import Snapshot, Writer
 from megaconsa.consa import rules
@@ -57,7 +58,7 @@ def save(run: Path, step: int, keep: int = 2, **changed: Any) -> Path:
     assert result is not None
     if result.error is not None:
         raise OSError(result.error)
-    return run / store.FOLDER / f"step_{step}"
+    return run / run_folder.CHECKPOINTS / f"step_{step}"
 
 
 def kept(run: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from disks import OUT_OF_REACH
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.errors import InputError, UnreachableError
 
@@ -35,12 +36,12 @@ def run(make_config: MakeConfig, train: Any) -> Path:
 
 
 def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / store.FOLDER).iterdir())
+    return sorted(path.name for path in (run / run_folder.CHECKPOINTS).iterdir())
 
 
 @pytest.mark.parametrize("file", ["state.json", store.MANIFEST])
 def test_one_that_comes_back_is_the_newest(run: Path, file: str) -> None:
-    path = run / store.FOLDER / "step_4" / file
+    path = run / run_folder.CHECKPOINTS / "step_4" / file
     aside = path.rename(run / "aside")
     path.symlink_to(OUT_OF_REACH)
     threading.Timer(0.5, lambda: aside.replace(path)).start()
@@ -50,7 +51,7 @@ def test_one_that_comes_back_is_the_newest(run: Path, file: str) -> None:
 
 
 def test_one_that_stays_away_is_left_alone(run: Path, make_config: MakeConfig, train: Any) -> None:
-    path = run / store.FOLDER / "step_4" / "state.json"
+    path = run / run_folder.CHECKPOINTS / "step_4" / "state.json"
     aside = path.rename(run / "aside")
     path.symlink_to(OUT_OF_REACH)
     with pytest.raises(UnreachableError, match=r"state.json could not be read for 1 s"):
@@ -116,7 +117,7 @@ def test_damage_is_what_is_wrong_twice(run: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_checkpoint_of_a_later_format_is_refused_and_left_alone(
     run: Path, make_config: MakeConfig, train: Any
 ) -> None:
-    path = run / store.FOLDER / "step_4" / "state.json"
+    path = run / run_folder.CHECKPOINTS / "step_4" / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"version": store.FORMAT_VERSION + 1}))
     with pytest.raises(InputError, match="has format version 2, but this megaconsa reads 1"):

@@ -142,9 +142,11 @@ def test_updates_equal_one_graph(settings: GateSettings, scale: float, spied: Sp
         z = hard_concrete.sample(log_alpha, uniform)
         error = expected_sparsity(log_alpha, settings) - target
         penalty = (lambda_ * error + phi * error**2).sum()
-        whole = (
-            loss(lambda layer, rows: z[rows, layer].expand(-1, HEADS), sequences, scale) + penalty
-        )  # noqa: B023
+
+        def gate(layer: int, rows: Tensor, z: Tensor = z) -> Tensor:
+            return z[rows, layer].expand(-1, HEADS)
+
+        whole = loss(gate, sequences, scale) + penalty
         (penalty_gradient,) = torch.autograd.grad(penalty, log_alpha, retain_graph=True)
         loss_gradient = torch.autograd.grad(whole, log_alpha)[0] - penalty_gradient
         norm = float(loss_gradient.norm())

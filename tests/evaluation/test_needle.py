@@ -14,8 +14,8 @@ import torch
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.needle import END, NAMES, PROMPT, Example, Needles, measure
+from megaconsa.evaluation.record import NeedleSettings
 from megaconsa.huggingface.load import load_exported
-from megaconsa.reporting.evaluation_record import NeedleSettings
 
 from .exports import make_export, one_layer
 

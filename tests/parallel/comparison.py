@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.parallel.launcher import VARIABLES
@@ -73,7 +74,7 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 def checkpoint(run: Path, step: int) -> Checkpoint:
-    return store.resolve(run / store.FOLDER / f"step_{step}")
+    return store.resolve(run / run_folder.CHECKPOINTS / f"step_{step}")
 
 
 def tensors(saved: Checkpoint) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from megaconsa.console import console
 from megaconsa.errors import InputError
 from megaconsa.model.flops import training_flops, visible_pairs
 from megaconsa.parallel.stages import cut, layer_costs
-from megaconsa.reporting.plan import Plan, make_plan
-from megaconsa.reporting.plan_table import plan_table
+from megaconsa.planning.plan import Plan, make_plan
+from megaconsa.planning.table import plan_table
 from megaconsa.tools import plan as plan_tool
 from megaconsa.tools import rule_masks
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from megaconsa import run_folder
 from megaconsa.reporting.metrics import read_metrics
-from megaconsa.training.callbacks.run_lock import NAME as LOCK
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120.0
@@ -109,7 +109,7 @@ def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path
 
     process = begin(study, out)
     await_rows(learn, stopped_at + 50)
-    os.kill(json.loads((learn / LOCK).read_text())["pid"], signal.SIGKILL)
+    os.kill(json.loads((learn / run_folder.LOCK).read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1, said
     assert "failed: learn-evidence-0.5-seed0: killed by SIGKILL" in said

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megaconsa.config import build
-from megaconsa.reporting.plan import make_plan
+from megaconsa.planning.plan import make_plan
 
 Done = Callable[..., str]
 Finished = Callable[[str], Path]

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 from ranks import ended, start, write
 
-from megaconsa import incidents
+from megaconsa import incidents, run_folder
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.errors import InputError, RunError
@@ -20,7 +20,7 @@ from megaconsa.parallel import mesh
 from megaconsa.parallel.engine import Engine
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.training import bad_steps
-from megaconsa.training.callbacks.rewinds import NAME, rewound
+from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
@@ -99,7 +99,7 @@ def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_pa
     newest = store.newest(run)
     assert newest is not None
     assert newest.step == 4
-    assert json.loads((run / NAME).read_text()) == [{"step": 7, "sequences": 28}]
+    assert json.loads((run / run_folder.REWINDS).read_text()) == [{"step": 7, "sequences": 28}]
     assert [(entry["kind"], entry["step"]) for entry in incidents.read(run)] == [
         ("skipped", 7),
         ("rewind", 7),
@@ -109,7 +109,7 @@ def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_pa
     by_hand = spiky(make_config, tmp_path, "by_hand")
     with spike_in(7):
         assert not trainer_of(by_hand).run()
-    (tmp_path / "by_hand" / NAME).unlink()
+    (tmp_path / "by_hand" / run_folder.REWINDS).unlink()
     trainer = trainer_of(by_hand)
     assert trainer.progress.sequences == 16
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_a_spike_in_the_last_step(make_config: MakeConfig, train: Any, tmp_path:
 
 
 def test_a_damaged_list_is_refused(tmp_path: Path) -> None:
-    (tmp_path / NAME).write_text('[{"step": 3}]')
+    (tmp_path / run_folder.REWINDS).write_text('[{"step": 3}]')
     with pytest.raises(
         InputError,
         match=r"rewinds.json cannot be read as a list of steps and sequences; restore it",
@@ -182,6 +182,8 @@ def test_two_ranks_go_back_together(make_config: MakeConfig, tmp_path: Path) -> 
     script.write_text(SPIKE_ON_RANK_1)
     tasks = ended(start(write(values, tmp_path), [str(script)]))
     assert [task.code for task in tasks] == [75, 75], tasks
-    assert json.loads((tmp_path / "run" / NAME).read_text()) == [{"step": 7, "sequences": 28}]
+    assert json.loads((tmp_path / "run" / run_folder.REWINDS).read_text()) == [
+        {"step": 7, "sequences": 28}
+    ]
     resumed = released(trainer_of(values))
     assert (resumed.progress.step, resumed.progress.sequences) == (4, 28)

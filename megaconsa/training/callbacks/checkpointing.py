@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megaconsa import incidents
+from megaconsa import incidents, run_folder
 from megaconsa.checkpoint.writer import Result, Snapshot, Staging, Writer
 from megaconsa.config import CheckpointSection
 from megaconsa.consa.gates import GateBank
@@ -142,9 +142,11 @@ class Checkpointing(Callback):
         self.writer.begin(snapshot, self._stall)
         if gates:
             try:
-                _write_gates(self.run / "gates.json", trainer.progress.step, gates)
+                _write_gates(self.run / run_folder.GATES, trainer.progress.step, gates)
             except OSError as error:
-                logger.error("%s could not be written: %s", self.run / "gates.json", error.strerror)
+                logger.error(
+                    "%s could not be written: %s", self.run / run_folder.GATES, error.strerror
+                )
 
     def _is_last(self, trainer: Trainer) -> bool:
         """Whether this step is the last of the process, and is saved."""

@@ -9,6 +9,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from megaconsa import run_folder
 from megaconsa.files import replace_bytes
 from megaconsa.reporting.metrics import read_lines
 from megaconsa.training.callbacks.base import Callback, Row
@@ -16,7 +17,6 @@ from megaconsa.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-NAME = "metrics.jsonl"
 PATIENCE_SECONDS = 0.2
 """Of a step for its row to be written."""
 LAST_WAIT_SECONDS = 60.0
@@ -28,7 +28,7 @@ class MetricsFile(Callback):
     up no step. Rows that cannot be written, on a full disk say, wait in memory for a later step."""
 
     def __init__(self, run: Path) -> None:
-        self.path = run / NAME
+        self.path = run / run_folder.METRICS
         self.waiting: list[bytes] = []
         """Rows that are not in the file yet. Steps append to it, the thread takes from its front."""
         self.written = 0

@@ -7,13 +7,13 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from megaconsa import run_folder
 from megaconsa.files import replace_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-NAME = "metrics.prom"
 EVERY_SECONDS = 5.0
 """Prometheus asks every 15 s or more seldom."""
 COUNTERS = ("step", "tokens", "skipped")
@@ -24,7 +24,7 @@ class Prometheus(Callback):
     """Every number of the row as megaconsa_FIELD{run="..."}; the time of the newest step too, for an alarm when there is none."""
 
     def __init__(self, run: Path, steps: int) -> None:
-        self.path, self.steps = run / NAME, steps
+        self.path, self.steps = run / run_folder.PROMETHEUS, steps
         self.labels = f'{{run="{_escaped(str(run))}"}}'
         self.held: dict[str, float] = {}
         """Newest value of each field: one that only some rows have, as validation_loss, stays."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megaconsa import run_folder
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.reading import read_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Stop, Trainer
-
-NAME = "rewinds.json"
 
 
 class Rewinds(Callback):
@@ -31,7 +30,7 @@ class Rewinds(Callback):
                 *_read(self.run),
                 {"step": row["step"], "sequences": trainer.progress.sequences},
             ]
-            replace_text(self.run / NAME, json.dumps(found, indent=1) + "\n")
+            replace_text(self.run / run_folder.REWINDS, json.dumps(found, indent=1) + "\n")
 
 
 def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
@@ -42,7 +41,7 @@ def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
 
 
 def _read(run: Path) -> list[dict[str, int]]:
-    path = run / NAME
+    path = run / run_folder.REWINDS
     try:
         return [
             {name: int(entry[name]) for name in ("step", "sequences")}

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megaconsa import incidents
+from megaconsa import incidents, run_folder
 from megaconsa.checkpoint.writer import Writer
 from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
@@ -37,7 +37,6 @@ from megaconsa.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-NAME = ".lock"
 BEAT_SECONDS = 10.0
 """Between two touches of the file."""
 WATCH_SECONDS = 60.0
@@ -100,7 +99,7 @@ class RunLock(Callback):
     def __init__(self, run: Path) -> None:
         """Raises InputError where another process holds the lease, or the folder cannot be written."""
         self.run = run
-        self.path = run / NAME
+        self.path = run / run_folder.LOCK
         self.own = Holder.of_this_process()
         refuse_if_held(run, self.own)
         before = _read(self.path)
@@ -142,7 +141,7 @@ class RunLock(Callback):
     def _take(self, before: Holder | None) -> None:
         """Writes the file. Raises InputError where another start does so in the same moment."""
         self.run.mkdir(parents=True, exist_ok=True)
-        mine = self.path.with_name(f"{NAME}.{self.own.token}")
+        mine = self.path.with_name(f"{run_folder.LOCK}.{self.own.token}")
         try:
             self._write(mine)
             if before is None and not self.path.exists() and self._linked(mine):
@@ -193,7 +192,7 @@ class RunLock(Callback):
             return  # that tells of no other start
         elif now is None:
             # Somebody removed it, by hand perhaps.
-            mine = self.path.with_name(f"{NAME}.{self.own.token}")
+            mine = self.path.with_name(f"{run_folder.LOCK}.{self.own.token}")
             self._write(mine)
             mine.replace(self.path)
         else:
@@ -227,7 +226,7 @@ def _renew(reference: weakref.ref[RunLock], released: threading.Event) -> None:
 def refuse_if_held(run: Path, own: Holder | None = None) -> None:
     """Raises InputError where another process trains in the folder; writes nothing, so that it can be
     asked before all else. It may watch the folder for WATCH_SECONDS."""
-    path = run / NAME
+    path = run / run_folder.LOCK
     holder = _read(path)
     if holder is None or _is_gone(path, holder, own or Holder.of_this_process()):
         return

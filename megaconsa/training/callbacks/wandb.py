@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megaconsa import run_folder
 from megaconsa.files import replace_text
 from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-NAME = "wandb.json"
-"""In the run folder: the ID that the run has at W&B, so that a resume continues it."""
 LIMITS = {"init_timeout": 30, "finish_timeout": 60}
 """Seconds that training waits for a server that does not answer. Environment variables such as
 WANDB_INIT_TIMEOUT override them."""
@@ -63,7 +62,7 @@ class WandB(Callback):
             self.logged = wandb.init(
                 project=self.project,
                 name=str(self.run),
-                id=_run_id(self.run / NAME),
+                id=_run_id(self.run / run_folder.WANDB),
                 resume="allow",
                 dir=self.run,
                 config=self.config,

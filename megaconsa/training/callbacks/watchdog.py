@@ -15,7 +15,7 @@ from typing import Any
 
 from torch._C import _distributed_c10d as c10d
 
-from megaconsa import incidents
+from megaconsa import run_folder
 from megaconsa.config import WatchdogSection
 from megaconsa.errors import RunError
 from megaconsa.exit_codes import LOST
@@ -121,7 +121,7 @@ class Watchdog(Callback):
 
     def _leave_evidence(self, found: str) -> Path:
         """Writes RUN/incidents/LAUNCH/rank_N.txt, the stacks of all threads, and rank_N.json, the collectives that are not done."""
-        folder = self.run / incidents.FOLDER / self.world.launch
+        folder = self.run / run_folder.INCIDENT_STACKS / self.world.launch
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank_{self.world.rank}.txt"
         with path.open("w") as file:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megaconsa.reporting.plan import Cost, Plan
+from megaconsa.planning.plan import Cost, Plan
 
 
 def plan_table(plan: Plan) -> Table:

@@ -7,7 +7,7 @@ from itertools import pairwise, repeat
 from rich.markup import escape
 from rich.table import Table
 
-from megaconsa.reporting.evaluation_record import (
+from megaconsa.evaluation.record import (
     Difference,
     Evaluation,
     Metric,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from megaconsa.reporting.evaluation_record import Evaluation, NeedleCell
+from megaconsa.evaluation.record import Evaluation, NeedleCell
 from megaconsa.reporting.plots import INK, RUN_COLOURS, style
 
 FILE = "evaluation.png"
