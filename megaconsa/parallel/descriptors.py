@@ -1,4 +1,4 @@
-"""Open files: every connection to another rank is one."""
+"""The limit of open files. Every connection to another rank counts as one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megaconsa.parallel.launcher import Launch
 logger = logging.getLogger(__name__)
 
 OWN_FILES = 256
-"""Of a process by itself: libraries, data, logs, threads."""
+"""Files of a process by itself: libraries, data, logs, threads."""
 FILES_A_RANK = 4
-"""Of each other rank: a connection in each group over gloo, and on rank 0 one to its store."""
+"""Files for each other rank: one connection per gloo group, and on rank 0 one to its store."""
 
 
 def raise_limit(launch: Launch) -> None:

@@ -1,19 +1,19 @@
-"""The model as a list of pipeline layers, and the way from their parameters' names to canonical ones.
+"""The model as a list of pipeline layers, and the canonical names of their parameters.
 
-What travels between layers is a tuple, the carry: hidden states first (tokens before the embedding), then integers only, because
-a pipeline stage gets nothing else: labels, documents, sequences and the loss's normaliser.
+A tuple, the carry, travels between layers: hidden states (tokens before the embedding), labels,
+documents, sequences, and the loss's normalizer. All but the first are integers. A pipeline stage
+receives nothing else.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megaconsa.consa.head_pattern import HeadSelector
 from megaconsa.model import loss
-from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.qwen3 import Block
@@ -22,7 +22,8 @@ from megaconsa.parallel.sharding import OwnHeads, Sharding
 from megaconsa.parallel.tensor import TensorParallel
 
 Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""(hidden (B, S, hidden) or tokens (B, S); labels (B, S); documents (B, S); sequences (B,); normaliser (2,))"""
+"""(hidden (B, S, hidden) or tokens (B, S); labels (B, S); documents (B, S); sequences (B,);
+normaliser (2,))"""
 
 
 class EmbeddingLayer(nn.Embedding):
@@ -35,7 +36,7 @@ class EmbeddingLayer(nn.Embedding):
 
 
 class BlockLayer(Block):
-    """A block of this rank's heads and columns, and the exchanges around them."""
+    """A block with this rank's heads and columns, and the collectives around them."""
 
     def __init__(
         self,
@@ -89,10 +90,12 @@ class HeadLayer(nn.Linear):
 
 
 def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorParallel) -> Tensor:
-    """Cross-entropy of a micro-batch, scaled so that DeepSpeed's mean over micro-batches is the mean over all labelled tokens.
+    """Cross-entropy of a micro-batch.
 
-    It is the last layer, not the pipeline's loss function: DeepSpeed's BF16 optimizer drops the gradients of parameters that are
-    used outside the engine's forward pass, silently.
+    It is scaled so that DeepSpeed's mean over micro-batches is the mean over all labelled tokens.
+
+    It is the last layer instead of the pipeline's loss function: DeepSpeed's BF16 optimizer
+    silently drops the gradients of parameters that are used outside the engine's forward pass.
     """
     hidden, labels, _, _, normalizer = carry
     labelled_tokens, micro_batches = normalizer.unbind()
@@ -104,44 +107,15 @@ def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorPara
 
 
 def normalizer(labelled_tokens: int, micro_batches: int) -> Tensor:
-    """The carry's last part: labelled tokens and micro-batches of the whole global batch, (2,) int64."""
+    """Labelled tokens and micro-batches of the global batch, (2,) int64. The carry's last part."""
     return torch.tensor([labelled_tokens, micro_batches])
 
 
-def layer_specs(
-    sharding: Sharding,
-    tensor: TensorParallel,
-    heads: HeadSelector,
-    backend: str,
-    separate_documents: bool,
-) -> list[Any]:
-    """Embedding, blocks, final norm, head with loss."""
-    from deepspeed.pipe import LayerSpec, TiedLayerSpec
-
-    config = sharding.config
-    blocks = [
-        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tensor)
-        for layer in range(config.num_hidden_layers)
-    ]
-    norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
-    if config.tie_word_embeddings:
-        tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tensor)
-        return [
-            tied(),
-            *blocks,
-            norm,
-            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)),
-        ]
-    return [
-        LayerSpec(EmbeddingLayer, config, tensor),
-        *blocks,
-        norm,
-        LayerSpec(HeadLayer, config, tensor),
-    ]
-
-
 def canonical_name(name: str, num_layers: int) -> str:
-    """`3.self_attn.q_proj.weight` of the pipeline is `model.layers.2.self_attn.q_proj.weight` everywhere else."""
+    """The name of a pipeline parameter everywhere else.
+
+    Example: `3.self_attn.q_proj.weight` becomes `model.layers.2.self_attn.q_proj.weight`.
+    """
     if name.startswith("tied_modules.embed_tokens."):
         return "model.embed_tokens.weight"
     index, _, rest = name.partition(".")
@@ -154,7 +128,7 @@ def canonical_name(name: str, num_layers: int) -> str:
 
 
 def layer_index(name: str, num_layers: int) -> int:
-    """Where in the pipeline a canonical weight stands; a tied embedding at its first place."""
+    """The pipeline layer of a canonical weight. A tied embedding is at its first place."""
     if name.startswith("model.layers."):
         return int(name.split(".")[2]) + 1
     return {

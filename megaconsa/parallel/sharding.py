@@ -1,4 +1,4 @@
-"""How the model's canonical weights lie over the ranks of a tensor group, and which KV heads a rank computes."""
+"""How weights are divided over a tensor group, and which KV heads each rank computes."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.model.attention import HeadSelector
+from megaconsa.consa.head_pattern import HeadPattern, HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.vocabulary import rows
 
 BY_HEAD = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
-"""Dimension along which attention's weights are divided, whole KV-head groups (a KV head with its query heads) at a time."""
+"""Dimension along which attention's weights are divided, in units of a KV head with its query
+heads."""
 BY_COLUMN = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 BY_VOCABULARY = {"embed_tokens": 0, "lm_head": 0}
 DIVIDED = BY_HEAD | BY_COLUMN | BY_VOCABULARY
-"""Every other weight, the norms', stands whole on every rank."""
+"""All other weights, those of norms, are whole on every rank."""
 
 
 @dataclass(frozen=True)
 class Sharding:
     """One rank's part of each weight.
 
-    KV-head groups are dealt out so that each rank computes as equal a number of full heads as there can be, full ones first: the slowest
-    rank sets the pace, and neighbours of a kind share a launch. Whatever leaves the engine is in the original order again.
+    KV heads are dealt out so that every rank computes nearly the same number of full heads, because
+    the slowest rank sets the pace. Full heads come first on each rank, because neighbours of one
+    kind share a kernel launch. Everything that leaves the engine is in the original order again.
     """
 
     config: ModelConfig
     allocation: Allocation | None
-    """None while learning: the heads stay in order."""
+    """None while learning. The heads then keep their order."""
     rank: int = 0
     size: int = 1
 
     def local_config(self) -> ModelConfig:
-        """The shape of what one rank computes in a block."""
+        """The model configuration of one rank's part of a block."""
         return replace(
             self.config,
             num_attention_heads=self.config.num_attention_heads // self.size,
@@ -46,8 +48,9 @@ class Sharding:
 
     @cached_property
     def head_orders(self) -> tuple[tuple[int, ...], ...]:
-        """Each layer's KV heads as they stand over the ranks, rank 0's first."""
-        layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
+        """KV heads of each layer in the order of ranks, those of rank 0 first."""
+        layers = self.config.num_hidden_layers
+        heads = self.config.num_key_value_heads
         if self.allocation is None:
             return (tuple(range(heads)),) * layers
         return tuple(self.allocation.head_order(layer, self.size) for layer in range(layers))
@@ -58,7 +61,7 @@ class Sharding:
         return self.head_orders[layer][self.rank * count : (self.rank + 1) * count]
 
     def split(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a canonical weight (or of a moment of it)."""
+        """This rank's part of a canonical weight, or of its moment."""
         kind = _kind(name)
         if kind not in DIVIDED:
             return whole
@@ -82,39 +85,46 @@ class Sharding:
         whole = torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
         if kind in BY_VOCABULARY:
             return whole[: self.config.vocab_size]
-        if kind in BY_HEAD and (order := self.head_orders[_layer(name)]) != tuple(
-            range(len(order))
-        ):
-            original = torch.tensor(order, device=whole.device).argsort()
-            groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
-            return groups.index_select(dimension, original).flatten(dimension, dimension + 1)
-        return whole
+        if kind not in BY_HEAD:
+            return whole
+        order = self.head_orders[_layer(name)]
+        if order == tuple(range(len(order))):
+            return whole
+        original = torch.tensor(order, device=whole.device).argsort()
+        groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
+        return groups.index_select(dimension, original).flatten(dimension, dimension + 1)
 
 
 def is_divided(name: str) -> bool:
-    """Whether each rank holds another part of the weight."""
+    """Whether each tensor rank holds a different part of the weight."""
     return _kind(name) in DIVIDED
 
 
 def sums_over_heads(name: str) -> bool:
-    """Whether a whole weight meets only this rank's heads, so that its gradient is one part of a sum: the norms of q and k."""
+    """Whether the weight is whole on every rank, but its gradient comes from the rank's own heads
+    only.
+
+    The gradient must then be summed over the tensor group. This holds for the norms of q and k.
+    """
     return _kind(name) in ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
 class OwnHeads:
-    """The windows and gates of a layer, those of this rank's heads only."""
+    """Selects the windows and gates of this rank's heads."""
 
     heads: HeadSelector
     sharding: Sharding
 
-    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
-        window, gate = self.heads.select(layer, sequences)
+    def select(self, layer: int, sequences: Tensor) -> HeadPattern:
+        windows, gate = self.heads.select(layer, sequences)
         own = self.sharding.own_heads(layer)
-        if isinstance(window, tuple):
-            window = tuple(window[head] for head in own)
-        # Gates are there while learning only, and then the heads are in order.
-        return window, gate if gate is None else gate[:, own[0] : own[-1] + 1]
+        if isinstance(windows, tuple):
+            windows = tuple(windows[head] for head in own)
+        if gate is not None:
+            # Gates exist only while learning. The heads are in order then.
+            gate = gate[:, own[0] : own[-1] + 1]
+        return HeadPattern(windows, gate)
 
 
 def _kind(name: str) -> str:

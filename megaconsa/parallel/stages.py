@@ -1,4 +1,4 @@
-"""Where the pipeline is cut: what each of its layers costs, and the contiguous stages whose costs are the most level."""
+"""Where the pipeline is cut: the cost of each layer, and contiguous stages of nearly equal cost."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from megaconsa.model.flops import forward_flops
 
 
 def layer_costs(model: ModelConfig, allocation: Allocation | None, length: int) -> list[int]:
-    """Forward FLOPs of one sequence of `length` tokens, one document, for each layer of the pipeline.
+    """Forward FLOPs of each pipeline layer, for one sequence of `length` tokens in one document.
 
-    The layers are the embedding, the blocks, the final norm and the output head with its loss; lookup and norm count as 0.
+    The layers are the embedding, the blocks, the final norm, and the output head with its loss.
+    Embedding and norm count as 0.
+
     allocation: None counts every head as full, as while learning.
     """
     *blocks, head = forward_flops(model, allocation, length, [length])
@@ -22,21 +24,27 @@ def layer_costs(model: ModelConfig, allocation: Allocation | None, length: int) 
 
 
 def cut(costs: Sequence[int], stages: int) -> list[int]:
-    """Bounds of contiguous stages, stages + 1 entries: stage s holds the layers bounds[s] up to, not including, bounds[s + 1].
+    """Bounds of contiguous stages: stage s holds the layers bounds[s] to bounds[s + 1] - 1.
 
-    costs: of each layer, as from `layer_costs`. The largest cost of a stage is as small as can be; among such cuts the second largest
-    is, and so on; among equals earlier stages have fewer layers, because 1F1B keeps most micro-batches there. The embedding
-    stays with the first block and the final norm with the head, so that every stage holds weights of both optimizer groups, matrices
-    and norms. Raises InputError where there are more stages than pieces to make them of.
+    The cut minimises the largest cost of a stage, then the second largest, and so on. Among equal
+    cuts earlier stages get fewer layers, because 1F1B keeps more micro-batches in memory there.
+
+    The embedding stays with the first block and the final norm with the head. So every stage holds
+    weights of both optimizer groups, matrices and norms.
+
+    costs: cost of each layer, from `layer_costs`.
+
+    Raises InputError if there are more stages than blocks and the head can fill.
     """
     pieces = [costs[0] + costs[1], *costs[2:-2], costs[-2] + costs[-1]]
     if stages > len(pieces):
         raise InputError(
-            f"{stages} pipeline stages are more than {len(pieces) - 1} layers and the output head can fill; lower parallel.pipeline"
+            f"{stages} pipeline stages are more than {len(pieces) - 1} layers and the output head "
+            "can fill; lower parallel.pipeline"
         )
     until = list(accumulate(pieces, initial=0))
-    # The best cut of the first pieces, up to each end, into one stage more each time: costs from the largest, and bounds. What is
-    # best up to a bound stays best whatever follows, so that each end needs to remember one cut only.
+    # Dynamic programming over stages: for each end, the best cut of the pieces before it, as sorted
+    # costs and bounds. The best cut up to a bound stays best whatever follows.
     best: dict[int, tuple[list[int], list[int]]] = {0: ([], [0])}
     for _ in range(stages):
         best = {

@@ -1,8 +1,9 @@
-"""Tensor parallelism: what the ranks of a tensor group exchange around the parts of the model that each computes alone.
+"""Tensor parallelism: what the ranks of a tensor group exchange.
 
-Attention's heads, the MLP's columns and the vocabulary are divided over the group (Megatron-LM, arXiv 1909.08053). Without sequence
-parallelism the residual stream is whole on every rank; with it (arXiv 2205.05198) each rank holds a stretch of the sequence there, so
-that norms and residual additions are divided too. The traffic is the same: an all-reduce is a reduce-scatter and an all-gather.
+Attention heads, MLP columns and the vocabulary are divided over the group (Megatron-LM, arXiv
+1909.08053). Without sequence parallelism every rank holds the whole residual stream. With it (arXiv
+2205.05198) each rank holds a part of the sequence, so norms and residual additions are divided too.
+The traffic is the same, because an all-reduce is a reduce-scatter and an all-gather.
 """
 
 from __future__ import annotations
@@ -17,35 +18,39 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank's place in its tensor group. size 1 is one process: nothing is exchanged."""
+    """This rank's place in its tensor group. With size 1 nothing is exchanged."""
 
     rank: int = 0
     size: int = 1
     group: Any = None
-    """torch.distributed's group of the `size` ranks."""
+    """torch.distributed's group of the tensor ranks."""
     sequence: bool = False
-    """Outside of enter and leave each rank holds S / size consecutive tokens of every sequence."""
+    """Sequence parallelism: in the residual stream each rank holds S / size consecutive tokens."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """From the residual stream to a divided part: (B, S or S / size, ...) to (B, S, ...), whole on every rank."""
+        """Enters a divided part of the model: (B, S or S / size, ...) to (B, S, ...) on every
+        rank."""
         if self.size == 1:
             return x
         return _Gather.apply(x, self) if self.sequence else _Copy.apply(x, self)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Back: sums (B, S, ...) over the ranks; each gets all of it, or its stretch of the sequence."""
+        """Returns to the residual stream: sums (B, S, ...) over the ranks.
+
+        Every rank gets the whole sum, or its part of the sequence with sequence parallelism.
+        """
         if self.size == 1:
             return x
         return _Scatter.apply(x, self) if self.sequence else _Reduce.apply(x, self)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place; without a gradient."""
+        """The sum over the ranks, in place. Not differentiable."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def maximum(self, x: Tensor) -> Tensor:
-        """The largest of the ranks, in place; without a gradient."""
+        """The maximum over the ranks, in place. Not differentiable."""
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
@@ -65,14 +70,14 @@ class TensorParallel:
         return gathered.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
 
     def scatter_sequence(self, x: Tensor) -> Tensor:
-        """(B, S, ...) to (B, S / size, ...): this rank's stretch of the sum over the ranks."""
+        """(B, S, ...) to (B, S / size, ...): this rank's part of the sum over the ranks."""
         stretches = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
         own = torch.empty_like(stretches[0])
         dist.reduce_scatter_tensor(own, stretches.flatten(0, 1), group=self.group)
         return own
 
 
-# Each exchange and its transpose. Contiguous tensors only: a collective reads memory, not strides.
+# Each collective and its transpose. Tensors are made contiguous: a collective ignores strides.
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:

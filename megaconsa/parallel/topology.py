@@ -1,6 +1,7 @@
-"""How a world of processes divides into pipeline, data and tensor ranks, and what the pipeline's schedule makes of it.
+"""How processes divide into pipeline, data and tensor ranks, and what the pipeline schedule costs.
 
-Arithmetic on the configuration alone: no process group is needed, so that a run is refused, or planned, before it starts.
+This is arithmetic on the configuration. It needs no process group, so that a run can be refused or
+planned before it starts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megaconsa.errors import InputError
 
 @dataclass(frozen=True)
 class Topology:
-    """Numbers of ranks on each axis; the world has tensor x pipeline x data processes."""
+    """Number of ranks on each axis. The world has tensor x pipeline x data processes."""
 
     tensor: int
     pipeline: int
@@ -24,20 +25,27 @@ class Topology:
 
     @classmethod
     def of(cls, config: Config, processes: int) -> Topology:
-        """The topology of a run on so many processes; raises InputError where they, or the global batch, cannot be divided."""
-        parallel, training = config.parallel, config.training
-        tensor, pipeline = parallel.tensor, parallel.pipeline
+        """The topology of a run on n processes.
+
+        Raises InputError if the processes or the global batch cannot be divided.
+        """
+        parallel = config.parallel
+        training = config.training
+        tensor = parallel.tensor
+        pipeline = parallel.pipeline
         if processes % (tensor * pipeline):
             raise InputError(
-                f"{processes} processes are not a multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline}; "
-                f"start a multiple of {tensor * pipeline}, or lower one of them"
+                f"{processes} processes are not a multiple of parallel.tensor={tensor} x "
+                f"parallel.pipeline={pipeline}; start a multiple of {tensor * pipeline}, "
+                "or lower one of them"
             )
         data = processes // (tensor * pipeline)
         accumulation, rest = divmod(training.global_batch, training.micro_batch * data)
         if rest:
             raise InputError(
-                f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch={training.micro_batch} "
-                f"x data ranks={data} ({processes} processes)"
+                f"training.global_batch={training.global_batch} must be a multiple of "
+                f"training.micro_batch={training.micro_batch} x data ranks={data} "
+                f"({processes} processes)"
             )
         topology = cls(tensor, pipeline, data, accumulation, parallel.schedule)
         if accumulation < topology.stages:
@@ -47,26 +55,30 @@ class Topology:
                 else "stages would idle"
             )
             raise InputError(
-                f"training.global_batch={training.global_batch} makes {accumulation} micro-batches on each of {data} data ranks, fewer "
-                f"than the {topology.stages} stages of parallel.pipeline={pipeline}: {consequence}; raise training.global_batch or lower "
-                "training.micro_batch, the number of processes or parallel.pipeline"
+                f"training.global_batch={training.global_batch} makes {accumulation} "
+                f"micro-batches on each of {data} data ranks, fewer than the "
+                f"{topology.stages} stages of parallel.pipeline={pipeline}: {consequence}; "
+                "raise training.global_batch or lower training.micro_batch, "
+                "the number of processes or parallel.pipeline"
             )
         return topology
 
     @property
     def stages(self) -> int:
-        """Contiguous parts into which the layers are cut."""
+        """Number of contiguous parts into which the layers are cut."""
         return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
 
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
-        """The stages that a pipeline rank holds: its own, with DualPipeV also the mirrored one from the end."""
+        """The stages of a pipeline rank. With DualPipeV it also has the mirrored one from the
+        end."""
         mirrored = self.stages - 1 - pipeline_rank
         return (pipeline_rank, mirrored) if self.schedule == "dualpipev" else (pipeline_rank,)
 
     def in_flight(self, pipeline_rank: int) -> tuple[int, ...]:
-        """For each of `stages_of`: micro-batches whose activations it holds at the rank's peak, between forward and backward.
+        """For each of `stages_of`: micro-batches whose activations are in memory at the rank's
+        peak.
 
-        With DualPipeV they are 2 * pipeline + 1 together, as DeepSpeed's schedule orders the passes.
+        With DualPipeV the two add up to 2 * pipeline + 1, by DeepSpeed's schedule.
         """
         if self.schedule == "dualpipev":
             return self.stages - pipeline_rank, pipeline_rank + 1
@@ -74,14 +86,20 @@ class Topology:
 
     @property
     def bubble(self) -> float:
-        """Share of a step in which a rank waits because the pipeline fills or drains, for stages of equal cost.
+        """Share of a step in which a rank waits while the pipeline fills or drains.
 
-        With P pipeline ranks and m micro-batches 1F1B waits (P - 1) / (m + P - 1), DualPipeV (5 P - 6) / (6 m + 5 P - 6), where a
-        backward pass costs two forward passes. Both are DeepSpeed's schedules played through with exchanges that wait for both sides
-        (the tests do that). DualPipe's published bubble is smaller: it presupposes weight gradients put off and passes that
-        overlap, which DeepSpeed's DualPipeV leaves out.
+        Stages are assumed to cost the same, and a backward pass to cost two forward passes. With p
+        pipeline ranks and m micro-batches:
+
+            1F1B        (p - 1) / (m + p - 1)
+            DualPipeV   (5 p - 6) / (6 m + 5 p - 6)
+
+        The tests derive both by simulating DeepSpeed's schedules with blocking sends. DualPipe's
+        published bubble is smaller. It delays weight gradients and overlaps passes, which
+        DeepSpeed's DualPipeV does not do.
         """
-        m, p = self.accumulation, self.pipeline
+        m = self.accumulation
+        p = self.pipeline
         if self.schedule == "dualpipev":
             return (5 * p - 6) / (6 * m + 5 * p - 6)
         return (p - 1) / (m + p - 1)

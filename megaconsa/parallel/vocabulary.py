@@ -1,4 +1,4 @@
-"""The vocabulary divided over a tensor group: which rows a rank has, and the lookup of embeddings."""
+"""The vocabulary divided over a tensor group: which rows each rank holds, and the embedding."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from megaconsa.parallel.tensor import TensorParallel
 
 
 def rows(vocab_size: int, size: int) -> int:
-    """Rows of the embedding on each of `size` ranks; the last ranks' may be padding."""
+    """Rows of the embedding on each of `size` ranks. The last rank's may be padding."""
     return -(-vocab_size // size)
 
 
 def lookup(tokens: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
-    """This rank's part of the embeddings (B, S, hidden): zeros for tokens (B, S) of other ranks. Their sum is the embedding."""
+    """This rank's part of the embeddings, (B, S, hidden). The sum over ranks is the embedding.
+
+    tokens: (B, S). Tokens of other ranks give zeros.
+    """
     own = tokens - tensor.rank * weight.shape[0]
     absent = (own < 0) | (own >= weight.shape[0])
-    return torch.nn.functional.embedding(own.masked_fill(absent, 0), weight).masked_fill(
-        absent[..., None], 0.0
-    )
+    found = torch.nn.functional.embedding(own.masked_fill(absent, 0), weight)
+    return found.masked_fill(absent[..., None], 0.0)
 
 
 def part(weight: Tensor, tensor: TensorParallel, vocab_size: int) -> VocabularyPart | None:
-    """Which rows of the head this rank's weight (rows, hidden) has; None if it has all."""
+    """Which rows of the head this rank holds, None if it holds all. weight: (rows, hidden)."""
     if tensor.size == 1:
         return None
     first = tensor.rank * weight.shape[0]

@@ -1,4 +1,4 @@
-"""Whole tensors by canonical name, out of and into ranks that each hold a part of some of them."""
+"""Whole tensors by canonical name, gathered from ranks and divided among them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from megaconsa.parallel.sharding import Sharding
 
 @dataclass(frozen=True)
 class DistributedWeights:
-    """The model's weights, and what belongs to each (Adam's moments), over all ranks."""
+    """The model's weights over all ranks, and Adam's moments, which are divided alike."""
 
     parameters: Mapping[str, nn.Parameter]
     """This rank's parts by canonical name."""
     shapes: Mapping[str, torch.Size]
     """Whole shapes of all weights of the model."""
     owners: Mapping[str, int]
-    """The pipeline rank that holds a weight; of a tied embedding on two of them, the first."""
+    """The pipeline rank that holds each weight. A tied embedding is on two, and the first
+    counts."""
     sharding: Sharding
     mesh: Mesh
 
     @cached_property
     def keepers(self) -> dict[str, tuple[int, int]]:
-        """Of each weight the (data, tensor) rank that gets it whole, among those of its owner: all of them about as many bytes."""
+        """The (data, tensor) rank that gathers each weight. Ranks are chosen to balance bytes."""
         ranks = [
             (data, tensor)
             for data in range(self.mesh.data_ranks)
@@ -43,22 +44,31 @@ class DistributedWeights:
         return keepers
 
     def gather(self, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole fp32 tensor, on the device, of the weights that this rank keeps; over all ranks each weight once.
+        """Yields the name and whole fp32 tensor, on the device, of each weight that this rank
+        keeps.
 
-        Every rank must run through it. read: this rank's fp32 part of a weight or of a moment of it; called on all data ranks
-        together, over which ZeRO-1 shards it.
+        Each weight is yielded on exactly one rank. Every rank must exhaust the iterator, because it
+        runs collectives.
+
+        read: returns this rank's fp32 part of a weight, or of its moment. All data ranks call it
+            together, because ZeRO-1 shards the part over them.
         """
         mesh = self.mesh
         for name, owner in self.owners.items():
-            if mesh.pipeline_rank == owner:
-                parts = mesh.tensor.parts(read(self.parameters[name]))
-                if self.keepers[name] == (mesh.data_rank, mesh.tensor.rank):
-                    yield name, self.sharding.join(name, parts)
+            if mesh.pipeline_rank != owner:
+                continue
+            parts = mesh.tensor.parts(read(self.parameters[name]))
+            if self.keepers[name] == (mesh.data_rank, mesh.tensor.rank):
+                yield name, self.sharding.join(name, parts)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's fp32 part of a whole tensor; RuntimeError where its shape is not the weight's."""
-        if whole.shape != self.shapes[name]:
+        """This rank's fp32 part of a whole tensor.
+
+        Raises RuntimeError if the tensor's shape is not the weight's.
+        """
+        needed = self.shapes[name]
+        if whole.shape != needed:
             raise RuntimeError(
-                f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(self.shapes[name])}"
+                f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(needed)}"
             )
         return self.sharding.split(name, whole).to(self.mesh.device, torch.float32)

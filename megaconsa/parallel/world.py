@@ -22,7 +22,8 @@ from megaconsa.reading import is_out_of_reach
 Result = TypeVar("Result")
 Refusal = InputError | UnreachableError
 BACKGROUND_TIMEOUT = timedelta(hours=2)
-"""For ranks that wait until one of them has read, or the slowest has written, a large checkpoint."""
+"""For ranks that wait until one of them has read, or the slowest has written, a large
+checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class World:
     size: int
     device: torch.device
     background: Any
-    """torch.distributed's group of all ranks on gloo, patient, for start-up and for threads beside the training; None if alone."""
+    """torch.distributed's group of all ranks on gloo, with a long timeout. It is used at start-up
+    and by threads beside the training. None if this process is alone."""
     launch: str
-    """When it began, as a name that sorts by time and is the same on every rank: 20261124T112233."""
+    """Launch ID: when the launch began, the same on every rank. Example: 20261124T112233."""
 
     @property
     def is_main(self) -> bool:
@@ -46,12 +48,12 @@ class World:
         """The result of `check`, which every rank calls, unless one raises InputError or
         UnreachableError.
 
-        Otherwise all ranks end together. The main one raises that error with each sentence once; the
-        others end without a word and with its exit code. If there are both, it is an InputError: another
-        start would not help.
+        Otherwise all ranks end together. The main one raises that error with each sentence once;
+        the others end without a word and with its exit code. If there are both, it is an
+        InputError: another start would not help.
 
-        alike: the check reads the same files on every rank. If only some ranks refuse, their nodes do
-        not see the files, and the error is an UnreachableError.
+        alike: the check reads the same files on every rank. If only some ranks refuse, their nodes
+        do not see the files, and the error is an UnreachableError.
         """
         if self.size == 1:
             return check()
@@ -64,12 +66,15 @@ class World:
         if ranks_of:
             said = "; ".join(text + self._named(ranks) for text, ranks in ranks_of.items())
             refused = sum(isinstance(own, InputError) for own in refusals)
-            mendable = refused == self.size if alike else refused > 0
-            self._refuse(InputError(said) if mendable else UnreachableError(said))
+            fixable = refused == self.size if alike else refused > 0
+            self._refuse(InputError(said) if fixable else UnreachableError(said))
         return result  # type: ignore[return-value]
 
     def from_main(self, find: Callable[[], Result]) -> Result:
-        """The result of `find`, called on the main rank alone, on every rank. What it refuses ends all ranks as `agreed` does."""
+        """Calls `find` on the main rank only and returns its result on every rank.
+
+        If `find` raises InputError or UnreachableError, all ranks end as in `agreed`.
+        """
         if self.size == 1:
             return find()
         result, refusal = self.exchange(_attempt(find) if self.is_main else None)[0]
@@ -79,8 +84,11 @@ class World:
         return found
 
     def exchange(self, value: Any) -> list[Any]:
-        """One value of each rank, in the order of ranks, on every rank. It meets none of the training's collectives: for start-up, and
-        from then on for one thread beside the training."""
+        """Every rank's value, in the order of ranks, on every rank.
+
+        Uses a process group of its own, so it cannot get mixed up with the training's collectives.
+        Call it at start-up, and afterwards from one thread only.
+        """
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.background)
@@ -93,11 +101,9 @@ class World:
         raise SystemExit(REFUSED if isinstance(refusal, InputError) else LOST)
 
     def _named(self, ranks: list[int]) -> str:
-        return (
-            ""
-            if len(ranks) == self.size
-            else f" (on rank {', '.join(map(str, ranks))} of {self.size})"
-        )
+        if len(ranks) == self.size:
+            return ""
+        return f" (on rank {', '.join(map(str, ranks))} of {self.size})"
 
 
 ALONE = World(0, 1, torch.device("cpu"), None, "")
@@ -130,9 +136,9 @@ def join() -> World:
         place = replace(place, local_rank=_gpu(place))
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-        # DeepSpeed's pipeline sends one tensor at a time; that this is no batch is nothing a user could mend.
+        # NCCL warns that DeepSpeed's pipeline does not batch its sends. Users cannot change that.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-    # Collectives that each rank remembers, for the watchdog to write down.
+    # Number of collectives that each rank remembers, for the report of the watchdog.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     raise_limit(place)
     if not dist.is_initialized():
@@ -159,7 +165,8 @@ def _gpu(place: Launch) -> int:
         return 0
     if place.local_rank >= count:
         raise InputError(
-            f"local rank {place.local_rank} has no GPU: this process sees {count}; start as many processes a node as it has GPUs"
+            f"local rank {place.local_rank} has no GPU: this process sees {count}; "
+            "start as many processes a node as it has GPUs"
         )
     return place.local_rank
 

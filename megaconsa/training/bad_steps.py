@@ -1,4 +1,5 @@
-"""Which steps are not applied: those whose loss or gradient is not finite and, where the configuration says so, spikes of either."""
+"""Which steps are not applied: those whose loss or gradient is not finite, and spikes of either if
+the configuration says so."""
 
 from __future__ import annotations
 
@@ -9,42 +10,57 @@ from statistics import median
 
 from megaconsa.config import BadStepsSection
 from megaconsa.errors import RunError
+from megaconsa.parallel.step_result import Fault
 
 WINDOW = 128
 """Applied steps that a new one is compared with."""
 LEAST = 64
-"""No step is a spike before so many were applied."""
+"""No step counts as a spike before this many were applied."""
 DEVIATION_OF_MAD = 1.4826
-"""Standard deviations of a normal distribution in its median absolute deviation."""
+"""A normal distribution's standard deviation is this many median absolute deviations."""
 SMALLEST_DEVIATION = 0.01
-"""As a share of the median: a loss that hardly moves must not make a spike of a small step."""
+"""As a share of the median. Without it, a small change of a nearly constant loss would be a
+spike."""
 
 
 @dataclass
 class BadSteps:
-    """What a run knows of its steps so far; a part of its checkpoints, so that a resumed run decides as an uninterrupted one does."""
+    """What a run remembers of its steps.
+
+    Checkpoints hold it, so that a resumed run decides as an uninterrupted one does.
+    """
 
     skipped: int = 0
-    """Steps that were not applied."""
+    """Steps that were not applied, in the whole run."""
     in_row: int = 0
-    """Of these, the last ones."""
+    """Steps in a row up to now that were not applied."""
     losses: list[float] = field(default_factory=list)
-    """Of the last WINDOW applied steps, oldest first."""
+    """Losses of the last WINDOW applied steps, oldest first."""
     grad_norms: list[float] = field(default_factory=list)
 
-    def fault(self, section: BadStepsSection, numbers: dict[str, float]) -> str | None:
-        """Why a step is not to be applied; None where it is. numbers: its loss, grad_norm and what else must be finite, by name.
+    def fault(self, section: BadStepsSection, numbers: dict[str, float]) -> Fault | None:
+        """Why a step must not be applied, or None.
 
-        A spike lies more than `bad_steps.deviations` above the median of the applied steps before it. OLMo's trainer skips steps by
-        the same rule on mean and standard deviation, which one spike raises for the next.
+        numbers: the step's loss, its grad_norm, and whatever else must be finite, by name.
+
+        A spike lies more than `bad_steps.deviations` deviations above the median of the applied
+        steps before it. OLMo's trainer skips steps by the same rule on mean and standard deviation.
+        We use the median, because one spike would raise the mean and hide the next.
         """
         for name, value in numbers.items():
             if not math.isfinite(value):
-                return f"its {name} is {value}"
-        if section.spikes != "keep":
-            for name, before in (("loss", self.losses), ("grad_norm", self.grad_norms)):
-                if (height := deviations(numbers[name], before)) > section.deviations:
-                    return f"its {name} of {numbers[name]:.4g} lies {height:.1f} deviations above {median(before):.4g}"
+                return Fault(f"its {name} is {value}")
+        if section.spikes == "keep":
+            return None
+        for name, before in (("loss", self.losses), ("grad_norm", self.grad_norms)):
+            value = numbers[name]
+            height = deviations(value, before)
+            if height > section.deviations:
+                return Fault(
+                    f"its {name} of {value:.4g} lies {height:.1f} deviations above "
+                    f"{median(before):.4g}",
+                    is_spike=True,
+                )
         return None
 
     def applied(self, loss: float, grad_norm: float) -> None:
@@ -53,18 +69,22 @@ class BadSteps:
         self.grad_norms = [*self.grad_norms, grad_norm][-WINDOW:]
 
     def skip(self, section: BadStepsSection, step: int, fault: str) -> None:
-        """Counts a step that was not applied; RunError where there are too many in a row."""
+        """Counts a step that was not applied. Raises RunError if there are too many in a row."""
         self.skipped += 1
         self.in_row += 1
         if self.in_row == section.limit:
             raise RunError(
-                f"{self.in_row} steps in a row, up to step {step}, were not applied (bad_steps.limit={section.limit}): of the last one "
-                f"{fault}; lower training.learning_rate, or go on from an earlier checkpoint"
+                f"{self.in_row} steps in a row, up to step {step}, were not applied "
+                f"(bad_steps.limit={section.limit}): of the last one {fault}; lower "
+                "training.learning_rate, or go on from an earlier checkpoint"
             )
 
 
 def deviations(value: float, before: Sequence[float]) -> float:
-    """How many robust standard deviations a value lies above the median of those before it; 0 where these are too few to tell."""
+    """How many robust standard deviations a value lies above the median of those before it.
+
+    Returns 0 if there are too few values before it.
+    """
     if len(before) < LEAST:
         return 0.0
     middle = median(before)

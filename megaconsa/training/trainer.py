@@ -1,4 +1,4 @@
-"""The loop: take a batch, step the weights, step the gates, tell the callbacks."""
+"""The training loop. docs/life_of_a_step.md explains it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch
 from megaconsa.errors import RunError
 from megaconsa.model.flops import peak_flops, training_flops
-from megaconsa.parallel.engine import Engine
+from megaconsa.parallel.deepspeed.engine import Engine
 from megaconsa.parallel.mesh import Mesh
+from megaconsa.parallel.step_result import Fault, StepResult
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.batches import carries, document_lengths, labelled_tokens
 from megaconsa.training.schedule import learning_rate
@@ -33,93 +34,101 @@ logger = logging.getLogger(__name__)
 
 
 class Stop(IntEnum):
-    """Why a run ends before its last step. Where ranks have different reasons, the greatest holds."""
+    """Why a run ends before its last step. If ranks have different reasons, the greatest wins."""
 
     NO = 0
     REWIND = 1
-    """Without a save: a spike sends it back to its newest checkpoint."""
+    """A spike sends the run back to its newest checkpoint. It does not save."""
     UNSAVED = 2
-    """Without a save: saves fail one after another, and more steps would be lost with the others."""
+    """Saves keep failing, so more steps would be lost. It does not save."""
     INTERRUPTED = 3
-    """By a signal, or because the job's time ends: it is to go on."""
+    """A signal, or the end of the job's time. The run is to be resumed."""
     ASKED = 4
-    """By a person, who does not want it queued again."""
+    """A person asked for it. The job must not be queued again."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """How far a run is. Part of every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens trained on in this run."""
     sequences: int = 0
-    """Place in the data order: sequences taken, those of the run it was initialised from included."""
+    """Place in the data order: sequences taken, including those of the run that this one was
+    initialised from."""
     bad_steps: BadSteps = field(default_factory=BadSteps)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The data of a step, and how long they were waited for."""
+    """The data of a step, and how long the step waited for it."""
 
     batches: list[Batch]
     labelled: int
     """Labelled tokens of all ranks."""
     began: float
-    """When the step did, by time.perf_counter."""
+    """When the step began, by time.perf_counter."""
     own_seconds: float
-    """Until this rank had its own."""
+    """Seconds until this rank had its data."""
     data_seconds: float
-    """Until all ranks had theirs."""
+    """Seconds until all ranks had theirs."""
 
 
 @dataclass
 class Trainer:
-    """One run on one rank. Exactly one of `gates` (learning) and `allocation` (a finished table) is there."""
+    """One run on one rank. It has either `gates` (while learning) or an `allocation`, not both."""
 
     training: TrainingSection
     bad_steps: BadStepsSection
     mesh: Mesh
     engine: Engine
     steps: Iterator[list[Batch]]
-    """This rank's micro-batches, step by step, from the place where `progress` stands; empty where the pipeline does not begin."""
+    """This rank's micro-batches of each step, starting at `progress`. Empty lists on ranks where
+    the pipeline does not begin."""
     gates: GateBank | None
     allocation: Allocation | None
     progress: Progress
     callbacks: Sequence[Callback] = ()
     rewinds: int = 0
-    """Times that the run went back to the checkpoint it goes on from."""
+    """How often the run went back to the checkpoint that it resumed from."""
     stop: Stop = field(default=Stop.NO, init=False)
-    """Whether the run ends after the present step, and why; all ranks agree on it. It saves before where it can and is not to go back."""
+    """Whether the run ends after the current step, and why. The same on all ranks."""
     completed: bool = field(default=False, init=False)
-    """All steps are done, or all up to a stop; False where an error ended them."""
+    """All steps up to the end or up to a stop are done. False if an error ended the run."""
     work_seconds: float = field(default=0.0, init=False)
-    """Of the last step, this rank's own: waiting for its data, forward and backward passes. In the others it waits for other ranks too."""
+    """Seconds of the last step in which this rank worked or waited for its own data. Excludes
+    time spent waiting for other ranks."""
     saving: bool = field(default=False, init=False)
-    """Whether a checkpoint is due after the present step because a rank asked for one; all ranks agree on it."""
+    """Whether a rank asked for a checkpoint after the current step. The same on all ranks."""
     _fetched: Fetched | None = field(default=None, init=False)
-    """The data of the step that begins: its callbacks come after them."""
+    """Data of the step that is about to begin."""
     _requested: Stop = field(default=Stop.NO, init=False)
     _save_requested: bool = field(default=False, init=False)
-    fault: str | None = field(default=None, init=False)
-    """Why the last step was not applied; None where it was."""
-    _is_spike: bool = field(default=False, init=False)
+    fault: Fault | None = field(default=None, init=False)
+    """Why the last step was not applied; None if it was."""
 
     @property
     def stopping(self) -> bool:
         return self.stop is not Stop.NO
 
     def request_stop(self, reason: Stop = Stop.INTERRUPTED) -> None:
-        """Has all ranks stop after the present step, or after the next where it is called between two (from a signal handler)."""
+        """Makes all ranks stop after the current step.
+
+        A signal handler may call this between two steps. Then the next step is the last.
+        """
         self._requested = max(self._requested, reason)
 
     def request_save(self) -> None:
-        """Has all ranks save after the next step."""
+        """Makes all ranks save after the next step."""
         self._save_requested = True
 
     def run(self) -> bool:
-        """Trains to the last step; returns whether it got there, False if it was asked to stop before or is to go back."""
+        """Trains to the last step.
+
+        Returns whether it got there. False means that it was asked to stop, or must go back.
+        """
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -133,14 +142,19 @@ class Trainer:
                     callback.on_step(self, row)
             self.completed = True
         finally:
-            # All of them, whatever one raises; the first, which holds the folder's lock, last.
+            # Every callback finishes, even if one raises. The first one holds the folder's lock,
+            # and finishes last.
             with ExitStack() as finishing:
                 for callback in self.callbacks:
                     finishing.callback(callback.on_finish, self)
         return self.progress.step == self.training.steps and self.stop is not Stop.REWIND
 
     def _agree(self) -> None:
-        """What the ranks asked for, in one exchange. A save that a stop hides is none lost: a run saves before it stops."""
+        """Agrees with all ranks on stop and save requests, in one all-reduce.
+
+        If some rank asks to stop, a save request of another rank may be lost. That does no harm,
+        because a run saves before it stops.
+        """
         agreed = self.mesh.largest(2 * self._requested + self._save_requested)
         self.stop = Stop(agreed // 2)
         self.saving = bool(agreed % 2)
@@ -148,7 +162,7 @@ class Trainer:
             self._save_requested = False
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step of weights and gates; returns its row of metrics."""
+        """One optimizer step of weights and gates. Returns its row of metrics."""
         fetched = self._fetched or self._fetch()
         self._fetched = None
         return self._work(fetched)
@@ -166,13 +180,11 @@ class Trainer:
         rate = learning_rate(self.progress.step, self.training)
         if self.gates:
             self.gates.sample(self.progress.step)
-        # Where the gradient is not finite, the engine asks nobody.
-        self.fault, self._is_spike = "its gradient is not finite", False
-        loss = self.engine.train_step(
-            carries(batches, fetched.labelled, self.mesh), rate, self._accepts
-        )
-        self._count_step(loss)
-        gate_metrics = self._update_gates() if self.gates else {}
+        micro_batches = carries(batches, fetched.labelled, self.mesh)
+        result = self.engine.train_step(micro_batches, rate, self._check)
+        self.fault = result.fault
+        self._count(result)
+        gate_metrics = self._update_gates(result)
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - fetched.began
@@ -184,9 +196,9 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
-            "loss": _number(loss),
+            "loss": _number(result.loss),
             "learning_rate": rate,
-            "grad_norm": _number(self.engine.grad_norm),
+            "grad_norm": _number(result.grad_norm),
             "skipped": self.progress.bad_steps.skipped,
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(batches, seconds),
@@ -196,67 +208,77 @@ class Trainer:
             **gate_metrics,
         }
 
-    def _accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether the step is to be applied, the same on every rank; weights, gates and multipliers are still those before it."""
+    def _check(self, loss: float, grad_norm: float) -> Fault | None:
+        """Why the step must not be applied, or None. All ranks decide alike.
+
+        Weights, gates and multipliers still have their values from before the step.
+        """
         numbers = {"loss": loss, "grad_norm": grad_norm}
         if self.gates:
             gradient = self.gates.gradient(self._reduce).sum(dim=0)
             numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(gradient))
-        self.fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
-        self._is_spike = self.fault is not None and all(map(math.isfinite, numbers.values()))
-        if self.mesh.largest(int(self.fault is not None)) and self.fault is None:
-            self.fault = "another rank found a fault in it"
-        return self.fault is None
+        own_fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
+        any_fault = self.mesh.largest(int(own_fault is not None))
+        if any_fault and own_fault is None:
+            return Fault("another rank found a fault in it")
+        return own_fault
 
-    def _count_step(self, loss: float) -> None:
-        """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
-        bad, step = self.progress.bad_steps, self.progress.step + 1
-        if self.fault is None:
-            bad.applied(loss, self.engine.grad_norm)
+    def _count(self, result: StepResult) -> None:
+        """Keeps count of bad steps. Ends a run that has diverged before it saves a checkpoint."""
+        bad_steps = self.progress.bad_steps
+        step = self.progress.step + 1
+        fault = result.fault
+        if fault is None:
+            bad_steps.applied(result.loss, result.grad_norm)
             return
         logger.warning(
-            "step %d was not applied: %s; weights and gates stay as they are", step, self.fault
+            "step %d was not applied: %s; weights and gates stay as they are", step, fault.reason
         )
-        bad.skip(self.bad_steps, step, self.fault)
-        if self._is_spike and self.bad_steps.spikes == "rewind":
+        bad_steps.skip(self.bad_steps, step, fault.reason)
+        if fault.is_spike and self.bad_steps.spikes == "rewind":
             if self.rewinds == self.bad_steps.limit:
                 raise RunError(
-                    f"the run went back to its newest checkpoint {self.rewinds} times (bad_steps.limit={self.bad_steps.limit}) and met a "
-                    f"spike again, in step {step}; lower training.learning_rate, or go on from an earlier checkpoint"
+                    f"the run went back to its newest checkpoint {self.rewinds} times "
+                    f"(bad_steps.limit={self.bad_steps.limit}) and met a spike again, in step "
+                    f"{step}; lower training.learning_rate, or go on from an earlier checkpoint"
                 )
             self.request_stop(Stop.REWIND)
 
-    def _update_gates(self) -> dict[str, Any]:
-        assert self.gates is not None
-        if self.fault is None:
+    def _update_gates(self, result: StepResult) -> dict[str, Any]:
+        """Moves the gates if the step was applied. Returns their metrics."""
+        if self.gates is None:
+            return {}
+        if result.fault is None:
             return self.gates.update()
         self.gates.discard()
         return {}
 
     def _reduce(self, gradient: torch.Tensor) -> None:
-        # Each rank holds its layers', heads' and sequences' part; DeepSpeed's loss is a mean over data ranks.
+        # Each rank has the part of its own layers, heads and sequences. DeepSpeed's loss is a mean
+        # over data ranks.
         self.mesh.sum(gradient).div_(self.mesh.data_ranks)
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
-        """Share of the dense bf16 peak of the ranks that these batches went through; None where the peak is not known."""
-        peak = (
-            peak_flops(torch.cuda.get_device_name(self.mesh.device))
-            if self.mesh.device.type == "cuda"
-            else None
-        )
-        if peak is None or not batches:
+        """Model FLOPs utilisation: share of the dense bf16 peak of the ranks that share a batch.
+
+        None if the peak of the device is not known.
+        """
+        if self.mesh.device.type != "cuda" or not batches:
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.mesh.device))
+        if peak is None:
             return None
         lengths = document_lengths(batches)
         flops = training_flops(self.engine.shape, self.allocation, int(lengths.sum()), lengths)
         return flops / seconds / (peak * self.mesh.tensor.size * self.mesh.pipeline_ranks)
 
     def _memory(self) -> float:
-        """Largest memory so far in GiB: allocated on the GPU, or resident on a CPU."""
+        """Peak memory so far in GiB: allocated on a GPU, resident on a CPU."""
         if self.mesh.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.mesh.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _number(value: float) -> float | None:
-    """As JSON can hold it."""
+    """None for what JSON cannot hold."""
     return value if math.isfinite(value) else None

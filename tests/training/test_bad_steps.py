@@ -1,4 +1,7 @@
-"""Which steps are skipped, and that a skipped one leaves weights, moments, gates and multipliers alone."""
+"""Which steps are skipped.
+
+A skipped step leaves weights, moments, gates and multipliers unchanged.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from megaconsa.config import BadStepsSection, build
 from megaconsa.errors import RunError
 from megaconsa.parallel import mesh
+from megaconsa.parallel.step_result import Fault
 from megaconsa.reporting.metrics import computed
 from megaconsa.training import bad_steps
 from megaconsa.training.bad_steps import BadSteps, deviations
@@ -26,8 +30,12 @@ SPIKES = BadStepsSection(spikes="skip")
 
 
 def settled() -> BadSteps:
-    """After 200 applied steps whose loss falls from 3 to 2.6 with a noise of 0.02, and norms around 0.5."""
-    draw, found = random.Random(0), BadSteps()
+    """The state after 200 applied steps.
+
+    The loss falls from 3 to 2.6 with a noise of 0.02, and norms are around 0.5.
+    """
+    draw = random.Random(0)
+    found = BadSteps()
     for step in range(200):
         numbers = {
             "loss": 3 - step / 500 + draw.gauss(0, 0.02),
@@ -41,22 +49,21 @@ def settled() -> BadSteps:
 def test_what_is_not_finite_is_named() -> None:
     for name in ("loss", "grad_norm", "gate_grad_norm"):
         numbers = {"loss": 2.0, "grad_norm": 0.5, "gate_grad_norm": 0.1} | {name: float("nan")}
-        assert BadSteps().fault(BadStepsSection(), numbers) == f"its {name} is nan"
+        assert BadSteps().fault(BadStepsSection(), numbers) == Fault(f"its {name} is nan")
 
 
 def test_spikes_are_told_from_noise_and_only_where_asked_for() -> None:
     run = settled()
     assert len(run.losses) == len(run.grad_norms) == bad_steps.WINDOW
     for numbers in ({"loss": 4.5, "grad_norm": 0.5}, {"loss": 2.6, "grad_norm": 6.0}):
-        assert "deviations above" in (run.fault(SPIKES, numbers) or "")
+        fault = run.fault(SPIKES, numbers)
+        assert fault is not None
+        assert fault.is_spike
+        assert "deviations above" in fault.reason
         assert run.fault(BadStepsSection(), numbers) is None
-    assert run.fault(SPIKES, {"loss": 1.0, "grad_norm": 0.01}) is None  # downwards is no spike
-    assert (
-        BadSteps(losses=run.losses[: bad_steps.LEAST - 1]).fault(
-            SPIKES, {"loss": 100.0, "grad_norm": 0.5}
-        )
-        is None
-    )
+    assert run.fault(SPIKES, {"loss": 1.0, "grad_norm": 0.01}) is None  # a fall is not a spike
+    too_few = BadSteps(losses=run.losses[: bad_steps.LEAST - 1])
+    assert too_few.fault(SPIKES, {"loss": 100.0, "grad_norm": 0.5}) is None
 
 
 def test_a_spike_does_not_hide_the_next() -> None:
@@ -71,20 +78,22 @@ def test_a_constant_loss_does_not_make_a_spike_of_a_hundredth() -> None:
 
 
 def test_too_many_in_a_row_end_the_run() -> None:
-    run, section = BadSteps(), BadStepsSection(limit=2)
+    run = BadSteps()
+    section = BadStepsSection(limit=2)
     run.skip(section, 7, "its loss is nan")
     run.applied(2.0, 0.5)
     run.skip(section, 9, "its loss is nan")
     with pytest.raises(
         RunError,
-        match=r"2 steps in a row, up to step 10, were not applied \(bad_steps.limit=2\): .*its loss is nan",
+        match=r"2 steps in a row, up to step 10, were not applied "
+        r"\(bad_steps.limit=2\): .*its loss is nan",
     ):
         run.skip(section, 10, "its loss is nan")
     assert run.skipped == 3
 
 
 def held(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Copies of everything that a step may change."""
+    """Copies everything that a step may change."""
     assert trainer.gates is not None
     own = dict(trainer.engine.weights()) | dict(trainer.engine.moments()) | trainer.gates.state()
     return {name: tensor.clone() for name, tensor in own.items()}
@@ -97,9 +106,8 @@ def test_a_spike_is_skipped_whole(
     values = make_config(training={"precision": precision}, bad_steps={"spikes": "skip"})
     trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
     trainer.step()
-    trainer.progress.bad_steps.losses = [
-        0.001
-    ] * bad_steps.LEAST  # beside which any loss of a fresh model is a spike
+    # Compared with these losses, any loss of a fresh model is a spike.
+    trainer.progress.bad_steps.losses = [0.001] * bad_steps.LEAST
     before = held(trainer)
     row = trainer.step()
     assert row["skipped"] == 1

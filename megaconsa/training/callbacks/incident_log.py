@@ -1,4 +1,4 @@
-"""Skipped steps, stops and returns to a checkpoint among the run's incidents."""
+"""Records skipped steps, stops and rewinds among the run's incidents."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.trainer import Stop, Trainer
 
 STOPS = {
-    Stop.REWIND: "the run goes back to its newest checkpoint and passes over the batches up to this step",
+    Stop.REWIND: (
+        "the run goes back to its newest checkpoint and passes over the batches up to this step"
+    ),
     Stop.INTERRUPTED: "a signal, or the end of the job's time, stops the run after this step",
     Stop.ASKED: "the file stop in the run folder stops the run after this step",
 }
 
 
 class IncidentLog(Callback):
-    """On the main rank. Errors, hangs and lost ranks are recorded by the rank that meets them first, failed
-    saves by Checkpointing."""
+    """Runs on the main rank only.
+
+    Other incidents are recorded elsewhere. The rank that first meets an error, a hang or a lost
+    rank records it, and Checkpointing records failed saves.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -27,7 +32,7 @@ class IncidentLog(Callback):
             incidents.record(
                 self.run,
                 "skipped",
-                f"the step was not applied: {trainer.fault}",
+                f"the step was not applied: {trainer.fault.reason}",
                 step=row["step"],
                 rank=0,
             )

@@ -1,4 +1,7 @@
-"""How long a rank's own forward and backward passes take. The seconds of a step do not tell it: there all ranks wait for the slowest."""
+"""Times a rank's own forward and backward passes.
+
+The duration of a step does not tell, because in a step all ranks wait for the slowest.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ Mark = Callable[[], Any]
 
 
 class ComputeClock:
-    """Put into a DeepSpeed pipeline engine. Waits for other data ranks and stages are left out; those inside of a tensor group are not.
+    """Wraps the passes of a DeepSpeed pipeline engine.
 
-    On a GPU two events a pass are recorded, and nothing is waited for before `seconds` is read.
+    Excludes time spent waiting for other data ranks and stages. Includes waits within a tensor
+    group. On a GPU it records two events per pass and synchronises only when `seconds` is called.
     """
 
     def __init__(self, engine: Any, device: torch.device) -> None:
@@ -29,13 +33,13 @@ class ComputeClock:
         }
 
     def reset(self) -> None:
-        """Begins anew."""
+        """Forgets all passes so far."""
         if self._cuda:
             self._spare += [mark for marks in self._passes for mark in marks]
         self._passes.clear()
 
     def seconds(self) -> float:
-        """Of all passes since `reset`. On a GPU they must be over."""
+        """Seconds of all passes since `reset`. On a GPU they must have finished."""
         if self._cuda:
             return sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
         return float(sum(end - begin for begin, end in self._passes))

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 gets wrong in bf16 with a pipeline, put right in one engine."""
+"""Patches to one DeepSpeed engine: what DeepSpeed 0.19 gets wrong in bf16 with a pipeline."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def mend_bf16(engine: Any) -> None:
-    """Sums of tied weights after those over data ranks, and a gradient norm where a rank has nothing to add to it."""
+def patch_bf16(engine: Any) -> None:
+    """Sums tied weights after the sum over data ranks, and lets a rank add nothing to the norm."""
     from deepspeed.runtime.pipe import schedule
 
     engine._INSTRUCTION_MAP = {
@@ -19,15 +19,22 @@ def mend_bf16(engine: Any) -> None:
 
 
 def _reduce_over_data_then_stages(engine: Any) -> None:
-    """In DeepSpeed's order both stages of a tied weight sum over data ranks last, in buckets of other sizes and so with other
-    rounding: the copies part. A sum over two stages has one order only."""
+    """Reduces over data ranks first, then over the stages of tied weights.
+
+    DeepSpeed sums over data ranks last. The two stages of a tied weight use different buckets
+    there, so their rounding differs and the two copies drift apart. A sum over two stages has one
+    order only.
+    """
     engine._exec_reduce_grads()
     engine._exec_reduce_tied_grads()
 
 
 def _never_empty(optimizer: Any) -> Callable[..., Any]:
-    """`get_grads_for_norm` is stacked also where it finds no gradient: on a rank other than the first of its tensor group whose stage
-    holds the final norm and a tied head only."""
+    """Wraps `get_grads_for_norm`, which fails when a rank has no gradient to add to the norm.
+
+    This happens on tensor ranks other than the first, if their stage holds only the final norm and
+    a tied head.
+    """
     original = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:

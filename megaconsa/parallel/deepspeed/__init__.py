@@ -1,0 +1,1 @@
+"""The only package that imports DeepSpeed: the engine, its pipeline modules, and patches to it."""

@@ -1,0 +1,235 @@
+"""The DeepSpeed engine: a training step, an evaluation, and weights by their canonical names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaconsa.config import TrainingSection
+from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.model.config import ModelConfig
+from megaconsa.model.initialize import initial_weight
+from megaconsa.model.qwen3 import weight_shapes
+from megaconsa.parallel.deepspeed.compute_clock import ComputeClock
+from megaconsa.parallel.deepspeed.optimizer import (
+    MOMENTS,
+    CheckedAdamW,
+    build_optimizer,
+    create_moments,
+)
+from megaconsa.parallel.deepspeed.patches import patch_bf16
+from megaconsa.parallel.deepspeed.settings import deepspeed_settings
+from megaconsa.parallel.mesh import Mesh
+from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index
+from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
+from megaconsa.parallel.stages import cut, layer_costs
+from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
+from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.weights import DistributedWeights
+
+
+class Engine:
+    """Trains the model with ZeRO-1 and AdamW.
+
+    Every rank of the mesh builds an engine, and all ranks call its methods together.
+    """
+
+    def __init__(
+        self,
+        shape: ModelConfig,
+        training: TrainingSection,
+        topology: Topology,
+        heads: HeadSelector,
+        mesh: Mesh,
+        *,
+        backend: str = "auto",
+        separate_documents: bool = True,
+    ) -> None:
+        """heads: an Allocation, or a GateBank while learning."""
+        import deepspeed
+
+        from megaconsa.parallel.deepspeed.pipeline_modules import (
+            CostCutModule,
+            DualPipeCostCutModule,
+            layer_specs,
+        )
+
+        self.shape = shape
+        self.mesh = mesh
+        bf16 = training.in_bf16(mesh.device.type)
+        self.precision = "bf16" if bf16 else "fp32"
+        allocation = heads if isinstance(heads, Allocation) else None
+        sharding = Sharding(shape, allocation, mesh.tensor.rank, mesh.tensor.size)
+        # DeepSpeed prints its settings and the table of layers.
+        is_dualpipe = topology.schedule == "dualpipev"
+        module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = module_type(
+                layers=layer_specs(sharding, mesh.tensor, heads, backend, separate_documents),
+                bounds=cut(
+                    layer_costs(shape, allocation, training.sequence_length), topology.stages
+                ),
+                topology=mesh.grid,
+                loss_fn=lambda loss, _: loss,
+                activation_checkpoint_interval=int(training.activation_checkpointing),
+                checkpointable_layers=["BlockLayer"],
+            )
+            parameters = {
+                canonical_name(name, shape.num_hidden_layers): parameter
+                for name, parameter in module.named_parameters()
+            }
+            module.tensor_sums = _mark(parameters, mesh)
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(module, training, fused=mesh.device.type == "cuda"),
+                config=deepspeed_settings(training, topology, bf16),
+            )
+        if bf16:
+            patch_bf16(self.engine)
+        self._clock = ComputeClock(self.engine, mesh.device)
+        shapes = weight_shapes(shape)
+        owners = {
+            name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes
+        }
+        self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
+        create_moments(self.optimizer)
+
+    @property
+    def adamw(self) -> CheckedAdamW:
+        """The optimizer inside DeepSpeed's."""
+        inner: CheckedAdamW = self.optimizer.optimizer
+        return inner
+
+    def compute_seconds(self) -> float:
+        """Seconds of this rank's own forward and backward passes in the last step.
+
+        The step must have finished on the device.
+        """
+        return self._clock.seconds()
+
+    def train_step(
+        self, batches: Sequence[Carry], learning_rate: float, check: Check = apply_always
+    ) -> StepResult:
+        """One optimizer step.
+
+        batches: this rank's micro-batches if the pipeline begins here (Mesh.reads_data). Other
+            ranks' batches are not used.
+        check: called once on every rank, before any weight changes, with the loss of the global
+            batch and its gradient norm before clipping. All ranks must decide alike. It is not
+            called if the gradient norm is not finite: such a step is never applied.
+        """
+
+        def check_step() -> Fault | None:
+            loss = float(self.engine._aggregate_total_loss())
+            return check(loss, float(self.optimizer._global_grad_norm))
+
+        self.adamw.begin(check_step)
+        self._clock.reset()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = float(self.engine.train_batch(self._pairs(batches)))
+        self.engine.module.train()
+        return StepResult(loss, float(self.engine.get_global_grad_norm()), self.adamw.fault)
+
+    def evaluate(self, batches: Sequence[Carry], count: int) -> float:
+        """Loss of `count` held-out micro-batches, in nats per labelled token.
+
+        batches: as in `train_step`.
+        """
+        # DualPipeV ignores num_micro_batches and reads the engine's own count.
+        training_count = self.engine.micro_batches
+        self.engine.micro_batches = count
+        loss = self.engine.eval_batch(self._pairs(batches), num_micro_batches=count)
+        self.engine.micro_batches = training_count
+        # eval_batch leaves the module in evaluation mode.
+        self.engine.module.train()
+        return float(loss)
+
+    def initialize(self, seed: int) -> None:
+        """Fresh weights."""
+        for name in self.distributed.parameters:
+            self._set(name, initial_weight(name, self.distributed.shapes[name], self.shape, seed))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields whole fp32 master weights by canonical name, each on one rank.
+
+        Every rank must exhaust the iterator.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self.distributed.gather(safe_get_full_fp32_param)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Sets master and engine weights from whole fp32 tensors.
+
+        Raises KeyError if a name is missing, RuntimeError if a shape differs.
+        """
+        for name in self.distributed.parameters:
+            self._set(name, weights[name])
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields Adam's moments as `weights` does, named `exp_avg/<canonical name>`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for moment in MOMENTS:
+            for name, value in self.distributed.gather(
+                partial(safe_get_full_optimizer_state, optim_state_key=moment)
+            ):
+                yield f"{moment}/{name}", value
+
+    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Sets Adam's moments and its step count."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for moment in MOMENTS:
+            for name, parameter in self.distributed.parameters.items():
+                safe_set_full_optimizer_state(
+                    parameter, self.distributed.part(name, moments[f"{moment}/{name}"]), moment
+                )
+        for state in self.adamw.state.values():
+            state["step"].fill_(steps)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Adam's step count, which its bias correction depends on."""
+        return int(next(iter(self.adamw.state.values()))["step"])
+
+    def _set(self, name: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self.distributed.parameters[name]
+        part = self.distributed.part(name, whole)
+        safe_set_full_fp32_param(parameter, part)
+        parameter.data.copy_(part)
+
+    def _pairs(self, batches: Sequence[Carry]) -> Iterator[tuple[Any, Tensor]]:
+        """Micro-batches as DeepSpeed takes them: inputs and labels."""
+        # DeepSpeed insists on labels. Ours travel with the inputs, so it gets a dummy.
+        no_labels = torch.empty(0)
+        if not self.mesh.reads_data:
+            return repeat(((), no_labels))
+        return ((batch, no_labels) for batch in batches)
+
+
+def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tensor, Any]]:
+    """Marks weights that are divided over tensor ranks, for DeepSpeed's gradient norm.
+
+    Returns the weights that are whole but whose gradients must be summed, with the group to sum
+    over.
+    """
+    sums: list[tuple[Tensor, Any]] = []
+    for name, parameter in parameters.items():
+        if is_divided(name):
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        elif mesh.tensor.size > 1 and (mesh.tensor.sequence or sums_over_heads(name)):
+            # With sequence parallelism a norm's gradient comes from this rank's tokens only.
+            sums.append((parameter, mesh.tensor.group))
+    return sums

@@ -1,0 +1,78 @@
+"""The model as DeepSpeed's pipeline module, with stages cut by cost.
+
+This file imports DeepSpeed at its head, so import it only after the mesh exists.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor
+
+from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.parallel.pipeline import BlockLayer, EmbeddingLayer, HeadLayer, NormLayer, head_loss
+from megaconsa.parallel.sharding import Sharding
+from megaconsa.parallel.tensor import TensorParallel
+
+
+class CostCutModule(PipelineModule):
+    """One stage per rank, for the 1F1B schedule.
+
+    bounds: the first layer of each stage, and the end of the last.
+    """
+
+    def __init__(self, *args: Any, bounds: list[int], **settings: Any) -> None:
+        self.bounds = bounds
+        super().__init__(*args, **settings)
+        self.tensor_sums: list[tuple[Tensor, Any]] = []
+        """Weights whose gradients are parts of a sum over a group of ranks."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.bounds
+        self._set_bounds(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        # Without no_grad torch warns, on every rank, of a broadcast that autograd does not know.
+        with torch.no_grad():
+            super()._synchronize_tied_weights()
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+        """What DeepSpeed sums once a step, with the group: tied weights, and the `tensor_sums`."""
+        return [*super().get_tied_weights_and_groups(), *self.tensor_sums]
+
+
+class DualPipeCostCutModule(DualPipeVModule, CostCutModule):
+    """Two stages per rank, for the DualPipeV schedule."""
+
+
+def layer_specs(
+    sharding: Sharding,
+    tensor: TensorParallel,
+    heads: HeadSelector,
+    backend: str,
+    separate_documents: bool,
+) -> list[Any]:
+    """Embedding, blocks, final norm, head with loss."""
+    config = sharding.config
+    blocks = [
+        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tensor)
+        for layer in range(config.num_hidden_layers)
+    ]
+    norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
+    if config.tie_word_embeddings:
+        tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tensor)
+        return [
+            tied(),
+            *blocks,
+            norm,
+            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)),
+        ]
+    return [
+        LayerSpec(EmbeddingLayer, config, tensor),
+        *blocks,
+        norm,
+        LayerSpec(HeadLayer, config, tensor),
+    ]

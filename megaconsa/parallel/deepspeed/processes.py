@@ -1,0 +1,35 @@
+"""DeepSpeed's part in starting a process: its backend and its grid of ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from megaconsa.parallel.world import World
+
+
+def start_deepspeed(world: World) -> None:
+    """Has DeepSpeed use the process group that this process has joined."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # DeepSpeed would compile this operator for more than a minute at start-up. It speeds up
+        # all-reduces, which are not what a run on a CPU waits for.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed takes the process group that exists. It could not create it itself, because it does
+    # not tell NCCL which device to use.
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+
+
+def process_grid(tensor: int, pipeline: int, data: int) -> Any:
+    """DeepSpeed's grid of ranks, with the axes pipe, data and model."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    return PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
