@@ -1,7 +1,7 @@
-"""Kernels by operator. In each folder the plain truth lies beside the fast versions that are compared with it.
+"""Kernels, one folder per operator: a plain reference beside the fast versions compared with it.
 
-Imported as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publishes a package of that name. Imports torch and
-triton only, FlashAttention where it is installed.
+Import this package as `megaconsa.kernels`, never as top-level `kernels`: Hugging Face publishes a
+package of that name. It imports only torch and triton, and FlashAttention where it is installed.
 """
 
 from megaconsa.kernels.attention.backends import Backend, choose_backend

@@ -1,1 +1,1 @@
-"""Hybrid attention: the entry, the backends that it chooses from, and the reference that all of them are compared with."""
+"""Hybrid attention: the entry point, its backends, and the reference that all are compared with."""

@@ -1,4 +1,4 @@
-"""The implementations of hybrid attention: what each serves, and which one serves a call."""
+"""The backends of hybrid attention: what each serves, and which one serves a call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Attention = Callable[
 class Backend:
     name: str
     refusal: Callable[[Problem], str | None]
-    """Why it cannot serve a problem, as `cause; mend` in one sentence, or None."""
+    """Why it cannot serve a problem, as `cause; fix` in one sentence, or None."""
     attention: Attention
     allocated: str
     """How it computes a finished allocation, for the log."""
@@ -51,7 +51,7 @@ def _triton(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    # Imported where it is used: machines without triton have the other backends.
+    # Imported here, so that machines without triton can use the other backends.
     from megaconsa.kernels.attention.triton import operators
 
     return operators.attention(q, k, v, windows, gate, documents, scale)
@@ -82,13 +82,16 @@ BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, TRITON, FLASH
 
 
 def choose_backend(name: str, problem: Problem) -> Backend:
-    """The backend that runs: the named one, or for `auto` the fastest by measurement that serves the problem.
+    """The backend that runs the problem.
 
-    Says in the log, once for each choice and reason, what `auto` took and why. Raises ValueError for a name that is unknown, and for
-    a backend that cannot serve the problem, with its refusal.
+    name: a backend, or `auto` for the fastest by measurement that serves the problem. The log
+        says what `auto` took and why, once for each choice and reason.
+
+    Raises ValueError for an unknown name. Raises ValueError, with the refusal, for a backend that
+    cannot serve the problem.
     """
     if torch.compiler.is_compiling():
-        # Dynamo follows the choice: it has no use for a cache, and a symbolic length cannot be hashed.
+        # Dynamo traces the choice. It has no use for a cache, and cannot hash a symbolic length.
         return _choose(name, problem)
     return _choose_once(name, problem)
 
@@ -108,16 +111,15 @@ _choose_once = lru_cache(maxsize=1024)(_choose)
 
 
 def _automatic(problem: Problem) -> Backend:
-    """The first of the preferred backends that serves the problem; reference serves everything."""
+    """The first of the preferred backends that serves the problem. Reference serves everything."""
     causes: list[str] = []
     for backend in _preferred(problem):
-        # Asked before the refusal, for Triton's interpreter serves a CPU, and is slow.
+        # Checked here and not left to the refusal: Triton's interpreter accepts a CPU, but is slow.
         on_gpu_only = backend is TRITON or backend is FLASH
-        refusal = (
-            f"{backend.name} needs a CUDA GPU"
-            if on_gpu_only and problem.device.type != "cuda"
-            else backend.refusal(problem)
-        )
+        if on_gpu_only and problem.device.type != "cuda":
+            refusal: str | None = f"{backend.name} needs a CUDA GPU"
+        else:
+            refusal = backend.refusal(problem)
         if refusal is None:
             manner = backend.gated if problem.gated else backend.allocated
             because = f", because {' and '.join(causes)}" if causes else ""
@@ -128,14 +130,19 @@ def _automatic(problem: Problem) -> Backend:
 
 
 def _preferred(problem: Problem) -> tuple[Backend, ...]:
-    """By measured speed on Hopper: both softmaxes of a gated head in one pass beat two calls; a finished allocation is faster as calls
-    of FlashAttention, where it is installed and serves the problem, than in one launch of ours."""
+    """The backends by their measured speed on Hopper, fastest first.
+
+    A gated head is faster with both softmaxes in one pass than with two calls. A finished
+    allocation is faster as calls of FlashAttention, where that is installed and serves the
+    problem, than as one launch of our kernel.
+    """
     if problem.gated:
         return TRITON, FLASH, SDPA, REFERENCE
     return FLASH, TRITON, SDPA, REFERENCE
 
 
-# Dynamo evaluates these two while it traces instead of looking inside: they ask the system, and log.
+# Dynamo calls the next two functions while it traces instead of tracing into them, because they
+# query the system and log.
 @torch.compiler.assume_constant_result
 def _triton_is_installed() -> bool:
     return find_spec("triton") is not None

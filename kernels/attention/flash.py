@@ -1,7 +1,8 @@
-"""Hybrid attention through FlashAttention: a call for each run of neighbouring heads of one kind, two calls for gated heads.
+"""Hybrid attention through FlashAttention.
 
-The calls read and write slices of whole tensors, so that a finished allocation whose heads are sorted by kind costs its two calls
-and nothing else: no copy of q, k, v, and no zero-padded gradients.
+Each run of neighbouring heads of one kind takes one call. Gated heads take two. The calls read
+and write slices of whole tensors. So a finished allocation whose heads are sorted by kind costs
+two calls and nothing else: no copy of q, k, v, and no zero-padded gradients.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ def refusal(problem: Problem) -> str | None:
     if missing is not None:
         return missing
     if problem.dtype not in DTYPES:
-        return f"flash computes in bf16 and fp16, not {problem.dtype}; set training.precision=bf16, or take triton or sdpa"
+        return (
+            f"flash computes in bf16 and fp16, not {problem.dtype}; set training.precision=bf16, "
+            "or take triton or sdpa"
+        )
     served = flash_library.served_head_dims(problem.device)
     if problem.head_dim not in served:
         return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
     if problem.packed:
-        return "flash does not hide packed documents from each other; take triton or sdpa, or set attention.separate_documents=false"
+        return (
+            "flash does not hide packed documents from each other; take triton or sdpa, or set "
+            "attention.separate_documents=false"
+        )
     return None
 
 
@@ -46,7 +53,12 @@ def attention(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None; documents None."""
+    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these three:
+
+    windows: one per KV head.
+    gate: (B, kv_heads) or None.
+    documents: None.
+    """
     out, _ = forward(q, k, v, windows, scale)
     if gate is None:
         return out
@@ -55,7 +67,7 @@ def attention(
 
 
 class Run(NamedTuple):
-    """Neighbouring heads of one kind: their slices of the KV heads and of the query heads."""
+    """Neighbouring heads of one kind, as slices of the KV heads and of the query heads."""
 
     window: int | None
     """None is full attention."""
@@ -64,9 +76,15 @@ class Run(NamedTuple):
 
 
 def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
-    """Cuts the heads into runs as long as possible. group: query heads of a KV head."""
+    """Cut the heads into runs that are as long as possible.
+
+    windows: one per KV head.
+    length: tokens of a sequence. Windows of at least that are full attention.
+    group: query heads per KV head.
+    """
+    kinds = (None if window >= length else window for window in windows)
     first = 0
-    for window, heads in groupby(windows, lambda window: None if window >= length else window):
+    for window, heads in groupby(kinds):
         last = first + len(list(heads))
         yield Run(window, slice(first, last), slice(first * group, last * group))
         first = last
@@ -76,7 +94,10 @@ def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, S, heads, D), lse): the log of the softmaxes' sums, fp32, (B, heads, S) of run after run as one vector."""
+    """Returns out (B, S, heads, D), and lse: the log of the softmaxes' sums, fp32.
+
+    lse is one vector that holds one (B, heads, S) block per run, run after run.
+    """
     out, lse = _outputs(q)
     library = flash_library.find(q.device)
     for run, run_lse in _with_lse(q, k, windows, lse):
@@ -103,22 +124,24 @@ def backward(
     windows: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). The order of sums over tiles varies unless torch.use_deterministic_algorithms is on."""
+    """Returns dq, dk and dv.
+
+    The order of sums over tiles varies unless torch.use_deterministic_algorithms is on.
+    """
     dq, dk, dv = _gradients(q, k)
     library = flash_library.find(q.device)
     dout = dout.contiguous()
     for run, run_lse in _with_lse(q, k, windows, lse):
-        rows, columns = (slice(None), slice(None), run.q), (slice(None), slice(None), run.kv)
         library.backward(
-            dout[rows],
-            q[rows],
-            k[columns],
-            v[columns],
-            out[rows],
+            dout[:, :, run.q],
+            q[:, :, run.q],
+            k[:, :, run.kv],
+            v[:, :, run.kv],
+            out[:, :, run.q],
             run_lse,
-            dq[rows],
-            dk[columns],
-            dv[columns],
+            dq[:, :, run.q],
+            dk[:, :, run.kv],
+            dv[:, :, run.kv],
             run.window,
             scale,
         )
@@ -132,7 +155,8 @@ def _with_lse(
     batch, length, heads, _ = q.shape
     per_head = batch * length
     for run in runs(windows, length, heads // k.shape[2]):
-        yield run, lse[run.q.start * per_head : run.q.stop * per_head].view(batch, -1, length)
+        block = lse[run.q.start * per_head : run.q.stop * per_head]
+        yield run, block.view(batch, -1, length)
 
 
 @forward.register_fake
@@ -173,7 +197,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, dout, _):  # type: ignore[no-untyped-def]
     q, k, v, out, lse = ctx.saved_tensors
-    return *backward(dout, q, k, v, out, lse, ctx.windows, ctx.scale), None, None
+    dq, dk, dv = backward(dout, q, k, v, out, lse, ctx.windows, ctx.scale)
+    return dq, dk, dv, None, None
 
 
 forward.register_autograd(_autograd, setup_context=_save)

@@ -1,7 +1,8 @@
-"""The FlashAttention packages behind one pair of functions, which write into tensors that the caller owns.
+"""The FlashAttention packages behind one pair of functions, which write to the caller's tensors.
 
-flash-attn-4 (`flash_attn.cute`) runs on Hopper and Blackwell, flash-attn 2 on the other GPUs. Both are used by their functions below
-the public ones, as these neither take buffers to write to nor leave the backward pass to the caller.
+flash-attn-4 (`flash_attn.cute`) runs on Hopper and Blackwell, flash-attn 2 on the other GPUs. We
+call the functions below their public ones, because the public ones take no buffers to write to
+and do not leave the backward pass to the caller.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ Backward = Callable[
 
 @dataclass(frozen=True)
 class Library:
-    """Causal attention over heads of one kind. q, out, dout, dq: (B, S, heads, D); k, v, dk, dv: (B, S, kv_heads, D), all with
-    contiguous rows and any strides; lse: fp32 (B, heads, S), contiguous. A window of None is full attention.
+    """Causal attention over heads of one kind.
+
+    q, out, dout, dq: (B, S, heads, D), with contiguous rows and any strides.
+    k, v, dk, dv: (B, S, kv_heads, D), with contiguous rows and any strides.
+    lse: fp32 (B, heads, S), contiguous.
+    window: None is full attention.
     """
 
     forward: Forward
@@ -35,38 +40,46 @@ class Library:
 
 
 def find(device: torch.device) -> Library:
-    """The library of the GPU; ImportError where it is not installed."""
-    return _flash_attn_4() if _is_for_4(_capability(device)) else _flash_attn_2()
+    """The library for the GPU. Raises ImportError where it is not installed."""
+    if _is_for_4(_capability(device)):
+        return _flash_attn_4()
+    return _flash_attn_2()
 
 
 @torch.compiler.assume_constant_result
 def served_head_dims(device: torch.device) -> tuple[int, ...]:
-    """The head dimensions for which the GPU's library is taken.
+    """The head dimensions for which we use the GPU's library.
 
-    flash-attn-4 takes more than it gets right: on Hopper dq is silently wrong where head_dim is no multiple of 32 (measured with
-    4.0.0b36 at 16 and 80; Dao-AILab/flash-attention#2896), and on Blackwell gradients at 256 were (NVIDIA/TransformerEngine#3216).
+    flash-attn-4 accepts some for which its gradients are wrong. On Hopper, dq is silently wrong
+    where head_dim is not a multiple of 32 (measured with 4.0.0b36 at 16 and 80,
+    Dao-AILab/flash-attention#2896). On Blackwell, gradients were wrong at 256
+    (NVIDIA/TransformerEngine#3216).
     """
     capability = _capability(device)
     if not _is_for_4(capability):
         return tuple(range(8, 257, 8))
-    return (32, 64, 96, 128, 256) if capability == 9 else (32, 64, 96, 128)
+    if capability == 9:
+        return (32, 64, 96, 128, 256)
+    return (32, 64, 96, 128)
 
 
 @torch.compiler.assume_constant_result
 def missing(device: torch.device) -> str | None:
-    """Why there is no FlashAttention for this GPU, as `cause; mend`, or None."""
+    """Why there is no FlashAttention for this GPU, as `cause; fix`, or None."""
     capability = _capability(device)
     if capability < 8:
         return "flash needs a GPU of compute capability 8.0 (Ampere) or newer; take triton or sdpa"
-    name, command = (
-        ("flash-attn-4", "pip install --pre flash-attn-4")
-        if _is_for_4(capability)
-        else ("flash-attn", "pip install flash-attn")
-    )
+    if _is_for_4(capability):
+        name = "flash-attn-4"
+        command = "pip install --pre flash-attn-4"
+    else:
+        name = "flash-attn"
+        command = "pip install flash-attn"
     try:
         find(device)
-    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
-        return f"flash needs the package {name} on this GPU ({' '.join(str(error).split())}); install it with {command}"
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
+        cause = " ".join(str(error).split())  # on one line
+        return f"flash needs the package {name} on this GPU ({cause}); install it with {command}"
     return None
 
 
@@ -84,8 +97,10 @@ def _flash_attn_4() -> Library:
     interface: ModuleType = import_module("flash_attn.cute.interface")
 
     def bounds(window: int | None) -> dict[str, int | None]:
-        left, right = (None, None) if window is None else (window - 1, 0)
-        return {"window_size_left": left, "window_size_right": right}
+        if window is None:
+            return {"window_size_left": None, "window_size_right": None}
+        # Our windows count the query itself, theirs do not.
+        return {"window_size_left": window - 1, "window_size_right": 0}
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
@@ -131,7 +146,9 @@ def _flash_attn_2() -> Library:
     interface: ModuleType = import_module("flash_attn.flash_attn_interface")
 
     def options(window: int | None, scale: float) -> dict[str, object]:
-        left, right = (-1, -1) if window is None else (window - 1, 0)
+        # -1 is no bound. Our windows count the query itself, theirs do not.
+        left = -1 if window is None else window - 1
+        right = -1 if window is None else 0
         return {
             "dropout_p": 0.0,
             "softmax_scale": scale,

@@ -1,4 +1,4 @@
-"""Gated heads where both attentions are computed apart."""
+"""The output of gated heads, for backends that compute full and windowed attention separately."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def mix(full: Tensor, windowed: Tensor, gate: Tensor) -> Tensor:
-    """z * full + (1 - z) * windowed, computed in fp32 or wider. full, windowed: (B, S, heads, D); gate: (B, kv_heads)."""
+    """z * full + (1 - z) * windowed, computed in fp32 or wider.
+
+    full, windowed: (B, S, heads, D).
+    gate: z, (B, kv_heads).
+
+    Returns a tensor in the precision of `full`.
+    """
     wide = torch.promote_types(full.dtype, torch.float32)
-    z = gate.to(wide).repeat_interleave(full.shape[2] // gate.shape[1], dim=1)[:, None, :, None]
+    group = full.shape[2] // gate.shape[1]
+    z = gate.to(wide).repeat_interleave(group, dim=1)[:, None, :, None]
     return torch.lerp(windowed.to(wide), full.to(wide), z).to(full.dtype)

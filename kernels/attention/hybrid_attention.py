@@ -1,4 +1,4 @@
-"""The entry point: checks the arguments, takes a backend, calls it."""
+"""The entry point of hybrid attention: checks the arguments, chooses a backend, calls it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ def hybrid_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention in which every KV head has its own window, or a gate between full and windowed attention.
+    """Causal attention with a window per KV head, or with a gate between full and windowed.
 
-    q: (B, S, heads, D); k and v: (B, S, kv_heads, D), heads a multiple of kv_heads.
-    window: keys visible to a query, itself included: one number, or one per KV head. S or more is full attention.
-    gate: fp32 (kv_heads,) or (B, kv_heads) in [0, 1], or None (fp64 only with q in fp64). With it the output of a
-        head is z * full + (1 - z) * windowed (hard concrete gates of ConSA, arXiv 2606.18056).
-    documents: int32 (B, S), non-decreasing ids of the documents packed into a sequence, or None; they do not see each other.
-    scale: of the scores; 1 / sqrt(D) if None.
-    backend: reference (explicit masks), sdpa (torch's), triton (one pass, gates included), flash (FlashAttention where installed),
-        or auto, which takes what is fastest of those that serve the call and logs it once.
+    q: (B, S, heads, D). heads is a multiple of kv_heads.
+    k, v: (B, S, kv_heads, D).
+    window: keys visible to a query, itself included: one number, or one per KV head. S or more
+        is full attention.
+    gate: (kv_heads,) or (B, kv_heads) in [0, 1], fp32 (or fp64 if q is fp64), or None. With a
+        gate z, the output of a head is z * full + (1 - z) * windowed (hard concrete gates of
+        ConSA, arXiv 2606.18056).
+    documents: int32 (B, S), non-decreasing ids of the documents packed into a sequence, or None.
+        Documents do not see each other.
+    scale: factor of the scores, 1 / sqrt(D) if None.
+    backend: reference (explicit masks), sdpa (torch's), triton (one pass, gates included),
+        flash (FlashAttention where installed), or auto. auto takes the fastest backend that
+        serves the call, and logs its choice once.
 
-    Returns (B, S, heads, D) in q's precision, differentiable in q, k, v and gate. Raises ValueError for shapes, precisions and
-    devices that do not fit, and for a backend that cannot serve the call.
+    Returns (B, S, heads, D) in the precision of q, differentiable in q, k, v and gate.
+    Raises ValueError for shapes, precisions and devices that do not fit, and for a backend that
+    cannot serve the call.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -44,13 +50,15 @@ def hybrid_attention(
         )
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise ValueError(
-            f"q, k and v must have one floating-point precision, not {q.dtype}, {k.dtype} and {v.dtype}"
+            f"q, k and v must have one floating-point precision, not {q.dtype}, {k.dtype} and "
+            f"{v.dtype}"
         )
     windows = _windows(window, kv_heads)
     if gate is not None:
         if gate.shape not in ((kv_heads,), (batch, kv_heads)):
             raise ValueError(
-                f"gate has shape {tuple(gate.shape)}, but must be ({kv_heads},) or ({batch}, {kv_heads})"
+                f"gate has shape {tuple(gate.shape)}, but must be ({kv_heads},) or "
+                f"({batch}, {kv_heads})"
             )
         if gate.dtype != torch.float32 and not gate.dtype == q.dtype == torch.float64:
             raise ValueError(f"gate is {gate.dtype}, but must be torch.float32")

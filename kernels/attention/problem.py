@@ -1,4 +1,4 @@
-"""A call of hybrid attention, described by what decides which backend can serve it."""
+"""The description of a call of hybrid attention, by which a backend is chosen."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class Problem:
 
     @property
     def mixed(self) -> bool:
-        """Whether heads differ in the keys they see; windows of the length or more are one kind, full attention."""
+        """Whether heads differ in the keys they see.
+
+        All windows of at least the sequence length are one kind, full attention.
+        """
         first = self.windows[0]
         return any(window != first and min(window, first) < self.length for window in self.windows)

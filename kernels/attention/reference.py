@@ -1,4 +1,7 @@
-"""The slow truth: hybrid attention written out with explicit masks. Any device; fp64 in, fp64 through."""
+"""The reference that all backends are compared with: hybrid attention with explicit masks.
+
+It is slow and runs on any device. It computes fp64 inputs in fp64, all others in fp32.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from megaconsa.kernels.attention.visibility import visible
 
 
 def refusal(problem: Problem) -> str | None:
-    """None: it serves everything that fits into memory."""
+    """None: the reference serves everything that fits into memory."""
     return None
 
 
@@ -23,13 +26,18 @@ def attention(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None. Holds (B, heads, S, S)."""
+    """Hybrid attention with all scores in memory: (B, heads, S, S).
+
+    Shapes are those of `hybrid_attention`, except for these two:
+
+    windows: one per KV head.
+    gate: (B, kv_heads) or None.
+    """
     group = q.shape[2] // k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (
-        x.transpose(1, 2).to(compute)
-        for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
-    )
+    q_ = q.transpose(1, 2).to(compute)
+    k_ = k.repeat_interleave(group, 2).transpose(1, 2).to(compute)
+    v_ = v.repeat_interleave(group, 2).transpose(1, 2).to(compute)
     scores = q_ @ k_.transpose(-1, -2) * scale  # (B, heads, S, S)
     length = q.shape[1]
 
@@ -41,5 +49,6 @@ def attention(
     out = attend(windows)
     if gate is not None:
         z = gate.to(compute).repeat_interleave(group, dim=1)[:, :, None, None]
-        out = z * attend((length,) * len(windows)) + (1 - z) * out
+        full = attend((length,) * len(windows))
+        out = z * full + (1 - z) * out
     return out.transpose(1, 2).to(q.dtype)

@@ -1,4 +1,7 @@
-"""Hybrid attention through torch's scaled_dot_product_attention: one call per kind of head, two calls for gated heads."""
+"""Hybrid attention through torch's scaled_dot_product_attention.
+
+It makes one call per kind of head, and two calls for gated heads.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,19 @@ def attention(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Shapes as in `hybrid_attention`; windows one per KV head; gate (B, kv_heads) or None."""
+    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these two:
+
+    windows: one per KV head.
+    gate: (B, kv_heads) or None.
+    """
     length = k.shape[1]
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, D)
     windows = tuple(min(window, length) for window in windows)
     out = _by_window(q_, k_, v_, windows, documents, scale).transpose(1, 2)
     if gate is None:
         return out
-    return mix(_attend(q_, k_, v_, length, documents, scale).transpose(1, 2), out, gate)
+    full = _attend(q_, k_, v_, length, documents, scale).transpose(1, 2)
+    return mix(full, out, gate)
 
 
 def _by_window(
@@ -43,20 +51,26 @@ def _by_window(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """One call for the heads of each window.
+
+    q: (B, heads, S, D).
+    k, v: (B, kv_heads, S, D).
+    """
     kinds = sorted(set(windows))
     if len(kinds) == 1:
         return _attend(q, k, v, kinds[0], documents, scale)
     group = q.shape[1] // k.shape[1]
-    heads = [[head for head, window in enumerate(windows) if window == kind] for kind in kinds]
-    queries = [
-        [head * group + member for head in kind for member in range(group)] for kind in heads
-    ]
-    outputs = [
-        _attend(q[:, query], k[:, head], v[:, head], kind, documents, scale)
-        for kind, head, query in zip(kinds, heads, queries, strict=True)
-    ]
-    order = torch.tensor([head for kind in queries for head in kind], device=q.device)
-    return torch.cat(outputs, dim=1)[:, order.argsort()]
+    outputs: list[Tensor] = []
+    order: list[int] = []  # query heads in the order of the outputs
+    for kind in kinds:
+        kv_heads = [head for head, window in enumerate(windows) if window == kind]
+        q_heads = [head * group + member for head in kv_heads for member in range(group)]
+        outputs.append(
+            _attend(q[:, q_heads], k[:, kv_heads], v[:, kv_heads], kind, documents, scale)
+        )
+        order += q_heads
+    original = torch.tensor(order, device=q.device).argsort()
+    return torch.cat(outputs, dim=1)[:, original]
 
 
 def _attend(
@@ -67,7 +81,9 @@ def _attend(
     mask = visible(q.shape[2], window, documents, q.device)
     grouped = not q.is_cuda
     if not grouped:
-        # On a GPU the only fused kernel that takes a mask wants equal heads; grouped ones fall back to holding all scores.
+        # The only fused GPU kernel that takes a mask wants as many KV heads as query heads.
+        # With fewer KV heads torch falls back to holding all scores.
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -7,13 +7,18 @@ from torch import Tensor
 
 
 def visible(length: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Key j is visible to query i iff 0 <= i - j < window and both lie in one document.
+    """The mask of visible keys.
 
-    documents: (B, S) non-decreasing ids, or None. Returns booleans (B or 1, 1, S, S), True where visible.
+    Key j is visible to query i iff 0 <= i - j < window and both are in the same document.
+
+    documents: (B, S) non-decreasing ids, or None.
+
+    Returns booleans (B or 1, 1, S, S), True where visible.
     """
     index = torch.arange(length, device=device)
     distance = index[:, None] - index[None, :]
     mask = ((distance >= 0) & (distance < window))[None, None]
     if documents is None:
         return mask
-    return mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    same_document = documents[:, None, :, None] == documents[:, None, None, :]
+    return mask & same_document

@@ -1,1 +1,1 @@
-"""Cross-entropy of logits, whose memory becomes that of their gradient."""
+"""Cross-entropy of logits, which can overwrite the logits with their gradient."""

@@ -1,4 +1,7 @@
-"""Cross-entropy of rows of logits, whose memory becomes their gradient's; of whole rows, or of columns that ranks have a part of."""
+"""Cross-entropy of rows of logits, which can overwrite the logits with their gradient.
+
+The functions serve whole rows, and rows whose columns are sharded over ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import torch
 from torch import Tensor
 
 LOWEST = -1e30
-"""Below every logit. Not -inf, whose difference with itself is NaN."""
+"""A number below every logit. Not -inf, because -inf minus itself is NaN."""
 
 
 class Softmax(NamedTuple):
-    """What a row's softmax needs beside the row, fp32 (N,) each."""
+    """What a row's softmax needs besides the row itself, fp32 (N,) each."""
 
     maximum: Tensor
     total: Tensor
@@ -20,24 +23,35 @@ class Softmax(NamedTuple):
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bool) -> Tensor:
-    """-log p(label) of each row in nats, fp32 (N,); 0 where the label is `ignored`.
+    """-log p(label) of each row in nats. Can overwrite the logits with their gradient.
 
-    logits: (N, vocab), contiguous; labels: (N,) integers below vocab, which nobody checks. With `gradient` the logits are overwritten with
-    softmax(row) - onehot(label), the gradient of the sum, and zeros in rows that are ignored. Everything between is fp32.
+    logits: (N, vocab), contiguous.
+    labels: (N,) integers below vocab. The range is not checked.
+    ignored: the label of rows that have no loss.
+    gradient: whether to overwrite the logits with softmax(row) - onehot(label), which is the
+        gradient of the sum of the results. Ignored rows get zeros.
+
+    Returns fp32 (N,), 0 where the label is `ignored`. All intermediate values are fp32.
     """
     softmax, target = softmax_and_target(
         logits, labels, ignored, logits.shape[1], gradient=gradient
     )
-    return (softmax.total.log() + (softmax.maximum - target)).masked_fill_(labels == ignored, 0.0)
+    loss = softmax.total.log() + (softmax.maximum - target)
+    return loss.masked_fill_(labels == ignored, 0.0)
 
 
 def softmax_and_target(
     logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool = False
 ) -> tuple[Softmax, Tensor]:
-    """The softmax of each row of (N, width) logits over its first `columns`, and the logit of its label, fp32 (N,).
+    """The softmax of each row over its first `columns`, and the logit of its label.
 
-    The latter is 0 where the label is negative, as it is where it lies on another rank. In rows whose label is `ignored`, a negative
-    number too, nothing of this means anything. With `gradient` the logits are overwritten as by `gradient_`.
+    logits: (N, width).
+    labels: (N,). The label is negative where its column is on another rank.
+    ignored: the label of rows that have no loss, also a negative number.
+    gradient: whether to overwrite the logits as `gradient_` does.
+
+    Returns the softmax and the label's logit, fp32 (N,). The logit is 0 where the label is
+    negative. The results of ignored rows have no meaning.
     """
     if logits.is_cuda:
         from megaconsa.kernels.cross_entropy import triton
@@ -47,9 +61,12 @@ def softmax_and_target(
 
 
 def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int) -> None:
-    """Overwrites logits with those columns of softmax(row) - onehot(label), and zeros from `columns` on and in ignored rows.
+    """Overwrite the logits with their columns of softmax(row) - onehot(label).
 
-    softmax: of all columns, those on other ranks too; a label that lies there is a negative number other than `ignored`.
+    Ignored rows, and the columns from `columns` on, get zeros.
+
+    labels: (N,). A label whose column is on another rank is a negative number other than `ignored`.
+    softmax: over all columns, those on other ranks included.
     """
     if logits.is_cuda:
         from megaconsa.kernels.cross_entropy import triton
@@ -64,7 +81,8 @@ def _plain(
 ) -> tuple[Softmax, Tensor]:
     x = _inside(logits, columns)
     maximum = x.amax(dim=1)
-    softmax = Softmax(maximum, (x - maximum[:, None]).exp_().sum(dim=1))
+    total = (x - maximum[:, None]).exp_().sum(dim=1)
+    softmax = Softmax(maximum, total)
     target = x.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, 0.0)
     if gradient:
         _plain_gradient_(logits, labels, ignored, softmax, columns)
@@ -74,17 +92,17 @@ def _plain(
 def _plain_gradient_(
     logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int
 ) -> None:
-    d_logits = (
-        (_inside(logits, columns) - softmax.maximum[:, None]).exp_().div_(softmax.total[:, None])
-    )
-    d_logits.scatter_add_(1, labels.clamp(min=0)[:, None], -(labels >= 0).float()[:, None])
+    d_logits = _inside(logits, columns) - softmax.maximum[:, None]
+    d_logits.exp_().div_(softmax.total[:, None])
+    # A negative label subtracts 0 from column 0, so its row keeps the plain softmax.
+    onehot_value = (labels >= 0).float()[:, None]
+    d_logits.scatter_add_(1, labels.clamp(min=0)[:, None], -onehot_value)
     logits.copy_(d_logits.masked_fill_((labels == ignored)[:, None], 0.0))
 
 
 def _inside(logits: Tensor, columns: int) -> Tensor:
-    """In fp32, without what stands in the columns behind."""
+    """The logits in fp32, with LOWEST in the columns from `columns` on."""
     if columns == logits.shape[1]:
         return logits.float()
-    return logits.float().masked_fill(
-        torch.arange(logits.shape[1], device=logits.device) >= columns, LOWEST
-    )
+    outside = torch.arange(logits.shape[1], device=logits.device) >= columns
+    return logits.float().masked_fill(outside, LOWEST)

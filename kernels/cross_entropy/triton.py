@@ -1,4 +1,4 @@
-"""Cross-entropy in Triton: a program reads a row twice and writes it once."""
+"""Cross-entropy in Triton: one program reads a row twice and writes it once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ BLOCK = 4096
 def softmax_and_target(
     logits: Tensor, labels: Tensor, ignored: int, columns: int, *, gradient: bool
 ) -> tuple[Softmax, Tensor]:
-    """As `megaconsa.kernels.cross_entropy.cross_entropy.softmax_and_target`; with `gradient` then also as `gradient_`."""
+    """As `megaconsa.kernels.cross_entropy.cross_entropy.softmax_and_target`.
+
+    With `gradient`, the same launch then does what `gradient_` does.
+    """
     maximum, total, target = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     softmax = Softmax(maximum, total)
     _launch(logits, labels, ignored, columns, softmax, target, STATISTICS=True, GRADIENT=gradient)
@@ -26,7 +29,7 @@ def softmax_and_target(
 
 def gradient_(logits: Tensor, labels: Tensor, ignored: int, softmax: Softmax, columns: int) -> None:
     """As `megaconsa.kernels.cross_entropy.cross_entropy.gradient_`."""
-    nothing = softmax.total  # in the place of the target, which is neither read nor written
+    nothing = softmax.total  # passed for the target, which is neither read nor written here
     _launch(logits, labels, ignored, columns, softmax, nothing, STATISTICS=False, GRADIENT=True)
 
 
@@ -40,21 +43,22 @@ def _launch(
     **modes: bool,
 ) -> None:
     rows, width = logits.shape
-    if rows:
-        block = min(BLOCK, triton.next_power_of_2(width))
-        with torch.cuda.device_of(logits):
-            _cross_entropy[(rows,)](
-                logits,
-                labels,
-                *softmax,
-                target,
-                width,
-                columns,
-                ignored,
-                **modes,
-                BLOCK=block,
-                num_warps=8,
-            )
+    if rows == 0:
+        return
+    block = min(BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device_of(logits):
+        _cross_entropy[(rows,)](
+            logits,
+            labels,
+            *softmax,
+            target,
+            width,
+            columns,
+            ignored,
+            **modes,
+            BLOCK=block,
+            num_warps=8,
+        )
 
 
 @triton.jit
@@ -85,9 +89,10 @@ def _cross_entropy(
                 tl.store(row_ptr + start + column, 0.0, mask=start + column < width)
     else:
         if STATISTICS:
-            # Before the reductions, whose barriers part it from the gradient that another warp writes there.
+            # Loaded before the reductions: their barriers separate this load from the gradient
+            # that another warp writes to the same place.
             target = tl.load(row_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-            # Each lane has its own online softmax: they are joined once.
+            # Each lane has its own online softmax. They are joined once, after the loop.
             lane_maximum = tl.full([BLOCK], LOWEST, tl.float32)
             lane_total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, columns, BLOCK):
@@ -98,7 +103,7 @@ def _cross_entropy(
                 lane_total = lane_total * tl.exp(lane_maximum - higher) + tl.exp(x - higher)
                 lane_maximum = higher
             maximum = tl.max(lane_maximum, axis=0)
-            # A lane beyond a short row has counted LOWEST itself; it weighs nothing beside a logit.
+            # A lane beyond a short row has counted LOWEST itself. Its weight beside a logit is 0.
             total = tl.sum(lane_total * tl.exp(lane_maximum - maximum), axis=0)
             tl.store(maximum_ptr + row, maximum)
             tl.store(total_ptr + row, total)

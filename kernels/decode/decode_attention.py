@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence to a KV cache: the entry point, and the plain version of it."""
+"""Attention of one new token per sequence to a KV cache: the entry point and the reference."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ logger = logging.getLogger(__name__)
 def decode_attention(
     q: Tensor, cache: KVCache, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """What `hybrid_attention` gives for the newest token of each sequence, whose key and value are already in the cache.
+    """What `hybrid_attention` gives for the newest token of each sequence. Inference only.
 
-    q: (B, 1, heads, D) in the cache's precision; heads a multiple of the cache's KV heads.
-    scale: of the scores; 1 / sqrt(D) if None.
-    backend: auto, reference or triton; auto takes triton on a CUDA GPU where it serves the head_dim and precision.
+    The key and value of that token must already be in the cache.
 
-    Returns (B, 1, heads, D) in q's precision: zeros for a sequence that is padding up to its newest token. Inference only. Raises
-    ValueError for shapes, precision or device that do not fit the cache, an empty cache, a backend that cannot serve it, and for
-    a q that wants gradients.
+    q: (B, 1, heads, D) in the cache's precision. heads is a multiple of the cache's KV heads.
+    scale: factor of the scores, 1 / sqrt(D) if None.
+    backend: auto, reference or triton. auto takes triton on a CUDA GPU where it serves the
+        head_dim and precision.
+
+    Returns (B, 1, heads, D) in the precision of q. A sequence that is only padding up to its newest
+    token gets zeros.
+    Raises ValueError for a shape, precision or device that does not fit the cache, for an empty
+    cache, for a backend that cannot serve the call, and for a q that requires gradients.
     """
     batch, tokens, heads, dim = q.shape
     if (batch, tokens, dim) != (cache.batch, 1, cache.head_dim) or heads % len(cache.windows):
@@ -41,7 +45,8 @@ def decode_attention(
         )
     if torch.is_grad_enabled() and q.requires_grad:
         raise ValueError(
-            "decode_attention has no gradient: call it under torch.no_grad() or torch.inference_mode()"
+            "decode_attention has no gradient: call it under torch.no_grad() or "
+            "torch.inference_mode()"
         )
     scale = dim**-0.5 if scale is None else scale
     if _choose(backend, q.device.type, q.dtype, dim) == "reference":
@@ -53,7 +58,7 @@ def decode_attention(
 
 @lru_cache
 def _choose(backend: str, device: str, dtype: torch.dtype, dim: int) -> str:
-    """The backend that runs, saying once for each kind of problem what `auto` took."""
+    """The backend that runs. The log says once per kind of problem what `auto` took."""
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"backend {backend} cannot decode; choose one of auto, reference, triton")
     if backend == "reference":
@@ -77,7 +82,7 @@ def _choose(backend: str, device: str, dtype: torch.dtype, dim: int) -> str:
 
 
 def _triton_refusal(device: str, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the Triton kernels cannot serve this, or None."""
+    """Why the Triton kernels cannot serve the call, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from megaconsa.kernels.decode import triton
@@ -86,21 +91,21 @@ def _triton_refusal(device: str, dtype: torch.dtype, dim: int) -> str | None:
 
 
 def _reference(q: Tensor, cache: KVCache, scale: float) -> Tensor:
-    """Written out with masks over all slots; fp64 in, fp64 through, fp32 for every other precision."""
+    """Attention with masks over all slots. fp64 is computed in fp64, all else in fp32."""
     batch, _, heads, dim = q.shape
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.reshape(batch, len(cache.windows), -1, dim).to(compute)  # (B, kv_heads, group, D)
     out = torch.empty_like(grouped)
     for group in cache.groups:
-        # Tokens since the one in each slot was stored, 0 for the newest; slots never written give more tokens than there are.
+        # Age: tokens stored since the one in the slot, 0 for the newest token. The age of a slot
+        # that was never written is at least the number of tokens, so it is not visible.
         age = (cache.position - 1 - torch.arange(group.slots, device=q.device)) % group.slots
         visible = (age < cache.position - cache.start[:, None])[:, None, None]  # (B, 1, 1, slots)
         scores = grouped[:, group.heads] @ group.keys.to(compute).transpose(-1, -2) * scale
-        weights = (
-            scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).masked_fill(~visible, 0)
-        )
-        # What lies in an unused slot may be NaN, which a weight of 0 would not silence.
-        out[:, group.heads] = weights @ group.values.to(compute).masked_fill(
-            ~visible.transpose(-1, -2), 0
-        )
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        # Without a visible key the softmax gives NaN.
+        weights = weights.masked_fill(~visible, 0)
+        # An unused slot may hold NaN, and 0 * NaN is NaN.
+        values = group.values.to(compute).masked_fill(~visible.transpose(-1, -2), 0)
+        out[:, group.heads] = weights @ values
     return out.view(batch, 1, heads, dim).to(q.dtype)

@@ -1,8 +1,9 @@
-"""Decoding in Triton: the cache's keys are split among programs of equal work, and a second kernel joins their results.
+"""Decoding in Triton: programs share a cache's keys evenly, and a second kernel joins the results.
 
-One program reads one piece of one KV head's cache for all query heads of its group and leaves the online softmax's state, in fp32
-and unnormalised. Heads are cut into pieces by what they hold now: full and windowed heads of any length share one launch evenly.
-No atomics: equal inputs give equal bits.
+One program reads one piece of one KV head's cache for all query heads of its group. It writes the
+state of the online softmax, in fp32 and not normalised. Heads are cut into pieces by what they hold
+now, so full and windowed heads of any length share one launch evenly.
+There are no atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from megaconsa.kernels.decode.kv_cache import KVCache
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS, INTERPRETED, LOG2_E
 
 PROGRAMS_PER_PROCESSOR = 4
-"""As many as a Hopper multiprocessor holds at a time."""
+"""The number of programs that a Hopper multiprocessor holds at a time."""
 TILE_BYTES = 16384
-"""Of keys, and of values, that a program loads at a time. With two stages it takes at most 50 KiB of shared memory."""
+"""Bytes of keys, and of values, that a program loads at a time. With two stages a program takes at
+most 50 KiB of shared memory."""
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
-"""Below every score. Not -inf, whose difference with itself is NaN where a tile has no visible key."""
+"""A number below every score. Not -inf, because -inf minus itself is NaN, where a tile has no
+visible key."""
 
 
 def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why these kernels cannot serve tensors of this device type, precision and head_dim; None if they can."""
+    """Why the kernels cannot serve tensors of this device type, precision and head_dim, or None."""
     if device != "cuda" and not INTERPRETED:
         return f"triton needs a CUDA GPU, and the tensors are on {device}"
     if head_dim not in HEAD_DIMS:
-        return f"head_dim is {head_dim}, but must be one of {', '.join(map(str, HEAD_DIMS))}"
+        supported = ", ".join(map(str, HEAD_DIMS))
+        return f"head_dim is {head_dim}, but must be one of {supported}"
     if dtype not in DTYPES:
         return f"the precision is {dtype}, but must be fp32, fp16 or bf16"
     if INTERPRETED and dtype == torch.bfloat16:
@@ -39,13 +43,14 @@ def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def attention(q: Tensor, cache: KVCache, scale: float) -> Tensor:
-    """Shapes as in `decode_attention`, for what `refusal` does not refuse."""
+    """Shapes are those of `decode_attention`. Call it only for what `refusal` does not refuse."""
     batch, _, heads, dim = q.shape
     kv_heads = len(cache.windows)
     group = heads // kv_heads
-    programs = kv_heads + max(
-        kv_heads, triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(q.device), batch)
-    )
+    # Programs of one sequence. kv_heads of them are reserved: cutting each head into pieces rounds
+    # up, which adds less than one piece per head.
+    filling = triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(q.device), batch)
+    programs = kv_heads + max(kv_heads, filling)
     dim_tile = triton.next_power_of_2(dim)
     shapes = {
         "KV_HEADS": kv_heads,
@@ -83,12 +88,11 @@ def attention(q: Tensor, cache: KVCache, scale: float) -> Tensor:
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    # The interpreter has none; with two, short caches are split too.
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    """Number of multiprocessors."""
+    if device.type != "cuda":
+        # The interpreter has none. With two, short caches are split too.
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -102,16 +106,21 @@ def _schedule(
     KV_HEADS_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """How a sequence's programs are shared out: programs before and up to each KV head's last, and blocks of keys for each program.
+    """How the programs of a sequence are divided among its KV heads.
 
-    A function of what the cache holds now, computed on the device: a captured CUDA graph stays balanced as sequences grow. Pieces
-    are of equal size, the least with which they are never more than `programs`: rounding up adds less than one to each head.
+    It depends on what the cache holds now and is computed on the device, so that a captured CUDA
+    graph stays balanced as sequences grow. All pieces have the same size. It is the smallest that
+    never gives more pieces than `programs`, given that rounding up adds less than one per head.
+
+    Returns each KV head's first program, the end (exclusive) of its programs, and the blocks of
+    keys per program.
     """
     head = tl.arange(0, KV_HEADS_TILE)
     slots = tl.load(slots_ptr + head, mask=head < KV_HEADS, other=0).to(tl.int32)
     position = tl.load(position_ptr).to(tl.int32)
     start = tl.load(start_ptr + sequence)
-    # A ring that has not come round holds padding in its first slots, in whole blocks that need not be read.
+    # A ring that has not wrapped around holds padding in its first slots. Whole blocks of it are
+    # not read.
     first = tl.where(position <= slots, start, 0) // BLOCK
     blocks = tl.maximum(tl.cdiv(tl.minimum(position, slots), BLOCK) - first, 0)
     size = tl.maximum(tl.cdiv(tl.sum(blocks), programs - KV_HEADS), 1)
@@ -142,10 +151,13 @@ def _attend(
     BLOCK: tl.constexpr,
     GROUP_TILE: tl.constexpr,
 ) -> None:
-    """Program p of a sequence: the softmax's state (maximum, sum, weighted values) over its piece of one head's cache.
+    """The softmax's state (maximum, sum, weighted values) over a program's piece of a head's cache.
 
-    scale: of scores in base 2. partial (B * programs, GROUP, D), maximum and total (B * programs, GROUP): rows of programs that
-    get no piece are not written.
+    scale: factor of the scores, including log2(e).
+    partial: weighted values, (B * programs, GROUP, D).
+    maximum, total: (B * programs, GROUP).
+
+    Rows of programs that get no piece are not written.
     """
     sequence = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
@@ -223,7 +235,7 @@ def _combine(
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
 ) -> None:
-    """Joins the states of one query head's pieces, PIECES at a time and in their order."""
+    """Join the states of one query head's pieces, PIECES at a time and in their order."""
     sequence = tl.program_id(0) // (KV_HEADS * GROUP)
     query_head = tl.program_id(0) % (KV_HEADS * GROUP)
     begins, ends, _ = _schedule(

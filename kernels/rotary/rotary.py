@@ -1,4 +1,4 @@
-"""Rotary position embedding of heads, in one pass on a GPU."""
+"""Rotary position embedding of heads: one pass on a GPU, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D / 2]) of x (B, S, heads, D) by the angle of its position, in fp32; returns x's precision.
+    """Rotate each pair (x[i], x[i + D / 2]) by the angle of its token's position, in fp32.
 
-    cos and sin: (B, S, 1, D / 2), fp32 and contiguous; they get no gradient. Half-split layout of Qwen3 (arXiv 2104.09864).
+    The layout is the half-split one of Qwen3 (arXiv 2104.09864).
+
+    x: (B, S, heads, D).
+    cos, sin: (B, S, 1, D / 2), fp32 and contiguous. They get no gradient.
+
+    Returns a tensor in the precision of x.
     """
     if x.is_cuda:
         rotated: Tensor = _Rotation.apply(x, cos, sin)
@@ -21,7 +26,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -36,4 +42,6 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         from megaconsa.kernels.rotary import triton
 
-        return triton.rotate(gradient, *ctx.saved_tensors, inverse=True), None, None
+        cos, sin = ctx.saved_tensors
+        # The gradient of a rotation is the rotation by the opposite angle.
+        return triton.rotate(gradient, cos, sin, inverse=True), None, None

@@ -1,4 +1,4 @@
-"""Rotary position embedding in Triton: a program turns all heads of a token."""
+"""Rotary position embedding in Triton: one program rotates all heads of one token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
-    """As `megaconsa.kernels.rotary.rotary.rotate`; inverse turns back, which is the gradient."""
+    """As `megaconsa.kernels.rotary.rotary.rotate`.
+
+    inverse: rotate back, which is the gradient of the rotation.
+    """
     batch, length, heads, dim = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -1,1 +1,1 @@
-"""The same kernels written for Hopper in Gluon: 16-bit heads of 64 to 128."""
+"""Hybrid and gated attention for Hopper, written in Gluon: 16-bit heads of 64 to 128."""

@@ -1,7 +1,7 @@
-"""Backward pass for Hopper in Gluon: `triton_backward.backward_kernel` with its matrix products scheduled by hand.
+"""Backward pass for Hopper in Gluon: `backward_kernel` of triton/backward.py, scheduled by hand.
 
-The products of a tile are started as early as their inputs allow and awaited as late as their results are needed: the scores of the
-next tile run while dq of this one is written, dO V^T while the weights are exponentiated, dv while dS is formed.
+Matrix products start as early as their inputs allow, and are awaited as late as possible.
+docs/kernels.md lists the differences.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from megaconsa.kernels.attention.triton.schedule import tile_of_program
 
 @gluon.jit
 def _start_tile(
-    q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles, q_ready, d_out_ready, statistics_ready,
-    row, head, line, start, stage, wanted,
+    q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles,
+    q_ready, d_out_ready, statistics_ready, row, head, line, start, stage, wanted,
 ):  # fmt: skip
-    """Fetch a tile of queries, of the output's gradient, and of the queries' statistics, which start at row `line` of theirs.
+    """Fetch a tile of queries, of the output's gradient, and of the queries' statistics.
 
-    Each has its own barriers: the compiler puts a block-wide one between two operations on the same.
+    Each of the three has its own barriers, because the compiler puts a block-wide barrier between
+    two operations on the same one.
+
+    line: the row at which this tile's statistics start.
     """
     mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes, pred=wanted)
     mbarrier.expect(d_out_ready.index(stage), d_out_desc.block_type.nbytes, pred=wanted)
@@ -54,9 +57,10 @@ def _start_tile(
 
 @gluon.jit
 def units_in_memory_order(units, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """A (64, BLOCK_D) tile of dq as the matrix units leave it in registers, so that each thread's values are neighbours in memory.
+    """A (64, BLOCK_D) tile of dq, reordered so that each thread's values are neighbours in memory.
 
-    The order of bits of (query, column) is undone by `finish_hopper_kernel`.
+    This is the order in which the matrix units leave the tile in registers. `finish_kernel` of
+    triton/backward.py undoes it. It permutes the bits of (query, column).
     """
     gl.static_assert(BLOCK_M == 64)
     blocks: gl.constexpr = BLOCK_D // 16
@@ -66,7 +70,7 @@ def units_in_memory_order(units, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
 
 @gluon.jit
 def _line(row, heads, head, start, beyond, GATED: gl.constexpr):
-    """Where a tile's statistics stand: those of keys inside the window, or of keys before it."""
+    """The row of a tile's statistics: those for keys inside the window, or for keys before it."""
     if GATED:
         return (row * heads + head) * 8 + gl.where(start >= beyond, 4, 0)
     else:
@@ -75,7 +79,7 @@ def _line(row, heads, head, start, beyond, GATED: gl.constexpr):
 
 @gluon.jit
 def _next_tile(head, start, begin, stop, BLOCK_M: gl.constexpr):
-    """The tile after (head, start): the next queries, or the first ones of the group's next head."""
+    """The tile after (head, start): the next queries, or the first ones of the next head."""
     start += BLOCK_M
     past = start >= stop
     return gl.where(past, head + 1, head), gl.where(past, begin, start)
@@ -86,14 +90,19 @@ def hopper_backward_kernel(
     q_desc, k_desc, v_desc, d_out_desc, units_desc, statistics_desc, d_key_out, d_value_out,
     statistics_rows, gates, windows, ends, order,
     batch, length, padded, kv_heads, tiles, section, scale, natural_scale,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GATED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N keys of one KV head, arguments as in `triton_backward.backward_kernel`; two warpgroups."""
+    """One tile of BLOCK_N keys of one KV head, computed by two warpgroups.
+
+    The arguments are those of `backward_kernel` in triton/backward.py.
+    """
     STAGES: gl.constexpr = 3
     ROWS: gl.constexpr = 8 if GATED else 4  # of a query's statistics
     dtype: gl.constexpr = q_desc.dtype
-    # Scores and their gradients lie as (keys, queries): the warpgroups split the keys, and weights feed dv and dk from registers.
+    # Scores and their gradients are (keys, queries): the warpgroups split the keys, and weights
+    # feed dv from registers.
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     d_kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
     d_q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_D // 2, 16])
@@ -130,7 +139,8 @@ def hopper_backward_kernel(
     upper_of_first = first + gl.minimum(window, end_of_first - first)
     upper_of_last = last + gl.minimum(window, end_of_last - last)
 
-    # The main softmax of a tile: full attention's for a gate inside (0, 1), else the only one there is.
+    # Bounds of the widest softmax: that of full attention for a gate inside (0, 1), else the only
+    # one there is.
     bound = upper
     bound_of_first = upper_of_first
     stop = upper_of_last
@@ -141,7 +151,8 @@ def hopper_backward_kernel(
             stop = end_of_last
 
     begin = first // BLOCK_M * BLOCK_M
-    # Where a head's tiles begin to straddle the edge of a key's window, and where all lie beyond the windows.
+    # The tile of a head from which tiles straddle the edge of a key's window, and the one from
+    # which all tiles are beyond the windows.
     per_head = gl.cdiv(stop - begin, BLOCK_M)
     straddled_from = per_head
     beyond_from = per_head
@@ -183,8 +194,10 @@ def hopper_backward_kernel(
     fetch_start = begin
     for slot in gl.static_range(STAGES - 1):
         _start_tile(
-            q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles, q_ready, d_out_ready, statistics_ready,
-            row, fetch_head, _line(row, heads, fetch_head, fetch_start, beyond, GATED), fetch_start, slot, slot < total,
+            q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles,
+            q_ready, d_out_ready, statistics_ready, row, fetch_head,
+            _line(row, heads, fetch_head, fetch_start, beyond, GATED), fetch_start,
+            slot, slot < total,
         )  # fmt: skip
         fetch_head, fetch_start = _next_tile(fetch_head, fetch_start, begin, stop, BLOCK_M)
     first_key = k_tile.index(0).reshape([BLOCK_N, BLOCK_D])
@@ -201,8 +214,9 @@ def hopper_backward_kernel(
     )
     scores = warpgroup_mma_wait(0, deps=[scores_next])
 
-    # Tiles of queries that see a key through the window, that straddle its edge, and beyond it: a straddling one needs the statistics
-    # of both sides and has a loop of its own, so that the others have no branch.
+    # Three kinds of tiles: queries that see the keys inside their window, tiles that straddle the
+    # window's edge, and queries beyond it. A straddling tile needs the statistics of both sides.
+    # Each kind has a separate loop, so that the other kinds have no branch.
     KINDS: gl.constexpr = 3 if GATED else 1
     i = 0
     for member in range(GROUP):
@@ -219,13 +233,15 @@ def hopper_backward_kernel(
             for tile_of_head in range(from_tile, until_tile):
                 start = begin + tile_of_head * BLOCK_M
                 stage = i % STAGES
-                # 0, which the compiler cannot know: it would keep the addresses of these tiles in registers, and spill.
+                # Always 0, but the compiler cannot know that. If it did, it would keep the
+                # addresses of these tiles in registers, and spill.
                 nothing = i >> 30
                 key = k_tile.index(nothing).reshape([BLOCK_N, BLOCK_D])
                 value = v_tile.index(nothing).reshape([BLOCK_N, BLOCK_D])
                 d_scores_tile = d_scores_tiles.index(nothing)
                 queries = start + gl.arange(0, BLOCK_M, query_layout)
-                # From memory, not from the tile: a transposed view of an unswizzled tile is read wrongly (Triton 3.6).
+                # Loaded from memory, not from the tile: Triton 3.6 reads a transposed view of an
+                # unswizzled tile wrongly.
                 line = ((row * heads + head) * ROWS).to(gl.int64)
                 per_unit = gl.load(
                     statistics_rows
@@ -249,7 +265,8 @@ def hopper_backward_kernel(
                     weights = gl.exp2(scores * scale - gl.where(windowed, lse, lse_before[None, :]))
                 else:
                     weights = gl.exp2(scores * scale - lse)
-                # Behind the exponentials: at a branch the compiler waits for the product that runs beside them.
+                # The branch comes after the exponentials, because at a branch the compiler waits
+                # for the product that runs beside them.
                 if (start < first + BLOCK_N) | (start + BLOCK_M > bound_of_first):
                     seen = (queries[None, :] >= keys[:, None]) & (queries[None, :] < bound[:, None])
                     weights = gl.where(seen, weights, 0.0)
@@ -280,10 +297,12 @@ def hopper_backward_kernel(
                 scores_next = warpgroup_mma(
                     key, following.permute((1, 0)), zero_scores, use_acc=False, is_async=True
                 )
-                # All warps have finished with the tile before this one, whose place the tile after the next takes.
+                # All warps have finished with the previous tile. The tile after the next one takes
+                # its place.
                 _start_tile(
-                    q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles, q_ready, d_out_ready, statistics_ready,
-                    row, fetch_head, _line(row, heads, fetch_head, fetch_start, beyond, GATED), fetch_start,
+                    q_desc, d_out_desc, statistics_desc, q_tiles, d_out_tiles, statistics_tiles,
+                    q_ready, d_out_ready, statistics_ready, row, fetch_head,
+                    _line(row, heads, fetch_head, fetch_start, beyond, GATED), fetch_start,
                     (i + STAGES - 1) % STAGES, i + STAGES - 1 < total,
                 )  # fmt: skip
                 fetch_head, fetch_start = _next_tile(fetch_head, fetch_start, begin, stop, BLOCK_M)
@@ -305,7 +324,7 @@ def hopper_backward_kernel(
     stored = (stored_keys[:, None] < length) & (columns[None, :] < HEAD_DIM)
     gl.store(d_key_out + offsets, (d_key * natural_scale).to(dtype), mask=stored)
     gl.store(d_value_out + offsets, d_value.to(dtype), mask=stored)
-    # As in hopper_forward, to keep the barriers' memory.
+    # Keeps the barriers' memory until here, for the reason given in hopper/forward.py.
     block_barrier()
     mbarrier.invalidate(kv_ready)
     for slot in gl.static_range(STAGES):

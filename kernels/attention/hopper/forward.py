@@ -1,6 +1,6 @@
-"""Forward pass for Hopper in Gluon: `triton_forward.forward_kernel` with its matrix products scheduled by hand.
+"""Forward pass for Hopper in Gluon: `forward_kernel` of triton/forward.py, scheduled by hand.
 
-The scores of the next block of keys and the weighted values of this one are computed while the next block's softmax is taken.
+Matrix products run while the softmax is computed. docs/kernels.md lists the differences.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from megaconsa.kernels.attention.triton.schedule import tile_of_program
 
 @gluon.jit
 def _softmax(
-    scores, total, highest, first, lower, upper, scale, BLOCK_N: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr
+    scores, total, highest, first, lower, upper, scale,
+    BLOCK_N: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr
 ):  # fmt: skip
-    """One step of the online softmax: weights, their row sums, the new maximum, and by how much what was summed before shrinks.
+    """One step of the online softmax.
 
-    MASKED: query i sees key j iff lower[i] <= j < upper[i]; otherwise every query sees the block's keys.
+    MASKED: query i sees key j iff lower[i] <= j < upper[i]. Otherwise every query sees every key.
+
+    Returns the weights, their new row sums, the new maximum, and the factor by which the sums
+    from before shrink.
     """
     if MASKED:
         keys = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
@@ -59,7 +63,7 @@ def _weigh(
     layouts: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Softmax of a block's scores; starts the product of its weights and its values."""
+    """Compute the softmax of a block's scores, and start the product of weights and values."""
     score_layout: gl.constexpr = layouts[0]
     acc_layout: gl.constexpr = layouts[1]
     BLOCK_N: gl.constexpr = scores.shape[1]
@@ -76,10 +80,14 @@ def _weigh(
 
 @gluon.jit
 def _steps(
-    acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, head, done, begin, from_block,
-    until_block, blocks, lower, upper, scale, layouts: gl.constexpr, MASKED: gl.constexpr,
+    acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+    row, head, done, begin, from_block, until_block, blocks, lower, upper, scale,
+    layouts: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Blocks [from_block, until_block), each but its scores, which are there, and with the scores of the block after it."""
+    """Process the blocks [from_block, until_block).
+
+    The scores of a block exist when its step begins. Each step computes those of the next block.
+    """
     BLOCK_M: gl.constexpr = scores.shape[0]
     BLOCK_N: gl.constexpr = scores.shape[1]
     BLOCK_D: gl.constexpr = acc.shape[1]
@@ -87,7 +95,8 @@ def _steps(
     for block in range(from_block, until_block):
         count = done + block
         following = (count + 1) % 2
-        # Every warp has taken the scores of this block and the values of the one before it.
+        # After the barrier every warp has finished with this block's keys and the previous block's
+        # values, so the loads below may overwrite them.
         block_barrier()
         _load(
             k_desc,
@@ -106,7 +115,8 @@ def _steps(
             query, key.permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         acc_started, total, highest = _weigh(
-            acc, scores, total, highest, v_tiles, v_ready, count, begin + block * BLOCK_N, lower, upper, scale, layouts, MASKED
+            acc, scores, total, highest, v_tiles, v_ready, count, begin + block * BLOCK_N,
+            lower, upper, scale, layouts, MASKED
         )  # fmt: skip
         scores, acc = warpgroup_mma_wait(0, deps=[scores_started, acc_started])
     return acc, scores, total, highest
@@ -114,13 +124,17 @@ def _steps(
 
 @gluon.jit
 def _walk(
-    acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, head, done, begin, stop, lower, upper,
+    acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+    row, head, done, begin, stop, lower, upper,
     all_from, all_until, scale, BLOCK_N: gl.constexpr, layouts: gl.constexpr,
 ):  # fmt: skip
-    """Attention over the key blocks of [begin, stop), at least one; `done` blocks went through the two slots before.
+    """Attention over the key blocks in [begin, stop), of which there is at least one.
 
-    Query i sees key j iff lower[i] <= j < upper[i]; every query sees the keys in [all_from, all_until). Blocks with and without a
-    mask have loops of their own: at a branch the compiler waits for the products that run.
+    Query i sees key j iff lower[i] <= j < upper[i]. Every query sees all keys in
+    [all_from, all_until). Blocks with and without a mask have separate loops, because at a branch
+    the compiler waits for the running products.
+
+    done: number of blocks that went through the two slots before this walk.
     """
     BLOCK_M: gl.constexpr = query.shape[0]
     BLOCK_D: gl.constexpr = query.shape[1]
@@ -141,19 +155,20 @@ def _walk(
     free = gl.minimum(gl.cdiv(all_from - begin, BLOCK_N), final)
     straddling = gl.minimum(gl.maximum((all_until - begin) // BLOCK_N, free), final)
     acc, scores, total, highest = _steps(
-        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, head, done, begin, 0, free,
-        blocks, lower, upper, scale, layouts, True,
+        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+        row, head, done, begin, 0, free, blocks, lower, upper, scale, layouts, True,
     )  # fmt: skip
     acc, scores, total, highest = _steps(
-        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, head, done, begin, free,
-        straddling, blocks, lower, upper, scale, layouts, False,
+        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+        row, head, done, begin, free, straddling, blocks, lower, upper, scale, layouts, False,
     )  # fmt: skip
     acc, scores, total, highest = _steps(
-        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, head, done, begin, straddling,
-        final, blocks, lower, upper, scale, layouts, True,
+        acc, scores, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+        row, head, done, begin, straddling, final, blocks, lower, upper, scale, layouts, True,
     )  # fmt: skip
     acc_started, total, highest = _weigh(
-        acc, scores, total, highest, v_tiles, v_ready, done + final, begin + final * BLOCK_N, lower, upper, scale, layouts, True
+        acc, scores, total, highest, v_tiles, v_ready, done + final, begin + final * BLOCK_N,
+        lower, upper, scale, layouts, True
     )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[acc_started])
     return acc, total, highest, done + blocks
@@ -161,12 +176,17 @@ def _walk(
 
 @gluon.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, difference_desc, difference_unit, lse, lse_full, gates, windows, starts, order,
+    q_desc, k_desc, v_desc, out_desc, difference_desc, difference_unit, lse, lse_full,
+    gates, windows, starts, order,
     batch, length, padded, kv_heads, tiles, section, scale,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GATED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M queries of one query head, arguments as in `triton_forward.forward_kernel`; two warpgroups."""
+    """One tile of BLOCK_M queries of one query head, computed by two warpgroups.
+
+    The arguments are those of `forward_kernel` in triton/forward.py.
+    """
     dtype: gl.constexpr = q_desc.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
@@ -226,8 +246,9 @@ def hopper_forward_kernel(
     total = gl.full([BLOCK_M], 0.0, gl.float32, query_layout)
     highest = gl.full([BLOCK_M], -1e30, gl.float32, query_layout)
     acc, total, highest, done = _walk(
-        acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, kv_head, 0,
-        lowest // BLOCK_N * BLOCK_N, last + 1, lower, queries + 1, lower_of_last, first + 1, scale, BLOCK_N, layouts,
+        acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+        row, kv_head, 0, lowest // BLOCK_N * BLOCK_N, last + 1, lower, queries + 1,
+        lower_of_last, first + 1, scale, BLOCK_N, layouts,
     )  # fmt: skip
     statistics = (row.to(gl.int64) * kv_heads * GROUP + head) * padded + queries
     gl.store(lse + statistics, gl.where(inside, highest + gl.log2(total), 0.0))
@@ -243,8 +264,9 @@ def hopper_forward_kernel(
             begin = start_of_first // BLOCK_N * BLOCK_N
             if begin < lower_of_last:
                 acc, total, highest, done = _walk(
-                    acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row, kv_head, done,
-                    begin, lower_of_last, start, lower, start_of_last, lowest, scale, BLOCK_N, layouts,
+                    acc, total, highest, query, k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready,
+                    row, kv_head, done, begin, lower_of_last, start, lower,
+                    start_of_last, lowest, scale, BLOCK_N, layouts,
                 )  # fmt: skip
             gl.store(lse_full + statistics, gl.where(inside, highest + gl.log2(total), 0.0))
             windowed = windowed_tile.load(acc_layout)
@@ -252,7 +274,7 @@ def hopper_forward_kernel(
                 acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))[:, None]
                 - windowed
             )
-            # `triton_forward.in_fixed_point`, in Gluon.
+            # `in_fixed_point` of triton/forward.py, in Gluon.
             unit = gl.max(gl.abs(change), 1) * (1.0 / 32767.0) + gl.sum(change, 1) * 0.0
             whole = gl.floor(change / gl.where(unit == 0.0, 1.0, unit)[:, None] + 0.5).to(gl.int16)
             rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc_layout))
@@ -265,16 +287,17 @@ def hopper_forward_kernel(
             store_tile(difference_desc, [row, head, first, 0], q_tile)
             tma.store_wait(0)
             result = windowed + gate * change
-        result += gate - gate  # a NaN gate is in no range above, and must not pass for 0
+        # A NaN gate is in no range above, and must not count as 0: this adds 0 or NaN.
+        result += gate - gate
     block_barrier()
     query.store(result.to(dtype))
     fence_async_shared()
     block_barrier()
     store_tile(out_desc, [row, head, first, 0], q_tile)
     tma.store_wait(0)
-    # The barriers live until here, so that the compiler gives their memory to nothing else. A GPU that
-    # processes share restores the 8 bytes of every valid barrier when it comes back to a program,
-    # whatever they hold by then.
+    # The barriers live until here, so that the compiler gives their memory to nothing else. A GPU
+    # that several processes share restores the 8 bytes of every valid barrier when it returns to a
+    # program, whatever those bytes hold by then.
     mbarrier.invalidate(q_ready)
     for slot in gl.static_range(2):
         mbarrier.invalidate(k_ready.index(slot))

@@ -1,4 +1,4 @@
-"""Hopper's instructions under one name each: Gluon renamed some between Triton 3.6 and 3.9, and wraps not all of them."""
+"""Hopper instructions that Gluon renamed between Triton 3.6 and 3.9, or does not wrap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @builtin
 def add_tile(descriptor, coordinates, source, _semantic=None):
-    """Add a tile from shared memory to global memory; the copy engine adds integers and floats atomically."""
+    """Add a tile in shared memory to global memory.
+
+    The copy engine adds integers and floats atomically.
+    """
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)

@@ -1,12 +1,7 @@
-"""Backward pass in Triton: the five matrix products of attention once per tile, for one softmax or for both of a gated head.
+"""Backward pass in Triton, with five matrix products per tile for one or both softmaxes of a head.
 
-A program holds one tile of keys and walks over the queries of the head's group that see it, so dk and dv are summed in registers.
-dq is summed over programs in memory, in an order that no one controls. It is summed in fixed point, where every order gives the same
-bits: a bound on each query's dq is known beforehand, since sum_j |dS_ij| <= 2 |dO_i| max_j |v_j|, and so |dq_i| is at most that
-times the largest |k|. The accumulator's unit is that bound times 2^-30 (2^-62 for fp32 inputs).
-In 16 bits the price is an unbiased error of about 0.3 units times sqrt(S / 128), which drowns in that of the bf16 tensors, even in rows
-whose dq is far below its bound because nearly all weight rests on one key: there the rounded output spoils every kernel's dq alike.
-At S = 32768 with 0.9, 0.99 and 0.999 on one key the rows' median error is 1.4, 23 and 100 %; FlashAttention 4 has 1.5, 21 and 100 %.
+A program holds one tile of keys and sums dk and dv in registers. dq is summed in memory, in fixed
+point, so that every order of the sum gives the same bits. docs/kernels.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -24,7 +19,10 @@ def bound_kernel(
     k, v, bounds, length, kv_heads, k_row, k_token, k_head, v_row, v_token, v_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The largest |k| and the largest |v_j|^2 of BLOCKS * BLOCK_N tokens of a head, into bounds (B * kv_heads, 2, parts)."""
+    """The largest |k_jd| and the largest |v_j|^2 of BLOCKS * BLOCK_N tokens of one head.
+
+    bounds: fp32 (B * kv_heads, 2, parts).
+    """
     parts = tl.cdiv(length, BLOCK_N * BLOCKS)
     line, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
@@ -49,7 +47,7 @@ def bound_kernel(
         largest_value = tl.maximum(
             largest_value, tl.sum(value * value, 1), propagate_nan=tl.PropagateNan.ALL
         )
-    # A maximum over lanes drops NaN, a sum keeps it.
+    # 0, or NaN where a value is NaN: a maximum over lanes drops NaN, a sum keeps it.
     spoiled = tl.sum(tl.sum(largest_key, 1) + largest_value, 0) * 0.0
     tl.store(bounds + (line * 2) * parts + part, tl.max(tl.max(largest_key, 1), 0) + spoiled)
     tl.store(bounds + (line * 2 + 1) * parts + part, tl.max(largest_value, 0) + spoiled)
@@ -57,22 +55,23 @@ def bound_kernel(
 
 @triton.jit(do_not_specialize=["length", "kv_heads"])
 def prepare_kernel(
-    out, difference, difference_unit, d_out, lse, lse_full, largest, gates, statistics, d_gate, d_query_units,
+    out, difference, difference_unit, d_out, lse, lse_full, largest, gates,
+    statistics, d_gate, d_query_units,
     length, padded, kv_heads, d_out_row, d_out_token, d_out_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, UNIT_BITS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, UNIT_BITS: tl.constexpr,
 ):  # fmt: skip
-    """What the main kernel needs of each query, zeros in the accumulator of dq, and each tile's part of the gate's gradient.
+    """Each query's statistics, zeros in the sum of dq, and each tile's part of the gate's gradient.
 
-    statistics: fp32 (B * heads, ROWS, padded). Its rows say how a score s of that query becomes a weight, w = exp2(s - lse), and a
-    score's gradient, w (dP - centre): lse, centre, 1 / unit of dq, one unused; for a gate z inside (0, 1) ROWS is 8, and the same
-    follows for the keys before the window. largest: fp32 (B, kv_heads), max_j |v_j| times the largest |k| of the head.
+    docs/kernels.md derives the statistics.
+
+    largest: fp32 (B, kv_heads), max_j |v_j| times the largest |k_jd| of the head.
+    statistics: fp32 (B * heads, ROWS, padded). The rows are lse, centre, 1 / unit of dq, and one
+        unused. A score s of the query gets the weight w = exp2(s - lse) and the gradient
+        w (dP - centre). With gates ROWS is 8. For a gate inside (0, 1), rows 4 and 5 are lse and
+        centre for the keys before the window.
+    d_gate: fp32 (B * heads, padded / BLOCK_M).
     d_query_units: (B * heads, padded, BLOCK_D).
-
-    Such a gate weights a key before the window by z P_f = exp2(s - (lse_f - log2 z)), one inside it by z P_f + (1 - z) P_s =
-    exp2(s - (lse_s - log2 a)), a = z r + (1 - z), where r = exp2(lse_s - lse_f) <= 1 is the window's share of full attention: one
-    exponential serves both softmaxes. The centres are d_f, and the mean of d_f and d_s with the parts z r and 1 - z of a. With
-    d = rowsum(dO * O) and e = rowsum(dO * (O_f - O_s)): d_f = d + (1 - z) e, d_s = d - z e, dz = sum of e.
     """
     tiles = padded // BLOCK_M
     tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -103,9 +102,9 @@ def prepare_kernel(
         * tl.sqrt(tl.sum(upstream * upstream, 1))
         * tl.load(largest + row * kv_heads + head // GROUP)
     )
-    bound += product - product  # NaN where q or k hold what is not finite
-    # A floor keeps 1 / unit finite; gradients far below it are lost. The comparison lets NaN through: a NaN bound then makes the
-    # whole row of dq NaN.
+    bound += product - product  # 0, or NaN where q or k is not finite
+    # A floor keeps 1 / unit finite. Gradients far below it are lost. The comparison lets NaN
+    # through: a NaN bound then makes the whole row of dq NaN.
     floor: tl.constexpr = 1e-18 if UNIT_BITS > 32 else 1e-28
     bound = tl.where(bound < floor, floor, bound)
     mine = statistics + line.to(tl.int64) * ROWS * padded + queries
@@ -146,10 +145,14 @@ def backward_kernel(
     q_desc, k_desc, v_desc, d_out_desc, d_query_units, d_key_out, d_value_out,
     statistics, gates, windows, ends, order,
     batch, length, padded, kv_heads, tiles, section, scale, natural_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N keys of one KV head. ends: int32 (B, S), where each token's document ends (exclusive)."""
+    """One tile of BLOCK_N keys of one KV head.
+
+    ends: int32 (B, S), the end (exclusive) of each token's document.
+    """
     tile, row, kv_head, _ = tile_of_program(
         tl.program_id(0), order, batch, kv_heads, tiles, section, 1
     )
@@ -166,7 +169,8 @@ def backward_kernel(
         window = tl.where(gate >= 1.0, length, window)
         between = (gate > 0.0) & (gate < 1.0)
 
-    # Queries from a key to `upper` (exclusive) see it through the window, to `end` at all.
+    # Queries from a key to `upper` (exclusive) see it inside their window. Queries from there to
+    # `end` (exclusive) see it before their window.
     end_of_first = length
     end_of_last = length
     end = tl.full([BLOCK_N], length, tl.int32)
@@ -175,12 +179,12 @@ def backward_kernel(
         end = tl.load(row_ends + keys, mask=keys < length, other=length)
         end_of_first = tl.load(row_ends + first)
         end_of_last = tl.load(row_ends + last)
-    # Not keys + window, which may pass the largest int32.
+    # Written so because keys + window may exceed the largest int32.
     upper = keys + tl.minimum(window, end - keys)
     upper_of_first = first + tl.minimum(window, end_of_first - first)
     upper_of_last = last + tl.minimum(window, end_of_last - last)
 
-    # A gate inside (0, 1) lets every key before a query through, in one way or the other.
+    # With a gate inside (0, 1) a query sees every key before it, inside the window or before it.
     bound, bound_of_first, stop = upper, upper_of_first, upper_of_last
     if between:
         bound, bound_of_first, stop = end, end_of_first, end_of_last
@@ -213,7 +217,8 @@ def backward_kernel(
                 seen = (queries[None, :] >= keys[:, None]) & (queries[None, :] < bound[:, None])
                 weights = tl.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - centre)
-            # dv += P dO, dk += dS Q, dq += dS^T K, the last in fixed point and in memory.
+            # dv += P dO, dk += dS Q, dq += dS^T K. dq is summed in memory, in fixed point.
+            # P and dS are (keys, queries) here.
             d_value = tl.dot(weights.to(upstream.dtype), upstream, d_value, input_precision="ieee")
             d_scores = d_scores.to(query.dtype)
             d_key = tl.dot(d_scores, query, d_key, input_precision="ieee")
@@ -245,9 +250,13 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["length", "heads"])
 def finish_kernel(
     d_query_units, statistics, d_query, length, padded, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+    REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """dq, (B, S, heads, HEAD_DIM), from its fixed-point sum; REGISTER_ORDER: as `hopper_backward.units_in_memory_order` left it."""
+    """dq, (B, S, heads, HEAD_DIM), from its fixed-point sum.
+
+    REGISTER_ORDER: the sum is in the order of `units_in_memory_order` in hopper/backward.py.
+    """
     tiles = padded // BLOCK_M
     tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)

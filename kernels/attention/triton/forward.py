@@ -1,7 +1,6 @@
-"""Forward pass in Triton: each KV head with its own window, or both softmaxes of a gated head in one pass.
+"""Forward pass in Triton: a window for each KV head, or both softmaxes of a gated head in one pass.
 
-A program holds one tile of queries and walks over the keys inside the window. For a gate inside (0, 1) the softmax state is then
-that of windowed attention; going on with the same state over the keys before the window turns it into full attention's.
+A program holds one tile of queries and walks over the keys. docs/kernels.md explains the method.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ def _walk(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the key blocks [start, stop); MASKED: query i sees key j iff lower[i] <= j < upper[i]."""
+    """Online softmax over the key blocks in [start, stop).
+
+    MASKED: query i sees key j iff lower[i] <= j < upper[i]. Otherwise every query sees every key.
+    """
     for first in tl.range(start, stop, BLOCK_N):
         k = k_desc.load([row, head, first, 0]).reshape(BLOCK_N, q.shape[1])
         scores = tl.dot(q, k.T, input_precision="ieee")
@@ -50,13 +52,14 @@ def _walk(
 
 @triton.jit
 def in_fixed_point(values, dtype: tl.constexpr):
-    """Rows of fp32 values in 16 bits: a unit for each row, and whole multiples of it in the bits of `dtype`. fp32 stays as it is.
+    """Rows of fp32 values in 16 bits: a unit per row, and whole multiples of it in bits of `dtype`.
 
-    bf16 would round the gate's gradient, a sum over the whole tensor, too coarsely.
+    If `dtype` is fp32, the values stay as they are. Rounding to bf16 would be too coarse for the
+    gate's gradient, which is a sum over the whole tensor.
     """
-    # A maximum drops NaN, a sum keeps it.
+    # The sum adds 0, or NaN where a value is NaN: a maximum drops NaN.
     unit = tl.max(tl.abs(values), 1) * (1.0 / 32767.0) + tl.sum(values, 1) * 0.0
-    # The other branch must stand under `else`: the compiler goes on behind a `return`.
+    # The other branch must be under `else`: the compiler does not stop at a `return`.
     if dtype == tl.float32:
         return unit, values
     else:
@@ -66,7 +69,7 @@ def in_fixed_point(values, dtype: tl.constexpr):
 
 @triton.jit
 def from_fixed_point(kept, unit):
-    """What `in_fixed_point` kept, in fp32."""
+    """The values that `in_fixed_point` kept, in fp32."""
     if kept.dtype == tl.float32:
         return kept
     else:
@@ -75,18 +78,28 @@ def from_fixed_point(kept, unit):
 
 @triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out, difference, difference_unit, lse, lse_full, gates, windows, starts, order,
+    q_desc, k_desc, v_desc, out, difference, difference_unit, lse, lse_full,
+    gates, windows, starts, order,
     batch, length, padded, kv_heads, tiles, section, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one query head.
 
-    out, difference: (B, S, heads, HEAD_DIM). lse, lse_full, difference_unit: fp32 (B, heads, padded), where `padded` is a multiple of
-    every tile size; the first two are 0 from S on. `lse`, base 2, is that of the softmax whose keys the window (or, at a gate of 1,
-    everything) lets through; lse_full, difference (full minus windowed output, as `in_fixed_point` keeps it) and its unit are written
-    for gates inside (0, 1) only. gates: fp32 (B, kv_heads). windows: int32 (kv_heads,), at most S. starts: int32 (B, S), first
-    position of each token's document. `scale` includes log2(e).
+    out: (B, S, heads, HEAD_DIM).
+    difference: full minus windowed output, shaped like out, as `in_fixed_point` keeps it. Written
+        for gates inside (0, 1) only.
+    difference_unit: the unit of each row of difference, fp32 (B, heads, padded). Written for gates
+        inside (0, 1) only.
+    lse: fp32 (B, heads, padded), base 2, over the keys inside the window (all keys at a gate of 1).
+        0 from S on.
+    lse_full: the same over all keys. Written for gates inside (0, 1) only.
+    gates: fp32 (B, kv_heads).
+    windows: int32 (kv_heads,), at most S.
+    starts: int32 (B, S), the first position of each token's document.
+    padded: a multiple of every tile size.
+    scale: factor of the scores, including log2(e).
     """
     tile, row, kv_head, member = tile_of_program(
         tl.program_id(0), order, batch, kv_heads, tiles, section, GROUP
@@ -112,9 +125,8 @@ def forward_kernel(
     if PACKED:
         row_starts = starts + row.to(tl.int64) * length
         start = tl.load(row_starts + queries, mask=inside, other=0)
-        start_of_first = tl.load(
-            row_starts + tl.minimum(first, last)
-        )  # a tile of padding starts behind the last token
+        # A tile of padding starts after the last token: there `first` is greater than `last`.
+        start_of_first = tl.load(row_starts + tl.minimum(first, last))
         start_of_last = tl.load(row_starts + last)
         lower = tl.maximum(lower, start)
         lowest = tl.maximum(lowest, start_of_first)
@@ -125,7 +137,8 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
 
-    # Keys inside the window: blocks that straddle its lower edge, blocks that every query sees, the diagonal.
+    # Keys inside the window, in three walks: blocks that straddle the window's lower edge, blocks
+    # that every query sees, and the diagonal.
     begin = lowest // BLOCK_N * BLOCK_N
     diagonal = tl.maximum((first + 1) // BLOCK_N * BLOCK_N, begin)
     seen_by_all = tl.minimum(tl.cdiv(lower_of_last, BLOCK_N) * BLOCK_N, diagonal)
@@ -193,8 +206,8 @@ def forward_kernel(
 
     if GATED:
         if (gate > 0.0) & (gate < 1.0):
-            # The windowed output waits in memory: in registers it would cost the loops below their speed. What 16 bits leave of it
-            # waits in the place of the result.
+            # The windowed output is parked in memory, because in registers it would slow down the
+            # loops below. `difference` holds it rounded to 16 bits, `out` holds the remainder.
             rounded = result.to(difference.dtype.element_ty)
             tl.store(difference + offsets, rounded, mask=stored)
             tl.store(
@@ -202,7 +215,8 @@ def forward_kernel(
                 (result - rounded.to(tl.float32)).to(out.dtype.element_ty),
                 mask=stored,
             )
-            # Keys before the window: straddled document starts, blocks outside everybody's window, its straddled lower edge again.
+            # Keys before the window, in three walks: blocks that straddle a document's start,
+            # blocks outside every query's window, and again those that straddle its lower edge.
             begin = start_of_first // BLOCK_N * BLOCK_N
             outside = tl.maximum(lowest // BLOCK_N * BLOCK_N, begin)
             if PACKED:
@@ -260,7 +274,8 @@ def forward_kernel(
                 True,
             )
             tl.store(lse_full + statistics, tl.where(inside, highest + tl.math.log2(total), 0.0))
-            tl.debug_barrier()  # the threads that read the windowed output back need not be those that wrote it
+            # The threads that read the windowed output back need not be those that wrote it.
+            tl.debug_barrier()
             windowed = tl.load(difference + offsets, mask=stored, other=0.0).to(tl.float32)
             windowed += tl.load(out + offsets, mask=stored, other=0.0).to(tl.float32)
             change = acc / total[:, None] - windowed
@@ -268,5 +283,6 @@ def forward_kernel(
             tl.store(difference_unit + statistics, tl.where(inside, unit, 0.0))
             tl.store(difference + offsets, kept, mask=stored)
             result = windowed + gate * change
-        result += gate - gate  # a NaN gate is in no range above, and must not pass for 0
+        # A NaN gate is in no range above, and must not count as 0: this adds 0 or NaN.
+        result += gate - gate
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=stored)

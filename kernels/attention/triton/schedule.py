@@ -1,4 +1,4 @@
-"""Which tile a program works on: heads that fit the L2 cache together, heavy tiles first."""
+"""Which tile a program works on: heads that fit into the L2 cache together, heavy tiles first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def tile_of_program(pid, order, batch, kv_heads, tiles, section, PER_HEAD: tl.constexpr):
-    """Program `pid` -> (position of its tile from the heaviest on, batch row, KV head, member of the head's group).
+    """The work of program `pid`: (tile, batch row, KV head, member of the head's group).
 
-    The (row, head) pairs are cut into sections of `section` pairs whose data the L2 cache holds; inside a section tiles go from
-    heavy to light over all its pairs, so that light tiles fill the end. `order` (batch * kv_heads,) lists row * kv_heads + head, the
-    costly pairs first: the last sections are the cheap ones. PER_HEAD programs share a pair's tile (the group's query heads in the
-    forward pass).
+    docs/kernels.md explains the schedule.
+
+    tile: counted from the heaviest on.
+    order: int32 (batch * kv_heads,), entries row * kv_heads + head, costly pairs first.
+    section: (row, head) pairs whose data the L2 cache holds together.
+    PER_HEAD: programs per tile of a pair (the group's query heads in the forward pass, else 1).
     """
     section_index = pid // (section * PER_HEAD * tiles)
     within = pid % (section * PER_HEAD * tiles)
@@ -25,7 +27,10 @@ def tile_of_program(pid, order, batch, kv_heads, tiles, section, PER_HEAD: tl.co
 
 @triton.jit(do_not_specialize=["pairs", "kv_heads", "length"])
 def order_kernel(gates, windows, order, pairs, kv_heads, length, BLOCK: tl.constexpr):
-    """Pairs that visit every key (a wide window, or a gate above 0) first, each kind in its own order. One program."""
+    """List the pairs that visit every key first: those with a wide window, or a gate above 0.
+
+    Pairs of one kind keep their order. Launch one program.
+    """
     pair = tl.arange(0, BLOCK)
     inside = pair < pairs
     gate = tl.load(gates + pair, mask=inside, other=0.0)
@@ -39,5 +44,5 @@ def order_kernel(gates, windows, order, pairs, kv_heads, length, BLOCK: tl.const
 
 
 def section_size(pairs: int, bytes_per_pair: int, cache_bytes: int) -> int:
-    """(row, head) pairs whose data take at most half of the L2 cache; at least one."""
+    """The number of (row, head) pairs whose data take at most half of the L2 cache, at least 1."""
     return max(1, min(pairs, cache_bytes // 2 // bytes_per_pair))
