@@ -1,4 +1,4 @@
-"""The command `megaconsa`: training, and the tools of tools/ under their names."""
+"""The command `megaconsa`: training, and one subcommand per tool in tools/."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def train(
 
         torchrun --nproc_per_node 8 -m megaconsa.train configs/qwen3_0p6b_learn.yaml
     """
+    # Heavy modules are imported late, so that --help is quick.
     from megaconsa.train import train as run
 
     sys.exit(run(config, overrides or []))

@@ -1,4 +1,7 @@
-"""What the commands share on the terminal: refused input as one line, and progress that is readable in a log file too."""
+"""Terminal output that all commands share.
+
+Refused input is one line. Progress is readable in a log file too.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +29,29 @@ from megaconsa.exit_codes import FAILED, LOST, REFUSED
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress if there is no terminal."""
 
 
 class Task(Protocol):
-    """One running piece of work, as `progress` yields it."""
+    """A piece of work that is in progress, as `progress` yields it."""
 
     def advance(self, amount: float = 1, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str = "") -> Iterator[Task]:
-    """A progress bar on a terminal; elsewhere a plain line every ten seconds and one at the end."""
+    """Shows progress as a bar on a terminal.
+
+    Elsewhere it prints a plain line every ten seconds and one at the end.
+
+    total: amount of work in `unit`. None if it is unknown.
+    """
     if console.is_terminal:
+        is_percentage = total is None or total > 1e5
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TaskProgressColumn() if total is None or total > 1e5 else MofNCompleteColumn(),
+            TaskProgressColumn() if is_percentage else MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[note]}"),
@@ -57,7 +66,9 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
 
 class _RichTask:
     def __init__(self, bar: Progress, task: Any) -> None:
-        self.bar, self.task, self.note = bar, task, ""
+        self.bar = bar
+        self.task = task
+        self.note = ""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.note = note or self.note
@@ -66,9 +77,16 @@ class _RichTask:
 
 class _PlainTask:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.note, self.started = 0.0, "", time.monotonic()
-        self.printed, self.printed_done = self.started, -1.0
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
+        self.note = ""
+        self.started = time.monotonic()
+        self.printed = self.started
+        """When the last line was printed."""
+        self.printed_done = -1.0
+        """The value of `done` in the last line. -1 before the first line."""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
@@ -81,17 +99,22 @@ class _PlainTask:
             self._print()
 
     def _print(self) -> None:
-        self.printed, self.printed_done = time.monotonic(), self.done
+        self.printed = time.monotonic()
+        self.printed_done = self.done
         of = f"/{self.total:.12g}" if self.total is not None else ""
+        seconds = self.printed - self.started
         note = f"  {self.note}" if self.note else ""
         console.print(
-            f"{self.description}: {self.done:.12g}{of} {self.unit}  {self.printed - self.started:.0f} s{note}",
+            f"{self.description}: {self.done:.12g}{of} {self.unit}  {seconds:.0f} s{note}",
             markup=False,
         )
 
 
 def check_out(path: Path) -> None:
-    """Raises InputError where a file cannot be written at `path`: it is a folder, or lies below something that is none."""
+    """Raises InputError if `path` is a folder, or lies below something that is not a folder.
+
+    A file cannot be written there.
+    """
     if path.is_dir():
         raise InputError(f"out={path} is a folder; name a file in it")
     for parent in path.absolute().parents:
@@ -100,7 +123,10 @@ def check_out(path: Path) -> None:
 
 
 def end_on(faults: list[str]) -> None:
-    """Prints what a check has found, a line each to stderr, and ends the command with exit code 1 if that is anything."""
+    """Prints the faults that a check has found to stderr, one per line.
+
+    Ends the command with exit code 1 if there are any.
+    """
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
@@ -108,7 +134,11 @@ def end_on(faults: list[str]) -> None:
 
 
 def guarded(function: Callable[[], Any]) -> None:
-    """Runs a command; an error meant for the user ends it with its sentence on stderr, and exit code 2 if the input was refused."""
+    """Runs a command.
+
+    An error that is meant for the user ends the command with one sentence on stderr. The exit code
+    is REFUSED for a refused input, LOST for something unreachable, and FAILED for other errors.
+    """
     try:
         function()
     except InputError as error:
@@ -125,7 +155,7 @@ def _end(error: Exception, code: int) -> NoReturn:
 
 
 def run_tool(main: Callable[..., Any]) -> None:
-    """Entry of `python tools/NAME.py`: the same command that `megaconsa NAME` runs."""
+    """Entry point of `python tools/NAME.py`. It runs the same command as `megaconsa NAME`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.command()(main)
     guarded(app)

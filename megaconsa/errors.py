@@ -1,14 +1,22 @@
-"""The exceptions a user is meant to see: no traceback, one sentence."""
+"""The exceptions that a user is meant to see, as one sentence without a traceback."""
 
 
 class InputError(Exception):
-    """A refused input. The message is one sentence that names the field or file, its value, and the mend. Exit code 2."""
+    """A refused input. Exit code 2.
+
+    The message is one sentence that names the field or file, its value, and the fix.
+    """
 
 
 class RunError(Exception):
-    """Work that had begun and cannot go on, through no fault of the code (damaged data, say). One sentence; exit code 1."""
+    """Work that has started and cannot continue, for example because data is damaged. Exit code 1.
+
+    The code is not at fault. The message is one sentence.
+    """
 
 
 class UnreachableError(RunError):
-    """A file or a network cannot be reached at the moment. Exit code 76: the same command goes on
-    later."""
+    """A file or a network cannot be reached at the moment. Exit code 76.
+
+    The same command resumes the run later.
+    """

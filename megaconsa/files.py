@@ -1,4 +1,7 @@
-"""Writing a file or a folder so that a reader sees the old content or the new, never a part."""
+"""Writing files and folders atomically.
+
+A reader sees either the old content or the new content, never a part of it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ from megaconsa.errors import InputError, RunError
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, making its folder; under another name first, which then takes the place of the old file."""
+    """Writes `text` to `path` and creates its folder.
+
+    The text is written under a temporary name first. Then a rename replaces the old file.
+    """
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """As replace_text."""
+    """Writes `content` to `path`, as `replace_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
@@ -27,7 +33,10 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads for files that come from elsewhere: ValueError for all that is not JSON, and for what nests too deep to read."""
+    """Parses JSON that comes from elsewhere.
+
+    Raises ValueError if it is not JSON, or if it nests too deep to read.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -35,7 +44,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def is_bare_name(name: object) -> bool:
-    """Whether `name` names a file of a folder, and no other place: no separator, not the folder itself or the one above."""
+    """Whether `name` can only name a file directly in a folder.
+
+    It has no separator, and it is not the folder itself or its parent.
+    """
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -46,12 +58,12 @@ def is_bare_name(name: object) -> bool:
 
 
 def is_inside_name(name: object) -> bool:
-    """Whether `name` names a file below a folder: bare names joined by slashes."""
+    """Whether `name` can only name a file below a folder: bare names joined by slashes."""
     return isinstance(name, str) and all(map(is_bare_name, name.split("/")))
 
 
 def check_new_folder(out: Path) -> None:
-    """Raises InputError where `out` is there already and is not an empty folder."""
+    """Raises InputError if `out` exists and is not an empty folder."""
     try:
         out.lstat()
     except FileNotFoundError:
@@ -67,15 +79,17 @@ def check_new_folder(out: Path) -> None:
 
 
 def binary_size(count: float) -> str:
-    """`count` bytes in the largest binary unit that leaves at least 1."""
+    """`count` bytes as text, in the largest binary unit in which the number is at least 1."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
     unit = 0
     while count >= 1024 and unit < 4:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+        count /= 1024
+        unit += 1
+    return f"{count:.4g} {units[unit]}"
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises InputError where the disk on which `out` will lie has fewer than `needed` bytes free."""
+    """Raises InputError if the disk that will hold `out` has fewer than `needed` bytes free."""
     nearest = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(nearest).free
     if free < needed:
@@ -86,9 +100,12 @@ def check_space(out: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, or goes away with whatever stopped the work.
+    """Yields a temporary folder beside `out` and renames it to `out` at the end.
 
-    RunError where that was an OSError, mostly of the disk.
+    If an exception stops the work, the temporary folder is removed.
+
+    Raises InputError if the temporary folder cannot be made. Turns an OSError of the work, which
+    mostly comes from the disk, into a RunError.
     """
     out = out.absolute()
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -100,9 +117,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield folder
         folder.replace(out)
     except BaseException as error:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # a disk that fails may fail here too; what it failed at first is told
+        # A failing disk may fail here too. Only its first error is reported.
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise RunError(f"out={out} could not be written: {error.strerror or error}") from error
         raise

@@ -1,7 +1,12 @@
-"""What went wrong, or was out of the ordinary, in a run: RUN/incidents.jsonl, one JSON object an incident.
+"""The incidents of a run: what went wrong or was unusual.
 
-Fields: time (ISO 8601, with the zone), kind (a name in KINDS), step (that was being done, from 1, or null while starting), rank, text (a
-sentence for people).
+RUN/incidents.jsonl holds one JSON object per incident, with these fields:
+
+    time    ISO 8601, with the time zone
+    kind    a name in KINDS
+    step    the current step, from 1, or null while starting
+    rank
+    text    a sentence for people
 """
 
 from __future__ import annotations
@@ -22,7 +27,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def record(run: Path, kind: Kind, text: str, *, step: int | None, rank: int) -> None:
-    """Appends an incident. One that cannot be written, on a full disk say, is an error in the log: it must end no run."""
+    """Appends an incident to the file.
+
+    If it cannot be written, for example because the disk is full, it is logged as an error instead:
+    an incident must not end a run.
+
+    step: the current step, from 1. None while starting.
+    """
+    path = run / run_folder.INCIDENTS
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "kind": kind,
@@ -31,29 +43,29 @@ def record(run: Path, kind: Kind, text: str, *, step: int | None, rank: int) -> 
         "text": text,
     }
     try:
-        # In one write: ranks of one machine append to the same file.
-        descriptor = os.open(
-            run / run_folder.INCIDENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666
-        )
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
+            # A single write keeps lines whole when ranks of one machine append to the same file.
             os.write(descriptor, json.dumps(entry).encode() + b"\n")
         finally:
             os.close(descriptor)
     except OSError as error:
         logger.error(
             "%s cannot be written: %s; it would have said: %s",
-            run / run_folder.INCIDENTS,
+            path,
             error.strerror,
             text,
         )
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """A run's incidents in the order of their writing; lines that are torn or foreign are left out, and a missing file is none."""
+    """A run's incidents, in the order in which they were written.
+
+    Torn and foreign lines are left out. A missing file gives an empty list.
+    """
+    path = run / run_folder.INCIDENTS
     try:
-        lines = (
-            (run / run_folder.INCIDENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-        )
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = []

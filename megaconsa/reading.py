@@ -1,7 +1,7 @@
-"""Reading files that may be out of reach for a while, because a file server restarts or a network
-path fails over.
+"""Reading files that may be out of reach for a while.
 
-A read that fails for such a reason says nothing about the file. It is tried again for some minutes.
+A file server may restart, or a network path may fail over. A read that fails for such a reason says
+nothing about the file, so it is retried for some minutes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 PATIENCE_SECONDS = 300.0
-"""For a file to come into reach again."""
+"""Time limit for a file to come into reach again."""
 FIRST_PAUSE = 1.0
+"""Pause after the first attempt in seconds."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two attempts; each pause is twice the one before."""
+"""Longest pause between two attempts in seconds. Each pause is twice the previous one."""
 OUT_OF_REACH = {
     errno.EAGAIN,
     errno.ECOMM,
@@ -42,15 +43,19 @@ OUT_OF_REACH = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-"""Errors of storage that does not answer. Others (no such file, no permission) are answers."""
+"""Errors of storage that does not respond.
+
+Other errors, such as a missing file or missing permission, are valid answers of the storage."""
 
 
 def patiently(read: Callable[[], Result], what: object, within: Path | None = None) -> Result:
-    """The result of `read`, which may be called several times.
+    """Calls `read`, and retries it while the file is out of reach. Returns its result.
 
-    what: names the file or folder in messages. within: a folder that was there before; while it is
-    missing, a missing file only says that the folder's storage is away. Raises UnreachableError where
-    the file stays out of reach, and whatever else `read` raises at once.
+    what: names the file or folder in messages.
+    within: a folder that existed before. While it is missing, a missing file only means that the
+        folder's storage is away.
+    Raises UnreachableError if the file stays out of reach. Raises all other exceptions of `read` at
+    once.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     pause = FIRST_PAUSE
@@ -71,7 +76,10 @@ def patiently(read: Callable[[], Result], what: object, within: Path | None = No
 
 
 def is_out_of_reach(error: OSError, within: Path | None = None) -> bool:
-    """Whether an error says nothing about the file; `within` as in `patiently`."""
+    """Whether an error says nothing about the file.
+
+    within: as in `patiently`.
+    """
     if error.errno == errno.ENOENT and within is not None:
         try:
             return not within.is_dir()
@@ -81,10 +89,13 @@ def is_out_of_reach(error: OSError, within: Path | None = None) -> bool:
 
 
 def read_bytes(path: Path, within: Path | None = None) -> bytes:
-    """As `patiently`. Raises OSError as Path.read_bytes does."""
+    """Reads a file, with retries as in `patiently`. Raises OSError as Path.read_bytes does."""
     return patiently(path.read_bytes, path, within)
 
 
 def read_text(path: Path, within: Path | None = None) -> str:
-    """As `patiently`. Raises OSError and UnicodeDecodeError as Path.read_text does."""
+    """Reads a text file, with retries as in `patiently`.
+
+    Raises OSError and UnicodeDecodeError as Path.read_text does.
+    """
     return patiently(path.read_text, path, within)

@@ -1,8 +1,8 @@
 """Paths in a run's own files: config.yaml and the configuration in state.json.
 
-They are written absolute, so that they mean the same from any working directory. A run may be moved
-together with what it names. Then all of it keeps its place relative to the run folder, and is found
-there.
+They are written as absolute paths, so that they do not depend on the working directory. A run may
+be moved together with the files that it names. These keep their place relative to the run folder,
+and are found there.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ PATHS = (("run", "dir"), ("model", "init_from"), ("allocation", "file"), ("data"
 
 
 def absolute(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration's plain values, with paths made absolute from the working directory."""
+    """A copy of a configuration's plain values with absolute paths.
+
+    Relative paths start at the working directory.
+    """
     return _with_paths(config, os.path.abspath)
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """As `absolute`, with links followed: equal where two spellings name one place."""
+    """Like `absolute`, but follows links. So two spellings of one place become equal."""
     return _with_paths(config, os.path.realpath)
 
 
 def relocated(config: dict[str, Any], run: Path) -> dict[str, Any]:
-    """A copy of what a run wrote, with the paths as they are now that the run lies in `run`.
+    """A copy of the configuration that a run wrote, with its paths updated to the run's new place.
 
-    A path that still exists stays, and so does one that is not where the run went. Relative ones, of
-    earlier versions, stay too.
+    A path stays as it is if it still exists, or if nothing exists at its new place. Relative paths,
+    which earlier versions wrote, stay too.
+
+    run: the folder where the run is now.
     """
     old = _run_dir(config)
     new = os.path.abspath(run)
@@ -43,16 +48,17 @@ def relocated(config: dict[str, Any], run: Path) -> dict[str, Any]:
         if path == old:
             return new
         candidate = os.path.normpath(os.path.join(new, os.path.relpath(path, old)))
-        stays = not os.path.isabs(path) or os.path.exists(path) or not os.path.exists(candidate)
-        return path if stays else candidate
+        if not os.path.isabs(path) or os.path.exists(path) or not os.path.exists(candidate):
+            return path
+        return candidate
 
     return _with_paths(config, moved)
 
 
 def has_moved_to(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether `folder` holds a run that wrote this configuration when it lay elsewhere.
+    """Whether `folder` holds a run that wrote this configuration when it was elsewhere.
 
-    A copy of a run that is still there has not moved.
+    A copy does not count as moved while the original is still there.
     """
     old = _run_dir(config)
     is_run = (folder / run_folder.METRICS).is_file() and (folder / run_folder.CHECKPOINTS).is_dir()
@@ -65,22 +71,23 @@ def has_moved_to(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def shown(path: str) -> str:
-    """A recorded path as people name it: relative where it lies below the working directory.
+    """A recorded path for people: relative if it is below the working directory.
 
-    For tables and model cards, which are published and need not tell of this machine.
+    Tables and model cards use it. They are published and need not reveal paths of this machine.
     """
     inside = os.path.relpath(path)
     return path if inside.startswith("..") else inside
 
 
 def _run_dir(config: object) -> str | None:
-    """run.dir of what may be no configuration at all."""
+    """The value of run.dir. None if `config` is not a configuration."""
     section = config.get("run") if isinstance(config, dict) else None
     folder = section.get("dir") if isinstance(section, dict) else None
     return folder if isinstance(folder, str) else None
 
 
 def _with_paths(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A copy of the configuration with `change` applied to each path."""
     changed = dict(config)
     for section, field in PATHS:
         fields = changed.get(section)

@@ -1,4 +1,7 @@
-"""Tensors by name in safetensors files: read and written one at a time, so that a model may be larger than memory."""
+"""Reading and writing safetensors files one tensor at a time.
+
+So a model may be larger than memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from torch import Tensor
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Reads a tensor when it is asked for, so that a model larger than memory can be gone through name by name."""
+    """The tensors of several files by name. Each tensor is read when it is accessed.
+
+    So a loop over the names can process a model that is larger than memory.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files = [safe_open(path, "pt") for path in paths]
@@ -29,24 +35,27 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """The tensor's shape, without reading the tensor."""
         return tuple(self._places[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it, without reading the tensor: BF16, F32 and so on."""
+        """The tensor's dtype by safetensors' name (BF16, F32, ...), without reading the tensor."""
         return str(self._places[name].get_slice(name).get_dtype())
 
 
 class MeanTensors(Mapping[str, Tensor]):
-    """The mean of equally named tensors, each computed in fp64 when it is asked for and given in fp32."""
+    """The mean of equally named tensors.
+
+    Each mean is computed when it is accessed, in fp64, and returned in fp32.
+    """
 
     def __init__(self, sources: Sequence[Mapping[str, Tensor]]) -> None:
         self._sources = sources
 
     def __getitem__(self, name: str) -> Tensor:
-        total = sum(
-            (source[name].double() for source in self._sources[1:]), self._sources[0][name].double()
-        )
+        total = self._sources[0][name].double()
+        for source in self._sources[1:]:
+            total = total + source[name].double()
         return (total / len(self._sources)).to(torch.float32)
 
     def __iter__(self) -> Iterator[str]:
@@ -57,7 +66,7 @@ class MeanTensors(Mapping[str, Tensor]):
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Those that weights have, by safetensors' names."""
+"""The dtypes of weights, by safetensors' names."""
 
 
 def write_tensors(
@@ -67,19 +76,24 @@ def write_tensors(
     read: Callable[[str], Tensor],
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes a safetensors file of tensors of one precision, each read when its turn comes; the library's writer wants all at once.
+    """Writes a safetensors file of tensors of one dtype, and reads one tensor at a time.
 
-    shapes: name -> shape, in the order they are written. advance is told of bytes as they are written.
-    The format: https://huggingface.co/docs/safetensors/index#format
+    The library's own writer needs all tensors at once.
+    The format is described at https://huggingface.co/docs/safetensors/index#format
+
+    shapes: shape of each tensor by name, in the order of writing.
+    read: returns the tensor of a name.
+    advance: called with the number of bytes after each tensor is written.
     """
     code = next(name for name, each in DTYPES.items() if each == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        begin = end
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8)  # Pad the header to a multiple of 8 bytes.
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():

@@ -1,4 +1,5 @@
-"""One rank's entry: python -m megaconsa.train CONFIG [section.field=value ...], alone or under torchrun, deepspeed or srun.
+"""One rank's entry: python -m megaconsa.train CONFIG [section.field=value ...], \
+alone or under torchrun, deepspeed or srun.
 
 Example: torchrun --nproc_per_node 8 -m megaconsa.train configs/qwen3_0p6b_learn.yaml run.dir=runs/a
 """
@@ -19,9 +20,15 @@ from megaconsa.reading import is_out_of_reach
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
-    """Runs or resumes a training run; returns the exit code. Raises InputError for what is refused."""
+    """Starts or resumes a training run. Returns the exit code.
+
+    config_path: YAML file of the configuration.
+    overrides: `section.field=value`.
+    Raises InputError if an input is refused.
+    """
     _log_to_console()
-    # Alone it is looked at before anything is imported: torch and DeepSpeed take seconds. Of many ranks one is to refuse it.
+    # A single process checks the configuration before it imports torch and DeepSpeed, which takes
+    # seconds. With several ranks, the check comes later, so that only one rank reports an error.
     alone = launcher.launch().size == 1
     config = configuration.load(config_path, overrides) if alone else None
     from megaconsa.parallel.world import is_joined, join, leave
@@ -34,8 +41,9 @@ def train(config_path: Path, overrides: list[str]) -> int:
         inputs = check_inputs(config, world)
         if inputs.resume is not None and inputs.resume.step == config.training.steps:
             if world.is_main:
+                step = inputs.resume.step
                 console.print(
-                    f"{config.run.dir} is finished: step {inputs.resume.step}, {inputs.resume.path}",
+                    f"{config.run.dir} is finished: step {step}, {inputs.resume.path}",
                     markup=False,
                 )
             leave()
@@ -52,26 +60,26 @@ def train(config_path: Path, overrides: list[str]) -> int:
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
     except InputError:
-        raise  # agreed by all ranks, and nothing was begun
+        raise  # All ranks agree on it, and nothing has started.
     except Exception as error:
         from megaconsa.training import failures
 
         if isinstance(error, UnreachableError) and not is_joined():
-            raise  # agreed by all ranks as well
+            raise  # All ranks agree on this error too.
         away = isinstance(error, OSError) and is_out_of_reach(error)
         code = LOST if away or isinstance(error, UnreachableError) else FAILED
-        step = trainer.progress.step + 1 if trainer else None
-        return failures.end(error, config.run.dir, world, step, code=code)
+        current_step = trainer.progress.step + 1 if trainer else None
+        return failures.end(error, config.run.dir, world, current_step, code=code)
     leave()
     asked = trainer.stop is Stop.ASKED
     if world.is_main:
-        state = (
-            "finished"
-            if finished
-            else f"stopped{' as asked' if asked else ''}, the same command resumes it"
-        )
+        if finished:
+            state = "finished"
+        else:
+            state = f"stopped{' as asked' if asked else ''}, the same command resumes it"
+        progress = trainer.progress
         console.print(
-            f"{config.run.dir}: {state} at step {trainer.progress.step}, {trainer.progress.tokens:,} tokens",
+            f"{config.run.dir}: {state} at step {progress.step}, {progress.tokens:,} tokens",
             markup=False,
         )
     return DONE if finished or asked else STOPPED
@@ -90,8 +98,10 @@ def _main(arguments: list[str]) -> int:
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Leaves out --local_rank=N and --local-rank=N, also as two words, which launchers put first;
-    they set LOCAL_RANK as well."""
+    """Removes --local_rank=N and --local-rank=N, also if given as two words.
+
+    Some launchers put this option first. It is not needed, because they set LOCAL_RANK as well.
+    """
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -99,14 +109,18 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
         if name not in ("--local_rank", "--local-rank"):
             kept.append(word)
         elif word == name:
-            next(words, None)
+            next(words, None)  # Skip the value, which is the next word.
     return kept
 
 
 def _log_to_console() -> None:
-    """INFO of megaconsa on the main rank, errors elsewhere: all ranks warn of the same. Libraries only speak up when something is wrong."""
+    """Sets up logging to stdout.
+
+    The main rank logs megaconsa's INFO messages. The other ranks log errors only, because all ranks
+    give the same warnings. Libraries log warnings and errors only.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    # torch deprecates collectives that DeepSpeed calls; nothing a user of this could mend.
+    # torch deprecates collectives that DeepSpeed calls. A user of megaconsa cannot fix that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     level = logging.INFO if launcher.is_main() else logging.ERROR
     logging.getLogger("megaconsa").setLevel(level)

@@ -1,1 +1,4 @@
-"""Slurm jobs: one sbatch file for each kind, and lib.sh, the shell library they share. `megaconsa submit` submits them."""
+"""Slurm jobs: one sbatch file for each kind, and lib.sh, the shell library that they share.
+
+`megaconsa submit` submits them.
+"""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports triton: its kernels then run in its interpreter.
+    # This must be set before anything imports triton. Its kernels then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SEQUENCE_LENGTH = 64
@@ -23,7 +23,10 @@ VOCABULARY = 512
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tensors are small: more threads would only wait for each other, and for the other test process."""
+    """Uses one thread because the tensors are small.
+
+    More threads would only wait for each other and for the other test process.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +66,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of its own, of the size that the test is parametrised with ("8m")."""
+    """A separate file system with the size that the test is parametrized with ("8m")."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
@@ -76,7 +79,10 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture
 def make_config(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Plain values of a small learning run, changed by section: make_config(training={"steps": 3})."""
+    """Plain values of a small learning run.
+
+    Keyword arguments change sections: make_config(training={"steps": 3}).
+    """
     base = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {
@@ -113,7 +119,7 @@ def make_config(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any
 
 @pytest.fixture
 def train() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
-    """Runs a configuration in this process to its end and returns the rows of its metrics."""
+    """Runs a configuration to its end in this process and returns the rows of its metrics."""
     from megaconsa.config import build
     from megaconsa.parallel import mesh
     from megaconsa.reporting.metrics import read_metrics
@@ -132,7 +138,7 @@ def train() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is out of reach is tried again at short intervals, for a second."""
+    """Makes readers of unreachable files retry at short intervals, for a second."""
     from megaconsa import reading
 
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)

@@ -1,15 +1,21 @@
-"""Disks that fail: what tests do to the `disk` that conftest.py gives them, and files out of reach."""
+"""Disks that fail: what tests do to the fixture `disk`, and files out of reach."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 OUT_OF_REACH = Path("/proc/self/mem")
-"""Gives EIO when it is read from its start, as storage that does not answer: for links in the place of files."""
+"""A file that gives EIO when it is read from its start, like storage that does not answer.
+
+Tests replace files by links to it.
+"""
 
 
 def fill(disk: Path) -> None:
-    """Until nothing more can be written; removing the file `filler` makes room again."""
+    """Writes until the disk is full.
+
+    Removing the file `filler` makes room again.
+    """
     with (disk / "filler").open("wb", buffering=0) as file:
         try:
             while True:

@@ -15,7 +15,7 @@ from megaconsa.errors import InputError, RunError
 
 
 class Clock:
-    """Stands for the module `time` and moves when told."""
+    """Replaces the module `time` and moves only when told."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -33,7 +33,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is printed where there is no terminal, whatever the environment of the tests says."""
+    """Returns what is printed where there is no terminal.
+
+    The environment of the tests does not matter.
+    """
     output = io.StringIO()
     monkeypatch.setattr(
         console_module,
@@ -95,7 +98,7 @@ def test_what_the_body_raises_comes_out(terminal: bool, monkeypatch: pytest.Monk
 
 
 def test_a_body_that_raises_does_not_print_the_last_line(plain: io.StringIO) -> None:
-    """It would look like the end of the work."""
+    """The last line would look like the end of the work."""
     with pytest.raises(ValueError, match="bad"), progress("reading", 2):
         raise ValueError("bad")
     assert plain.getvalue() == ""

@@ -1,4 +1,7 @@
-"""The documents say what the code does: fields, defaults, presets, metrics, commands, options, files and links."""
+"""The documents agree with the code.
+
+The tests cover fields, defaults, presets, metrics, commands, options, files and links.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def fenced(page: Path) -> Iterator[str]:
-    """Command lines of the page's fenced blocks: continuation lines joined, comments cut."""
+    """Yields the command lines of the fenced blocks of a page.
+
+    Continuation lines are joined and comments are cut.
+    """
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if line and not line.startswith(("#", " ")):
@@ -41,20 +47,22 @@ def fenced(page: Path) -> Iterator[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """What stands in backquotes outside fenced blocks."""
-    return re.findall(
-        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    )
+    """Returns what is in backquotes outside fenced blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """Link targets of the page's headings, as GitHub makes them."""
+    """Returns the link targets of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def table(page: str, columns: int) -> dict[str, list[str]]:
-    """Rows of the page's tables with that many columns whose first cell is one name in backquotes."""
+    """Returns rows of the tables of a page.
+
+    These are rows with `columns` columns whose first cell is one name in backquotes.
+    """
     rows = (
         re.split(r" \| ", line[2:].removesuffix(" |"))
         for line in (ROOT / page).read_text().splitlines()
@@ -68,7 +76,10 @@ def table(page: str, columns: int) -> dict[str, list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Fails where a documented command line would be refused before it looks at files other than its configuration."""
+    """Checks a documented command line.
+
+    Fails if the command would be refused before it reads files other than its configuration.
+    """
     if words[0] == "torchrun":
         where = words.index("-m")
         assert words[where + 1] == "megaconsa.train"
@@ -171,7 +182,7 @@ def test_every_preset_stands_with_its_shape() -> None:
 
 
 def test_choices_stand_in_the_configuration_page() -> None:
-    """Every value that a field of fixed choices takes."""
+    """The page must name every value of a field with fixed choices."""
     rows = table("docs/configuration.md", 3)
     for name, section in Config.model_fields.items():
         assert isinstance(section.annotation, type)

@@ -1,4 +1,7 @@
-"""Files that somebody else wrote: whatever is in them, they are read or refused in one sentence, never a traceback."""
+"""Files from somebody else.
+
+Whatever they contain, they are read or refused in one sentence, never with a traceback.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ readers = pytest.mark.parametrize("reader", READERS)
 
 
 def read(reader: str, content: bytes, folder: Path) -> None:
-    """Reads a file of such a content; anything but a refusal in one line is let through."""
+    """Reads a file with the given content.
+
+    Any exception except a refusal in one line is raised.
+    """
     name, function = READERS[reader]
     file = folder / name
     file.write_bytes(content)

@@ -1,4 +1,7 @@
-"""A run's list of incidents is written whole by many, read whatever happened to its end, and never in the way."""
+"""The list of incidents of a run.
+
+Many ranks write whole lines, a torn end does not prevent reading, and a failed write stops nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megaconsa.incidents import NAME, read, record
+from megaconsa import run_folder
+from megaconsa.incidents import read, record
 
 
 def write_many(run: Path, rank: int) -> None:
@@ -20,7 +24,8 @@ def test_many_ranks_write_whole_lines(tmp_path: Path) -> None:
     with ProcessPoolExecutor(3) as ranks:
         list(ranks.map(write_many, [tmp_path] * 3, range(3)))
     entries = read(tmp_path)
-    assert len(entries) == len((tmp_path / NAME).read_text().splitlines()) == 600
+    assert len(entries) == 600
+    assert len((tmp_path / run_folder.INCIDENTS).read_text().splitlines()) == 600
     for rank in range(3):
         assert [entry["step"] for entry in entries if entry["rank"] == rank] == list(range(200))
 
@@ -28,7 +33,7 @@ def test_many_ranks_write_whole_lines(tmp_path: Path) -> None:
 def test_a_torn_or_missing_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     assert read(tmp_path) == []
     record(tmp_path, "hang", "no step for 300 s", step=7, rank=0)
-    with (tmp_path / NAME).open("a") as file:
+    with (tmp_path / run_folder.INCIDENTS).open("a") as file:
         file.write('{"step": 4}\n{"time": "20')
     (entry,) = read(tmp_path)
     assert (entry["kind"], entry["step"], entry["rank"], entry["text"]) == (

@@ -36,7 +36,8 @@ def test_one_that_stays_away_ends_with_the_code_that_requeues(
     assert end.value.code == LOST
     said = capsys.readouterr().err
     assert said == (
-        f"error: {file} could not be read for 1 s (Input/output error); the same command goes on once its storage answers again\n"
+        f"error: {file} could not be read for 1 s (Input/output error); "
+        "the same command goes on once its storage answers again\n"
     )
 
 

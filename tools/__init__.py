@@ -1,1 +1,4 @@
-"""The commands beside training: `megaconsa NAME` or `python tools/NAME.py`. Each is thin; the work is in the packages it calls."""
+"""The commands besides training: `megaconsa NAME` or `python tools/NAME.py`.
+
+Each of them is thin. The work is in the packages that it calls.
+"""

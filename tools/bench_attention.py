@@ -1,4 +1,7 @@
-"""`megaconsa bench-attention`: our attention beside other libraries', checked first, then timed on the same tensors."""
+"""`megaconsa bench-attention`: compares our attention with that of other libraries.
+
+All are checked first, then timed on the same tensors.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def main(
         bool,
         typer.Option(
             "--tune",
-            help="Find the fastest launches of the Triton kernels for this shape, into MEGACONSA_LAUNCH_FILE.",
+            help="Find the fastest launches of the Triton kernels for this shape, "
+            "into MEGACONSA_LAUNCH_FILE.",
         ),
     ] = False,
 ) -> None:
@@ -50,7 +54,7 @@ def main(
     Reports no speed and exits with 1 if one of our backends is wrong.
 
     Example: megaconsa bench-attention --batch 1 --length 32768 --case dense --case mixed --out attention.json
-    """
+    """  # noqa: E501
     from json import dumps
 
     import torch
@@ -66,31 +70,32 @@ def main(
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtype or ("bf16" if gpu else "fp32")
-    batch, length, window = (
-        batch or (4 if gpu else 1),
-        length or (8192 if gpu else 256),
-        window or (1024 if gpu else 64),
-    )
+    batch = batch or (4 if gpu else 1)
+    length = length or (8192 if gpu else 256)
+    window = window or (1024 if gpu else 64)
     if dtype not in dtypes:
         raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(dtypes)}")
     if heads % kv_heads:
         raise InputError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
     if window >= length:
         raise InputError(
-            f"--window {window} must be smaller than --length {length}, or windowed heads are full ones"
+            f"--window {window} must be smaller than --length {length}, "
+            "or windowed heads are full ones"
         )
     if out is not None:
         check_out(out)
     shape = Shape(batch, length, heads, kv_heads, head_dim, window, dtypes[dtype], device)
     if tune and (case or out is not None):
         raise InputError(
-            "--tune does not go with --case or --out: it measures cases of its own and writes the launch file"
+            "--tune does not go with --case or --out: "
+            "it measures cases of its own and writes the launch file"
         )
     if tune:
         _tune(shape)
         return
     console.print(
-        f"{device_name(device)}: {dtype}, batch {batch}, length {length}, {heads} / {kv_heads} heads of {head_dim}"
+        f"{device_name(device)}: {dtype}, batch {batch}, length {length}, "
+        f"{heads} / {kv_heads} heads of {head_dim}"
     )
     if not gpu:
         console.print(
@@ -109,22 +114,18 @@ def main(
             "heads": heads,
             "kv-heads": kv_heads,
             "head-dim": head_dim,
+            "window": window,
+            "dtype": dtype,
         }
-        command = " ".join(
-            f"--{name} {value}"
-            for name, value in {**options, "window": window, "dtype": dtype}.items()
-        )
+        words = " ".join(f"--{name} {value}" for name, value in options.items())
         chosen = "".join(f" --case {name}" for name in case or [])
-        replace_text(
-            out,
-            dumps(benchmark.to_dict(f"megaconsa bench-attention {command}{chosen}"), indent=1)
-            + "\n",
-        )
+        command = f"megaconsa bench-attention {words}{chosen}"
+        replace_text(out, dumps(benchmark.to_dict(command), indent=1) + "\n")
         console.print(f"wrote {out}", markup=False)
 
 
 def _tune(shape: Shape) -> None:
-    """Puts the fastest launches for the shape into the user's file, beside the others it holds."""
+    """Adds the fastest launches for the shape to the user's file and keeps its other entries."""
     from megaconsa.errors import InputError, RunError
     from megaconsa.files import replace_text
     from megaconsa.kernels.attention.launch import FILE_VARIABLE, merged, read, to_text, user_file
@@ -134,7 +135,8 @@ def _tune(shape: Shape) -> None:
     path = user_file()
     if path is None:
         raise InputError(
-            f"--tune writes the file named by {FILE_VARIABLE}, which is not set; export {FILE_VARIABLE}=launch.json"
+            f"--tune writes the file named by {FILE_VARIABLE}, which is not set; "
+            f"export {FILE_VARIABLE}=launch.json"
         )
     check_out(path)
     from megaconsa.benchmarks.attention.tuning import Trial, refusal, tune

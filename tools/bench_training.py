@@ -1,4 +1,7 @@
-"""`megaconsa bench-training`: a configuration's speed at several topologies, each beside one process on the same batches."""
+"""`megaconsa bench-training`: compares a configuration's speed at several topologies.
+
+Each topology is compared with one process on the same batches.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ def main(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. Default: one process alone."
+            help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. "
+            "Default: one process alone."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each.")] = 20,
@@ -31,7 +35,7 @@ def main(
     Every topology gets the same global batches. The processes run on this machine, one for each GPU (or on the CPU).
 
     Example: megaconsa bench-training configs/qwen3_1p7b_learn.yaml --topology tensor=2 --topology pipeline=2 --topology data=2
-    """
+    """  # noqa: E501
     from datetime import UTC, datetime
     from json import dumps
     from tempfile import TemporaryDirectory
@@ -52,8 +56,9 @@ def main(
         "training.warmup_steps=0",
         "training.decay_steps=0",
         "training.schedule=cosine",
+        # The run's own warm-up may be longer than these steps.
+        f"gates.warmup_steps={steps - 1}",
     ]
-    schedule.append(f"gates.warmup_steps={steps - 1}")  # the run's own would not fit
     fields = {
         layout: [
             *(overrides or []),
@@ -63,6 +68,7 @@ def main(
         ]
         for layout in layouts
     }
+    # Refuse every impossible topology before the first one is measured.
     for layout in layouts:
         Topology.of(load(config, fields[layout]), layout.processes)
     results = {}
@@ -71,16 +77,14 @@ def main(
         for number, layout in enumerate(layouts):
             console.print(f"{layout}: {steps} steps", markup=False)
             run = Path(folder) / str(number)
-            results[layout] = _run(
-                config,
-                [*fields[layout], f"run.dir={run}"],
-                layout.processes,
-                Path(folder) / f"{number}.json",
-            )
+            result_file = Path(folder) / f"{number}.json"
+            run_fields = [*fields[layout], f"run.dir={run}"]
+            results[layout] = _run(config, run_fields, layout.processes, result_file)
             measured = measure(layout, results[layout], skip, results[layouts[0]])
             measurements.append(measured)
             console.print(f"{layout}: {measured.tokens_per_second:,.0f} tokens/s", markup=False)
-            if out is not None:  # at once: what is measured outlives a time limit
+            if out is not None:
+                # Written after every topology, so that a time limit does not lose the results.
                 content = {
                     "config": str(config),
                     "overrides": overrides or [],
@@ -96,7 +100,12 @@ def main(
 
 
 def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str, object]:
-    """Trains in fresh processes and returns what they measured; RunError with the first failing rank's error where they fail."""
+    """Trains in new processes and returns what they measured.
+
+    out: file that the processes write their result to.
+
+    Raises RunError with the error of the rank that failed first.
+    """
     import json
     import subprocess
     import sys
@@ -123,7 +132,9 @@ def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = out.parent.glob(f"{run_folder.FAILURES}/*/{FIRST}")
-        said = [path.read_text() for path in first] or [done.stderr[-3000:]]
+        said = [path.read_text() for path in first]
+        if not said:
+            said = [done.stderr[-3000:]]
         raise RunError(f"{processes} processes failed:\n{said[0]}")
     result: dict[str, object] = json.loads(out.read_text())
     return result

@@ -1,4 +1,4 @@
-"""`megaconsa checkpoints`: what a run has saved."""
+"""`megaconsa checkpoints`: lists what a run has saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
     It reads no tensors; `megaconsa verify` computes the checksums.
 
     Example: megaconsa checkpoints runs/quickstart/train
-    """
+    """  # noqa: E501
     from rich.table import Table
 
     from megaconsa.checkpoint import store
@@ -37,32 +37,32 @@ def main(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
             table.add_row(path.name, *[""] * 7, "damaged")
             faults.append(str(error))
             continue
-        losses = (
-            "-" if (loss := saved.state.get(name)) is None else f"{loss:.4f}"
-            for name in ("loss", "validation_loss")
-        )
         written = saved.manifest["written"]
-        times = (f"{written[name]:.2f} s" for name in ("stall_seconds", "write_seconds"))
-        size = (
-            f"{saved.bytes / 2**30:.2f} GiB"
-            if saved.bytes >= 2**28
-            else f"{saved.bytes / 2**20:.1f} MiB"
-        )
+        if saved.bytes >= 2**28:
+            size = f"{saved.bytes / 2**30:.2f} GiB"
+        else:
+            size = f"{saved.bytes / 2**20:.1f} MiB"
         missing = saved.faults(checksums=False)
         faults += missing
-        whole = "damaged" if missing else "whole"
         table.add_row(
             path.name,
             f"{saved.state['tokens']:,}",
-            *losses,
+            _loss(saved.state.get("loss")),
+            _loss(saved.state.get("validation_loss")),
             size,
             written["date"][:19],
-            *times,
-            whole,
+            f"{written['stall_seconds']:.2f} s",
+            f"{written['write_seconds']:.2f} s",
+            "damaged" if missing else "whole",
         )
-    console.print(table, width=200)  # lines that a script can read, also where there is no terminal
+    # A fixed width keeps each row on one line for scripts, even if there is no terminal.
+    console.print(table, width=200)
     for fault in faults:
         console.print(fault, markup=False)
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 if __name__ == "__main__":

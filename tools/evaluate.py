@@ -1,4 +1,4 @@
-"""`megaconsa evaluate`: exported models side by side: perplexity by position, needles, tasks."""
+"""`megaconsa evaluate`: compares exported models by perplexity, needles and tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def main(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for evaluation.json and evaluation.png; what it holds is not measured again."
+            help="Folder for evaluation.json and evaluation.png; "
+            "what it holds is not measured again."
         ),
     ],
     length: Annotated[
@@ -43,7 +44,8 @@ def main(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Tokens of a haystack; repeat it. Default: 1/8, 1/4, 1/2 and all of the data's sequence length.",
+            help="Tokens of a haystack; repeat it. "
+            "Default: 1/8, 1/4, 1/2 and all of the data's sequence length.",
         ),
     ] = None,
     depth: Annotated[
@@ -51,7 +53,8 @@ def main(
         typer.Option(
             min=0,
             max=1,
-            help="Place of the needle, 0 at the beginning; repeat it. Default: 0, 0.25, 0.5, 0.75 and 1.",
+            help="Place of the needle, 0 at the beginning; repeat it. "
+            "Default: 0, 0.25, 0.5, 0.75 and 1.",
         ),
     ] = None,
     needles: Annotated[
@@ -84,8 +87,9 @@ def main(
     Example:
 
         megaconsa evaluate --model dense=runs/dense/hf --model learned=runs/learned/hf --data data/corpus_8192 --out evaluation
-    """
-    # Before transformers is imported. Whoever wants lm-eval to download its data sets HF_HUB_OFFLINE=0.
+    """  # noqa: E501
+    # Set before transformers is imported, which reads them. To let lm-eval download its data, set
+    # HF_HUB_OFFLINE=0.
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", offline)
 
@@ -125,5 +129,6 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # or this file would stand for the package `evaluate`, which lm-eval imports
+    # Without this, lm-eval would import this file instead of the package `evaluate`.
+    sys.path.pop(0)
     run_tool(main)

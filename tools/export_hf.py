@@ -1,4 +1,4 @@
-"""`megaconsa export-hf`: a checkpoint as a Hugging Face folder."""
+"""`megaconsa export-hf`: exports a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def main(
         int,
         typer.Option(
             min=0,
-            help="Held-out tokens on which to compare the folder's logits with the checkpoint's, in fp32; 0 does not.",
+            help="Held-out tokens on which to compare the folder's logits "
+            "with the checkpoint's, in fp32; 0 does not.",
         ),
     ] = 0,
 ) -> None:
@@ -58,7 +59,7 @@ def main(
         megaconsa export-hf runs/quickstart/train --out runs/quickstart/hf --dtype float32 --verify 256
 
         megaconsa export-hf runs/quickstart/train --average 2 --out runs/quickstart/hf_mean
-    """
+    """  # noqa: E501
     import shutil
     from contextlib import ExitStack
     from functools import partial
@@ -73,7 +74,7 @@ def main(
     from megaconsa.errors import InputError, RunError
     from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export, export_bytes
-    from megaconsa.reporting.plots import save_allocation
+    from megaconsa.reporting.gate_plots import save_allocation
     from megaconsa.tensor_files import MeanTensors
 
     checkpoints = store.newest_of(source, average) if average > 1 else [store.resolve(source)]
@@ -81,20 +82,24 @@ def main(
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
     if table is None and checkpoint.imported:
         shape = checkpoint.shape
+        # An import without an allocation has full attention everywhere.
         table = dense(
             shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings
         )
     if table is None:
         raise InputError(
-            f"{source} was still learning its allocation; run finalize-masks and give the file with --allocation"
+            f"{source} was still learning its allocation; "
+            "run finalize-masks and give the file with --allocation"
         )
     if checkpoint.window not in (None, table.window):
         raise InputError(
-            f"--allocation {allocation} has a window of {table.window}, but {source} was trained with {checkpoint.window}"
+            f"--allocation {allocation} has a window of {table.window}, "
+            f"but {source} was trained with {checkpoint.window}"
         )
     if checkpoint.imported and verify:
         raise InputError(
-            f"--verify {verify}: {source} was imported, so that it has no held-out tokens to compare on"
+            f"--verify {verify}: {source} was imported, "
+            "so that it has no held-out tokens to compare on"
         )
     words = tokenizer or checkpoint.tokenizer
     if tokenizer is None and words is not None and not words.is_dir():
@@ -114,11 +119,8 @@ def main(
     with ExitStack() as reading:
         for each in checkpoints:
             reading.enter_context(each.in_use())
-        weights = (
-            MeanTensors([each.weights() for each in checkpoints])
-            if average > 1
-            else checkpoint.weights()
-        )
+        all_weights = [each.weights() for each in checkpoints]
+        weights = MeanTensors(all_weights) if average > 1 else all_weights[0]
         with progress("exporting", export_bytes(checkpoint.shape, precision), "bytes") as task:
             export(
                 weights,
@@ -144,10 +146,12 @@ def main(
             try:
                 difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
             except RunError:
-                shutil.rmtree(out)  # nobody is to load it
+                # Nobody may load a wrong export.
+                shutil.rmtree(out)
                 raise
             console.print(
-                f"{out}: logits differ from the checkpoint's by {difference:.1e} of the largest logit, on {tokens.shape[1]} tokens",
+                f"{out}: logits differ from the checkpoint's by {difference:.1e} "
+                f"of the largest logit, on {tokens.shape[1]} tokens",
                 markup=False,
             )
 

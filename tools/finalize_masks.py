@@ -1,4 +1,4 @@
-"""`megaconsa finalize-masks`: from learned gates to a finished allocation."""
+"""`megaconsa finalize-masks`: turns learned gates into a finished allocation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def main(
     method: Annotated[
         Literal["top-k", "threshold"],
         typer.Option(
-            help="top-k meets the target exactly in every constraint; threshold is the paper's log_alpha > 0."
+            help="top-k meets the target exactly in every constraint; "
+            "threshold is the paper's log_alpha > 0."
         ),
     ] = "top-k",
     require_evidence: Annotated[
@@ -57,10 +58,12 @@ def main(
     scores = bank.gates.scores
     if method == "threshold" and bank.settings.controller == "evidence":
         raise InputError(
-            "--method threshold is for gates with log_alpha; gates.controller=evidence has none, use top-k"
+            "--method threshold is for gates with log_alpha; "
+            "gates.controller=evidence has none, use top-k"
         )
     table = constraint.top_k(scores) if method == "top-k" else scores.cpu() > 0
     evidence = bank.evidence.summary(table)
+    # A sparsity of 0 or 1 has no cut that evidence could support.
     fault = evidence.fault(sparsity) if 0 < sparsity < 1 else None
     if fault and require_evidence:
         raise InputError(f"{run}: the cut is not supported by evidence: {fault}")
@@ -84,8 +87,9 @@ def main(
     distance = float((constraint.sparsities(bank.gates.open_probability) - sparsity).abs().max())
     if distance > FAR:
         console.print(
-            f"warning: at step {checkpoint.step} of {steps} the gates' expected sparsity is off its target {sparsity:g} by up "
-            f"to {distance:.3f}: learning had not arrived there",
+            f"warning: at step {checkpoint.step} of {steps} the gates' expected sparsity "
+            f"is off its target {sparsity:g} by up to {distance:.3f}: "
+            "learning had not arrived there",
             markup=False,
         )
     if fault:
@@ -93,12 +97,15 @@ def main(
     allocation.save(out)
     console.print(text_map(allocation))
     console.print(
-        f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), window {allocation.window}, cut margin {margin:.3g}",
+        f"{out}: sparsity {allocation.sparsity:.4f} (target {sparsity:g}), "
+        f"window {allocation.window}, cut margin {margin:.3g}",
         markup=False,
     )
     console.print(
-        f"evidence: split_agreement {_figure(evidence.split_agreement)}, time_agreement {_figure(evidence.time_agreement)}, "
-        f"separated_share {_figure(evidence.separated_share)}, contradicted_share {_figure(evidence.contradicted_share)}",
+        f"evidence: split_agreement {_figure(evidence.split_agreement)}, "
+        f"time_agreement {_figure(evidence.time_agreement)}, "
+        f"separated_share {_figure(evidence.separated_share)}, "
+        f"contradicted_share {_figure(evidence.contradicted_share)}",
         markup=False,
     )
 

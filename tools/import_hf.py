@@ -1,4 +1,4 @@
-"""`megaconsa import-hf`: a Hugging Face Qwen3 folder as a checkpoint to train from."""
+"""`megaconsa import-hf`: imports a Hugging Face Qwen3 folder as a checkpoint to train from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def main(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Folder with config.json and safetensors of a dense Qwen3, or an export of export-hf."
+            help="Folder with config.json and safetensors of a dense Qwen3, "
+            "or an export of export-hf."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
@@ -28,7 +29,7 @@ def main(
         megaconsa import-hf Qwen3-0.6B/ --out runs/qwen3_0p6b/import
 
         megaconsa train configs/qwen3_0p6b_learn.yaml model.init_from=runs/qwen3_0p6b/import
-    """
+    """  # noqa: E501
     from megaconsa.checkpoint import imported
     from megaconsa.console import progress
     from megaconsa.data import TOKENIZER
@@ -42,7 +43,8 @@ def main(
     tokenizer = Tokenizer.load(folder) if source.has_tokenizer else None
     if tokenizer and tokenizer.vocab_size > source.shape.vocab_size:
         raise InputError(
-            f"{folder}: its tokenizer has a token {tokenizer.vocab_size - 1}, but vocab_size={source.shape.vocab_size} in config.json"
+            f"{folder}: its tokenizer has a token {tokenizer.vocab_size - 1}, "
+            f"but vocab_size={source.shape.vocab_size} in config.json"
         )
     check_space(out, source.bytes)
 
@@ -68,11 +70,10 @@ def main(
             add_files=add_files,
             advance=task.advance,
         )
-    console.print(
-        f"{out}: {source.bytes // source.dtype.itemsize:,} parameters in {str(source.dtype).removeprefix('torch.')}"
-        f"{'' if tokenizer else ', without a tokenizer'}",
-        markup=False,
-    )
+    parameters = source.bytes // source.dtype.itemsize
+    dtype = str(source.dtype).removeprefix("torch.")
+    without = "" if tokenizer else ", without a tokenizer"
+    console.print(f"{out}: {parameters:,} parameters in {dtype}{without}", markup=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`megaconsa plan`: what a run will cost, before it is started."""
+"""`megaconsa plan`: says what a run will cost before it starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(
     """Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or data.
 
     Example: megaconsa plan configs/qwen3_0p6b_learn.yaml parallel.pipeline=2 --gpus 8 --context 131072
-    """
+    """  # noqa: E501
     from json import dumps
 
     from megaconsa.config import load

@@ -1,4 +1,4 @@
-"""`megaconsa prepare-data`: text into a data folder."""
+"""`megaconsa prepare-data`: turns text into a data folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(
     A folder whose preparation was interrupted is started again; a finished one is never changed.
 
     Example: megaconsa prepare-data python --out data/python --train-tokenizer 4096 --sequence-length 512
-    """
+    """  # noqa: E501
     from rich.table import Table
 
     from megaconsa.data.prepare import prepare
@@ -59,7 +59,8 @@ def main(
         table.add_row(name, f"{split.documents:,}", f"{split.sequences:,}", f"{split.tokens:,}")
     console.print(table)
     console.print(
-        f"{info.source.characters / tokens:.2f} characters a token, unigram entropy {info.unigram_entropy:.3f} nats, "
+        f"{info.source.characters / tokens:.2f} characters a token, "
+        f"unigram entropy {info.unigram_entropy:.3f} nats, "
         f"vocabulary {info.vocab_size:,}, {size / 2**20:.1f} MiB in {out}",
         markup=False,
     )

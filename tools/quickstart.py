@@ -1,4 +1,4 @@
-"""`megaconsa quickstart`: the whole way on one machine, by the commands that a user would type."""
+"""`megaconsa quickstart`: all steps on one machine, by the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ def main(
 
     started = time.monotonic()
     yaml = Path(configs.__file__).parent
-    data, learn, train = folder / "data", folder / "learn", folder / "train"
-    allocation, exported = folder / run_folder.ALLOCATION, folder / "hf"
+    data = folder / "data"
+    learn = folder / "learn"
+    train = folder / "train"
+    allocation = folder / run_folder.ALLOCATION
+    exported = folder / "hf"
 
     _say("Collect Python's own sources, train a tokenizer on them, pack them into shards")
     _run(
@@ -54,9 +57,8 @@ def main(
         f"allocation.file={allocation}",
     )
     _say("Hand the model over in Hugging Face format")
-    shutil.rmtree(
-        exported, ignore_errors=True
-    )  # made by an earlier quickstart in this folder; export-hf never overwrites
+    # An earlier quickstart may have made this folder, and export-hf never overwrites.
+    shutil.rmtree(exported, ignore_errors=True)
     _run("export-hf", train, "--out", exported, "--dtype", "float32")
     _say("Load it with transformers, compare its logits with the checkpoint's, let it write a line")
     difference, line = try_export(exported, train)
@@ -72,17 +74,22 @@ def _say(text: str) -> None:
 
 
 def _run(*arguments: object) -> None:
-    """Runs a megaconsa command in a process of its own, as a user would; a failure ends the quickstart with the same exit code."""
+    """Runs a megaconsa command in a separate process, as a user would.
+
+    If it fails, the quickstart exits with the same code.
+    """
     words = [str(argument) for argument in arguments]
     console.print(f"$ megaconsa {shlex.join(words)}", style="dim", markup=False)
     process = subprocess.Popen([sys.executable, "-m", "megaconsa.cli", *words])
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        code = process.wait()  # the command was interrupted with us, and saves before it ends
+        # Ctrl-C reached the command too. It saves before it ends.
+        code = process.wait()
     if code == 2:
         console.print(
-            "the quickstart was refused; remove its folder to start clean, or name another with --folder",
+            "the quickstart was refused; "
+            "remove its folder to start clean, or name another with --folder",
             markup=False,
         )
     elif code:

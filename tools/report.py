@@ -1,4 +1,4 @@
-"""`megaconsa report`: a run as one HTML page."""
+"""`megaconsa report`: shows a run as one HTML page."""
 
 from __future__ import annotations
 

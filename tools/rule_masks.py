@@ -1,4 +1,4 @@
-"""`megaconsa rule-masks`: an allocation that follows a rule, as a baseline for a learned one."""
+"""`megaconsa rule-masks`: writes an allocation that follows a rule, as a baseline."""
 
 from __future__ import annotations
 
@@ -44,20 +44,22 @@ def main(
     that matters may be any.
 
     Example: megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 --ratio 3 --out interleaved.json
-    """
+    """  # noqa: E501
     from megaconsa.consa import rules
     from megaconsa.errors import InputError
     from megaconsa.model.config import PRESETS
     from megaconsa.reporting.terminal import text_map
 
-    if (preset is None) == (layers is None and kv_heads is None) or (layers is None) != (
-        kv_heads is None
-    ):
+    by_preset = preset is not None
+    by_numbers = layers is not None or kv_heads is not None
+    one_number = (layers is None) != (kv_heads is None)
+    if by_preset == by_numbers or one_number:
         raise InputError("give either --preset or both --layers and --kv-heads")
     if preset is not None:
         if preset not in PRESETS:
             raise InputError(f"--preset {preset} is unknown; choose one of {', '.join(PRESETS)}")
-        layers, kv_heads = PRESETS[preset].num_hidden_layers, PRESETS[preset].num_key_value_heads
+        layers = PRESETS[preset].num_hidden_layers
+        kv_heads = PRESETS[preset].num_key_value_heads
     assert layers is not None
     assert kv_heads is not None
     allocation = rules.build(
@@ -75,7 +77,8 @@ def main(
     allocation.save(out)
     console.print(text_map(allocation))
     console.print(
-        f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads use a window of {window}",
+        f"{out}: {allocation.sparsity:.1%} of {layers} x {kv_heads} KV heads "
+        f"use a window of {window}",
         markup=False,
     )
 

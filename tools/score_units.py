@@ -1,4 +1,4 @@
-"""`megaconsa score-units`: an allocation from scores of single units, as a baseline."""
+"""`megaconsa score-units`: makes an allocation from scores of single units, as a baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megaconsa.evaluation.unit_scores import UnitScores
 
 LISTED = 10
-"""Units whose scores are printed."""
+"""Number of units whose scores are printed."""
 
 
 def main(
@@ -140,7 +140,7 @@ def main(
     found = store.resolve(checkpoint)
     layers = found.shape.num_hidden_layers
     kv_heads = found.shape.num_key_value_heads
-    # Before the scores: a target that cannot be met must not cost their time.
+    # Made before the scores, so that a target that cannot be met does not cost their time.
     constraint = Constraint(layers, kv_heads, sparsity, granularity, scope, floor)
     request = ScoreRequest(method, find_device(device), granularity, window, **given)
     scored = score_units(found, request)
@@ -164,17 +164,18 @@ def _check_options(method: str, given: dict[str, Any]) -> None:
         option = f"--{name.replace('_', '-')}"
         if name not in OPTIONS[method]:
             raise InputError(f"{option} {value} has no effect on --method {method}; leave it out")
-        # A NaN fails this too.
+        # Written so that NaN is refused too.
         if name.endswith("learning_rate") and not 0 < value < float("inf"):
             raise InputError(f"{option} {value:g} must be a positive number")
 
 
 def _largest(scored: UnitScores) -> str:
-    """The units with the largest scores, in order, with standard errors where there are any."""
+    """Describes the units with the largest scores, in order, with standard errors if known."""
     scores = scored.scores
     errors = scored.standard_errors
+    order = scores.flatten().argsort(descending=True, stable=True)
     described = []
-    for index in scores.flatten().argsort(descending=True, stable=True)[:LISTED].tolist():
+    for index in order[:LISTED].tolist():
         layer, unit = divmod(index, scores.shape[1])
         name = f"layer {layer}"
         if scored.granularity == "kv_head":

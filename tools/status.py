@@ -1,4 +1,4 @@
-"""`megaconsa status`: how a run stands."""
+"""`megaconsa status`: shows the status of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(
     It only reads, as little as it can, and takes no lock.
 
     Example: watch -n 10 megaconsa status runs/quickstart/learn
-    """
+    """  # noqa: E501
     import json
     from dataclasses import asdict
 

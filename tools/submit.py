@@ -1,4 +1,4 @@
-"""`megaconsa submit`: training jobs on Slurm, checked before they wait in a queue."""
+"""`megaconsa submit`: submits training jobs to Slurm after checking them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def main(
         list[str],
         typer.Argument(
             metavar="CONFIG... [FIELD=VALUE]...",
-            help="A configuration (chain: one of each stage) and fields to change. evaluate: its arguments, behind --.",
+            help="A configuration (chain: one of each stage) and fields to change. "
+            "evaluate: its arguments, behind --.",
         ),
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of a training job.")] = 1,
@@ -69,7 +70,7 @@ def main(
         megaconsa submit chain configs/qwen3_0p6b_learn.yaml configs/qwen3_0p6b_train.yaml --out runs/qwen3_0p6b --dry-run
 
         megaconsa submit sweep configs/qwen3_0p6b_learn.yaml --out runs/sweep --sparsity 0.25 --sparsity 0.5
-    """
+    """  # noqa: E501
     from megaconsa.cluster import jobs
     from megaconsa.errors import InputError
 
@@ -83,18 +84,20 @@ def main(
         cpus_per_task,
         exclusive,
     )
+    # Number of configurations that come before the fields.
     wanted = {"chain": 2, "evaluate": 0}.get(job, 1)
-    configs, overrides = [Path(word) for word in arguments[:wanted]], arguments[wanted:]
+    configs = [Path(word) for word in arguments[:wanted]]
+    overrides = arguments[wanted:]
     if len(configs) < wanted or any("=" in config.name for config in configs):
+        plural = "s" if wanted > 1 else ""
         raise InputError(
-            f"{job} needs {wanted} configuration{'s' if wanted > 1 else ''} before its fields; see --help"
+            f"{job} needs {wanted} configuration{plural} before its fields; see --help"
         )
     configs = [jobs.expanded(config, "configuration") for config in configs]
     out = out and jobs.expanded(out, "--out")
     if (job in ("chain", "sweep")) != (out is not None):
-        raise InputError(
-            f"--out FOLDER {'is missing' if out is None else 'belongs to chain and sweep'}: it holds the runs of several jobs"
-        )
+        fault = "is missing" if out is None else "belongs to chain and sweep"
+        raise InputError(f"--out FOLDER {fault}: it holds the runs of several jobs")
     if (job == "sweep") != bool(sparsity) or (granularity and job != "sweep"):
         raise InputError(
             "--sparsity, at least once, and --granularity belong to sweep, and to no other job"

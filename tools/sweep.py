@@ -1,4 +1,4 @@
-"""`megaconsa sweep`: a study of allocations, from one YAML file to one table."""
+"""`megaconsa sweep`: runs a study of allocations, from one YAML file to one table."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main(
         megaconsa sweep configs/study.yaml --out runs/study
 
         megaconsa sweep configs/study.yaml --out runs/study --only 12
-    """
+    """  # noqa: E501
     from megaconsa.study import sweep
 
     runs = sweep.open_study(study, out)

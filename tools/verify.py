@@ -1,4 +1,4 @@
-"""`megaconsa verify`: is every byte of a checkpoint what was written?"""
+"""`megaconsa verify`: checks that every byte of a checkpoint is what was written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(
     Prints each fault with its file and ends with exit code 1 if there is any.
 
     Example: megaconsa verify runs/quickstart/train
-    """
+    """  # noqa: E501
     from megaconsa.checkpoint import store
     from megaconsa.errors import InputError
 
@@ -40,8 +40,9 @@ def main(
         with progress(f"verifying {path.name}", saved.bytes, "bytes") as task:
             faults += saved.faults(task.advance)
     end_on(faults)
+    plural = "s" if len(paths) > 1 else ""
     console.print(
-        f"{source}: {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}, every file as it was written",
+        f"{source}: {len(paths)} checkpoint{plural}, every file as it was written",
         markup=False,
     )
 

@@ -1,4 +1,4 @@
-"""`megaconsa verify-data`: is every byte of a data folder what was written?"""
+"""`megaconsa verify-data`: checks that every byte of a data folder is what was written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(
     Prints each fault with its file and ends with exit code 1 if there is any.
 
     Example: megaconsa verify-data data/python
-    """
+    """  # noqa: E501
     from megaconsa.data.shards import verify
 
     with progress("verifying", None, "shards") as task:

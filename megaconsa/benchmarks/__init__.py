@@ -1,1 +1,1 @@
-"""What measures speed, beside the peers. The results stand in docs/benchmarks.md."""
+"""Speed benchmarks beside other libraries. docs/benchmarks.md holds the results."""

@@ -1,9 +1,12 @@
-"""Cache bytes, prefill time and decoding speed of exports on a GPU, beside the same weights exported dense.
+"""Cache bytes, prefill time and decoding speed of exports on a GPU, beside the same weights
+exported dense.
 
     python -m megaconsa.benchmarks.decoding --out speed.json
 
-Qwen3-0.6B shapes with random weights; `generate` as a user calls it, greedy, in bf16. Each cell is run twice, and the second run counts:
-the first compiles. "library" is transformers with SDPA and its own cache, "kernels" is `use_kernels` with a `KernelCache`.
+The model has the shape of Qwen3-0.6B and random weights. It runs `generate` as a user calls it,
+greedy, in bf16. Each cell runs twice and only the second run counts, because the first compiles.
+"library" is transformers with SDPA and its own cache. "kernels" is `use_kernels` with a
+`KernelCache`.
 """
 
 from __future__ import annotations
@@ -31,16 +34,17 @@ from megaconsa.model.initialize import initial_weight
 
 WINDOW = 1024
 CELLS = ((1, 8192), (1, 32_768), (1, 131_072), (16, 8192), (16, 32_768))
-"""Batch and context."""
+"""Batch size and context length of each measurement."""
 NEW_TOKENS = 64
 LARGE = 2**18
-"""Tokens of a prompt, over the batch, from which the library is given it in pieces."""
+"""Prompt tokens over the whole batch. The library gets larger prompts in chunks."""
 SETTLED = 8
-"""Steps that are not timed: compilation, tuning and the capture of the step."""
+"""First decoding steps that are not timed: compilation, tuning and the capture of the step."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     model = replace(PRESETS["qwen3-0.6b"], max_position_embeddings=131_072 + NEW_TOKENS)
@@ -48,7 +52,8 @@ def main() -> None:
         name: initial_weight(name, torch.Size(shape), model, 0)
         for name, shape in parameter_shapes(model).items()
     }
-    layers, heads = model.num_hidden_layers, model.num_key_value_heads
+    layers = model.num_hidden_layers
+    heads = model.num_key_value_heads
     tables = {
         "dense": rules.build("dense", layers, heads, WINDOW),
         "rho 0.5": rules.build("head-share", layers, heads, WINDOW, sparsity=0.5),
@@ -60,7 +65,9 @@ def main() -> None:
         for name, table in tables.items():
             path = Path(folder) / name.replace(" ", "_")
             export(weights, model, table, path, tokenizer=None, dtype=torch.bfloat16, origin=None)
-            for way in ("library", "kernels") if name == "dense" else ("kernels",):
+            # Only the dense model runs in the library too, as the baseline.
+            ways = ("library", "kernels") if name == "dense" else ("kernels",)
+            for way in ways:
                 loaded = load_exported(path, torch.bfloat16)[0].cuda()
                 if way == "kernels":
                     use_kernels(loaded)
@@ -73,10 +80,12 @@ def main() -> None:
                     }
                     row["formula_gib"] = batch * kv_cache_bytes(model, table, context) / 2**30
                     try:
+                        # The first run compiles and is not recorded.
                         measure(loaded, way, batch, context, SETTLED + 2)
                         row |= measure(loaded, way, batch, context, NEW_TOKENS)
                     except torch.OutOfMemoryError:
                         row["error"] = "out of memory"
+                    # Free the cache of this cell before the next one is allocated.
                     gc.collect()
                     torch.cuda.empty_cache()
                     rows.append(row)
@@ -87,10 +96,17 @@ def main() -> None:
 
 
 def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> dict[str, float]:
+    """Generates from random prompts once and returns the figures.
+
+    way: "library" or "kernels".
+    context: tokens of each prompt.
+    new_tokens: tokens to generate after each prompt, more than SETTLED + 1.
+    """
     tokens = torch.randint(model.config.vocab_size, (batch, context), device="cuda")
-    times = []
+    times: list[float] = []
 
     def clock(*_: Any) -> torch.Tensor:
+        """A stopping criterion that never stops. `generate` calls it after every token."""
         torch.cuda.synchronize()
         times.append(time.perf_counter())
         return torch.zeros(batch, dtype=torch.bool, device="cuda")
@@ -99,7 +115,8 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
     if way == "kernels":
         cache = {"past_key_values": KernelCache(model, context + new_tokens)}
     elif batch * context > LARGE:
-        # The library's cache is copied as it grows: where the prompt goes in at once, the largest cell does not fit.
+        # The library copies its cache as it grows. If the prompt were given at once, the largest
+        # cell would not fit.
         cache = {"prefill_chunk_size": 8192}
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
@@ -117,7 +134,7 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
     if way == "kernels":
         held = cache["past_key_values"].nbytes
     else:
-        held = sum(x.nbytes for layer in result[CACHE].layers for x in (layer.keys, layer.values))
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in result[CACHE].layers)
     step = (times[-1] - times[SETTLED]) / (len(times) - 1 - SETTLED)
     return {
         "cache_gib": held / 2**30,
@@ -129,12 +146,17 @@ def measure(model: Any, way: str, batch: int, context: int, new_tokens: int) -> 
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """`share` is of a dense cache of the same context; the last columns compare the decoding speed."""
+    """Prints the rows as a Markdown table.
+
+    `share` is the cache size over that of a dense cache of the same context. The last two columns
+    compare the decoding speed with the dense model's.
+    """
     dense = {
         (row["way"], row["batch"], row["context"]): row for row in rows if row["model"] == "dense"
     }
     print(
-        "| model | way | batch | context | cache GiB | share | prefill s | decode tokens/s | / dense library | / dense kernels |"
+        "| model | way | batch | context | cache GiB | share | prefill s | decode tokens/s "
+        "| / dense library | / dense kernels |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
@@ -144,13 +166,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             continue
         others = [dense[way, row["batch"], row["context"]] for way in ("library", "kernels")]
         share = row["cache_gib"] / others[0]["formula_gib"]
-        ratios = [
-            f"{row['decode_tokens_per_s'] / other['decode_tokens_per_s']:.2f}"
-            if "error" not in other
-            else ""
-            for other in others
-        ]
-        figures = f"{row['cache_gib']:.3f} | {share:.3f} | {row['prefill_s']:.2f} | {row['decode_tokens_per_s']:.0f}"
+        speed = row["decode_tokens_per_s"]
+        ratios = []
+        for other in others:
+            ratios.append("" if "error" in other else f"{speed / other['decode_tokens_per_s']:.2f}")
+        figures = (
+            f"{row['cache_gib']:.3f} | {share:.3f} | {row['prefill_s']:.2f} "
+            f"| {row['decode_tokens_per_s']:.0f}"
+        )
         print(start, figures, "|", " | ".join(ratios), "|")
 
 

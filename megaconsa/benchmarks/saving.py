@@ -1,10 +1,14 @@
-"""Times saving and restoring a configuration's training state, beside DeepSpeed's own save_checkpoint on the same engine.
+"""Times saving and restoring a training state, beside DeepSpeed's own save_checkpoint.
 
-python -m megaconsa.benchmarks.saving configs/qwen3_0p6b_train.yaml run.dir=/fast/disk/speed model.init_from=null allocation.source=rule \\
-    allocation.file=null
+Both save the same engine.
 
-One process. It trains a step, saves three times (the first save takes host memory that the later ones use again), restores, and has
-DeepSpeed save. run.dir must not exist; it is removed at the end.
+    python -m megaconsa.benchmarks.saving configs/qwen3_0p6b_train.yaml \\
+        run.dir=/fast/disk/speed model.init_from=null \\
+        allocation.source=rule allocation.file=null
+
+It runs in one process. It trains a step, saves three times, restores, and then calls DeepSpeed's
+save. The first save allocates host memory that the later ones reuse. run.dir must not exist. It is
+removed at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from megaconsa.training.setup import build_trainer
 
 
 def seconds(function: Callable[[], Any]) -> float:
+    """Returns the duration of a call, including the GPU work that it started."""
     started = time.monotonic()
     function()
     if torch.cuda.is_available():
@@ -38,7 +43,7 @@ def main(config_path: Path, overrides: list[str]) -> None:
     config = load(config_path, overrides)
     assert not config.run.dir.exists(), f"{config.run.dir} exists"
     trainer = build_trainer(check_inputs(config), mesh.initialize())
-    (checkpointing,) = (each for each in trainer.callbacks if isinstance(each, Checkpointing))
+    (checkpointing,) = [each for each in trainer.callbacks if isinstance(each, Checkpointing)]
     row = trainer.step()
     print(f"{'':24} stall s   write s")
     for number in (1, 2, 3):
@@ -62,10 +67,9 @@ def main(config_path: Path, overrides: list[str]) -> None:
     restore = seconds(restore_state)
     print(f"restored in  {restore:8.2f} s")
     engine = trainer.engine.engine
-    theirs = seconds(
-        lambda: engine.save_checkpoint(str(config.run.dir / "deepspeed"), tag="theirs")
-    )
-    files = [path for path in (config.run.dir / "deepspeed").rglob("*") if path.is_file()]
+    folder = config.run.dir / "deepspeed"
+    theirs = seconds(lambda: engine.save_checkpoint(str(folder), tag="theirs"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"DeepSpeed's save_checkpoint: {theirs:.2f} s, all of it a stall; {size:.2f} GiB")
     shutil.rmtree(config.run.dir)

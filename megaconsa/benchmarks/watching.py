@@ -1,8 +1,13 @@
-"""What watching a run costs, of a step's time: python -m megaconsa.benchmarks.watching configs/quickstart.yaml [section.field=value ...]
+"""Measures what watching a run costs, as a share of a step's time.
 
-Trains for 100 steps and times, on this rank, every callback that only watches (not metrics, validation, checkpoints) and the decision about
-bad steps. Without the first steps, which warm up. Example, on the GPU: torchrun --nproc_per_node 8 -m megaconsa.benchmarks.watching
-configs/tiny_gpu.yaml run.dir=/tmp/watched
+    python -m megaconsa.benchmarks.watching configs/quickstart.yaml [section.field=value ...]
+
+It trains for 100 steps and times, on this rank, every callback that only watches and the decision
+about bad steps. Callbacks for metrics, validation and checkpoints are not timed. The first steps
+warm up and are not counted. An example on GPUs:
+
+    torchrun --nproc_per_node 8 -m megaconsa.benchmarks.watching configs/tiny_gpu.yaml \\
+        run.dir=/tmp/watched
 """
 
 from __future__ import annotations
@@ -28,19 +33,24 @@ from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 
-STEPS, WARM_UP = 100, 20
+STEPS = 100
+WARM_UP = 20
+"""Steps that are trained first and not counted."""
 OTHERS = (Checkpointing, MetricsFile, TensorBoard, Terminal, Validation)
-"""Callbacks that a run is for, and that tell its metrics."""
+"""Callbacks that are not timed: they produce a run's results and report its metrics."""
 
 
 @dataclass
 class Clock:
-    """Seconds spent in the functions it was put around."""
+    """Adds up the seconds spent in the functions that it wraps."""
 
     on: bool = False
+    """Whether time is counted, which is off during the warm-up."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function with its time counted under `name`."""
+
         def timed(*arguments: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -55,7 +65,10 @@ class Clock:
 def measure(
     config: Config, steps: int = STEPS, warm_up: int = WARM_UP
 ) -> tuple[dict[str, float], float]:
-    """Mean seconds a step of each watcher, and of the whole step with all callbacks."""
+    """Trains and returns the mean seconds per step.
+
+    Returns the seconds of each watcher by name, and those of a whole step with all callbacks.
+    """
     world = join()
     inputs = check_inputs(config, world)
     mesh = initialize(
@@ -66,18 +79,16 @@ def measure(
     for callback in trainer.callbacks:
         if not isinstance(callback, OTHERS):
             for moment in ("before_step", "on_step"):
-                setattr(
-                    callback,
-                    moment,
-                    clock.around(type(callback).__name__, getattr(callback, moment)),
-                )
-    trainer._accepts = clock.around("bad steps", trainer._accepts)  # type: ignore[method-assign]
+                timed = clock.around(type(callback).__name__, getattr(callback, moment))
+                setattr(callback, moment, timed)
+    trainer._check = clock.around("bad steps", trainer._check)  # type: ignore[method-assign]
     for callback in trainer.callbacks:
         callback.on_start(trainer)
     started = 0.0
     for number in range(warm_up + steps):
         if number == warm_up:
-            clock.on, started = True, time.perf_counter()
+            clock.on = True
+            started = time.perf_counter()
         for callback in trainer.callbacks:
             callback.before_step(trainer)
         row = trainer.step()
@@ -87,17 +98,20 @@ def measure(
     trainer.completed = True
     for callback in reversed(trainer.callbacks):
         callback.on_finish(trainer)
-    return {name: seconds / steps for name, seconds in clock.seconds.items()}, whole / steps
+    watchers = {name: seconds / steps for name, seconds in clock.seconds.items()}
+    return watchers, whole / steps
 
 
 def main() -> None:
     config = configuration.load(Path(sys.argv[1]), sys.argv[2:])
     watchers, whole = measure(config)
     leave()
-    for name, seconds in sorted(watchers.items(), key=lambda item: -item[1]):
+    slowest_first = sorted(watchers.items(), key=lambda item: -item[1])
+    for name, seconds in slowest_first:
         console.print(f"{name:<16} {seconds * 1e6:9.1f} us  {seconds / whole:7.3%}")
+    total = sum(watchers.values())
     console.print(
-        f"{'all':<16} {sum(watchers.values()) * 1e6:9.1f} us  {sum(watchers.values()) / whole:7.3%} of {whole * 1e3:.1f} ms a step"
+        f"{'all':<16} {total * 1e6:9.1f} us  {total / whole:7.3%} of {whole * 1e3:.1f} ms a step"
     )
 
 

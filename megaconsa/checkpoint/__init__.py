@@ -1,1 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON under canonical names, unsharded and in the model's original head order."""
+"""Checkpoints: folders of safetensors and JSON.
+
+Tensors have canonical names. They are unsharded and in the model's original head order.
+"""

@@ -1,4 +1,7 @@
-"""A checkpoint of weights that came from elsewhere: no optimizer, gates or data, in the precision they came in."""
+"""Writes checkpoints of imported weights.
+
+They hold no optimizer, gates or data position. The weights keep the precision they came in.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,17 @@ def write(
     add_files: Callable[[Path], None],
     advance: Callable[[int], None],
 ) -> None:
-    """Makes the checkpoint folder `out`, which appears when it is whole and on the disk; memory holds one tensor at a time.
+    """Writes the checkpoint folder `out`.
 
-    shapes: of every weight by canonical name; read gives them, whole and in original head order. fingerprint: of the tokenizer.
-    add_files puts further files into the folder. advance is told of bytes as they are written. RunError where the disk fails; then
-    nothing is left behind.
+    The folder appears when it is complete and on the disk. Memory holds one tensor at a time.
+
+    shapes: canonical name -> shape of every weight.
+    read: returns a weight by its name, unsharded and in original head order.
+    fingerprint: of the tokenizer.
+    add_files: puts further files into the folder.
+    advance: is called with the number of bytes as they are written.
+
+    Raises RunError if the disk fails. Then nothing is left behind.
     """
     started = time.monotonic()
     with new_folder(out) as folder:
@@ -62,9 +71,8 @@ def write(
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": round(time.monotonic() - started, 2),
         }
-        write_json(
-            folder / MANIFEST, {"version": FORMAT_VERSION, "files": files, "written": written}
-        )
+        manifest = {"version": FORMAT_VERSION, "files": files, "written": written}
+        write_json(folder / MANIFEST, manifest)
         sync(folder / MANIFEST)
     try:
         sync(out.parent)

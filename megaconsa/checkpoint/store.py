@@ -1,4 +1,4 @@
-"""Reading checkpoints: which there are, whether they are whole, what they hold.
+"""Reads checkpoints: finds them, verifies them, and opens their content.
 
 A checkpoint is RUN/checkpoints/step_N with
 
@@ -7,11 +7,13 @@ A checkpoint is RUN/checkpoints/step_N with
     gates.safetensors       while learning: each unit's evidence, and what its controller trains
     random.safetensors      torch's random states of every rank
     allocation.json         unless learning: the table the run trains on
-    state.json              step, tokens, data position, losses, configuration, shape, tokenizer, library versions
+    state.json              step, tokens, data position, losses, configuration, shape, tokenizer,
+                            library versions
     manifest.json           every file's size and xxh3 checksum, when and how fast it was written
 
-Several ranks write a file each: model-00001-of-00008.safetensors and so on. Every tensor is whole in one of them, so that a
-checkpoint means the same whatever the topology. A folder named step_N is always whole: writer.py renames it to that when it is. No pickle
+If there are several ranks, each writes its own file: model-00001-of-00008.safetensors and so on.
+Each tensor is stored whole in one of them, so that a checkpoint does not depend on the topology. A
+folder named step_N is always complete, because writer.py gives it that name at the end. No pickle
 is read or written.
 """
 
@@ -49,20 +51,21 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d+)")
 CHECKING_THREADS = 8
-"""Files whose checksums are computed side by side."""
+"""Files whose checksums are computed in parallel."""
 SECOND_LOOK_SECONDS = 2.0
-"""Before what looks like damage is looked at again: caches of a file system may lag behind."""
+"""Pause before apparent damage is checked again, because caches of a file system may lag behind."""
 
 
 class DamagedError(InputError):
-    """A checkpoint is not what was written. What merely cannot be read is not damaged."""
+    """A checkpoint differs from what was written. A file that is out of reach is no damage."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. `state` and `manifest` are the contents of its files of these names.
+    """A committed checkpoint.
 
-    Where the run was moved since, paths in the state are those that hold now.
+    `state` and `manifest` hold the content of state.json and manifest.json. If the run was moved
+    since, the paths in `state` are the present ones.
     """
 
     path: Path
@@ -75,7 +78,10 @@ class Checkpoint:
 
     @property
     def imported(self) -> dict[str, Any] | None:
-        """Where the weights came from and in which precision, if by import-hf: then nothing but weights is held (imported.py)."""
+        """Source and precision of weights that import-hf wrote, or None for a run's checkpoint.
+
+        An imported checkpoint holds no training state (imported.py).
+        """
         imported: dict[str, Any] | None = self.state.get("imported")
         return imported
 
@@ -85,20 +91,26 @@ class Checkpoint:
 
     @property
     def allocation(self) -> Allocation | None:
-        """The table that the run trained on; None while it was learning."""
+        """The table that the run trained on. None while it was learning."""
         path = self.path / "allocation.json"
         return Allocation.load(path) if path.exists() else None
 
     @property
     def window(self) -> int | None:
-        """Keys that a sliding-window head sees; None for an import in which all heads are full."""
+        """Keys that a sliding-window head sees. None for an import in which all heads are full."""
         if self.imported:
-            return self.allocation.window if self.allocation and self.allocation.sparsity else None
+            allocation = self.allocation
+            if allocation is None or allocation.sparsity == 0:
+                return None
+            return allocation.window
         return int(self.state["config"]["attention"]["window"])
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer's folder, that of the run's data or the import's own; None for an import without one."""
+        """The tokenizer's folder: in the run's data, or in the import itself.
+
+        None for an import without a tokenizer.
+        """
         if not self.imported:
             return Path(self.state["config"]["data"]["path"]) / TOKENIZER
         folder = self.path / TOKENIZER
@@ -106,14 +118,16 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The run or the imported folder that the weights are of, step and tokens."""
-        begun = (
-            self.imported["folder"] if self.imported else shown(self.state["config"]["run"]["dir"])
-        )
-        return {"run": begun, "step": self.step, "tokens": self.state["tokens"]}
+        """Where the weights come from: the run or the imported folder, the step and the tokens."""
+        if self.imported:
+            folder = self.imported["folder"]
+        else:
+            folder = shown(self.state["config"]["run"]["dir"])
+        return {"run": folder, "step": self.step, "tokens": self.state["tokens"]}
 
     @property
     def bytes(self) -> int:
+        """Bytes of all files in the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     def weights(self) -> TensorFiles:
@@ -127,21 +141,25 @@ class Checkpoint:
         return _load(path) if path.exists() else None
 
     def random_states(self) -> dict[str, Tensor]:
-        """`RANK/cpu` and, of a GPU, `RANK/cuda`."""
+        """Torch's random states: `RANK/cpu` and, with a GPU, `RANK/cuda`."""
         return _load(self.path / "random.safetensors")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes without reading the weights."""
+        """Names and shapes of the weights, without reading the weights."""
         weights = self.weights()
         return {name: weights.shape(name) for name in weights}
 
     def faults(
         self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True
     ) -> list[str]:
-        """What does not agree with the manifest, looked at twice: missing files, sizes, checksums.
+        """Compares the files with the manifest: existence, sizes and checksums.
 
-        advance is told of bytes as they are read. checksums: False reads no file. Raises
-        UnreachableError where files stay out of reach.
+        Every mismatch is checked a second time.
+
+        advance: is called with the number of bytes as they are read.
+        checksums: False reads no file.
+
+        Returns one sentence per fault. Raises UnreachableError if files stay out of reach.
         """
 
         def fault(name: str) -> str | None:
@@ -154,7 +172,8 @@ class Checkpoint:
             return self._fault(name, lambda count: None, checksums)
 
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            return [found for found in pool.map(fault, self.manifest["files"]) if found is not None]
+            results = list(pool.map(fault, self.manifest["files"]))
+        return [found for found in results if found is not None]
 
     def _fault(self, name: str, advance: Callable[[int], None], checksums: bool) -> str | None:
         path = self.path / name
@@ -166,7 +185,9 @@ class Checkpoint:
             if not checksums:
                 return None
             found = patiently(lambda: checksum(path, advance), path, within=self.path)
-            return None if found == entry["xxh3_64"] else f"{path} does not match its checksum"
+            if found != entry["xxh3_64"]:
+                return f"{path} does not match its checksum"
+            return None
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
@@ -174,9 +195,9 @@ class Checkpoint:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it a run that removes old checkpoints leaves this one.
+        """Protects the checkpoint from removal: a run that removes old checkpoints skips this one.
 
-        Raises DamagedError where it was removed, and InputError where it may not be read.
+        Raises DamagedError if it was removed already, and InputError if it may not be read.
         """
         manifest = self.path / MANIFEST
         try:
@@ -184,26 +205,26 @@ class Checkpoint:
         except OSError as error:
             raise _refusal(self.path, error) from None
         with file:
-            with suppress(OSError):  # a file system without locks
+            with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def _tensors(self, kind: str) -> TensorFiles:
-        names = [
-            name for name in self.manifest["files"] if re.match(rf"{kind}[-.].*safetensors$", name)
-        ]
-        paths = [self.path / name for name in names]
+        pattern = re.compile(rf"{kind}[-.].*safetensors$")
+        paths = [self.path / name for name in self.manifest["files"] if pattern.match(name)]
         for path in paths:
             _await_opening(path)
         return TensorFiles(paths)
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that agrees with its manifest; says which ones it passed over.
+    """Returns the newest checkpoint of a run folder that agrees with its manifest.
 
-    None where there is no checkpoint. Raises InputError where there are some but none is usable, or
-    the newest is of another format: such a run is not started again. Raises UnreachableError where one
-    cannot be read at the moment: it may be whole.
+    Skipped checkpoints are logged. Returns None if there is no checkpoint.
+
+    Raises InputError if there are checkpoints but none is usable, or if the newest has another
+    format: such a run must not start from scratch. Raises UnreachableError if a checkpoint cannot
+    be read at the moment, since it may be intact.
     """
     paths = committed(run)
     for path in paths:
@@ -216,21 +237,26 @@ def newest(run: Path) -> Checkpoint | None:
         logger.warning("checkpoint %s is passed over: %s", path, faults[0])
     if paths:
         raise InputError(
-            f"none of the {len(paths)} checkpoints in {run / run_folder.CHECKPOINTS} is usable (of the oldest: {faults[0]}); "
+            f"none of the {len(paths)} checkpoints in {run / run_folder.CHECKPOINTS} is usable "
+            f"(of the oldest: {faults[0]}); "
             "restore one, or remove that folder to start again"
         )
     return None
 
 
 def resolve(path: Path) -> Checkpoint:
-    """The checkpoint that a user means by a run folder or a checkpoint folder; InputError where there is none that is whole."""
+    """Opens the checkpoint that a user means by a run folder or a checkpoint folder.
+
+    Raises InputError if there is no intact one.
+    """
     if not path.is_dir():
         raise InputError(f"{path} is neither a run folder nor a checkpoint: it does not exist")
     if not (path / "state.json").exists():
         checkpoint = newest(path)
         if checkpoint is None:
             raise InputError(
-                f"{path} holds no usable checkpoint; give a run folder that has one, or a checkpoint folder"
+                f"{path} holds no usable checkpoint; "
+                "give a run folder that has one, or a checkpoint folder"
             )
         return checkpoint
     checkpoint, faults = _examine(path)
@@ -240,38 +266,49 @@ def resolve(path: Path) -> Checkpoint:
 
 
 def _examine(path: Path) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint and its faults; it stays while its files are read. InputError as of `read`."""
+    """Returns a checkpoint and its faults. No run can remove it while its files are checked.
+
+    Raises the same errors as `read`.
+    """
     checkpoint = read(path)
     with checkpoint.in_use():
         return checkpoint, checkpoint.faults()
 
 
 def newest_of(run: Path, count: int) -> list[Checkpoint]:
-    """The `count` newest checkpoints of a run folder, all of them whole; InputError where there are fewer."""
+    """Returns the `count` newest checkpoints of a run folder.
+
+    Raises InputError if there are fewer, or if one of them is damaged.
+    """
     paths = committed(run)[:count]
     if len(paths) < count:
         raise InputError(
-            f"{run} holds {len(paths)} checkpoints, not {count}; give a run folder that kept more, or ask for fewer"
+            f"{run} holds {len(paths)} checkpoints, not {count}; "
+            "give a run folder that kept more, or ask for fewer"
         )
     return [resolve(path) for path in paths]
 
 
 def committed(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Returns the checkpoint folders of a run, newest first."""
     folder = run / run_folder.CHECKPOINTS
     try:
         names = patiently(lambda: os.listdir(folder), folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(int(match[1]), folder / name) for name in names if (match := _NAME.fullmatch(name))]
+    found = []
+    for name in names:
+        if match := _NAME.fullmatch(name):
+            step = int(match[1])
+            found.append((step, folder / name))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint whose tensors have not been looked at.
+    """Opens a checkpoint without looking at its tensors.
 
-    Raises DamagedError where state or manifest are not what was written, InputError where they have
-    another format, and UnreachableError where they stay out of reach.
+    Raises DamagedError if state or manifest differ from what was written, InputError if they have
+    another format, and UnreachableError if they stay out of reach.
     """
     try:
         return _read(path)
@@ -302,39 +339,48 @@ def _read(path: Path) -> Checkpoint:
         raise DamagedError(f"checkpoint {path} cannot be read: {error}") from None
     if state.get("version") != FORMAT_VERSION:
         raise InputError(
-            f"checkpoint {path} has format version {state.get('version')}, but this megaconsa reads {FORMAT_VERSION}"
+            f"checkpoint {path} has format version {state.get('version')}, "
+            f"but this megaconsa reads {FORMAT_VERSION}"
         )
-    if "config" in state:  # otherwise imported
+    if "config" in state:  # an imported checkpoint has none
         state["config"] = relocated(state["config"], path.absolute().parent.parent)
     return Checkpoint(path, state, manifest)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a small file."""
+    """Reads all tensors of a small file."""
     _await_opening(path)
     return load_file(path)
 
 
 def _await_opening(path: Path) -> None:
-    """Waits until a file can be opened. safetensors reports every failure to open as a missing file."""
+    """Waits until a file can be opened.
+
+    safetensors would report every failure to open as a missing file.
+    """
     patiently(lambda: path.open("rb").close(), path, within=path.parent)
 
 
 def _refusal(path: Path, error: OSError) -> InputError:
-    """The refusal for an error that is an answer: a missing file is damage, and a person must mend
-    permissions."""
+    """Makes the exception for an error that is final.
+
+    A missing file is damage. Everything else, such as permissions, is for a person to fix.
+    """
     kind = DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else InputError
     return kind(f"checkpoint {path} cannot be read: {error}")
 
 
 def _forget(path: Path) -> None:
-    """Drops what this machine's memory holds of a file, so that the next read asks the disk."""
+    """Drops a file from this machine's page cache, so that the next read goes to the disk."""
     with suppress(OSError), path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """xxh3_64 of a file, in hexadecimal."""
+    """Returns the xxh3_64 of a file, in hexadecimal.
+
+    advance: is called with the number of bytes as they are read.
+    """
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

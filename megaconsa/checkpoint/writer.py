@@ -1,7 +1,11 @@
-"""Writing a checkpoint behind training: every rank its own files, then one of them commits the whole by a rename.
+"""Writes checkpoints while training continues. Each rank writes its own files, and the main rank
+commits the checkpoint by a rename.
 
-A save takes three steps. Training waits for the first only: each rank copies what it writes into host memory (Staging). Then a thread
-of each rank writes it and syncs it to the disk. When all have, the main rank's thread adds the manifest and renames the folder.
+A save has three steps:
+
+1. Each rank copies what it will write into host memory (Staging). Training waits only for this.
+2. A thread of each rank writes the copy and syncs it to the disk.
+3. When all ranks are done, the main rank's thread adds the manifest and renames the folder.
 """
 
 from __future__ import annotations
@@ -32,19 +36,24 @@ from megaconsa.consa.allocation import Allocation
 logger = logging.getLogger(__name__)
 
 VISIBLE_SECONDS = 20
-"""For a file that another node wrote to be seen here; attribute caches of NFS last a few seconds."""
+"""How long to wait for a file of another node to become visible. NFS caches attributes for a few
+seconds."""
 LIBRARIES = ("megaconsa", "torch", "deepspeed", "mosaicml-streaming", "safetensors")
 
 
 class Staging:
-    """Host memory for one rank's share of one checkpoint, used again for the next; pinned where the tensors are on a GPU."""
+    """Host memory for one rank's share of a checkpoint.
+
+    Every checkpoint uses the same memory again. It is pinned for tensors that are on a GPU.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Copies of all tensors; training may change the originals when it returns."""
-        copies, cuda = {}, False
+        """Returns copies of all tensors. Training may change the originals afterwards."""
+        copies = {}
+        cuda = False
         for name, tensor in tensors:
             if name not in self._held:
                 self._held[name] = torch.empty(
@@ -59,7 +68,7 @@ class Staging:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank adds to a checkpoint. Nothing in it changes while it is written."""
+    """What one rank adds to a checkpoint. Its content must not change while it is written."""
 
     step: int
     weights: dict[str, Tensor]
@@ -67,66 +76,87 @@ class Snapshot:
     random: dict[str, Tensor]
     """This rank's random states, by device type."""
     state: dict[str, Any] | None = None
-    """Content of state.json; on the main rank, which also has the following."""
+    """Content of state.json. Only the main rank has this and the fields below."""
     gates: dict[str, Tensor] | None = None
     allocation: Allocation | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a write ended, the same on every rank."""
+    """How a write ended. It is the same on every rank."""
 
     step: int
     seconds: float
     error: str | None
-    """None where the checkpoint was committed."""
+    """None if the checkpoint was committed."""
 
 
 @dataclass
 class Writer:
-    """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods at the same steps."""
+    """Writes the checkpoints of a run, one at a time.
+
+    Every rank has a writer and calls its methods at the same steps.
+    """
 
     run: Path
     keep: int
-    """Newest checkpoints that stay."""
+    """How many of the newest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this stay for ever; 0 keeps none for that."""
+    """Checkpoints whose step is a multiple of this are kept forever. 0 turns this off."""
     rank: int = 0
     ranks: int = 1
     launch: str = ""
-    """A name that all ranks share with nobody before or after them."""
+    """Launch ID: the same on all ranks, unique to this launch."""
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
-    """Takes one value of each rank, all in the order of ranks, to every rank; called from a thread of the writer's own."""
+    """All-gathers one value per rank, in rank order. It is called from the writer's thread."""
     _thread: threading.Thread | None = None
     _result: Result | None = None
 
     def clean(self) -> None:
-        """Removes what a killed process left of its last write. On the main rank, before any rank writes."""
+        """Removes what a killed process left of its last write.
+
+        Only the main rank calls this, before any rank writes.
+        """
         for leftover in (self.run / run_folder.CHECKPOINTS).glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, snapshot: Snapshot, stall: float = 0.0) -> None:
-        """Starts to write; the write before must have been waited for. stall: seconds training stood still, for the manifest."""
+        """Starts to write `snapshot`. The caller must have waited for the previous write.
+
+        stall: how long training stood still, in seconds. It goes into the manifest.
+        """
         assert self._thread is None
-        # A daemon: a rank whose peers are gone must not wait for them when it ends. Until the rename there is nothing to break off.
+        # The thread is a daemon, because a rank whose peers are gone must not wait for them when it
+        # exits. Stopping it is safe: until the rename, no checkpoint exists that could break.
         self._thread = threading.Thread(target=self._write, args=(snapshot, stall), daemon=True)
         self._thread.start()
 
     def poll(self) -> Result | None:
-        """How the last write ended, once, if it has ended by now."""
-        return self.wait(0) if self._thread is not None and not self._thread.is_alive() else None
+        """Returns how the last write ended, without waiting. Each result is returned once.
+
+        Returns None if no write has ended since the last result.
+        """
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> Result | None:
-        """Waits for the write under way and returns how it ended, once; None where there is none, or it is not over in time."""
+        """Waits for the current write and returns how it ended. Each result is returned once.
+
+        timeout: in seconds. Returns None if there is no write, or if it takes longer.
+        """
         if self._thread is None:
             return None
         self._thread.join(timeout)
         if self._thread.is_alive():
             return None
-        self._thread, result, self._result = None, self._result, None
+        result = self._result
+        self._thread = None
+        self._result = None
         return result
 
     def _write(self, snapshot: Snapshot, stall: float) -> None:
+        """Runs in the thread. Sets the result in any case."""
         started = time.monotonic()
         try:
             error = self._write_together(snapshot, stall, started)
@@ -135,8 +165,12 @@ class Writer:
         self._result = Result(snapshot.step, time.monotonic() - started, error)
 
     def _write_together(self, snapshot: Snapshot, stall: float, started: float) -> str | None:
-        """Writes this rank's files and commits with the others; returns what went wrong."""
-        # Of this launch alone: ranks of one before whose main rank was killed may still be writing.
+        """Writes this rank's files and commits together with the other ranks.
+
+        Returns what went wrong on any rank, or None.
+        """
+        # The folder belongs to this launch alone. If the main rank of an earlier launch was killed,
+        # its other ranks may still be writing.
         launch = f".{self.launch}" if self.launch else ""
         temporary = self.run / run_folder.CHECKPOINTS / f".step_{snapshot.step}{launch}.tmp"
         files: dict[str, dict[str, Any]] = {}
@@ -147,23 +181,18 @@ class Writer:
             for kind, tensors in (("model", snapshot.weights), ("optimizer", snapshot.moments)):
                 if tensors:
                     files |= _write_tensors(temporary / f"{kind}{suffix}.safetensors", tensors)
-        except Exception as failed:  # whatever it is: the other ranks wait for an answer
+        except Exception as failed:  # catches everything, since the other ranks wait for an answer
             error = _describe(failed)
         shares = self.exchange((files, snapshot.random, error))
-        errors = [
-            f"rank {rank}: {share[2]}" if self.ranks > 1 else share[2]
-            for rank, share in enumerate(shares)
-            if share[2]
-        ]
+        errors = []
+        for rank, (_, _, failure) in enumerate(shares):
+            if failure:
+                errors.append(f"rank {rank}: {failure}" if self.ranks > 1 else failure)
         error = "; ".join(errors) or None
         if self.rank == 0 and error is None:
+            timings = {"stall_seconds": stall, "write_seconds": time.monotonic() - started}
             try:
-                self._commit(
-                    temporary,
-                    snapshot,
-                    shares,
-                    {"stall_seconds": stall, "write_seconds": time.monotonic() - started},
-                )
+                self._commit(temporary, snapshot, shares, timings)
             except Exception as failed:
                 error = _describe(failed)
         if self.rank == 0 and error is not None:
@@ -174,17 +203,16 @@ class Writer:
     def _commit(
         self, temporary: Path, snapshot: Snapshot, shares: list[Any], timings: dict[str, float]
     ) -> None:
-        """Adds what is not any rank's own, and makes the folder a checkpoint."""
+        """Adds the files that belong to no single rank, and makes the folder a checkpoint."""
         files: dict[str, dict[str, Any]] = {}
         for rank, (share, _, _) in enumerate(shares):
             for name, entry in share.items():
                 _await(temporary / name, entry["bytes"], rank)
             files |= share
-        random = {
-            f"{rank}/{device}": state
-            for rank, share in enumerate(shares)
-            for device, state in share[1].items()
-        }
+        random = {}
+        for rank, (_, states, _) in enumerate(shares):
+            for device, state in states.items():
+                random[f"{rank}/{device}"] = state
         files |= _write_tensors(temporary / "random.safetensors", random)
         if snapshot.gates is not None:
             files |= _write_tensors(temporary / "gates.safetensors", snapshot.gates)
@@ -192,21 +220,22 @@ class Writer:
             snapshot.allocation.save(temporary / "allocation.json")
             files |= file_entry(temporary / "allocation.json")
         libraries = {name: version(name) for name in LIBRARIES}
-        write_json(
-            temporary / "state.json",
-            {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries},
-        )
+        content = {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries}
+        write_json(temporary / "state.json", content)
         files |= file_entry(temporary / "state.json")
         written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timings}
-        write_json(
-            temporary / MANIFEST,
-            {"version": FORMAT_VERSION, "files": dict(sorted(files.items())), "written": written},
-        )
+        manifest = {
+            "version": FORMAT_VERSION,
+            "files": dict(sorted(files.items())),
+            "written": written,
+        }
+        write_json(temporary / MANIFEST, manifest)
         sync(temporary / MANIFEST)
         sync(temporary)
         final = temporary.with_name(f"step_{snapshot.step}")
-        # A damaged one may be there, which the run passed over. It is only moved now: a process that
-        # is killed while it removes file by file would leave neither.
+        # A damaged checkpoint of this step may exist, which the run skipped. It is only renamed now
+        # and removed after the commit. If the process were killed while it removed files one by
+        # one, neither checkpoint would be left.
         replaced = _put_aside(final) if final.exists() else None
         temporary.rename(final)
         sync(final.parent)
@@ -215,11 +244,14 @@ class Writer:
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
-        """Removes older checkpoints that are not to be kept. One that somebody reads just now stays until the next time."""
+        """Removes older checkpoints that are not to be kept.
+
+        A checkpoint that is being read stays until the next save.
+        """
         paths = committed(self.run)
-        # Later ones are damaged ones that the run passed over: they do not count.
+        # Checkpoints of later steps are damaged ones that the run skipped. They do not count.
         for path in paths[paths.index(newest) + self.keep :]:
-            if self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0:
+            if is_kept_for_ever(path, self.keep_every):
                 continue
             if _is_in_use(path):
                 logger.info("checkpoint %s stays: it is being read", path)
@@ -230,40 +262,59 @@ class Writer:
                 logger.warning("checkpoint %s could not be removed: %s", path, error)
 
 
+def is_kept_for_ever(path: Path, keep_every: int) -> bool:
+    """Whether the step of a checkpoint is a multiple of `checkpoint.keep_every`."""
+    step = int(path.name.removeprefix("step_"))
+    return keep_every > 0 and step % keep_every == 0
+
+
 def _await(path: Path, size: int, rank: int) -> None:
-    """Waits until another rank's file is seen here too, as it is at once on one machine and soon on a shared file system."""
+    """Waits until another rank's file is visible here.
+
+    On one machine it is visible at once, on a shared file system soon. Raises OSError if it is not
+    visible after VISIBLE_SECONDS.
+    """
     for _ in range(VISIBLE_SECONDS * 10):
         with suppress(FileNotFoundError):
             if path.stat().st_size == size:
                 return
         time.sleep(0.1)
     raise OSError(
-        f"rank 0 does not see {path}, which rank {rank} wrote; run.dir must be on a file system that all nodes share"
+        f"rank 0 does not see {path}, which rank {rank} wrote; "
+        "run.dir must be on a file system that all nodes share"
     )
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Writes a safetensors file and returns its manifest entry."""
     save_file(tensors, path, {"format": "pt"})
     return file_entry(path)
 
 
 def file_entry(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's line on a file, which is on the disk when this returns."""
+    """Returns the manifest entry of a file: name -> size and checksum.
+
+    The file is on the disk when this returns.
+    """
     sync(path)
     return {path.name: {"bytes": path.stat().st_size, "xxh3_64": checksum(path)}}
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes `data` as indented JSON."""
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint."""
+    """Removes a checkpoint, which loses its name first."""
     shutil.rmtree(_put_aside(path))
 
 
 def _put_aside(path: Path) -> Path:
-    """Gives a checkpoint another name, and returns that: a folder named step_N is whole at any moment."""
+    """Renames a checkpoint before its removal, and returns the new path.
+
+    A folder named step_N must be complete at any moment.
+    """
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
@@ -271,10 +322,13 @@ def _put_aside(path: Path) -> Path:
 
 
 def _is_in_use(path: Path) -> bool:
+    """Whether a process holds the checkpoint's read lock (`Checkpoint.in_use`).
+
+    Any unexpected error also counts as in use.
+    """
     try:
-        with (path / MANIFEST).open(
-            "r+"
-        ) as file:  # NFS locks exclusively only what is open for writing
+        # NFS grants an exclusive lock only on a file that is open for writing.
+        with (path / MANIFEST).open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -282,7 +336,10 @@ def _is_in_use(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's or folder's content is on the disk: a rename may otherwise survive a crash that its data does not."""
+    """Waits until the content of a file or folder is on the disk.
+
+    Otherwise a rename may survive a crash, but not the data of the renamed file.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,8 +348,7 @@ def sync(path: Path) -> None:
 
 
 def _describe(error: Exception) -> str:
-    return (
-        (error.strerror if isinstance(error, OSError) else None)
-        or str(error)
-        or type(error).__name__
-    )
+    """Returns the text of an error, or its type if it has no text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,1 +1,4 @@
-"""Slurm from Python: what `megaconsa submit` hands to sbatch, and when a crashed job is given up. The jobs themselves are in slurm/."""
+"""Slurm jobs from Python: the commands of `megaconsa submit`, and when to give up a crashed job.
+
+The jobs themselves are in slurm/.
+"""

@@ -1,4 +1,4 @@
-"""Which nodes a failed start leaves under suspicion, so that the next one is kept off them."""
+"""Suspicious nodes: those that the next start must avoid after a failure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from megaconsa import run_folder
 from megaconsa.parallel.launcher import START_FORMAT
 
 FIRST = "first.txt"
-"""What the rank that failed first wrote."""
+"""File that the first rank to fail wrote."""
 DIED = "died without a word"
-"""What the other ranks say of one that left no error."""
+"""What other ranks report about a rank that left no error."""
 LOST = re.compile(rf"^error: rank \d+ of \d+ on (\S+) {DIED}", re.MULTILINE)
 FAILED = re.compile(r"rank \d+ of \d+ on (\S+), pid")
 HARDWARE = re.compile(
-    "uncorrectable (ECC|NVLink) error|hardware stack error|GPU is lost|busy or unavailable|system not yet initialized"
+    "uncorrectable (ECC|NVLink) error|hardware stack error|GPU is lost|busy or unavailable"
+    "|system not yet initialized"
 )
-"""CUDA's words for what no program does wrong."""
+"""CUDA's messages for errors that no program causes."""
 
 
 def suspects(run: Path, since: datetime | None) -> list[str]:
-    """The node of the rank that died without a word, or whose GPU broke, in the newest start of a
-    run; none for other errors, which every node would meet.
+    """The nodes to avoid, judging by the newest start of a run.
 
-    since: an earlier failure. A start before it was looked at then, and the newest left nothing.
+    Suspicious is the node of a rank that died without an error, or whose GPU broke. Other errors
+    give no node, because they would occur on every node.
+
+    since: time of the previous failure. A start that began before it has been judged already. Then
+        the newest start left no file, and no node is suspicious.
     """
     starts = sorted((run / run_folder.FAILURES).glob(f"*/{FIRST}"))
     if not starts:

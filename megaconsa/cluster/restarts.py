@@ -1,8 +1,12 @@
-"""Whether a job whose training failed is started again: a crash loop ends after some failures without a new checkpoint.
+"""Decides whether a job whose training failed is restarted.
 
-slurm/lib.sh asks, in the job: python -m megaconsa.cluster.restarts JOB EXIT_CODE MOST CONFIG [section.field=value ...]. It prints one
-sentence, and a line with the nodes to be avoided if there are any; exit code 0 says to requeue, 1 to give up. RUN/restarts.json
-keeps every failure.
+A crash loop ends after some failures without a new checkpoint. slurm/lib.sh runs this module in the
+job:
+
+    python -m megaconsa.cluster.restarts JOB EXIT_CODE MOST CONFIG [section.field=value ...]
+
+It prints one sentence. If there are nodes to avoid, it prints them on a second line. Exit code 0
+means requeue, and 1 means give up. RUN/restarts.json keeps every failure.
 """
 
 from __future__ import annotations
@@ -29,18 +33,20 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 @dataclass(frozen=True)
 class Failure:
     job: str
-    """Slurm's number of the job, of an array with the task's: 12_3."""
+    """Slurm's job ID, with the task ID for an array: 12_3."""
     exit_code: int
     step: int
-    """Of the newest checkpoint, from which the next start would go on; 0 without one."""
+    """Step of the newest checkpoint, from which the next start would resume. 0 without one."""
     time: str
 
 
 def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
-    """Adds a failure to RUN/restarts.json; whether to start again, and why, in a sentence.
+    """Adds a failure to RUN/restarts.json.
 
-    job: failures of earlier jobs do not count: whoever submits a new one has had a look.
-    most: failures in a row without a newer checkpoint after which it is given up. Raises InputError where the file is not ours.
+    job: only failures of this job count. Whoever submits a new job has looked at the earlier ones.
+    most: failures in a row without a newer checkpoint after which the job is given up.
+    Returns whether to restart, and a sentence with the reason.
+    Raises InputError if the file holds something else.
     """
     path = run / NAME
     checkpoints = store.committed(run)
@@ -48,22 +54,30 @@ def record(run: Path, job: str, exit_code: int, most: int) -> tuple[bool, str]:
     failures = [*read(path), Failure(job, exit_code, step, time.strftime(TIME_FORMAT))]
     text = json.dumps([asdict(failure) for failure in failures], indent=1) + "\n"
     patiently(lambda: replace_text(path, text), path)
-    own, row, reached = [failure for failure in failures if failure.job == job], 0, 0
+    own = [failure for failure in failures if failure.job == job]
+    row = 0
+    reached = 0
     for failure in own:
-        # A checkpoint that was put aside as damaged takes the run back, and saving it again is no progress.
-        row, reached = (row + 1 if failure.step <= reached else 1), max(reached, failure.step)
+        # The highest step counts. A damaged checkpoint that was put aside takes the run back, and
+        # saving that step again is no progress.
+        row = row + 1 if failure.step <= reached else 1
+        reached = max(reached, failure.step)
     where = f"the checkpoint of step {reached}" if reached else "the start of the run"
     if row < most:
         return True, f"exit code {exit_code}, failure {row} of {most} since {where}"
     codes = ", ".join(str(failure.exit_code) for failure in own[-row:])
     return (
         False,
-        f"given up: failed {row} times in a row since {where}, without a newer checkpoint (exit codes {codes}); see {run}/failures",
+        f"given up: failed {row} times in a row since {where}, without a newer checkpoint "
+        f"(exit codes {codes}); see {run}/failures",
     )
 
 
 def read(path: Path) -> list[Failure]:
-    """The failures so far, oldest first; none where there is no file. Raises InputError where it holds something else."""
+    """The failures so far, oldest first. The list is empty if there is no file.
+
+    Raises InputError if the file holds something else.
+    """
     try:
         return [Failure(**entry) for entry in json.loads(read_text(path))]
     except FileNotFoundError:

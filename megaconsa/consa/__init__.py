@@ -1,1 +1,4 @@
-"""The method: hard concrete gates, the constraint on sparsity, and the allocation they end in. Imports torch only."""
+"""The method: hard concrete gates, the sparsity constraint, and the final allocation.
+
+This package imports torch only.
+"""

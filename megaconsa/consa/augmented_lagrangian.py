@@ -1,6 +1,10 @@
-"""The paper's way of holding the expected sparsity at its target: an augmented Lagrangian, moved by Adam.
+"""The paper's augmented Lagrangian, which holds the expected sparsity at its target.
 
-Penalty per constraint: lambda (rho_hat - rho) + phi (rho_hat - rho)^2, minimised over log_alpha, maximised over the multipliers.
+Adam updates both sides. The penalty of each constraint is
+
+    lambda (rho_hat - rho) + phi (rho_hat - rho)^2
+
+It is minimised over log_alpha and maximised over the multipliers lambda and phi.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ from torch.optim import Adam
 
 
 class AugmentedLagrangian:
-    """One Adam over the gradient of loss plus penalty, and Adam's ascent on both multipliers, from 0."""
+    """One Adam descends on log_alpha, another ascends on both multipliers.
+
+    The descent follows the gradient of loss plus penalty. Both multipliers start at 0.
+    """
 
     def __init__(self, log_alpha: Tensor, num_constraints: int) -> None:
         """log_alpha: the leaf to train, (layers, units)."""
@@ -22,22 +29,28 @@ class AugmentedLagrangian:
         self._learning_rate = 0.0
 
     def penalty(self, error: Tensor) -> Tensor:
-        """error: (constraints,), expected minus target sparsity. Returns a scalar; its gradient reaches log_alpha through error."""
+        """Sum of the penalties of all constraints.
+
+        error: (constraints,), expected minus target sparsity.
+
+        Returns a scalar. Its gradient reaches log_alpha through error.
+        """
         return (self.lambda_ * error + self.phi * error.square()).sum()
 
     def descend(
         self, loss_gradient: Tensor, penalty_gradient: Tensor, learning_rate: float
     ) -> None:
-        """One step on log_alpha; both gradients have its shape."""
+        """One step on log_alpha. Both gradients have its shape."""
         self._learning_rate = learning_rate
         _step(self._adam, [loss_gradient + penalty_gradient], learning_rate)
 
     def ascend(self, error: Tensor) -> None:
-        """One step on the multipliers, at log_alpha's learning rate."""
+        """One step on the multipliers, at the learning rate of the last `descend`."""
+        # The penalty's gradient is error with respect to lambda, and error^2 with respect to phi.
         _step(self._ascent, [error, error.square()], self._learning_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that an exact resume needs; the tensors themselves, not copies."""
+        """Every tensor that an exact resume needs. These are the tensors themselves, not copies."""
         return {
             "lambda": self.lambda_,
             "phi": self.phi,
@@ -47,14 +60,17 @@ class AugmentedLagrangian:
 
 
 def _adam(parameters: list[Tensor], betas: tuple[float, float], maximize: bool = False) -> Adam:
-    """Adam with its moments in place, which it would create in its first step: a checkpoint may be loaded before that."""
+    """Adam whose moments already exist.
+
+    Adam creates its moments in its first step, but a checkpoint may be loaded before that.
+    """
     optimizer = Adam(parameters, betas=betas, maximize=maximize)
     for parameter in parameters:
-        moments = {
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-        optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     return optimizer
 
 
@@ -68,8 +84,9 @@ def _step(optimizer: Adam, gradients: list[Tensor], learning_rate: float) -> Non
 
 
 def _moments(prefix: str, optimizer: Adam) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{index}.{key}": value
-        for index, parameter in enumerate(optimizer.param_groups[0]["params"])
-        for key, value in optimizer.state[parameter].items()
-    }
+    """The optimizer's state by names such as "adam.0.exp_avg"."""
+    moments: dict[str, Tensor] = {}
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for key, value in optimizer.state[parameter].items():
+            moments[f"{prefix}.{index}.{key}"] = value
+    return moments

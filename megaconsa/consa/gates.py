@@ -1,13 +1,14 @@
-"""The bank of gates: hands a step's gates to the layers, collects their gradients, and moves them towards the target sparsity.
+"""The bank of gates, which moves the gates of all layers towards the target sparsity.
 
-The bank lives beside the training engine, replicated on every rank: inside it bf16 would round the gates. A step is
+The bank hands a step's gates to the layers and collects their gradients. It lives beside the
+training engine, replicated on every rank. Inside the engine, bf16 would round the gates. A step is
 
-    bank.sample(step)                        # one z per (sequence of the global batch, layer, unit)
-    ... forward and backward of the model, whose layers ask `bank.select(layer, sequences)` ...
-    metrics = bank.update(reduce)            # the gradients of z become evidence, and the gates take a step
+    bank.sample(step)                # one z per (sequence of the global batch, layer, unit)
+    ...                              # forward and backward, layers call bank.select(...)
+    metrics = bank.update(reduce)    # gradients of z become evidence, and the gates take a step
 
-Where it must be known before whether the gradient is finite, `bank.gradient(reduce)` comes first; a step that is not to be applied ends
-with `bank.discard()` instead.
+Call `bank.gradient(reduce)` before `update` where the caller must know first whether the gradient
+is finite. Call `bank.discard()` instead of `update` for a step that must not be applied.
 """
 
 from __future__ import annotations
@@ -26,20 +27,27 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.evidence import Evidence, EvidenceSummary
 from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
+from megaconsa.consa.head_pattern import HeadPattern
 from megaconsa.consa.sampled_gates import DECAY_SHARE, SampledGates
 from megaconsa.errors import InputError
 
 DECIDED = 0.9
 """A unit counts as decided when P(z = 0) or P(z = 1) exceeds this."""
 MEMORY_SHARE = 1.0
-"""The evidence's memory as a share of the run. Shorter memories follow moving weights, longer ones average more noise away:
-at 1.0 the first step still counts a third of the last, and the standard errors are 4 % above those of a plain mean."""
+"""The evidence's memory as a share of the run.
+
+Shorter memories follow the moving weights. Longer memories average more noise away. At 1.0 the
+first step still counts a third of the last, and the standard errors are 4 % above those of a plain
+mean.
+"""
 
 ControllerName = Literal["evidence", "paper"]
 
 
 @dataclass(frozen=True)
 class GateSettings:
+    """Settings of the gates and of the run that they learn in."""
+
     constraint: Constraint
     window: int
     controller: ControllerName = "evidence"
@@ -52,41 +60,44 @@ class GateSettings:
     """Optimizer steps of the whole run."""
 
     def __post_init__(self) -> None:
-        longest = (
-            math.floor((1 - CLOSING_SHARE) * self.steps)
-            if self.controller == "evidence"
-            else self.steps - 1
-        )
+        if self.controller == "evidence":
+            longest = math.floor((1 - CLOSING_SHARE) * self.steps)
+            reason = "the last quarter decides on units"
+        else:
+            longest = self.steps - 1
+            reason = "the target would not be reached"
         if self.warmup_steps > longest:
-            reason = (
-                "the last quarter decides on units"
-                if self.controller == "evidence"
-                else "the target would not be reached"
-            )
             raise InputError(
-                f"gates.warmup_steps={self.warmup_steps} must be at most {longest} of training.steps={self.steps}: {reason}"
+                f"gates.warmup_steps={self.warmup_steps} must be at most {longest} "
+                f"of training.steps={self.steps}: {reason}"
             )
         if self.controller != "evidence":
             self._check_reach()
 
     def _check_reach(self) -> None:
-        """Refuses a learning rate at which log_alpha cannot come from `initial` to where P(z > 0) = 1 - sparsity."""
+        """Raises InputError where log_alpha cannot reach its goal at the learning rate.
+
+        log_alpha starts at `initial`. The goal is where P(z > 0) = 1 - sparsity.
+        """
         sparsity = self.constraint.sparsity
         if sparsity in (0, 1):
-            return
+            return  # the goal is infinite
+        # probability_nonzero, solved for log_alpha.
         goal = math.log((1 - sparsity) / sparsity) + hard_concrete.BETA * math.log(
             -hard_concrete.GAMMA / hard_concrete.ZETA
         )
-        # Adam moves log_alpha by its learning rate at most, which falls to 0 over the last part of the run.
+        # Adam moves log_alpha by at most its learning rate in each step.
+        # The rate falls to 0 over the last part of the run, so that part counts half.
         needed = abs(self.initial - goal) / self.learning_rate
         if needed > (1 - DECAY_SHARE / 2) * self.steps:
             raise InputError(
-                f"gates.learning_rate={self.learning_rate:g} cannot bring the gates from gates.initial={self.initial:g} to "
-                f"allocation.sparsity={sparsity:g} in training.steps={self.steps}: it takes {needed:.0f} steps; raise either"
+                f"gates.learning_rate={self.learning_rate:g} cannot bring the gates "
+                f"from gates.initial={self.initial:g} to allocation.sparsity={sparsity:g} "
+                f"in training.steps={self.steps}: it takes {needed:.0f} steps; raise either"
             )
 
     def target(self, step: int) -> float:
-        """Target sparsity of an optimizer step (from 0): rises linearly from 0 over warmup_steps."""
+        """Target sparsity of an optimizer step (from 0). It rises linearly over warmup_steps."""
         sparsity = self.constraint.sparsity
         if self.warmup_steps == 0:
             return sparsity
@@ -94,7 +105,13 @@ class GateSettings:
 
 
 class GateBank:
-    """Gates of all layers. Attributes: `gates`, the way they learn; `evidence` of each unit; `step` last sampled."""
+    """Gates of all layers.
+
+    Attributes:
+        gates: the gates themselves, which say how they learn.
+        evidence: the evidence about each unit.
+        step: the step that was sampled last.
+    """
 
     def __init__(self, settings: GateSettings, device: torch.device | str = "cpu") -> None:
         self.settings = settings
@@ -110,29 +127,29 @@ class GateBank:
     def sample(self, step: int) -> None:
         """Sets z for the whole global batch of an optimizer step: (global_batch, layers, units).
 
-        Each layer's slice becomes a leaf, so that micro-batches in any order, pipelines and recomputation accumulate into its
-        gradient.
+        Each layer's slice becomes a leaf. Micro-batches in any order, pipelines and recomputation
+        can thus accumulate into its gradient.
         """
         self.step = step
-        z = self.gates.draw(step, self.settings.target(step), self.settings.global_batch).to(
-            self.device
-        )
+        target = self.settings.target(step)
+        z = self.gates.draw(step, target, self.settings.global_batch).to(self.device)
         self._leaves = [layer.contiguous().requires_grad_() for layer in z.unbind(dim=1)]
 
-    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
+    def select(self, layer: int, sequences: Tensor) -> HeadPattern:
         """Windows and gates of `layer` for a micro-batch.
 
-        sequences: (B,) int64 indices within the step's global batch. Returns (window, z) with z fp32 (B, kv_heads); inside
-        `binarized()` (windows per KV head, None).
+        sequences: (B,) int64, indices within the step's global batch.
+
+        Inside `binarized()` there are no gates, but a window per KV head.
         """
         if self._table is not None:
             return self._table.select(layer, sequences)
         gate = self._leaves[layer][sequences]
-        return self.settings.window, gate.expand(-1, self.constraint.num_kv_heads)
+        return HeadPattern(self.settings.window, gate.expand(-1, self.constraint.num_kv_heads))
 
     @contextmanager
     def binarized(self) -> Iterator[Allocation]:
-        """Within it, layers attend by the exact top-k table of the present scores."""
+        """Context in which layers attend by the exact top-k table of the current scores."""
         self._table = self.allocation()
         try:
             yield self._table
@@ -140,31 +157,41 @@ class GateBank:
             self._table = None
 
     def update(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> dict[str, Any]:
-        """Adds the step's gradients to the evidence and moves the gates; returns the step's metrics.
+        """Adds the step's gradients to the evidence and moves the gates.
 
         reduce: as in `gradient`.
+
+        Returns the step's metrics. Raises RuntimeError where `sample` was not called before.
         """
         if not self._leaves:
             raise RuntimeError("GateBank.update was called before GateBank.sample")
-        gradient = self._gradient if self._gradient is not None else self.gradient(reduce)
+        gradient = self._gradient
+        if gradient is None:
+            gradient = self.gradient(reduce)
         z = torch.stack([leaf.detach() for leaf in self._leaves], dim=1).cpu()
+        # The evidence comes first: the gates read it.
         self._add_evidence(gradient, z)
         target = self.settings.target(self.step)
-        own = self.gates.update(gradient, self.step, target)
-        metrics = self._metrics(target, z) | own
+        gate_metrics = self.gates.update(gradient, self.step, target)
+        metrics = self._metrics(target, z) | gate_metrics
         self.discard()
         return metrics
 
     def gradient(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> Tensor:
-        """The loss's gradient in every sequence's z, (global_batch, layers, units); `update` takes the same one.
+        """The loss's gradient in the z of every sequence, (global_batch, layers, units).
 
-        reduce: called with this rank's part, zeros elsewhere; sums it over the ranks in place.
+        reduce: sums its argument over the ranks in place. The argument holds this rank's part, and
+            zeros elsewhere.
+
+        `update` uses the same gradient, without another reduction. Raises RuntimeError where
+        `sample` was not called before.
         """
         if not self._leaves:
             raise RuntimeError("GateBank.gradient was called before GateBank.sample")
-        gradients = [
-            leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves
-        ]
+        gradients = []
+        for leaf in self._leaves:
+            # Layers of other pipeline ranks have no gradient here.
+            gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         self._gradient = torch.stack(gradients, dim=1)
         reduce(self._gradient)
         return self._gradient
@@ -175,47 +202,51 @@ class GateBank:
         self._gradient = None
 
     def full(self) -> Tensor:
-        """The exact top-k table of the present scores, (layers, kv_heads) booleans on the CPU."""
+        """The exact top-k table of the current scores, (layers, kv_heads) booleans on the CPU."""
         return self.constraint.heads(self.constraint.top_k(self.gates.scores))
 
     def allocation(self) -> Allocation:
+        """The allocation of the current scores."""
         return Allocation.from_scores(self.gates.scores, self.constraint, self.settings.window)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that an exact resume needs; the values are the bank's own, not copies."""
+        """Every tensor that an exact resume needs. These are the bank's own tensors, not copies."""
         return self.gates.state() | self.evidence.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copies the tensors of a checkpoint into the bank.
+
+        Raises ValueError where the names differ.
+        """
         own = self.state()
         if self.settings.controller != "evidence":
-            # Gates of 0.1.0 were saved without evidence: it begins anew, and log_alpha does not depend on it.
-            own = {
-                name: value
-                for name, value in own.items()
-                if name in tensors or name not in self.evidence.state()
-            }
+            # Gates of 0.1.0 were saved without evidence.
+            # The evidence then starts empty, which is safe: log_alpha does not depend on it.
+            for name in self.evidence.state():
+                if name not in tensors:
+                    del own[name]
         if own.keys() != tensors.keys():
             raise ValueError(f"the gates' state differs in {sorted(own.keys() ^ tensors.keys())}")
         for name, value in own.items():
             value.copy_(tensors[name])
 
     def summary(self) -> EvidenceSummary:
-        """Whether the evidence supports the present table."""
+        """Says whether the evidence supports the current table."""
         return self.evidence.summary(self.constraint.top_k(self.gates.scores))
 
     def describe(self) -> dict[str, Any]:
-        """The gates for people and plots, as gates.json holds them: per unit (layers x units), and over the run."""
-        errors = self.evidence.standard_errors
+        """The gates for people and plots, as gates.json holds them.
+
+        Some fields are per unit (layers x units), the others are about the run.
+        """
         summary = self.summary()
         return {
             "controller": self.settings.controller,
             "scores": self.gates.scores.tolist(),
             "probability_full": self.gates.open_probability.tolist(),
             "mean_gradient": self.evidence.scores.tolist(),
-            "standard_error": [[_number(value) for value in row] for row in errors.tolist()],
-            "z_score": [
-                [_number(value) for value in row] for row in self.evidence.z_scores.tolist()
-            ],
+            "standard_error": _numbers(self.evidence.standard_errors),
+            "z_score": _numbers(self.evidence.z_scores),
             "split_agreement": summary.split_agreement,
             "time_agreement": summary.time_agreement,
             "separated_share": summary.separated_share,
@@ -235,12 +266,15 @@ class GateBank:
         )
 
     def _add_evidence(self, gradient: Tensor, z: Tensor) -> None:
-        # The loss is a mean over the batch: a sequence's own loss has so many times its gradient.
+        """Adds a step's gradients, (global_batch, layers, units), measured at the gates z."""
+        # The loss is a mean over the batch, so a sequence's own loss has a gradient that is
+        # global_batch times as large.
         falls = -gradient.detach().cpu().double() * self.settings.global_batch
         probed = (z > 0) & (z < 1)
         self.evidence.add(falls, probed, self.step, split=not self.gates.is_deciding(self.step))
 
     def _metrics(self, target: float, z: Tensor) -> dict[str, Any]:
+        """The metrics that both kinds of gates have."""
         open_probability = self.gates.open_probability.cpu()
         margin = self.constraint.margin(self.gates.scores)
         summary = self.summary()
@@ -259,6 +293,13 @@ class GateBank:
         }
 
 
+def _numbers(table: Tensor) -> list[list[float | None]]:
+    """The rows of a table, as JSON can hold them."""
+    return [[_number(value) for value in row] for row in table.tolist()]
+
+
 def _number(value: float) -> float | None:
-    """As JSON can hold it: it has no infinity."""
-    return value if abs(value) != float("inf") else None
+    """The value, or None for infinity, which JSON does not have."""
+    if abs(value) == float("inf"):
+        return None
+    return value

@@ -1,6 +1,10 @@
-"""The hard concrete distribution (Louizos et al. 2018, arXiv 1712.01312): a stretched, clamped relaxation of a coin.
+"""The hard concrete distribution (Louizos et al. 2018, arXiv 1712.01312).
 
-u ~ U(0, 1);  s = sigmoid((log u - log(1 - u) + log_alpha) / beta);  z = clamp(s (zeta - gamma) + gamma, 0, 1)
+It is a stretched, clamped relaxation of a coin:
+
+    u ~ U(0, 1)
+    s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
+    z = clamp(s (zeta - gamma) + gamma, 0, 1)
 """
 
 from __future__ import annotations
@@ -16,8 +20,13 @@ ZETA = 1.1
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Draws z in [0, 1] from uniform numbers in (0, 1), elementwise; differentiable in log_alpha."""
-    stretched = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA) * (ZETA - GAMMA) + GAMMA
+    """Draws z in [0, 1] elementwise. The result is differentiable in log_alpha.
+
+    uniform: uniform numbers in (0, 1), both ends excluded.
+    """
+    # logit(u) = log u - log(1 - u)
+    soft = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA)
+    stretched = soft * (ZETA - GAMMA) + GAMMA
     return stretched.clamp(0, 1)
 
 

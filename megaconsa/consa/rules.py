@@ -1,6 +1,6 @@
 """Allocations that follow a rule instead of being learned.
 
-They are the baselines that a learned allocation has to beat.
+They are the baselines that a learned allocation must beat.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Rule = Literal["dense", "all-swa", "interleaved", "head-share", "bottom-swa", "m
 RULES: tuple[str, ...] = get_args(Rule)
 
 WITH_SPARSITY = ("head-share", "bottom-swa", "middle", "random")
-"""Rules that take a sparsity; the others say themselves which layers are windowed."""
+"""Rules that take a sparsity. The other rules fix which layers are windowed."""
 
 OWN_UNITS: dict[str, tuple[Granularity, Scope]] = {
     "head-share": ("kv_head", "per_layer"),
     "bottom-swa": ("layer", "global"),
     "middle": ("layer", "global"),
 }
-"""Granularity and scope of the rules that fix them. `random` takes any."""
+"""Granularity and scope of the rules that fix them. `random` takes any combination."""
 
 
 def dense(num_layers: int, num_kv_heads: int, window: int) -> Allocation:
@@ -39,7 +39,11 @@ def all_swa(num_layers: int, num_kv_heads: int, window: int) -> Allocation:
 
 
 def interleaved(num_layers: int, num_kv_heads: int, window: int, ratio: int) -> Allocation:
-    """`ratio` sliding-window layers before each full one (ratio 3: S S S F S S S F ...)."""
+    """`ratio` sliding-window layers before each full one.
+
+    A ratio of 3 gives S S S F S S S F ... with S for sliding window and F for full. Raises
+    InputError where the ratio is below 1 or leaves no layer full.
+    """
     if ratio < 1:
         raise InputError(f"ratio={ratio} of the interleaved rule must be at least 1")
     if ratio >= num_layers:
@@ -58,28 +62,28 @@ def head_share(
 ) -> Allocation:
     """The same share of sliding-window heads in every layer.
 
-    Without a seed the first KV heads of each layer stay full, with one the full heads are drawn in
-    each layer. Keeping the first heads is a lottery: the index of a head says nothing about its
-    worth, so the one head that matters may be any. Compare with several seeds.
+    Without a seed, the first KV heads of each layer stay full. With a seed, the full heads of each
+    layer are drawn at random. Keeping the first heads is a lottery: the index of a head says
+    nothing about its worth, so any head may be the one that matters. Compare with several seeds.
     """
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["head-share"])
     if seed is not None:
         return _drawn(constraint, window, seed, "head-share")
-    alike = torch.zeros(constraint.shape)  # ties keep the first heads
-    return Allocation.from_scores(alike, constraint, window, {"rule": "head-share"})
+    equal_scores = torch.zeros(constraint.shape)  # ties keep the first heads
+    return Allocation.from_scores(equal_scores, constraint, window, {"rule": "head-share"})
 
 
 def bottom_swa(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
-    """Sliding-window layers at the bottom of the stack, full ones above."""
+    """Sliding-window layers at the bottom of the stack, full layers above."""
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["bottom-swa"])
     full = torch.arange(num_layers) >= constraint.windowed
     return Allocation.from_table(full[:, None], constraint, window, {"rule": "bottom-swa"})
 
 
 def middle(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
-    """Full layers in the middle of the stack, sliding-window ones below and above.
+    """Full layers in the middle of the stack, sliding-window layers below and above.
 
-    Of an odd number of sliding-window layers, the bottom gets one more than the top.
+    The bottom gets one layer more than the top where their number is odd.
     """
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["middle"])
     above = constraint.windowed // 2
@@ -90,7 +94,10 @@ def middle(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> 
 
 
 def random(constraint: Constraint, window: int, seed: int) -> Allocation:
-    """Full units drawn by a seed, all equally likely, as many as the constraint says."""
+    """Full units drawn by a seed.
+
+    Their number is that of the constraint, and all units are equally likely.
+    """
     return _drawn(constraint, window, seed, "random")
 
 
@@ -107,12 +114,14 @@ def build(
     ratio: int = 3,
     seed: int | None = None,
 ) -> Allocation:
-    """The allocation of a rule by its name. Raises InputError where there is none.
+    """Builds the allocation of a rule by its name.
 
-    sparsity: of the rules in WITH_SPARSITY.
-    granularity, scope, floor: of random.
-    ratio: of interleaved.
-    seed: of random, which needs one, and of head-share where given.
+    sparsity: used by the rules in WITH_SPARSITY.
+    granularity, scope, floor: used by random.
+    ratio: used by interleaved.
+    seed: required by random and optional for head-share.
+
+    Raises InputError for an unknown rule, or where the rule has no allocation.
     """
     match rule:
         case "dense":
@@ -136,6 +145,7 @@ def build(
 
 
 def _layers(full: list[bool], num_kv_heads: int, window: int, rule: str) -> Allocation:
+    """An allocation by layers. full: one boolean per layer."""
     sparsity = 1 - sum(full) / len(full)
     constraint = Constraint(len(full), num_kv_heads, sparsity, "layer", "global")
     table = torch.tensor(full, device="cpu")[:, None]
@@ -143,11 +153,15 @@ def _layers(full: list[bool], num_kv_heads: int, window: int, rule: str) -> Allo
 
 
 def _drawn(constraint: Constraint, window: int, seed: int, rule: str) -> Allocation:
+    """An allocation whose full units are drawn by a seed."""
     origin = {"rule": rule, "seed": seed}
     return Allocation.from_scores(_random_scores(constraint, seed), constraint, window, origin)
 
 
 def _random_scores(constraint: Constraint, seed: int) -> Tensor:
-    """A random score for each unit, (layers, units per layer): the same on every machine."""
+    """A random score for each unit, (layers, units per layer) fp64 on the CPU.
+
+    A seed gives the same scores on every machine.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.rand(constraint.shape, dtype=torch.float64, generator=generator)

@@ -1,4 +1,4 @@
-"""Gates that are sampled from the hard concrete distribution and trained by gradient, as in the paper."""
+"""Gates as in the paper: sampled from the hard concrete distribution and trained by gradient."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from megaconsa.consa.augmented_lagrangian import AugmentedLagrangian
 from megaconsa.consa.constraint import Constraint
 
 GRADIENT_CLIPPING = 1.0
-"""Largest norm of the loss's gradient in log_alpha; clipped apart from the model's."""
+"""Largest norm of the loss's gradient in log_alpha. It is clipped separately from the model's."""
 DECAY_SHARE = 0.2
-"""Last part of the run over which the gates' learning rate falls to 0, so that the noise of the samples settles on the target."""
+"""Last part of the run, over which the gates' learning rate falls to 0.
+
+The decay lets the noise of the samples settle on the target.
+"""
 
 
 class SampledGates:
-    """log_alpha fp32 (layers, units), and the Lagrangian that holds the expected sparsity at the target."""
+    """log_alpha and the Lagrangian that holds the expected sparsity at the target.
+
+    log_alpha is fp32, (layers, units).
+    """
 
     def __init__(
         self,
@@ -45,27 +51,38 @@ class SampledGates:
         return self.learning_rate * min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
 
     def draw(self, step: int, target: float, sequences: int) -> Tensor:
-        """A sample for each sequence of the step: (sequences, layers, units) fp32."""
+        """Draws one sample of every gate for each sequence of the step.
+
+        target: the step's sparsity. It is unused here, but `EvidenceGates.draw` needs it.
+        sequences: their number in the global batch.
+
+        Returns fp32 (sequences, layers, units).
+        """
         indices = torch.arange(sequences, device=self.log_alpha.device)
         uniform = philox.uniform(self.seed, step, indices, *self.constraint.shape)
+        # `update` backpropagates through this sample, so its graph is kept.
         self._sampled = hard_concrete.sample(self.log_alpha, uniform)
         return self._sampled.detach()
 
     def update(self, gradient: Tensor, step: int, target: float) -> dict[str, Any]:
-        """One optimizer step on log_alpha, one ascent step on the multipliers; returns the metrics that are this way's own.
+        """Takes one optimizer step on log_alpha, then one ascent step on the multipliers.
 
-        gradient: (sequences, layers, units), of the loss in the samples of the last `draw`.
+        gradient: (sequences, layers, units), the loss's gradient in the samples of the last `draw`.
+        target: the step's sparsity.
+
+        Returns the metrics that only sampled gates have.
         """
         assert self._sampled is not None
-        (own,) = torch.autograd.grad(self._sampled, self.log_alpha, gradient)
+        (loss_gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, gradient)
         self._sampled = None
-        norm = torch.linalg.vector_norm(own)
-        own *= (GRADIENT_CLIPPING / norm).clamp(max=1)
+        norm = torch.linalg.vector_norm(loss_gradient)
+        loss_gradient *= (GRADIENT_CLIPPING / norm).clamp(max=1)
         penalty = self.lagrangian.penalty(self._expected() - target)
         (penalty_gradient,) = torch.autograd.grad(penalty, self.log_alpha)
-        self.lagrangian.descend(own, penalty_gradient, self.rate(step))
+        self.lagrangian.descend(loss_gradient, penalty_gradient, self.rate(step))
         with torch.no_grad():
-            # The error after the step: alternating, not simultaneous, which damps the pair's oscillation.
+            # The ascent uses the error after the descent.
+            # Alternating instead of simultaneous steps damp the pair's oscillation.
             self.lagrangian.ascend(self._expected() - target)
         at_threshold = self.log_alpha.detach() > 0
         return {
@@ -79,12 +96,12 @@ class SampledGates:
         }
 
     def is_deciding(self, step: int) -> bool:
-        """Whether units stop being measured because of their evidence: never here."""
+        """Whether units stop being measured because of their evidence. Never the case here."""
         return False
 
     @property
     def scores(self) -> Tensor:
-        """What the table is cut by, (layers, units)."""
+        """The values that the table is cut by, (layers, units)."""
         return self.log_alpha.detach()
 
     @property
@@ -94,14 +111,14 @@ class SampledGates:
 
     @property
     def decided_probability(self) -> Tensor:
-        """The larger of P(z = 0) and P(z = 1)."""
+        """The larger of P(z = 0) and P(z = 1), (layers, units)."""
         closed = 1 - self.open_probability
         return torch.maximum(closed, hard_concrete.probability_one(self.log_alpha.detach()))
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that an exact resume needs; the gates' own, not copies."""
+        """Every tensor that an exact resume needs. These are the gates' own tensors, not copies."""
         return {"log_alpha": self.log_alpha.detach()} | self.lagrangian.state()
 
     def _expected(self) -> Tensor:
-        """Expected sparsity of each constraint, with a gradient."""
+        """Expected sparsity of each constraint, (constraints,), with a gradient."""
         return self.constraint.sparsities(hard_concrete.probability_nonzero(self.log_alpha))

@@ -1,4 +1,4 @@
-"""From text to batches: sources of documents, the tokenizer, packing, shards on disk (written, verified), and the batch stream."""
+"""From text to batches: sources, tokenizer, packing, shards on disk, and the batch stream."""
 
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer within a data folder, and within an imported checkpoint."""
+"""Name of the tokenizer's folder within a data folder or an imported checkpoint."""

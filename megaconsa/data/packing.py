@@ -1,4 +1,4 @@
-"""Documents into sequences of equal length, and where the documents lie in them."""
+"""Packing of documents into sequences of equal length, and finding the documents in them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ IGNORED = -100
 def pack(
     documents: Iterable[Sequence[int]], sequence_length: int, end_of_text: int
 ) -> Iterator[np.ndarray]:
-    """Joins the documents, each followed by `end_of_text`, and cuts the stream into (S + 1,) int64 arrays.
+    """Joins the documents and cuts the stream into samples, (S + 1,) int64 arrays.
 
-    Sample k is stream[k*S : k*S + S + 1]: neighbours share one token, so that each token but the stream's first is predicted
-    exactly once. The incomplete tail is dropped.
+    documents: token ids of each document.
+    sequence_length: S, in tokens.
+    end_of_text: id of the token that is added after each document.
+
+    Sample k is stream[k*S : k*S + S + 1]. Neighbours share one token, so each token except the
+    stream's first is predicted exactly once. The incomplete tail is dropped.
     """
     parts: list[np.ndarray] = []
     held = 0
@@ -32,25 +36,33 @@ def pack(
         while held - start > sequence_length:
             yield stream[start : start + sequence_length + 1]
             start += sequence_length
-        parts, held = [stream[start:]], held - start
+        parts = [stream[start:]]
+        held -= start
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
-    """(B, S) int32: for each position of `tokens` (B, S) the index in its sequence at which its document begins.
+    """The index in its sequence at which each position's document begins.
 
-    A document begins at 0 and after each end_of_text token, which itself belongs to the document it ends. The values do not
-    decrease along a sequence, so they serve as document ids; positions within the document are arange(S) - starts.
+    tokens: (B, S) integers.
+
+    Returns (B, S) int32. A document begins at 0 and after each end_of_text token. That token
+    belongs to the document that it ends. The values do not decrease along a sequence, so they serve
+    as document ids. Positions within the document are arange(S) - starts.
     """
     positions = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     begins = torch.zeros_like(tokens, dtype=torch.bool)
     begins[:, 1:] = tokens[:, :-1] == end_of_text
+    # The running maximum carries each start forward to the end of its document.
     return torch.where(begins, positions, 0).cummax(dim=1).values.to(torch.int32)
 
 
 def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> Tensor:
-    """(B, S) int64 labels of `tokens` (B, S + 1): the next token.
+    """The labels of a batch: the next tokens.
 
-    Where documents are separate, an end_of_text input predicts nothing (-100): what follows is another document's first token.
+    tokens: (B, S + 1) integers.
+
+    Returns (B, S) int64. Where documents are separate, an end_of_text input predicts nothing
+    (-100), because the first token of another document follows it.
     """
     labels = tokens[:, 1:].to(torch.int64, copy=True)
     if separate_documents:

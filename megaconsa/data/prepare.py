@@ -1,4 +1,4 @@
-"""Preparing a data folder: scan the text, settle the tokenizer, pack and write both splits."""
+"""Preparation of a data folder: scan the text, make the tokenizer, pack and write both splits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megaconsa.console import Task, console, progress
 from megaconsa.data import TOKENIZER
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.packing import pack
+from megaconsa.data.preparation import finish, preparation
 from megaconsa.data.shards import (
     INFO,
     TRAIN,
@@ -20,8 +21,6 @@ from megaconsa.data.shards import (
     DatasetInfo,
     SourceInfo,
     SplitInfo,
-    finish,
-    preparation,
     write_split,
 )
 from megaconsa.data.text import find_files, read_documents
@@ -29,9 +28,12 @@ from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
 TRAINING_CHARACTERS = 20_000_000
-"""A tokenizer is trained on documents spread evenly over the text, about this many characters of them."""
+"""Approximate size of the text that a tokenizer is trained on.
+
+Its documents are spread evenly over the whole text.
+"""
 BATCH_CHARACTERS = 1_000_000
-"""Text tokenized at a time."""
+"""Characters of text that are tokenized at a time."""
 
 
 def prepare(
@@ -45,17 +47,25 @@ def prepare(
 ) -> DatasetInfo:
     """Makes the data folder `out` from the sources and returns its description.
 
-    Either `tokenizer` names a folder or `train_tokenizer` a vocabulary size. A document belongs to validation by the hash of its
-    content, so that equal documents fall on the same side. A finished folder with the same source and settings is left as it
-    is. InputError for all that cannot work; then nothing is left behind.
+    sources: `python`, files or folders.
+    sequence_length: in tokens.
+    tokenizer: a tokenizer's folder. Give either this or `train_tokenizer`.
+    train_tokenizer: the vocabulary size of a tokenizer to train.
+    validation_share: share of the documents in the validation split, in [0, 1).
+
+    The hash of its content assigns a document to a split, so equal documents are in the same split.
+    A finished folder with the same source and settings is left unchanged. Raises InputError for
+    everything that cannot work. Nothing is left behind then.
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise InputError(
-            "the tokenizer is not settled, give one of --tokenizer FOLDER and --train-tokenizer VOCAB"
+            "the tokenizer is not settled, "
+            "give one of --tokenizer FOLDER and --train-tokenizer VOCAB"
         )
     if sequence_length < 1:
         raise InputError(
-            f"--sequence-length {sequence_length} is not positive, give the number of tokens a sequence, such as 512"
+            f"--sequence-length {sequence_length} is not positive, "
+            "give the number of tokens a sequence, such as 512"
         )
     if not 0 <= validation_share < 1:
         raise InputError(
@@ -72,6 +82,7 @@ def prepare(
             given.copy(out / TOKENIZER)
         else:
             assert train_tokenizer is not None
+            # Train on every stride-th document.
             stride = max(1, round(source.characters / TRAINING_CHARACTERS))
             with progress("training the tokenizer", None, "documents") as task:
                 sample = islice(_split_documents(files, TRAIN, validation_share), 0, None, stride)
@@ -81,16 +92,16 @@ def prepare(
         splits = {}
         for split in documents:
             with progress(f"packing {split}", documents[split], "documents") as task:
-                ids = _encode(
-                    _counted(_split_documents(files, split, validation_share), task), used
-                )
+                texts = _counted(_split_documents(files, split, validation_share), task)
+                ids = _encode(texts, used)
                 sequences = pack(ids, sequence_length, used.end_of_text)
                 split_counts = write_split(out, split, sequences, used.vocab_size, sequence_length)
             tokens = int(split_counts.sum())
             if not tokens:
                 option = "--validation-share" if split == VALIDATION else "more text"
                 raise InputError(
-                    f"the {split} split has less than one sequence of {sequence_length} tokens, raise {option}"
+                    f"the {split} split has less than one sequence of {sequence_length} tokens, "
+                    f"raise {option}"
                 )
             counts += split_counts
             splits[split] = SplitInfo(
@@ -110,28 +121,39 @@ def prepare(
 
 
 def in_validation(document: str, share: float) -> bool:
-    """Whether a document is held out: a function of its content and the share alone."""
+    """Whether a document is held out. The result depends on its content and the share alone."""
     return xxhash.xxh3_64_intdigest(document.encode()) < share * 2**64
 
 
 def _scan(
     sources: Sequence[str], files: list[Path], validation_share: float, trained: int | None
 ) -> tuple[SourceInfo, dict[str, int]]:
-    """Reads all text once: its description, and the number of documents a split. Refuses unreadable text before any writing."""
-    documents = {TRAIN: 0} if validation_share == 0 else {TRAIN: 0, VALIDATION: 0}
-    characters, digest = 0, xxhash.xxh3_128()
+    """Reads all text once, so that unreadable text is refused before anything is written.
+
+    trained: the vocabulary size of a tokenizer to train, or None.
+
+    Returns the description of the source and the number of documents in each split. Raises
+    InputError where a split has no documents.
+    """
+    documents = {TRAIN: 0}
+    if validation_share != 0:
+        documents[VALIDATION] = 0
+    characters = 0
+    digest = xxhash.xxh3_128()
     with progress("reading", None, "documents") as task:
         for document in _counted(read_documents(files), task):
-            documents[VALIDATION if in_validation(document, validation_share) else TRAIN] += 1
+            split = VALIDATION if in_validation(document, validation_share) else TRAIN
+            documents[split] += 1
             characters += len(document)
             content = document.encode()
+            # The length comes first, so that the borders between documents count too.
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
     for split, count in documents.items():
         if not count:
-            mend = "give more text or change --validation-share (0 for no validation split)"
             raise InputError(
-                f"none of the {sum(documents.values())} documents falls into the {split} split, {mend}"
+                f"none of the {sum(documents.values())} documents falls into the {split} split, "
+                "give more text or change --validation-share (0 for no validation split)"
             )
     source = SourceInfo(
         names=list(sources),
@@ -147,7 +169,15 @@ def _scan(
 def _same(
     out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int, given: Tokenizer | None
 ) -> DatasetInfo:
-    """The finished folder's description if it is what was asked for; InputError with the difference if not."""
+    """Returns the finished folder's description if the folder is what was asked for.
+
+    out: the folder.
+    info: its description.
+    source, sequence_length, given: what was asked for. `given` is the tokenizer, or None where one
+        is to be trained.
+
+    Raises InputError, which says how they differ, if not.
+    """
     pairs: dict[str, tuple[object, object]] = {
         "--sequence-length": (info.sequence_length, sequence_length),
         "--validation-share": (info.source.validation_share, source.validation_share),
@@ -158,9 +188,10 @@ def _same(
             pairs["--tokenizer (fingerprint)"] = (info.tokenizer_fingerprint, given.fingerprint)
     else:
         pairs["--train-tokenizer"] = (info.source.trained_vocabulary, source.trained_vocabulary)
-    different = [
-        f"{name} is {old} there and {new} here" for name, (old, new) in pairs.items() if old != new
-    ]
+    different = []
+    for name, (old, new) in pairs.items():
+        if old != new:
+            different.append(f"{name} is {old} there and {new} here")
     if different:
         raise InputError(
             f"--out {out}: it holds other data ({'; '.join(different)}), name another folder"
@@ -170,14 +201,14 @@ def _same(
 
 
 def _split_documents(files: list[Path], split: str, validation_share: float) -> Iterator[str]:
-    return (
-        document
-        for document in read_documents(files)
-        if in_validation(document, validation_share) == (split == VALIDATION)
-    )
+    """The documents of one split."""
+    for document in read_documents(files):
+        if in_validation(document, validation_share) == (split == VALIDATION):
+            yield document
 
 
 def _counted(documents: Iterable[str], task: Task) -> Iterator[str]:
+    """The documents. Advances the task by one for each."""
     for document in documents:
         yield document
         task.advance()
@@ -192,10 +223,12 @@ def _encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int
         held += len(document)
         if held >= BATCH_CHARACTERS:
             yield from tokenizer.encode_batch(batch)
-            batch, held = [], 0
+            batch = []
+            held = 0
     yield from tokenizer.encode_batch(batch)
 
 
 def _entropy(counts: np.ndarray) -> float:
+    """Entropy of the distribution that the counts give, in nats."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

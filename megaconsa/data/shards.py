@@ -1,17 +1,19 @@
-"""A data folder: MDS shards of packed sequences, written once, described by dataset.json, and read with every byte checked.
+"""Data folders: MDS shards of packed sequences, and dataset.json, which describes them.
 
-Layout: `dataset.json`, `tokenizer/`, `train/`, `validation/`; the last two each an `index.json` and `shard.*.mds.zstd`.
-dataset.json comes last and in one piece: a folder without it is unfinished.
+A folder is written once. Every byte is checked when it is read. The layout is
+
+    dataset.json
+    tokenizer/
+    train/         index.json and shard.*.mds.zstd
+    validation/    index.json and shard.*.mds.zstd
+
+dataset.json is written last and atomically. A folder without it is unfinished.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,15 +34,19 @@ from megaconsa.reading import patiently, read_bytes
 
 logger = logging.getLogger(__name__)
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN = "train"
+VALIDATION = "validation"
 INFO = "dataset.json"
 UNFINISHED = "dataset.json.unfinished"
-"""Marks the folder as ours while it is being prepared, and is locked meanwhile; renamed to dataset.json at the end."""
+"""Marks a folder as ours while it is being prepared, and is locked during that time.
+
+It is renamed to dataset.json at the end.
+"""
 INDEX = "index.json"
 COLUMN = "tokens"
 HASH = "xxh3_64"
 SHARD_BYTES = 8 << 20
-"""Decompressed size of a shard: readers hold some of them in memory, see stream.py."""
+"""Decompressed size of a shard. Readers hold several shards in memory, see stream.py."""
 
 
 class DataError(RunError):
@@ -55,11 +61,11 @@ class SplitInfo(BaseModel):
     tokens: int
     """Predicted tokens: sequences times the sequence length."""
     documents: int
-    """Documents packed, the one in the dropped tail included."""
+    """Number of packed documents. It includes the document in the dropped tail."""
 
 
 class SourceInfo(BaseModel):
-    """What the data was made from; equal source, equal data."""
+    """What the data was made from. Equal sources give equal data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     names: list[str]
@@ -70,7 +76,10 @@ class SourceInfo(BaseModel):
     characters: int
     validation_share: float
     trained_vocabulary: int | None
-    """The size asked of a tokenizer trained on this source; None where a tokenizer was given."""
+    """Vocabulary size of the tokenizer that was trained on this source.
+
+    None where a tokenizer was given.
+    """
 
 
 class DatasetInfo(BaseModel):
@@ -83,13 +92,19 @@ class DatasetInfo(BaseModel):
     end_of_text: int
     sequence_length: int
     unigram_entropy: float
-    """In nats, of all predicted tokens: the loss of a model that knows only the frequencies."""
+    """Entropy of the predicted tokens' frequencies, in nats.
+
+    A model that knows only these frequencies has this loss.
+    """
     splits: dict[str, SplitInfo]
     source: SourceInfo
 
     @classmethod
     def load(cls, folder: Path) -> DatasetInfo:
-        """Reads `folder`/dataset.json; InputError where the folder is missing, empty, unfinished or not a data folder."""
+        """Reads `folder`/dataset.json.
+
+        Raises InputError where the folder is missing, empty, unfinished or not a data folder.
+        """
         return patiently(lambda: cls._load(Path(folder)), folder)
 
     @classmethod
@@ -100,11 +115,10 @@ class DatasetInfo(BaseModel):
             )
         file = folder / INFO
         if not file.is_file():
-            state = (
-                "its preparation did not finish"
-                if (folder / UNFINISHED).exists()
-                else f"it has no {INFO}"
-            )
+            if (folder / UNFINISHED).exists():
+                state = "its preparation did not finish"
+            else:
+                state = f"it has no {INFO}"
             raise InputError(
                 f"data {folder}: {state}, run `megaconsa prepare-data` with --out {folder}"
             )
@@ -117,14 +131,15 @@ class DatasetInfo(BaseModel):
 
 
 def encoding(vocab_size: int, sequence_length: int) -> str:
-    """The MDS encoding of a sample: S + 1 ids, of two bytes each where that holds them."""
-    return f"ndarray:{'uint16' if vocab_size <= 1 << 16 else 'uint32'}:{sequence_length + 1}"
+    """The MDS encoding of a sample of S + 1 ids. Ids have two bytes where the vocabulary fits."""
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    return f"ndarray:{dtype}:{sequence_length + 1}"
 
 
 class Shard(MDSReader):
-    """One MDS shard that is decompressed into memory, never beside the compressed file.
+    """One MDS shard. It is decompressed into memory, never next to the compressed file.
 
-    Nothing is written, so that any number of processes share a folder, read-only ones included.
+    Nothing is written. Any number of processes can therefore share a folder, even a read-only one.
     """
 
     _data: bytes | None = None
@@ -136,10 +151,11 @@ class Shard(MDSReader):
 
     @property
     def _stored(self) -> FileInfo:
+        """The index's record of the file on disk."""
         return self.zip_data or self.raw_data
 
     def check_file(self) -> str | None:
-        """What is wrong with the file as far as its presence and size tell, or None."""
+        """What is wrong with the file, or None. Only its presence and size are checked."""
         try:
             size = patiently(self.path.stat, self.path).st_size
         except OSError as error:
@@ -151,8 +167,8 @@ class Shard(MDSReader):
     def load(self) -> None:
         """Reads, checks and decompresses the file.
 
-        Raises DataError, which names it, where any of that fails, and UnreachableError where the file
-        stays out of reach.
+        Raises DataError, which names the file, where any of that fails. Raises UnreachableError
+        where the file stays out of reach.
         """
         data = self._read()
         try:
@@ -164,7 +180,7 @@ class Shard(MDSReader):
         if self.compression:
             try:
                 data = decompress(self.compression, data)
-            except Exception as error:  # each compression library has its own
+            except Exception as error:  # each compression library has its own exceptions
                 raise DataError(f"{self.path}: shard does not decompress ({error})") from error
             self._check(data, self.raw_data, "decompressed ")
         self._data = data
@@ -180,12 +196,20 @@ class Shard(MDSReader):
         self._data = None
 
     def get_sample_data(self, idx: int) -> bytes:
-        """The bytes of a sample of a loaded shard, in place of MDSReader's read from an uncompressed file."""
+        """The bytes of a sample of a loaded shard.
+
+        MDSReader would read them from an uncompressed file.
+        """
         assert self._data is not None
+        # The shard starts with the number of samples, followed by their offsets, in 4 bytes each.
         begin, end = np.frombuffer(self._data, np.uint32, count=2, offset=4 * (1 + idx))
         return self._data[begin:end]
 
     def _check(self, data: bytes, expected: FileInfo, what: str) -> None:
+        """Raises DataError unless size and hash are as expected.
+
+        what: an adjective of the data for the error message, or "".
+        """
         if len(data) != expected.bytes:
             raise DataError(
                 f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}"
@@ -197,7 +221,10 @@ class Shard(MDSReader):
 
 
 def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
-    """The shards of a split, none of them loaded. InputError where the index is damaged or disagrees with dataset.json."""
+    """The shards of a split. None of them is loaded.
+
+    Raises InputError where the index is damaged or disagrees with dataset.json.
+    """
     if split not in info.splits:
         raise InputError(
             f"data {folder}: it has no {split} split, prepare it with --validation-share above 0"
@@ -206,12 +233,12 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
     try:
         records: list[dict[str, Any]] = parse_json(read_bytes(file))["shards"]
         shards = [Shard.from_json(str(folder), split, record) for record in records]
-        for part in (part for shard in shards for part in (shard.raw_data, shard._stored)):
+        parts = [part for shard in shards for part in (shard.raw_data, shard._stored)]
+        for part in parts:
+            # A path could lead out of the folder.
             if not is_bare_name(part.basename):
                 raise ValueError(f"it names {part.basename!r}, which is no file of its folder")
-        complete = all(
-            HASH in part.hashes for shard in shards for part in (shard.raw_data, shard._stored)
-        )
+        complete = all(HASH in part.hashes for part in parts)
     except OSError as error:
         raise InputError(
             f"{file}: cannot be read ({error.strerror}), prepare the data again"
@@ -227,21 +254,30 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
         found = dict(zip(shard.column_names, shard.column_encodings, strict=False))
         if found != expected:
             raise InputError(
-                f"{file}: {shard.path.name} holds {found} instead of {expected}, prepare the data again"
+                f"{file}: {shard.path.name} holds {found} instead of {expected}, "
+                "prepare the data again"
             )
-    samples, promised = sum(shard.samples for shard in shards), info.splits[split].sequences
+        if shard.samples < 1:
+            raise InputError(f"{file}: {shard.path.name} is empty, prepare the data again")
+    samples = sum(shard.samples for shard in shards)
+    promised = info.splits[split].sequences
     if samples != promised:
         raise InputError(
-            f"{file}: it counts {samples} sequences but {INFO} promises {promised}, prepare the data again"
+            f"{file}: it counts {samples} sequences but {INFO} promises {promised}, "
+            "prepare the data again"
         )
     return shards
 
 
 def verify(folder: Path, task: Task | None = None) -> list[str]:
-    """Reads the whole data folder and returns its faults, one sentence each, which name the file. Empty: all is well.
+    """Reads the whole data folder and returns its faults.
 
-    Checks each shard's presence, size and hashes (as stored and decompressed), the number of sequences, that all ids are
-    below vocab_size, and the tokenizer's fingerprint. `task` advances by one a shard. InputError if it is no data folder.
+    task: advances by one per shard.
+
+    Each fault is one sentence that names the file. The list is empty where all is well. Checks each
+    shard's presence, size and hashes (as stored and decompressed), the number of sequences, that
+    all ids are below vocab_size, and the tokenizer's fingerprint. Raises InputError where the
+    folder is not a data folder.
     """
     from megaconsa.data.tokenizer import Tokenizer
 
@@ -252,7 +288,8 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
         if not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
             expected = info.tokenizer_fingerprint
             faults.append(
-                f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} but the data was made with {expected}"
+                f"{folder / TOKENIZER}: tokenizer has fingerprint {fingerprint} "
+                f"but the data was made with {expected}"
             )
     except InputError as error:
         faults.append(str(error))
@@ -268,7 +305,8 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
                 largest = max(int(shard[i][COLUMN].max()) for i in range(shard.samples))
                 if largest >= info.vocab_size:
                     faults.append(
-                        f"{shard.path}: shard holds token id {largest}, vocab_size is {info.vocab_size}"
+                        f"{shard.path}: shard holds token id {largest}, "
+                        f"vocab_size is {info.vocab_size}"
                     )
             except DataError as error:
                 faults.append(str(error))
@@ -282,7 +320,12 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
 def write_split(
     folder: Path, split: str, sequences: Iterable[np.ndarray], vocab_size: int, sequence_length: int
 ) -> np.ndarray:
-    """Writes (S + 1,) sequences as the shards of a split; returns how often each id is predicted, (vocab_size,) int64."""
+    """Writes the shards of a split.
+
+    sequences: (S + 1,) ids each.
+
+    Returns how often each id is predicted, (vocab_size,) int64.
+    """
     columns = {COLUMN: encoding(vocab_size, sequence_length)}
     dtype = np.dtype(columns[COLUMN].split(":")[1])
     counts = np.zeros(vocab_size, np.int64)
@@ -292,59 +335,6 @@ def write_split(
     ) as writer:
         for sequence in sequences:
             writer.write({COLUMN: sequence.astype(dtype)})
+            # The first token is not predicted. np.add.at counts ids that occur several times.
             np.add.at(counts, sequence[1:], 1)
     return counts
-
-
-@contextmanager
-def preparation(folder: Path) -> Iterator[None]:
-    """Holds `folder` while it is being filled, and empties it again if that fails.
-
-    What an earlier, killed preparation left is removed. InputError, and nothing touched, where the folder holds anything else,
-    or another process is preparing it. `finish` must come last inside.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: it is a file, name a new folder")
-    existed = folder.is_dir()
-    entries = {entry.name for entry in folder.iterdir()} if existed else set()
-    ours = {UNFINISHED, TOKENIZER, TRAIN, VALIDATION}
-    if entries and (UNFINISHED not in entries or entries - ours):
-        foreign = sorted(entries - ours or entries)[0]
-        raise InputError(
-            f"--out {folder}: the folder already holds other files ({foreign}), name a new or empty one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / UNFINISHED).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"--out {folder}: another process is preparing it, wait for it or name another folder"
-            ) from error
-        if (folder / INFO).exists():
-            raise InputError(
-                f"--out {folder}: another process has just finished it, nothing is left to do"
-            )
-        _clear(folder)
-        try:
-            yield
-        except BaseException:
-            _clear(folder)
-            (folder / UNFINISHED).unlink(missing_ok=True)
-            if not existed:
-                folder.rmdir()
-            raise
-
-
-def finish(folder: Path, info: DatasetInfo) -> None:
-    """Ends a preparation: writes dataset.json, whole or not at all."""
-    with (folder / UNFINISHED).open("w") as file:
-        file.write(info.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / UNFINISHED, folder / INFO)
-
-
-def _clear(folder: Path) -> None:
-    for name in (TOKENIZER, TRAIN, VALIDATION):
-        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Batches in an order that is a function of seed and step alone, read from checked shards.
+"""The stream of batches, read from checked shards. Its order depends on seed and step alone.
 
-streaming's format and shuffle are used, its iteration is not: docs/data.md says why.
+We use streaming's format and shuffle, but not its iteration. docs/data.md says why.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,27 @@ from megaconsa.data.shards import COLUMN, TRAIN, DatasetInfo, open_split
 from megaconsa.errors import InputError, RunError
 
 SHUFFLE_SHARDS = 8
-"""Sequences of about this many shards are mixed with one another at any time."""
+"""The shuffle mixes the sequences of about this many shards at any time."""
 LOADED_SHARDS = 12
-"""Shards that a process holds in memory (8 MiB each). More than the shuffle mixes, so that an epoch loads each shard once."""
+"""Shards that a process holds in memory (8 MiB each).
+
+These are more shards than the shuffle mixes, so an epoch loads each shard once.
+"""
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
+"""Option of Linux's prctl(2). It sets the signal that a process gets when its parent dies."""
 
 
 class TokenShards(Dataset[np.ndarray]):
     """Random access to the packed sequences of one split."""
 
     def __init__(self, path: Path, split: str) -> None:
-        """Opens a split; InputError, naming the file, where a shard is missing or has another size than the index says."""
+        """Opens a split.
+
+        path: the data folder.
+
+        Raises InputError, naming the file, where a shard is missing or has another size than the
+        index says.
+        """
         self.info = DatasetInfo.load(path)
         self._shards = open_split(Path(path), self.info, split)
         for shard in self._shards:
@@ -53,27 +63,39 @@ class TokenShards(Dataset[np.ndarray]):
         return int(self.shard_sizes.sum())
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """(S + 1,) ids of a sequence; DataError, naming the file, where its shard is damaged."""
+        """The ids of a sequence, (S + 1,).
+
+        Raises DataError, naming the file, where its shard is damaged.
+        """
         number, offset = self._spanner[int(index)]
         shard = self._shards[number]
         if number not in self._loaded:
             shard.load()
             if len(self._loaded) == LOADED_SHARDS:
-                self._shards[self._loaded.popitem(last=False)[0]].unload()
+                # The first entry is the shard that was used least recently.
+                oldest, _ = self._loaded.popitem(last=False)
+                self._shards[oldest].unload()
             self._loaded[number] = None
         self._loaded.move_to_end(number)
         tokens: np.ndarray = shard[offset][COLUMN]
         return tokens
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """(B,) indices to (B, S + 1) ids, of the type they are stored in."""
+        """The ids of several sequences.
+
+        ids: (B,) indices of the sequences.
+
+        Returns (B, S + 1) in the stored type.
+        """
         return np.stack([self[i] for i in ids])
 
 
 class _Rows(Dataset[np.ndarray | RunError]):
-    """The rows of a micro-batch as one item. NumPy, for tensors would cross from a worker through /dev/shm.
+    """The rows of a micro-batch as one item.
 
-    An error is handed over as an item too: raised in a worker it would come wrapped in the worker's traceback.
+    The rows are NumPy arrays, because tensors would come from a worker through /dev/shm. An error
+    is returned as an item too. Raised in a worker, it would arrive wrapped in the worker's
+    traceback.
     """
 
     def __init__(self, shards: TokenShards) -> None:
@@ -91,19 +113,26 @@ class Batch:
     """One micro-batch."""
 
     tokens: Tensor
-    """(B, S) int64"""
+    """(B, S) int64."""
     labels: Tensor
-    """(B, S) int64; -100 is not predicted"""
+    """(B, S) int64. -100 is not predicted."""
     documents: Tensor
-    """(B, S) int32: index in the sequence at which the position's document begins; zeros where documents are not separate"""
+    """(B, S) int32: index in the sequence at which the position's document begins.
+
+    All zeros where documents are not separate.
+    """
     sequences: Tensor
-    """(B,) int64: index of each sequence within the step's global batch"""
+    """(B,) int64: index of each sequence within the step's global batch."""
 
 
 def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The sequence ids of an epoch in order, (N,) int64: a function of the arguments alone, each id once.
+    """The sequence ids of an epoch in order.
 
-    Shards are shuffled, then their sequences are mixed with those of neighbouring shards (streaming's py1e).
+    shard_sizes: number of sequences in each shard.
+
+    Returns (N,) int64. Each id occurs once. The order depends on the arguments alone. Shards are
+    shuffled first. Then their sequences are mixed with those of neighbouring shards (streaming's
+    py1e).
     """
     sizes = np.array(shard_sizes, np.int64)
     return get_shuffle(
@@ -119,9 +148,10 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) 
 class BatchStream:
     """The micro-batches of one data-parallel rank.
 
-    The stream of sequences is the concatenation of the epochs' orders; each step takes the next global_batch of it. Sequence g of
-    them belongs to micro-step m, data rank r and row b with
-    g = m * data_ranks * micro_batch + r * micro_batch + b.
+    The stream of sequences is the concatenation of the epochs' orders. Each step takes the next
+    global_batch sequences. Sequence g of the step belongs to micro-step m, data rank r and row b:
+
+        g = m * data_ranks * micro_batch + r * micro_batch + b
     """
 
     def __init__(
@@ -138,11 +168,21 @@ class BatchStream:
         separate_documents: bool = True,
         shuffle: bool = True,
     ) -> None:
-        """Opens the split. `workers` processes read ahead; with 0 the caller reads. InputError for what cannot work."""
+        """Opens the split.
+
+        path: the data folder.
+        global_batch: sequences per step, over all data ranks.
+        micro_batch: sequences per micro-batch.
+        workers: number of processes that read ahead. With 0, the caller reads.
+        separate_documents: whether batches mark the documents of a sequence.
+        shuffle: False keeps the stored order.
+
+        Raises InputError for settings that cannot work.
+        """
         if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * data_ranks):
             raise InputError(
-                f"global batch {global_batch} is not a multiple of micro batch {micro_batch} times {data_ranks} data ranks, "
-                "change one of them"
+                f"global batch {global_batch} is not a multiple of micro batch {micro_batch} "
+                f"times {data_ranks} data ranks, change one of them"
             )
         if not 0 <= data_rank < data_ranks:
             raise InputError(
@@ -152,28 +192,36 @@ class BatchStream:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
         self.shards = TokenShards(path, split)
         self.info = self.shards.info
-        self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
-        self.data_rank, self.data_ranks, self.workers = data_rank, data_ranks, workers
-        self.separate_documents, self.shuffle = separate_documents, shuffle
+        self.seed = seed
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.data_rank = data_rank
+        self.data_ranks = data_ranks
+        self.workers = workers
+        self.separate_documents = separate_documents
+        self.shuffle = shuffle
         self._orders: dict[int, np.ndarray] = {}
 
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
-        """Each step's micro-batches of this rank, endlessly, from the place after `taken` sequences of the stream.
+        """Each step's micro-batches of this rank, endlessly.
 
-        Raises DataError, naming the file, when a shard turns out damaged, and UnreachableError when it
-        stays out of reach.
+        taken: number of sequences of the stream to skip.
+
+        Raises DataError, naming the file, when a shard is damaged. Raises UnreachableError when a
+        shard stays out of reach.
         """
-        # With a generator of its own, the loader draws nothing from torch's: a resumed run would draw at another time.
         loader = DataLoader(
             _Rows(self.shards),
             sampler=self._sampler(taken),
             batch_size=None,
             num_workers=self.workers,
-            # Named, because a process inherits another way from the one that started it. Workers
-            # that start afresh import torch for 15 seconds.
+            # Named explicitly, because a process may inherit another start method from its parent.
+            # Workers that are not forked import torch for 15 seconds.
             multiprocessing_context="fork" if self.workers else None,
             collate_fn=_as_is,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=partial(_leave_signals_to_parent, os.getpid()),
+            # The loader must not draw from torch's own generator: a resumed run would draw at
+            # another time.
             generator=torch.Generator(),
         )
         rows = iter(loader)
@@ -182,109 +230,134 @@ class BatchStream:
             while True:
                 yield [self._batch(_sound(next(rows)), place) for place in places]
         finally:
-            del rows  # ends the workers now: left to the garbage collector, torch waits five seconds for each
+            # Ends the workers now. Where the garbage collector does it, torch waits five seconds
+            # for each worker.
+            del rows
 
     def fixed_batches(self, count: int, least: int = 1) -> list[Batch]:
-        """This rank's micro-batches of the first `count` sequences in stored order, or of all if there are fewer.
+        """This rank's micro-batches of a fixed set of sequences, for validation.
 
-        All ranks get equally many, `least` or more. Where the number does not divide, the last rows repeat a sequence with all labels
-        -100, so that a token-weighted mean is the same for every topology. Read at once, in this process: for validation.
+        count: the first `count` sequences in stored order, or all of them if there are fewer.
+        least: minimum number of micro-batches.
+
+        All ranks get the same number of micro-batches. Where the sequences do not divide evenly,
+        the last rows repeat a sequence with all labels -100. A token-weighted mean is thus the same
+        for every topology. All sequences are read immediately, in this process.
         """
         count = min(count, len(self.shards))
+        padded = self.fixed_count(count, least) * self.micro_batch * self.data_ranks
         batches = []
-        for place in self._places(
-            self.fixed_count(count, least) * self.micro_batch * self.data_ranks
-        ):
-            batch = self._batch(self.shards.rows(np.where(place < count, place, 0)), place)
+        for place in self._places(padded):
+            rows = self.shards.rows(np.where(place < count, place, 0))
+            batch = self._batch(rows, place)
             batch.labels[torch.from_numpy(place >= count)] = IGNORED
             batches.append(batch)
         return batches
 
     def fixed_count(self, count: int, least: int = 1) -> int:
-        """How many micro-batches `fixed_batches` gives each rank."""
+        """Number of micro-batches that `fixed_batches` gives each rank."""
         count = min(count, len(self.shards))
         if count < self.micro_batch:
             raise InputError(
-                f"{count} sequences for evaluation are less than one micro batch of {self.micro_batch}, use more"
+                f"{count} sequences for evaluation are less than one micro batch of "
+                f"{self.micro_batch}, use more"
             )
-        return max(least, -(-count // (self.micro_batch * self.data_ranks)))
+        rounded_up = -(-count // (self.micro_batch * self.data_ranks))
+        return max(least, rounded_up)
 
     def _places(self, sequences: int) -> list[np.ndarray]:
-        """For each micro-step the (B,) places of this rank's rows among so many sequences."""
+        """The (B,) places of this rank's rows for each micro-step.
+
+        sequences: the number of sequences that the ranks share.
+        """
         grid = np.arange(sequences).reshape(-1, self.data_ranks, self.micro_batch)
         return list(grid[:, self.data_rank])
 
     def _sampler(self, taken: int) -> Iterator[np.ndarray]:
-        """The (B,) sequence ids of this rank's micro-batches after `taken` sequences of the stream."""
+        """The (B,) sequence ids of this rank's micro-batches, endlessly.
+
+        taken: number of sequences of the stream to skip.
+        """
         places = self._places(self.global_batch)
         while True:
             for place in places:
                 epochs, offsets = np.divmod(taken + place, len(self.shards))
-                yield np.array(
-                    [self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
-                )
+                ids = []
+                for epoch, offset in zip(epochs, offsets, strict=True):
+                    ids.append(self._order(int(epoch))[offset])
+                yield np.array(ids)
             taken += self.global_batch
 
     def _order(self, epoch: int) -> np.ndarray:
+        """The sequence ids of an epoch in order, (N,)."""
         if epoch not in self._orders:
-            # A step needs two epochs where one ends and the next begins (more only if the split is smaller than the step).
+            # Keep the previous epoch: a step needs two epochs where one ends and the next begins.
+            # It needs more only if the split is smaller than the step.
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             sizes = self.shards.shard_sizes
-            self._orders[epoch] = (
-                epoch_order(sizes, self.seed, epoch) if self.shuffle else np.arange(sizes.sum())
-            )
+            if self.shuffle:
+                self._orders[epoch] = epoch_order(sizes, self.seed, epoch)
+            else:
+                self._orders[epoch] = np.arange(sizes.sum())
         return self._orders[epoch]
 
     def _batch(self, rows: np.ndarray, place: np.ndarray) -> Batch:
-        """(B, S + 1) ids as a micro-batch."""
+        """A micro-batch from its rows.
+
+        rows: (B, S + 1) ids.
+        place: (B,) indices of the rows within the global batch.
+        """
         tokens = torch.from_numpy(rows.astype(np.int64))
         inputs = tokens[:, :-1].contiguous()
         end = self.info.end_of_text
-        documents = (
-            document_starts(inputs, end)
-            if self.separate_documents
-            else torch.zeros_like(inputs, dtype=torch.int32)
-        )
+        if self.separate_documents:
+            documents = document_starts(inputs, end)
+        else:
+            documents = torch.zeros_like(inputs, dtype=torch.int32)
         return Batch(
-            inputs,
-            mask_labels(tokens, end, self.separate_documents),
-            documents,
-            torch.from_numpy(place.astype(np.int64)),
+            tokens=inputs,
+            labels=mask_labels(tokens, end, self.separate_documents),
+            documents=documents,
+            sequences=torch.from_numpy(place.astype(np.int64)),
         )
 
 
 def _sound(rows: np.ndarray | RunError) -> np.ndarray:
+    """The rows. Raises the error that was returned in their place."""
     if isinstance(rows, RunError):
         raise type(rows)(str(rows))
     return rows
 
 
 def _as_is(rows: Any) -> Any:
-    """In place of the loader's own collation, which would make tensors of the rows."""
+    """Replaces the loader's collation, which would convert the rows to tensors."""
     return rows
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _leave_signals_to_parent(parent: int, worker: int) -> None:
     """Keeps a worker alive when the scheduler or the terminal signals the whole job.
 
-    The trainer answers such a signal by saving, for which it needs the batches of the step it is in. The parent's own SIGTERM
-    (its clean-up) still ends the worker.
+    The trainer responds to such a signal by saving. It needs the batches of the current step for
+    that. The parent's own SIGTERM (its clean-up) still ends the worker.
     """
     if sys.platform == "linux":
-        # Blocked on a full pipe it would not notice that a killed parent is gone.
+        # A worker that is blocked on a full pipe would not notice that its parent was killed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
+        # The parent may have died before that call. In a container it may itself be process 1.
+        if os.getppid() != parent:
             os._exit(1)
-    os.setpgid(
-        0, 0
-    )  # what is sent to the trainer's process group (Ctrl-C, timeout) does not reach it
+    # A process group for the worker alone. Signals to the trainer's group (Ctrl-C, timeout) do not
+    # reach it.
+    os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Blocked, so that the thread can receive it together with its sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_parents_sigterm, daemon=True).start()
 
 
 def _await_parents_sigterm() -> None:
+    """Ends the worker on a SIGTERM from its parent. Ignores a SIGTERM from other processes."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

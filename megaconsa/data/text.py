@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library's own sources, and text files and folders of the user's."""
+"""Sources of documents: the standard library's source code, and the user's files and folders."""
 
 from __future__ import annotations
 
@@ -11,51 +11,39 @@ from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
 PYTHON = "python"
-"""The source that stands for the standard library."""
-SUFFIXES = (
-    *(".txt", ".md", ".rst", ".tex", ".html", ".jsonl"),
-    *(
-        ".py",
-        ".pyi",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".java",
-        ".js",
-        ".ts",
-        ".go",
-        ".rs",
-        ".rb",
-        ".sh",
-        ".sql",
-    ),
+"""The name of the source that is the standard library."""
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".jsonl")
+_CODE_SUFFIXES = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh"),
+    *(".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
 )
-"""What is read from a folder; a file that is named itself is read whatever its suffix."""
+SUFFIXES = _TEXT_SUFFIXES + _CODE_SUFFIXES
+"""Files with these suffixes are read from a folder. A file that is named itself is always read."""
 ORDER_SEED = 0
+"""Seed of the shuffled order of files."""
 
 
 def python_sources() -> list[Path]:
     """The standard library's .py files, in a shuffled order that is the same on every machine.
 
-    Without third-party packages, and without the test folders, which some distributions leave out and which hold files in
-    deliberately broken encodings.
+    Third-party packages are left out. So are the test folders: some distributions lack them, and
+    they hold files in deliberately broken encodings.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests"}
+    # Relative paths, so that only folders inside the library can be left out.
     files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [
-        root / file for file in _shuffled(file for file in files if not left_out & set(file.parts))
-    ]
+    kept = [file for file in files if left_out.isdisjoint(file.parts)]
+    return [root / file for file in _shuffled(kept)]
 
 
 def find_files(sources: Sequence[str]) -> list[Path]:
-    """The files of all sources (`python`, files, folders), source by source, each folder's in a fixed shuffled order.
+    """The files of all sources, source by source.
 
-    InputError for a source that does not exist or holds no text.
+    sources: `python`, files or folders.
+
+    The files of a folder come in a fixed shuffled order. Raises InputError for a source that does
+    not exist or holds no text.
     """
     files: list[Path] = []
     for source in sources:
@@ -65,28 +53,32 @@ def find_files(sources: Sequence[str]) -> list[Path]:
         elif path.is_file():
             found = [path]
         elif path.is_dir():
-            inside = (
-                file.relative_to(path)
-                for file in path.rglob("*")
-                if file.suffix in SUFFIXES and file.is_file()
-            )
+            inside = []
+            for file in path.rglob("*"):
+                if file.suffix in SUFFIXES and file.is_file():
+                    inside.append(file.relative_to(path))
             found = [path / file for file in _shuffled(inside)]
         else:
             raise InputError(
-                f"source {source}: no such file or folder, name text files, folders of them, or `{PYTHON}`"
+                f"source {source}: no such file or folder, "
+                f"name text files, folders of them, or `{PYTHON}`"
             )
         if not found:
             raise InputError(
-                f"source {source}: the folder holds no text files, expected one of {' '.join(SUFFIXES)}"
+                f"source {source}: the folder holds no text files, "
+                f"expected one of {' '.join(SUFFIXES)}"
             )
         files += found
     return files
 
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
-    """The documents, exactly as stored: one a file, or of a .jsonl file the `text` of each line. Empty ones are passed over.
+    """The documents, exactly as stored.
 
-    InputError, with file and line, for what is not UTF-8 or not such JSON.
+    A file is one document. A .jsonl file has one document per line, in the field `text`. Empty
+    documents are skipped.
+
+    Raises InputError, with file and place, where text is not UTF-8 or a line is not such JSON.
     """
     for file in files:
         try:
@@ -105,6 +97,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _read_lines(file: Path) -> Iterator[str]:
+    """The documents of a .jsonl file."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -112,16 +105,19 @@ def _read_lines(file: Path) -> Iterator[str]:
             try:
                 text = parse_json(line)["text"]
             except UnicodeDecodeError:
-                raise
+                raise  # it is a ValueError too, but `read_documents` has a message for it
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f'{file}, line {number}: expected a JSON object with a field "text", mend the line'
+                    f'{file}, line {number}: expected a JSON object with a field "text", '
+                    "mend the line"
                 ) from error
             if not isinstance(text, str):
                 raise InputError(
-                    f'{file}, line {number}: field "text" is {type(text).__name__}, make it a string'
+                    f'{file}, line {number}: field "text" is {type(text).__name__}, '
+                    "make it a string"
                 )
             try:
+                # JSON can spell half a surrogate pair, which UTF-8 cannot hold.
                 text.encode()
             except UnicodeEncodeError as error:
                 raise InputError(
@@ -132,7 +128,10 @@ def _read_lines(file: Path) -> Iterator[str]:
 
 
 def _shuffled(files: Iterable[Path]) -> list[Path]:
-    """Sorted by name first: what the file system lists in whatever order comes out in one."""
+    """The files in a fixed shuffled order.
+
+    They are sorted by name first, because file systems list them in different orders.
+    """
     order = sorted(files, key=Path.as_posix)
     random.Random(ORDER_SEED).shuffle(order)
     return order

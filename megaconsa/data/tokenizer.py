@@ -1,4 +1,7 @@
-"""The tokenizer: any Hugging Face tokenizer folder, or a sentencepiece BPE of one's own that is one too."""
+"""The tokenizer: any Hugging Face tokenizer folder, or a sentencepiece BPE that we train.
+
+A trained BPE is written as a Hugging Face folder too.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +29,38 @@ from megaconsa.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"
-"""What sentencepiece writes for a space. A text that holds this character itself reads back with a space in its place."""
+"""The character that sentencepiece writes for a space.
+
+Where a text holds this character itself, it reads back as a space.
+"""
 SMALLEST_VOCABULARY = 512
 """256 byte pieces, two special tokens, and room for the characters of the text."""
 CHUNK = 4000
-"""Characters of a training sentence: sentencepiece skips, silently, what is longer than its limit."""
+"""Characters of a training sentence. sentencepiece silently skips sentences above its limit."""
 CHECKED_DOCUMENTS = 200
+"""Number of documents on which both formats of a trained tokenizer are compared."""
 
 
 class Tokenizer:
-    """Text to ids and back, without special tokens. Literal names of special tokens in a text are encoded as plain text."""
+    """Text to ids and back, without special tokens.
+
+    Literal names of special tokens in a text are encoded as plain text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path | None = None) -> None:
-        """folder: where it was loaded from; None for one that was just made."""
+        """folder: where the tokenizer was loaded from, or None for a new one."""
         self._tokenizer = tokenizer
         self._folder = folder
         self._backend = tokenizer.backend_tokenizer
-        # A document that spells "<|endoftext|>" must not end there; and nothing may cut or pad documents.
+        # A document that spells "<|endoftext|>" must not end there.
         self._backend.encode_special_tokens = True
+        # Documents must be neither cut nor padded.
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size: int = largest_id(tokenizer) + 1
-        """One more than the largest id, special tokens included: what a model needs, also where ids
-        have holes.
+        """One more than the largest id, special tokens included.
+
+        A model needs this many embeddings, even where the ids have holes.
         """
         self.end_of_text: int = tokenizer.eos_token_id
         """Id of the token that follows each document."""
@@ -57,7 +69,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Reads a tokenizer folder.
 
-        InputError where it is missing, contradictory, or has no end-of-text token.
+        Raises InputError where it is missing, contradictory, or has no end-of-text token.
         """
         if not folder.is_dir():
             raise InputError(
@@ -68,50 +80,51 @@ class Tokenizer:
             raise InputError(f"tokenizer {folder}: it has no fast version, add its tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"tokenizer {folder}: it has no end-of-text token, set eos_token in tokenizer_config.json"
+                f"tokenizer {folder}: it has no end-of-text token, "
+                "set eos_token in tokenizer_config.json"
             )
         return cls(tokenizer, folder)
 
     def copy(self, folder: Path) -> None:
-        """Makes `folder`, which `load` reads as this tokenizer under every release, of the files it
-        was loaded from.
+        """Creates `folder` from the files that this tokenizer was loaded from.
+
+        `load` reads the copy as the same tokenizer under every release of transformers.
         """
         assert self._folder is not None
         folder.mkdir(parents=True)
         copy_tokenizer(self._folder, folder)
         if not (folder / TOKENIZER_JSON).exists():
-            # Converted from an older format, which the next release may do otherwise.
+            # The tokenizer was converted from an older format.
+            # The next release of transformers may convert it differently.
             self._backend.save(str(folder / TOKENIZER_JSON))
 
     def save(self, folder: Path) -> None:
-        """Writes the folder that `load` reads; for a tokenizer of our own, as transformers' writer
-        bends those of others.
+        """Writes the folder that `load` reads.
+
+        Use it only for tokenizers that we trained. transformers' writer changes other tokenizers.
         """
         self._tokenizer.save_pretrained(str(folder))
-        # transformers 5 notes a class that 4 does not know; both know this one.
+        # transformers 5 writes a class name that version 4 does not know. Both know this one.
         file = folder / "tokenizer_config.json"
         config = parse_json(file.read_text())
         if config["tokenizer_class"] == "TokenizersBackend":
-            file.write_text(
-                json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
-                + "\n"
-            )
+            config = {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, on all cores."""
-        return [
-            encoding.ids
-            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """The ids of each text. All cores are used."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens spelled out."""
+        """The text of the ids, with special tokens spelled out."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a text gets other ids; compare with `same_tokenizer`."""
+        """Changes when a text gets other ids. Compare it with `same_tokenizer`."""
         content = json.loads(self._backend.to_str())
+        # The post-processor comes from the file: transformers replaces it when it loads.
         written = content
         if self._folder is not None and (self._folder / TOKENIZER_JSON).is_file():
             written = read_mapping(self._folder / TOKENIZER_JSON)
@@ -119,11 +132,16 @@ class Tokenizer:
 
 
 def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int) -> None:
-    """Trains a BPE and writes `sentencepiece.model` and the same tokenizer in Hugging Face's format into `folder`.
+    """Trains a BPE and writes it into `folder` in two formats.
 
-    Text round-trips exactly, tabs, newlines and runs of spaces included; characters that the vocabulary lacks become bytes.
-    The result is a function of the documents and the size alone. InputError where the text does not fit the size;
-    RuntimeError where the two formats give different ids.
+    vocab_size: number of tokens, special tokens and bytes included.
+
+    The formats are `sentencepiece.model` and Hugging Face's. Text round-trips exactly, including
+    tabs, newlines and runs of spaces. Characters that the vocabulary lacks become bytes. The result
+    is a function of the documents and the size alone.
+
+    Raises InputError where the text does not fit the size. Raises RuntimeError where the two
+    formats give different ids.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
@@ -144,7 +162,7 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
             split_digits=True,
             byte_fallback=True,
             character_coverage=0.9999,
-            max_sentence_length=4 * CHUNK,  # bytes
+            max_sentence_length=4 * CHUNK,  # in bytes, of which a character has up to four
             num_threads=2,
             unk_id=0,
             eos_id=1,
@@ -156,7 +174,8 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
     except RuntimeError as error:
         reason = str(error).split("] ")[-1].strip()
         raise InputError(
-            f"vocabulary {vocab_size} does not fit this text (sentencepiece: {reason}), choose another size"
+            f"vocabulary {vocab_size} does not fit this text (sentencepiece: {reason}), "
+            "choose another size"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.model").write_bytes(model.getvalue())
@@ -168,15 +187,21 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
         clean_up_tokenization_spaces=False,
     )
     Tokenizer(fast).save(folder)
-    for text, ids in zip(sample, Tokenizer.load(folder).encode_batch(sample), strict=True):
+    # Compare what was written, not what is in memory.
+    encoded = Tokenizer.load(folder).encode_batch(sample)
+    for text, ids in zip(sample, encoded, strict=True):
         if processor.encode(text) != ids:
             raise RuntimeError(
-                f"sentencepiece and tokenizer.json in {folder} encode a document differently: {text[:80]!r}..."
+                f"sentencepiece and tokenizer.json in {folder} encode a document differently: "
+                f"{text[:80]!r}..."
             )
 
 
 def _chunks(documents: Iterable[str], sample: list[str]) -> Iterator[str]:
-    """The documents in pieces short enough for sentencepiece; keeps the first ones in `sample`."""
+    """The documents in pieces that are short enough for sentencepiece.
+
+    Keeps the first CHECKED_DOCUMENTS documents in `sample`.
+    """
     documents = iter(documents)
     for text in islice(documents, CHECKED_DOCUMENTS):
         sample.append(text)
@@ -190,30 +215,39 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
-    """The same BPE in the tokenizers library: sentencepiece's scores become an order of merges."""
+    """The same BPE in the tokenizers library. sentencepiece's scores become an order of merges."""
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    normal = [
-        i
-        for i in range(len(pieces))
-        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-    ]
+    normal = []
+    for i in range(len(pieces)):
+        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i)):
+            normal.append(i)
+    # Pieces with larger scores are merged first.
+    normal.sort(key=lambda i: (-processor.get_score(i), i))
     merges: list[tuple[str, str]] = []
-    for i in sorted(normal, key=lambda i: (-processor.get_score(i), i)):
-        halves = [(pieces[i][:cut], pieces[i][cut:]) for cut in range(1, len(pieces[i]))]
-        known = [
-            (left, right) for left, right in halves if left in vocabulary and right in vocabulary
-        ]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    for i in normal:
+        merges += _merges_into(pieces[i], vocabulary)
 
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # No piece has a space after another character, so no merge crosses these cuts: they change nothing but the speed.
+    # No piece has a space after another character, so no merge crosses these cuts.
+    # They change nothing but the speed.
     words = tokenizers.Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer
+
+
+def _merges_into(piece: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that join to `piece`, in the order of their ids."""
+    pairs = []
+    for cut in range(1, len(piece)):
+        left = piece[:cut]
+        right = piece[cut:]
+        if left in vocabulary and right in vocabulary:
+            pairs.append((left, right))
+    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

@@ -1,5 +1,6 @@
-"""A tokenizer folder of Hugging Face's format: its files, and reading it alike under every release
-of transformers.
+"""Tokenizer folders in Hugging Face's format: their files, and loading them.
+
+Loading gives the same tokenizer under every release of transformers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
 GENERATION_CONFIG = "generation_config.json"
-"""Of a model's folder: the ids that end its answers, and how it samples. It goes where the
-tokenizer goes.
+"""A file of a model's folder. It says which ids end the model's answers, and how it samples.
+
+It is copied together with the tokenizer.
 """
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -34,13 +36,14 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
     GENERATION_CONFIG,
 )
-"""Files and folders that stand in a tokenizer folder, as far as it has them."""
+"""Files and folders that a tokenizer folder may have."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the files of a tokenizer folder that transformers reads, byte for byte.
 
-    Never saved anew: what transformers 5 saves, transformers 4 may not load.
+    They are copied, not loaded and saved: transformers 4 may fail to load what transformers 5
+    saves.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_dir():
@@ -50,24 +53,24 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of the folder, which cuts a text as tokenizer.json says and gives the
-    ids that it says.
+    """Loads transformers' tokenizer from the folder.
 
-    No code in the folder is run. InputError where transformers cannot load it, where a token would
-    have another id than the files give it, and where the text would end with a token that they do
-    not have.
+    The tokenizer splits text and gives ids as tokenizer.json says. No code in the folder is run.
+
+    Raises InputError where transformers cannot load the folder. Also raises it where a token would
+    get another id than the files give it, and where the end-of-text token is not in the files.
     """
     file = folder / TOKENIZER_JSON
     try:
         config = read_mapping(folder / TOKENIZER_CONFIG)
         written = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
         tokenizer = _load(folder, written, _readable(config))
-    except (
-        Exception
-    ) as error:  # transformers raises whatever its readers raise; all of it means "not a tokenizer"
+    except Exception as error:
+        # transformers raises whatever its readers raise. All of it means "not a tokenizer".
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"tokenizer {folder}: transformers cannot load it ({reason}), name one with tokenizer.json"
+            f"tokenizer {folder}: transformers cannot load it ({reason}), "
+            "name one with tokenizer.json"
         ) from error
     if written is not None:
         _check_ids(folder, tokenizer, written, config)
@@ -75,29 +78,34 @@ def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id of any token; where ids have holes it exceeds their number."""
+    """The largest id of any token. It exceeds the number of ids where they have holes."""
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """InputError where the tokenizer of `folder` has an id that a model of `vocab_size` tokens has
-    no embedding for.
+    """Raises InputError where a token's id has no embedding in a model of `vocab_size` tokens.
+
+    folder: the tokenizer's folder, for the error message.
     """
     largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise InputError(
-            f"tokenizer={folder} has a token {largest}, but the model's vocab_size is {vocab_size}; give the model's own tokenizer"
+            f"tokenizer={folder} has a token {largest}, but the model's vocab_size is "
+            f"{vocab_size}; give the model's own tokenizer"
         )
 
 
 def _cutting(backend: tokenizers.Tokenizer) -> list[Any]:
-    """What decides how a text is cut before the vocabulary is looked at."""
+    """Normalizer and pre-tokenizer, which split a text before the vocabulary is used."""
     parts = (backend.normalizer, backend.pre_tokenizer)
     return [None if part is None else part.__getstate__() for part in parts]
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """A JSON file's mapping; an empty one where there is no such file."""
+    """The mapping in a JSON file, or an empty one where the file does not exist.
+
+    Raises ValueError where the file holds anything else.
+    """
     content = parse_json(file.read_text()) if file.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not a mapping")
@@ -105,8 +113,9 @@ def read_mapping(file: Path) -> dict[str, Any]:
 
 
 def _readable(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings to load with, beside those of tokenizer_config.json: what transformers 5 saves there
-    stops transformers 4.
+    """Settings for loading that override those of tokenizer_config.json.
+
+    transformers 4 fails on a list of extra_special_tokens, which transformers 5 saves.
     """
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and int(transformers.__version__.split(".")[0]) < 5:
@@ -119,12 +128,16 @@ def _load(
     written: tokenizers.Tokenizer | None,
     settings: dict[str, Any],
 ) -> PreTrainedTokenizerBase:
-    """As the class that the folder names, unless this transformers lacks it or builds it otherwise
-    than tokenizer.json.
+    """Loads the tokenizer as the class that the folder names.
 
-    transformers 5 has classes that take the vocabulary alone from tokenizer.json.
+    written: the tokenizer as tokenizer.json says, or None without that file.
+    settings: passed to transformers.
+
+    The generic class replaces the named one where this release of transformers lacks it, or where
+    it does not follow tokenizer.json. transformers 5 has classes that read only the vocabulary from
+    tokenizer.json.
     """
-    # False, not left out: transformers would ask on the terminal.
+    # trust_remote_code is given as False. Without it, transformers would ask on the terminal.
     where = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **where, **settings)
@@ -145,25 +158,31 @@ def _check_ids(
     written: tokenizers.Tokenizer,
     config: dict[str, Any],
 ) -> None:
-    # tokenizers numbers added tokens anew where they do not follow on the vocabulary, so they are
-    # taken from the file.
-    added = read_mapping(folder / TOKENIZER_JSON).get("added_tokens") or []
-    promised = {
-        token["content"]: int(index)
-        for index, token in (config.get("added_tokens_decoder") or {}).items()
-    }
-    promised |= written.get_vocab(with_added_tokens=False) | {
-        token["content"]: token["id"] for token in added
-    }
+    """Raises InputError where loaded ids differ from the files', or the files lack the eos token.
+
+    written: the tokenizer as tokenizer.json says.
+    config: the content of tokenizer_config.json.
+    """
+    promised: dict[str, int] = {}
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        promised[token["content"]] = int(index)
+    # tokenizer.json comes last, so it wins over tokenizer_config.json.
+    promised |= written.get_vocab(with_added_tokens=False)
+    # The tokenizers library renumbers added tokens where they do not directly follow the
+    # vocabulary. Their ids are therefore taken from the file.
+    for token in read_mapping(folder / TOKENIZER_JSON).get("added_tokens") or []:
+        promised[token["content"]] = token["id"]
     loaded = tokenizer.get_vocab()
     for token, index in promised.items():
         if loaded.get(token) != index:
             raise InputError(
-                f"tokenizer {folder}: its files give {token!r} the id {index}, but it loads with {loaded.get(token)}; "
+                f"tokenizer {folder}: its files give {token!r} the id {index}, "
+                f"but it loads with {loaded.get(token)}; "
                 "number added tokens on from the vocabulary, without a gap"
             )
     end = tokenizer.eos_token
     if end is not None and end not in promised:
         raise InputError(
-            f"tokenizer {folder}: eos_token={end!r} in {TOKENIZER_CONFIG} is no token of {TOKENIZER_JSON}; name one that is"
+            f"tokenizer {folder}: eos_token={end!r} in {TOKENIZER_CONFIG} is no token of "
+            f"{TOKENIZER_JSON}; name one that is"
         )

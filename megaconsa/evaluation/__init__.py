@@ -1,1 +1,1 @@
-"""Judging a trained model or an export of it. Reads checkpoints and exported folders."""
+"""Evaluates a trained model or an export of it. Reads checkpoints and exported folders."""

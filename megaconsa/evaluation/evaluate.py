@@ -1,4 +1,8 @@
-"""All models through all parts of an evaluation: checked first, then measured one by one, written as each part ends."""
+"""Runs an evaluation: all models through all parts.
+
+All inputs are checked first. Then the models are measured one by one, and each part is saved when
+it ends.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,11 @@ from megaconsa.huggingface.decoding import use_kernels
 
 
 def evaluate(request: Request) -> Evaluation:
-    """Measures what `out`/evaluation.json does not hold yet, and returns all that it holds then.
+    """Measures whatever `out`/evaluation.json does not hold yet.
 
-    InputError, with nothing written, for what cannot work, and where `out` holds an evaluation with other settings; RunError where a model
-    or a task fails, with what was measured before kept.
+    Returns the complete content of the file. Raises InputError, with nothing written, if the
+    request cannot work or if `out` holds an evaluation with other settings. Raises RunError if a
+    model or a task fails. Earlier results are kept then.
     """
     info = DatasetInfo.load(request.data)
     models = open_models(request.models, request.data, info)
@@ -36,33 +41,37 @@ def evaluate(request: Request) -> Evaluation:
     for model in models:
         if harness and not model.source.has_tokenizer:
             raise InputError(
-                f"--task needs a tokenizer, and {model.folder} was exported without one; export it with --tokenizer"
+                f"--task needs a tokenizer, and {model.folder} was exported without one; "
+                "export it with --tokenizer"
             )
     held_out = HeldOut(request.data)
-    needles = (
-        Needles(Tokenizer.load(request.data / TOKENIZER), held_out, request.seed)
-        if request.needles
-        else None
-    )
+    needles = None
+    if request.needles:
+        tokenizer = Tokenizer.load(request.data / TOKENIZER)
+        needles = Needles(tokenizer, held_out, request.seed)
     settings = settle(request, held_out, models, needles, harness)
-    record = (
-        Evaluation(settings=settings)
-        if record is None
-        else continued(record, settings, request.out)
-    )
+    if record is None:
+        record = Evaluation(settings=settings)
+    else:
+        record = continued(record, settings, request.out)
     if request.device.type == "cuda":
-        torch.cuda.set_device(request.device)  # where Triton launches its kernels
+        torch.cuda.set_device(request.device)  # Triton launches its kernels on the current device
     for model in models:
         try:
             _measure(model, request, record, held_out, needles, harness)
         except torch.OutOfMemoryError:
             raise RunError(
-                f"{model.label}: out of GPU memory; the same command goes on with a smaller --batch-tokens"
+                f"{model.label}: out of GPU memory; "
+                "the same command goes on with a smaller --batch-tokens"
             ) from None
     return record
 
 
 def _existing(out: Path) -> Evaluation | None:
+    """Reads the evaluation in `out`, if there is one.
+
+    Raises InputError if `out` holds anything else.
+    """
     if (out / FILE).is_file():
         return Evaluation.load(out / FILE)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -80,8 +89,9 @@ def _measure(
     needles: Needles | None,
     harness: Harness | None,
 ) -> None:
-    """Measures the parts that the record lacks, and saves it after each."""
-    held, settings = _known(model, request.device, record), record.settings
+    """Measures the parts that the record lacks, and saves the record after each of them."""
+    held = _known(model, request.device, record)
+    settings = record.settings
 
     def finish(part: str, result: Any) -> None:
         setattr(held, part, result)
@@ -101,41 +111,40 @@ def _measure(
     if not missing:
         return
     loaded, tokenizer = model.load(request.device, getattr(torch, request.dtype))
-    if "harness" in missing:  # first, for it generates with transformers' own cache
+    # The harness comes before use_kernels, because it generates with transformers' own cache.
+    if "harness" in missing:
         assert harness is not None
         console.print(f"{model.label}: {', '.join(harness.settings.tasks)}", markup=False)
         finish("harness", harness.measure(loaded, tokenizer, request.batch_tokens))
     if request.device.type == "cuda":
-        use_kernels(
-            loaded
-        )  # transformers' masks of windowed heads would grow with the square of the length
+        # transformers' masks of windowed heads would grow with the square of the length.
+        use_kernels(loaded)
     if "perplexity" in missing:
         assert settings.perplexity is not None
         length = settings.perplexity.length
         chosen = perplexity.choose_documents(held_out, length, settings.perplexity.documents)
         total = int(np.minimum(held_out.lengths[chosen] - 1, length).sum())
         with progress(f"{model.label}: perplexity", total, "tokens") as task:
-            finish(
-                "perplexity",
-                perplexity.measure(
-                    loaded, held_out, chosen, length, request.batch_tokens, task.advance
-                ),
+            losses = perplexity.measure(
+                loaded, held_out, chosen, length, request.batch_tokens, task.advance
             )
+            finish("perplexity", losses)
     if "needle" in missing:
         assert settings.needle is not None
         assert needles is not None
         total = len(settings.needle.lengths) * len(settings.needle.depths) * settings.needle.needles
         with progress(f"{model.label}: needles", total, "examples") as task:
-            finish(
-                "needle",
-                needle.measure(
-                    loaded, needles, settings.needle, request.batch_tokens, task.advance
-                ),
+            found = needle.measure(
+                loaded, needles, settings.needle, request.batch_tokens, task.advance
             )
+            finish("needle", found)
 
 
 def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelRecord:
-    """What the record holds of the model, or, if that is nothing or another model, its description."""
+    """Returns the record of the model.
+
+    It is a new one, without results, if the record has none or holds another model of that label.
+    """
     known = record.models.get(model.label)
     if known is not None and known.digest == model.digest:
         return known
@@ -154,14 +163,12 @@ def _known(model: Candidate, device: torch.device, record: Evaluation) -> ModelR
 
 
 def _compare(record: Evaluation) -> None:
-    """Each model's loss beside the first one's."""
-    measured = {
-        label: model.perplexity
-        for label, model in record.models.items()
-        if model.perplexity is not None
-    }
-    base = record.models[next(iter(record.models))].perplexity
+    """Compares the loss of each model with that of the first one."""
+    first, *others = record.models.items()
+    base = first[1].perplexity
     record.differences = {}
-    if base is not None:
-        for label, result in list(measured.items())[1:]:
-            record.differences[label] = perplexity.difference(base, result)
+    if base is None:
+        return
+    for label, model in others:
+        if model.perplexity is not None:
+            record.differences[label] = perplexity.difference(base, model.perplexity)

@@ -1,4 +1,4 @@
-"""Whether an exported folder computes what the checkpoint computes."""
+"""Checks that an exported folder computes the same as the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
 
 TOLERANCE = 1e-5
-"""Largest difference of fp32 logits, as a share of the largest logit, that rounding explains."""
+"""Largest difference of fp32 logits that rounding explains, as a share of the largest logit."""
 
 
 def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
-    """The first tokens that the checkpoint's run held out, (1, S) int64; at most `length`, and at
-    most one sequence.
+    """Returns the first tokens that the checkpoint's run held out, (1, S) int64.
 
-    InputError where the run's data folder has come to hold tokens of another tokenizer.
+    S is at most `length`, and at most the length of one sequence. Raises InputError if the run's
+    data folder now holds tokens of another tokenizer.
     """
     folder = Path(checkpoint.state["config"]["data"]["path"])
-    trained, found = (
-        checkpoint.state["data"]["tokenizer_fingerprint"],
-        DatasetInfo.load(folder).tokenizer_fingerprint,
-    )
+    trained = checkpoint.state["data"]["tokenizer_fingerprint"]
+    found = DatasetInfo.load(folder).tokenizer_fingerprint
     if not same_tokenizer(trained, found):
         raise InputError(
-            f"data.path={folder} has come to hold data of another tokenizer (fingerprint {found}) than the run was trained with "
-            f"({trained}); restore the run's data, or give its tokenizer's folder with --tokenizer and leave --verify out"
+            f"data.path={folder} has come to hold data of another tokenizer (fingerprint {found}) "
+            f"than the run was trained with ({trained}); restore the run's data, "
+            "or give its tokenizer's folder with --tokenizer and leave --verify out"
         )
     shards = TokenShards(folder, "validation")
     return torch.from_numpy(shards[0][:length].astype("int64"))[None]
@@ -51,10 +50,16 @@ def logit_difference(
     allocation: Allocation,
     tokens: Tensor,
 ) -> float:
-    """Runs the export and megaconsa's own model (reference attention) in fp32 on `tokens` (B, S).
+    """Compares the logits of the export with those of megaconsa's own model, both in fp32.
 
-    `weights`, those of the checkpoint, are first rounded to the precision of the export. Returns the largest absolute difference of
-    the logits over the largest logit; raises RunError where it exceeds TOLERANCE.
+    megaconsa's model uses the reference attention.
+
+    folder: the export.
+    weights: the checkpoint's. They are first rounded to the precision of the export.
+    tokens: (B, S).
+
+    Returns the largest absolute difference of the logits, divided by the largest logit. Raises
+    RunError if it exceeds TOLERANCE.
     """
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))
@@ -62,8 +67,9 @@ def logit_difference(
     rounded = {name: value.to(dtype).float() for name, value in weights.items()}
     model.load_state_dict(rounded, strict=not shape.tie_word_embeddings)
     difference = compare_logits(folder, tokens, model(tokens))
-    if not difference <= TOLERANCE:
+    if not difference <= TOLERANCE:  # not `>`, which would accept NaN
         raise RunError(
-            f"{folder}: logits differ from the checkpoint's by {difference:.1e} of the largest logit: the export is wrong"
+            f"{folder}: logits differ from the checkpoint's by {difference:.1e} "
+            "of the largest logit: the export is wrong"
         )
     return difference

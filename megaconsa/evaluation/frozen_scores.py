@@ -1,4 +1,4 @@
-"""Methods that score units on frozen weights, as means per token over a sample."""
+"""Methods that score units on frozen weights. Scores are means per token over a sample."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from megaconsa.evaluation.native_model import NativeModel, Sample, predicted_tok
 
 
 def leave_one_out(model: NativeModel, sample: Sample) -> Estimate:
-    """Rise of the loss when one unit alone is windowed in the dense model, nats per token."""
+    """Measures how much the loss rises when one unit alone is windowed in the dense model.
+
+    Scores are in nats per token.
+    """
     return _change_each(model, sample, model.table(True), "leave-one-out")
 
 
 def leave_one_in(model: NativeModel, sample: Sample) -> Estimate:
-    """Fall of the loss when one unit alone is full in an all-windowed model, nats per token."""
+    """Measures how much the loss falls when one unit alone is full in an all-windowed model.
+
+    Scores are in nats per token.
+    """
     rise = _change_each(model, sample, model.table(False), "leave-one-in")
     return Estimate(-rise.scores, rise.standard_errors)
 
 
 @torch.no_grad()
 def _change_each(model: NativeModel, sample: Sample, base: Tensor, name: str) -> Estimate:
-    """Rise of the loss when one unit alone is not as in the table `base`.
+    """Measures how much the loss rises when one unit alone differs from the table `base`.
+
+    base: (layers, units) booleans. name: for the progress bar.
 
     Layers below the changed one are not run again, since their output is that of the base table.
     Losses are compared sequence by sequence, so that what sequences have in common cancels out.
@@ -52,9 +60,10 @@ def _change_each(model: NativeModel, sample: Sample, base: Tensor, name: str) ->
 
 
 def gate_gradient(model: NativeModel, sample: Sample, z: float) -> Estimate:
-    """Fall of the loss per unit of z with all gates at `z`: minus its gradient, nats per token.
+    """Computes minus the gradient of the loss with respect to each gate, with all gates at `z`.
 
-    Every sequence has gates of its own, so one backward pass gives the gradient of each.
+    This is the fall of the loss per unit of z, in nats per token. Each sequence has its own gates,
+    so one backward pass gives the gradient of each sequence.
     """
     falls = []
     tokens = []
@@ -65,7 +74,7 @@ def gate_gradient(model: NativeModel, sample: Sample, z: float) -> Estimate:
             model.use(gates)
             (gradient,) = torch.autograd.grad(model.mean_loss(batch), gates)
             predicted = predicted_tokens(batch)
-            # The loss is a mean over the batch's tokens, the estimate wants each sequence's sum.
+            # The loss is a mean over the batch's tokens. The estimate needs each sequence's sum.
             falls.append(-gradient.double() * predicted.sum())
             tokens.append(predicted)
             task.advance(len(batch.tokens))
@@ -74,10 +83,10 @@ def gate_gradient(model: NativeModel, sample: Sample, z: float) -> Estimate:
 
 @torch.no_grad()
 def attention_mass(model: NativeModel, sample: Sample) -> Estimate:
-    """Attention probability of the dense model on keys outside the window.
+    """Measures the attention probability of the dense model on keys outside the window.
 
-    It is the mean over the queries that have such keys and over a unit's query heads. Raises
-    InputError where no document of the sample is longer than the window.
+    It is the mean over a unit's query heads and over the queries that have such keys. Raises
+    InputError if no document of the sample is longer than the window.
     """
     window = model.selector.window
     model.use(model.table(True))
@@ -104,5 +113,8 @@ def attention_mass(model: NativeModel, sample: Sample) -> Estimate:
 
 
 def _estimate(sums: list[Tensor], counts: list[Tensor]) -> Estimate:
-    """sums: (B, layers, units) of each batch; counts: (B,)."""
+    """Estimates means from the batches.
+
+    sums: (B, layers, units) of each batch. counts: (B,) of each batch.
+    """
     return estimate(torch.cat(sums).cpu(), torch.cat(counts).cpu())

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval-harness, an extra of the installation, on a loaded export."""
+"""Runs tasks of lm-eval-harness on a loaded export. lm-eval is an optional dependency."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.record import HarnessSettings, Metric
 
 TOKENS_OF_A_REQUEST = 1024
-"""By which the number of requests in a batch follows from its tokens."""
+"""Assumed length of a request, which turns a batch's tokens into its number of requests."""
 
 
 class Harness:
-    """The tasks, found and checked once for all models. Paths of data in the tasks of a folder are relative to it."""
+    """The tasks of an evaluation, found and checked once for all models.
+
+    Data paths in the tasks of a folder are relative to that folder.
+    """
 
     def __init__(self, tasks: Sequence[str], folder: Path | None) -> None:
-        """Finds `tasks` in `folder`, or, if that is None, among those that lm-eval brings.
+        """Finds `tasks` in `folder`, or among lm-eval's own tasks if `folder` is None.
 
-        InputError where lm-eval is not installed, a task is not there, or its data cannot be read.
+        Raises InputError if lm-eval is not installed, a task does not exist, or its data cannot be
+        read.
         """
-        if (
-            importlib.util.find_spec("lm_eval") is None
-            or importlib.util.find_spec("accelerate") is None
-        ):
+        has_lm_eval = importlib.util.find_spec("lm_eval") is not None
+        has_accelerate = importlib.util.find_spec("accelerate") is not None
+        if not has_lm_eval or not has_accelerate:
             raise InputError(
                 "--task needs lm-eval; install it with: pip install 'megaconsa[harness]'"
             )
@@ -43,13 +46,12 @@ class Harness:
 
         self._folder = None if folder is None else folder.absolute()
         self._manager = TaskManager(include_path=self._folder, include_defaults=folder is None)
+        if folder is None:
+            known = "among lm-eval's; --task-folder names a folder of your own"
+        else:
+            known = f"in {folder}"
         for task in tasks:
             if task not in self._manager.all_tasks:
-                known = (
-                    "among lm-eval's; --task-folder names a folder of your own"
-                    if folder is None
-                    else f"in {folder}"
-                )
                 raise InputError(f"--task {task} is not {known}")
         self._read_data(tasks)
         self.settings = HarnessSettings(
@@ -61,9 +63,10 @@ class Harness:
     def measure(
         self, model: Any, tokenizer: Any, batch_tokens: int
     ) -> dict[str, dict[str, Metric]]:
-        """Every metric of every task, with its standard error where lm-eval gives one.
+        """Runs all tasks on a model.
 
-        RunError where lm-eval fails.
+        Returns task -> metric name -> metric, with a standard error if lm-eval gives one. Raises
+        RunError if lm-eval fails.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -73,7 +76,8 @@ class Harness:
             tokenizer=tokenizer,
             backend="causal",
             batch_size=max(1, batch_tokens // TOKENS_OF_A_REQUEST),
-            softmax_dtype=torch.float32,  # or in the model's: rounded to bfloat16, choices tie
+            # In the model's bfloat16, rounding would make choices tie.
+            softmax_dtype=torch.float32,
         )
         try:
             with self._beside_data():
@@ -83,55 +87,64 @@ class Harness:
                     task_manager=self._manager,
                     log_samples=False,
                 )
-        except Exception as error:  # tasks are code and data of others
+        except Exception as error:  # tasks are foreign code and data, and may raise anything
             raise RunError(
                 f"lm-eval failed: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         return {task: _metrics(values) for task, values in found["results"].items()}
 
     def _read_data(self, tasks: Sequence[str]) -> None:
-        """Before a model is loaded; lm-eval reads them again for each, out of the cache of datasets."""
+        """Reads the data before a model is loaded, so that missing data is found early.
+
+        lm-eval reads it again for each model, from the cache of the datasets library.
+        """
         try:
             with self._beside_data():
                 self._manager.load(list(tasks))
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # of datasets: a missing file, no network, another format
+        # The datasets library raises these for a missing file, no network or another format.
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"--task {' '.join(tasks)}: data cannot be read ({' '.join(str(error).split())}); name files beside the task, or fill "
-                "Hugging Face's cache with HF_HUB_OFFLINE=0"
+                f"--task {' '.join(tasks)}: data cannot be read ({' '.join(str(error).split())}); "
+                "name files beside the task, or fill Hugging Face's cache with HF_HUB_OFFLINE=0"
             ) from error
 
     def _beside_data(self) -> AbstractContextManager[None]:
+        """Changes into the task folder, to which the tasks' data paths are relative."""
         return nullcontext() if self._folder is None else chdir(self._folder)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
-    """lm-eval's "acc,none" and "acc_stderr,none" as one metric "acc"; a filter other than none stays in the name."""
+    """Joins lm-eval's "acc,none" and "acc_stderr,none" into one metric "acc".
+
+    A filter other than none stays in the name.
+    """
     metrics = {}
     for key, value in values.items():
         name, comma, kind = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{name}_stderr,{kind}")
-        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(
-            value=_finite(value), standard_error=_finite(error)
-        )
+        full_name = name if kind == "none" else f"{name} ({kind})"
+        metrics[full_name] = Metric(value=_finite(value), standard_error=_finite(error))
     return metrics
 
 
 def _finite(value: Any) -> float | None:
-    """lm-eval gives "N/A" for a standard error that it does not know."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """Returns a finite number as float, and None for all else.
+
+    lm-eval gives "N/A" for a standard error that it does not know.
+    """
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 def _digest(folder: Path) -> str:
-    """16 hex digits that change with any file in the folder."""
+    """Returns 16 hex digits that change with any file in the folder, except for Python's caches."""
     found = hashlib.sha256()
-    for path in sorted(
-        path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ):
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or "__pycache__" in path.parts:
+            continue
         stat = path.stat()
         found.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return found.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The models to evaluate: exported folders under labels, checked before any of them is loaded."""
+"""The models to evaluate: labelled export folders, all checked before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaconsa.huggingface.load import load_exported, register
 from megaconsa.huggingface.source import Source, open_source
 
 IDENTIFYING = ("config.json", "tokenizer.json", "modeling_megaconsa.py")
-"""Files that a digest reads whole; of weights, which are large, it takes sizes and times."""
+"""Files that a digest reads whole. Weights are large, so it takes only their sizes and times."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,42 @@ class Candidate:
 
     @property
     def window(self) -> int | None:
-        """Of windowed heads, in tokens; None where there are none."""
+        """Window of the sliding heads, in tokens. None if there are none."""
         table = self.source.allocation
-        return table.window if table is not None and table.sparsity > 0 else None
+        if table is None or table.sparsity == 0:
+            return None
+        return table.window
 
     @property
     def sparsity(self) -> float:
-        return self.source.allocation.sparsity if self.source.allocation is not None else 0.0
+        """Fraction of KV heads with a sliding window."""
+        table = self.source.allocation
+        return 0.0 if table is None else table.sparsity
 
     def load(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-        """The model on the device, and its tokenizer, None where the folder has none."""
+        """Loads the model to the device, and the tokenizer, or None if the folder has none."""
         model, tokenizer = load_exported(self.folder, dtype)
         return model.to(device), tokenizer
 
 
 def open_models(named: Sequence[str], data: Path, info: DatasetInfo) -> list[Candidate]:
-    """Models by `LABEL=FOLDER` or `FOLDER`, whose name is the label then.
+    """Opens the models of an evaluation.
 
-    InputError where a folder is no export, two have one label, or a model does not read the data's tokens.
+    named: `LABEL=FOLDER`, or `FOLDER`, whose name is then the label.
+    data: the folder of held-out data. info: its description.
+
+    Raises InputError if a folder is not an export, two models have the same label, or a model
+    cannot read the data's tokens.
     """
-    register()  # or a tokenizer of a head-wise export would ask whether to trust it
+    # Otherwise the tokenizer of a head-wise export would ask whether to trust its code.
+    register()
     candidates: list[Candidate] = []
     for name in named:
         label, folder = _split(name)
         if any(label == other.label for other in candidates):
             raise InputError(
-                f"two models are called {label}; give each a label of its own, --model LABEL={folder}"
+                f"two models are called {label}; "
+                f"give each a label of its own, --model LABEL={folder}"
             )
         _check_exported(folder)
         source = open_source(folder)
@@ -72,7 +82,7 @@ def open_models(named: Sequence[str], data: Path, info: DatasetInfo) -> list[Can
 
 
 def digest(folder: Path) -> str:
-    """16 hex digits that change when the model is exported again."""
+    """Returns 16 hex digits that change when the model is exported again."""
     found = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name in IDENTIFYING:
@@ -84,7 +94,8 @@ def digest(folder: Path) -> str:
 
 
 def _split(name: str) -> tuple[str, Path]:
-    """A folder's own name may hold a "=" (runs/lr=0.1/hf); a label holds no "/"."""
+    """Splits a --model argument into label and folder."""
+    # The path of a folder may contain a "=" (runs/lr=0.1/hf), but a label contains no "/".
     label, equals, folder = name.partition("=")
     if not equals or "/" in label:
         return Path(name).resolve().name, Path(name)
@@ -94,26 +105,32 @@ def _split(name: str) -> tuple[str, Path]:
 
 
 def _check_exported(folder: Path) -> None:
+    """Raises InputError for a missing folder, a run and a checkpoint."""
     if not folder.is_dir():
         raise InputError(f"model {folder} is not there; give a folder that export-hf made")
     kinds = {"a run": folder / run_folder.CONFIG, "a checkpoint": folder / "state.json"}
     for kind, mark in kinds.items():
         if mark.is_file():
             raise InputError(
-                f"{folder} is {kind}, not an exported model; export it first: megaconsa export-hf {folder} --out FOLDER"
+                f"{folder} is {kind}, not an exported model; "
+                f"export it first: megaconsa export-hf {folder} --out FOLDER"
             )
 
 
 def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInfo) -> None:
-    """Without a tokenizer in the folder the number of tokens is all that can be compared."""
+    """Raises InputError if the model does not fit the tokens of the data.
+
+    Without a tokenizer in the folder, only the sizes of the vocabularies can be compared.
+    """
     if source.shape.vocab_size < info.vocab_size:
         raise InputError(
-            f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, but the data {data} one of {info.vocab_size}; "
-            "give the data that it was trained on"
+            f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, "
+            f"but the data {data} one of {info.vocab_size}; give the data that it was trained on"
         )
-    if source.has_tokenizer and not same_tokenizer(
-        Tokenizer.load(folder).fingerprint, info.tokenizer_fingerprint
-    ):
+    if not source.has_tokenizer:
+        return
+    if not same_tokenizer(Tokenizer.load(folder).fingerprint, info.tokenizer_fingerprint):
         raise InputError(
-            f"{folder} has another tokenizer than the data {data}; prepare the data with it: --tokenizer {folder}"
+            f"{folder} has another tokenizer than the data {data}; "
+            f"prepare the data with it: --tokenizer {folder}"
         )

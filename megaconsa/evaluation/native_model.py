@@ -1,4 +1,4 @@
-"""A checkpoint's model in one process, whose attention units can be switched between two passes."""
+"""A checkpoint's model in one process. Its attention units can be switched between two passes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sample:
 
 
 class NativeModel:
-    """The model with frozen weights, and the switch of its units, which are all full at first.
+    """The model with frozen weights, and a switch for its units. All units are full at first.
 
     It computes in bf16 on a GPU and in fp32 on a CPU, with `attention.backend=auto`.
     """
@@ -55,7 +55,7 @@ class NativeModel:
         separate_documents: bool,
         device: torch.device,
     ) -> None:
-        """units: which units exist; its target is not used."""
+        """units: says which units exist. Its target is not used."""
         shape = checkpoint.shape
         self.device = device
         self.layers = units.num_layers
@@ -71,39 +71,45 @@ class NativeModel:
         self.model = model.to(dtype).requires_grad_(False)
 
     def table(self, full: bool) -> Tensor:
-        """All units alike: (layers, units) booleans on the CPU."""
+        """Returns a table in which all units are alike: (layers, units) booleans on the CPU."""
         return torch.full((self.layers, self.units), full)
 
     def use(self, units: Tensor) -> None:
-        """Sets a table or gates, as UnitSelector takes them, for the passes that follow."""
+        """Sets a table or gates for the passes that follow. UnitSelector describes both."""
         self.selector.units = units
 
     def embed(self, batch: Batch) -> Tensor:
-        """Input of layer 0: (B, S, hidden)."""
+        """Returns the input of layer 0, (B, S, hidden)."""
         hidden: Tensor = self.model.model.embed_tokens(batch.tokens)
         return hidden
 
     def block(self, layer: int, x: Tensor, batch: Batch) -> Tensor:
-        """Output of a layer for its input x, both (B, S, hidden)."""
+        """Returns the output of a layer for its input x, both (B, S, hidden)."""
         output: Tensor = self.model.model.layers[layer](x, batch.documents, batch.sequences)
         return output
 
     def final(self, x: Tensor, batch: Batch, first: int = 0) -> Tensor:
-        """What the output head reads, (B, S, hidden), given the input x of layer `first`."""
+        """Returns the input of the output head, given the input x of layer `first`.
+
+        Both are (B, S, hidden).
+        """
         for layer in range(first, self.layers):
             x = self.block(layer, x, batch)
         normed: Tensor = self.model.model.norm(x)
         return normed
 
     def mean_loss(self, batch: Batch) -> Tensor:
-        """Nats per predicted token of the batch, fp32, with its graph."""
+        """Returns the loss in nats per predicted token of the batch, fp32, with its graph."""
         hidden = self.final(self.embed(batch), batch)
         total = summed_cross_entropy(hidden, self.model.lm_head.weight, batch.labels)
         return total / predicted_tokens(batch).sum()
 
     @torch.no_grad()
     def sequence_losses(self, x: Tensor, batch: Batch, first: int) -> Tensor:
-        """Each sequence's summed loss in nats, (B,) fp64, given the input x of layer `first`."""
+        """Returns the summed loss of each sequence in nats, (B,) fp64.
+
+        x: the input of layer `first`, (B, S, hidden).
+        """
         hidden = self.final(x, batch, first)
         weight = self.model.lm_head.weight
         losses = []
@@ -112,7 +118,10 @@ class NativeModel:
         return torch.stack(losses).double()
 
     def queries_and_keys(self, layer: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What a layer's attention compares, given the layer's input x: (B, S, heads, D) each."""
+        """Returns the queries and keys of a layer with RoPE, (B, S, heads, D) each.
+
+        x: the input of the layer, (B, S, hidden).
+        """
         block = self.model.model.layers[layer]
         assert isinstance(block, Block)
         attention = block.self_attn
@@ -127,5 +136,5 @@ class NativeModel:
 
 
 def predicted_tokens(batch: Batch) -> Tensor:
-    """Labelled positions of each sequence, (B,)."""
+    """Returns the number of labelled positions of each sequence, (B,)."""
     return (batch.labels != IGNORED).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Loss by position in the document: what windows cost, and how far back."""
+"""Loss by position in the document. It shows what windows cost, and at which positions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from megaconsa.evaluation.record import Difference, Overall, Perplexity
 from megaconsa.evaluation.scoring import score
 
 FIRST_BUCKET = 128
-"""Positions of the first bucket; an eighth of the length where that is less."""
+"""Positions in the first bucket, or an eighth of the length if that is less."""
 
 
 def bucket_edges(length: int) -> list[int]:
-    """0, 128, 256, 512 ... up to `length`: each bucket after the first is as long as all before it."""
-    edge, edges = min(FIRST_BUCKET, max(1, length // 8)), [0]
+    """Returns 0, 128, 256, 512 ... up to `length`.
+
+    Each bucket after the first is as long as all before it together, except for the last.
+    """
+    edge = min(FIRST_BUCKET, max(1, length // 8))
+    edges = [0]
     while edge < length:
         edges.append(edge)
         edge *= 2
@@ -31,16 +35,18 @@ def bucket_edges(length: int) -> list[int]:
 
 
 def choose_documents(held_out: HeldOut, length: int, count: int) -> list[int]:
-    """Indices of the `count` longest documents, where those of more than `length` tokens count as equal and come in stored order.
+    """Returns the indices of the `count` longest documents, longest first.
 
-    Longest, because only they have far positions; the longest come first. InputError where no document has two tokens.
+    Only long documents have far positions. Documents of more than `length` tokens count as equally
+    long and keep their stored order. Raises InputError if no document has two tokens.
     """
     predicted = np.minimum(held_out.lengths - 1, length)
     order = np.argsort(-predicted, kind="stable")[:count]
     chosen = [int(index) for index in order if predicted[index] > 0]
     if not chosen:
         raise InputError(
-            "the validation split has no document of two tokens, prepare the data with a larger --validation-share"
+            "the validation split has no document of two tokens, "
+            "prepare the data with a larger --validation-share"
         )
     return chosen
 
@@ -53,27 +59,35 @@ def measure(
     batch_tokens: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:
-    """Evaluates each document by itself, from its beginning to at most `length` predicted tokens, which one has.
+    """Evaluates each document by itself, from its beginning.
 
-    The position of a prediction is the index of the token it is made from: position p sees p + 1 tokens, or the last W of them in a
-    windowed head. `documents` come longest first (`choose_documents`); a batch holds `batch_tokens`, and one document at least.
-    `advance` is told of predicted tokens. RunError where the model's losses are not finite.
+    The position of a prediction is the index of the token it is made from. Position p sees p + 1
+    tokens, or the last W of them in a windowed head.
+
+    documents: indices, longest document first (`choose_documents`).
+    length: most predicted tokens of a document. At least one document has that many.
+    batch_tokens: tokens of a batch, which holds at least one document.
+    advance: is called with the number of predicted tokens.
+
+    Raises RunError if the model's losses are not finite.
     """
     edges = bucket_edges(length)
-    tokens, sums = [], []
+    tokens = []
+    sums = []
     for batch in _batches(held_out, documents, length, batch_tokens):
         rows = pad_sequence([torch.from_numpy(document) for document in batch], batch_first=True)
         likelihoods, _ = score(model, rows)
         for document, row in zip(batch, -likelihoods.double().numpy(), strict=True):
             count = len(document) - 1
             tokens.append(count)
-            sums.append(
-                [float(row[begin : min(end, count)].sum()) for begin, end in pairwise(edges)]
-            )
+            # Positions from `count` on are padding.
+            buckets = [row[begin : min(end, count)] for begin, end in pairwise(edges)]
+            sums.append([float(bucket.sum()) for bucket in buckets])
         advance(sum(map(len, batch)) - len(batch))
     if not np.isfinite(sums).all():
         raise RunError(
-            f"{model.name_or_path}: losses are not finite; export an earlier checkpoint, or evaluate with --dtype float32"
+            f"{model.name_or_path}: losses are not finite; "
+            "export an earlier checkpoint, or evaluate with --dtype float32"
         )
     return summarise(edges, tokens, sums)
 
@@ -81,6 +95,7 @@ def measure(
 def _batches(
     held_out: HeldOut, documents: Sequence[int], length: int, batch_tokens: int
 ) -> Iterator[list[NDArray[np.int64]]]:
+    """Groups documents into batches, padding included in their size."""
     batch: list[NDArray[np.int64]] = []
     for index in documents:
         document = held_out.document(index, length + 1)
@@ -94,8 +109,13 @@ def _batches(
 def summarise(
     edges: list[int], document_tokens: list[int], document_losses: list[list[float]]
 ) -> Perplexity:
-    """Figures of each bucket from the (documents, buckets) sums of losses; every bucket holds a token."""
-    losses, tokens = np.array(document_losses), _bucket_tokens(edges, document_tokens)
+    """Computes the figures of each bucket.
+
+    document_tokens: predicted tokens of each document. Every bucket must hold a token.
+    document_losses: (documents, buckets) sums of losses, in nats.
+    """
+    losses = np.array(document_losses)
+    tokens = _bucket_tokens(edges, document_tokens)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
     whole, whole_error = ratio(losses.sum(axis=1), tokens.sum(axis=1))
     return Perplexity(
@@ -117,7 +137,7 @@ def summarise(
 
 
 def difference(base: Perplexity, other: Perplexity) -> Difference:
-    """Loss of `other` less that of `base`, on the same documents and buckets."""
+    """Subtracts the loss of `base` from that of `other`, on the same documents and buckets."""
     tokens = _bucket_tokens(base.edges, base.document_tokens)
     losses = np.array(other.document_losses) - np.array(base.document_losses)
     loss, error = zip(*map(ratio, losses.T, tokens.T), strict=True)
@@ -131,20 +151,29 @@ def difference(base: Perplexity, other: Perplexity) -> Difference:
 
 
 def ratio(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float | None]:
-    """Mean of a token and its standard error, from the sums (D,) and tokens (D,) of documents drawn independently.
+    """Returns the mean per token and its standard error, which is None for a single document.
 
-    Tokens of a document depend on one another, so that documents are the sample: the ratio estimator m = sum(s) / sum(n) of cluster
-    sampling has the variance D / (D - 1) * sum((s - m n)^2) / sum(n)^2 (Cochran, Sampling Techniques, 1977, chapter 6).
+    sums: (D,), the sum over the tokens of each document.
+    tokens: (D,), the number of tokens of each document.
+
+    Documents are drawn independently. Tokens of a document depend on one another, so documents are
+    the sample. The ratio estimator of cluster sampling, m = sum(s) / sum(n), has the variance
+    D / (D - 1) * sum((s - m n)^2) / sum(n)^2 (Cochran, Sampling Techniques, 1977, chapter 6).
     """
-    sums, tokens = sums[tokens > 0], tokens[tokens > 0]
-    count, total = len(tokens), int(tokens.sum())
+    measured = tokens > 0
+    sums = sums[measured]
+    tokens = tokens[measured]
+    count = len(tokens)
+    total = int(tokens.sum())
     mean = float(sums.sum() / total)
     if count < 2:
         return mean, None
-    return mean, math.sqrt(count / (count - 1) * float(((sums - mean * tokens) ** 2).sum())) / total
+    squares = float(((sums - mean * tokens) ** 2).sum())
+    return mean, math.sqrt(count / (count - 1) * squares) / total
 
 
 def _bucket_tokens(edges: list[int], document_tokens: list[int]) -> NDArray[np.int64]:
-    """(documents, buckets) predicted tokens."""
-    begins, ends = np.array(edges[:-1]), np.array(edges[1:])
+    """Returns the predicted tokens by document and bucket, (documents, buckets)."""
+    begins = np.array(edges[:-1])
+    ends = np.array(edges[1:])
     return np.clip(np.array(document_tokens)[:, None] - begins, 0, ends - begins)

@@ -1,4 +1,4 @@
-"""What the quickstart shows at its end: the export tried out, and a table of figures read back from what the run left."""
+"""The end of the quickstart: it tries out the export and shows a table of figures."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ PROMPT = "def __init__(self"
 
 
 def try_export(exported: Path, train: Path) -> tuple[float, str]:
-    """Difference of the export's logits from the checkpoint's, and a line the model writes."""
+    """Compares the export with the checkpoint of the run folder `train`, and generates a line.
 
+    Returns the difference of the logits (`logit_difference`) and the line.
+    """
     checkpoint = store.resolve(train)
     allocation = checkpoint.allocation
     assert allocation is not None
-    difference = logit_difference(
-        exported,
-        checkpoint.shape,
-        checkpoint.weights(),
-        allocation,
-        held_out_tokens(checkpoint, 256),
-    )
-    return difference, PROMPT + generate_line(exported, PROMPT, 24).split("\n")[0]
+    weights = checkpoint.weights()
+    tokens = held_out_tokens(checkpoint, 256)
+    difference = logit_difference(exported, checkpoint.shape, weights, allocation, tokens)
+    continuation = generate_line(exported, PROMPT, 24).split("\n")[0]
+    return difference, PROMPT + continuation
 
 
 def summary(folder: Path, difference: float) -> Table:
-    """What a reader wants to know at the end, each figure read back from what the run left."""
+    """Builds the final table. Each figure is read back from the files of the run."""
     learn = read_metrics(folder / "learn" / run_folder.METRICS)
     train = read_metrics(folder / "train" / run_folder.METRICS)
     gates = learn[-1]
     validation = [row["validation_loss"] for row in train if "validation_loss" in row]
+    entropy = DatasetInfo.load(folder / "data").unigram_entropy
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "training loss, first and last step": f"{learn[0]['loss']:.3f} -> {train[-1]['loss']:.3f} nats a token",
+        "training loss, first and last step": (
+            f"{learn[0]['loss']:.3f} -> {train[-1]['loss']:.3f} nats a token"
+        ),
         "validation loss at the end": f"{validation[-1]:.3f}",
-        "unigram entropy of the data": f"{DatasetInfo.load(folder / 'data').unigram_entropy:.3f}",
+        "unigram entropy of the data": f"{entropy:.3f}",
         "sparsity: target / expected / binarised": (
-            f"{gates['target_sparsity']:.3f} / {gates['expected_sparsity']:.3f} / {gates['binarized_sparsity']:.3f}"
+            f"{gates['target_sparsity']:.3f} / {gates['expected_sparsity']:.3f} / "
+            f"{gates['binarized_sparsity']:.3f}"
         ),
         "exported logits differ by": f"{difference:.1e} of the largest logit",
         "the report": str(folder / "report.html"),

@@ -1,4 +1,4 @@
-"""evaluation.json: what was measured on which models, and with which settings."""
+"""The content of evaluation.json: the models, the settings and the results of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Record(BaseModel):
 class DataSettings(_Record):
     folder: str
     digest: str
-    """Of dataset.json, by which the data is known wherever it lies."""
+    """Digest of dataset.json, which identifies the data even if the folder moves."""
 
 
 class PerplexitySettings(_Record):
@@ -34,16 +34,16 @@ class NeedleSettings(_Record):
     lengths: list[int]
     depths: list[float]
     needles: int
-    """Examples of each length and depth."""
+    """Examples per length and depth."""
     seed: int
 
 
 class HarnessSettings(_Record):
     tasks: list[str]
     task_files: str
-    """Digest of the task folder: names, sizes, times; empty for lm-eval's own tasks."""
+    """Digest of the task folder: names, sizes, times. Empty for lm-eval's own tasks."""
     lm_eval: str
-    """Version of the library."""
+    """Version of lm-eval."""
 
 
 class Settings(_Record):
@@ -55,7 +55,7 @@ class Settings(_Record):
 
 
 class Overall(_Record):
-    """Of all positions together."""
+    """Figures over all positions together. Losses are in nats per token."""
 
     tokens: int
     loss: float
@@ -64,14 +64,17 @@ class Overall(_Record):
 
 
 class Perplexity(_Record):
-    """Losses in nats a token, by buckets of the position that predicts: bucket b holds the positions edges[b] to edges[b + 1] - 1."""
+    """Losses in nats per token, by buckets of the position that predicts.
+
+    Bucket b holds the positions edges[b] to edges[b + 1] - 1.
+    """
 
     edges: list[int]
     tokens: list[int]
     documents: list[int]
     loss: list[float]
     standard_error: list[float | None]
-    """Of the loss, over documents; None for a single one."""
+    """Standard error of the loss, over documents. None for a single document."""
     perplexity: list[float]
     """exp(loss)"""
     overall: Overall
@@ -82,11 +85,14 @@ class Perplexity(_Record):
 
 
 class Difference(_Record):
-    """How much more a model loses than the first one, nats a token in each bucket, on the same tokens."""
+    """Loss of a model minus that of the first model, on the same tokens.
+
+    Values are in nats per token, for each bucket.
+    """
 
     loss: list[float]
     standard_error: list[float | None]
-    """Of the difference, paired by document."""
+    """Standard error of the difference, paired by document."""
     overall_loss: float
     overall_standard_error: float | None
 
@@ -97,28 +103,29 @@ class NeedleCell(_Record):
     length: int
     depth: float
     exact_match: float
-    """Share of answers that greedy decoding gives."""
+    """Share of examples whose answer greedy decoding gives."""
     log_probability: float
-    """Of the whole answer, nats; mean over examples."""
+    """Log-probability of the whole answer in nats, mean over examples."""
     margin: float
-    """Mean by which that is more than where the needle states another number, nats."""
+    """How much this log-probability falls if the needle states another number, in nats, mean over
+    examples."""
     margin_standard_error: float | None
 
 
 class Metric(_Record):
     value: float | None
-    """None where it is not finite."""
+    """None if it is not finite."""
     standard_error: float | None
 
 
 class ModelRecord(_Record):
-    """One model: None is not measured yet."""
+    """The results of one model. A part that is None has not been measured yet."""
 
     folder: str
     digest: str
     sparsity: float
     window: int | None
-    """Of windowed heads, in tokens; None for a dense model."""
+    """Window of the sliding heads, in tokens. None for a dense model."""
     device: str
     perplexity: Perplexity | None = None
     needle: list[NeedleCell] | None = None
@@ -132,12 +139,14 @@ class Evaluation(_Record):
     version: Literal[1] = 1
     settings: Settings
     models: dict[str, ModelRecord] = {}
-    """By label, in the order in which they came; the others are compared with the first."""
+    """Label -> results, in the order in which models were added. The others are compared with the
+    first one."""
     differences: dict[str, Difference] = {}
+    """Label -> loss compared with the first model."""
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
-        """Reads the file; InputError where it is none of ours."""
+        """Reads the file. Raises InputError if it is not an evaluation."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -152,8 +161,7 @@ class Evaluation(_Record):
     def save(self, path: Path) -> None:
         """Writes the file in one piece, each list of numbers on one line."""
         text = json.dumps(self.model_dump(), indent=1, allow_nan=False)
-        numbers = re.compile(
-            r"\[\n([-+.\w\s,]*?)\n\s*\]"
-        )  # a line break never stands in a JSON string
+        # A JSON string contains no line break, so this pattern matches only lists.
+        numbers = re.compile(r"\[\n([-+.\w\s,]*?)\n\s*\]")
         text = numbers.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
         replace_text(path, text + "\n")

@@ -1,4 +1,4 @@
-"""Scores of units in files: JSON tables, and the pattern files of DuoAttention."""
+"""Reads scores of units from files: JSON tables, and the pattern files of DuoAttention."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
 Row = tuple[str, list[Any]]
-"""Where a layer's scores are in the file, and the scores as they are there."""
+"""The place of a layer's scores in the file, for messages, and the scores as written there."""
 
 
 def read_scores(path: Path, units: Constraint) -> Tensor:
-    """Scores of a file, (layers, units) fp64, larger for units that should stay full.
+    """Reads the scores in a file.
 
-    JSON: a list of lists of numbers, one for each layer, alone or as the field `scores` of an
-    object. Anything else is read as a pattern file of DuoAttention: a line for each layer, a
-    column for each KV head, where 1 is a retrieval head.
+    A JSON file holds a list of lists of numbers, one list for each layer. It may be the field
+    `scores` of an object. Any other file is read as a pattern file of DuoAttention: a line for each
+    layer, a column for each KV head, where 1 is a retrieval head.
 
-    Raises InputError, which names the file and the line or layer, where the content is no such
-    table or does not fit the model.
+    Returns scores, (layers, units) fp64, larger for units that should stay full. Raises InputError,
+    which names the file and the line or layer, if the content is no such table or does not fit the
+    model.
     """
     try:
         text = path.read_text()
@@ -47,6 +48,7 @@ def read_scores(path: Path, units: Constraint) -> Tensor:
 
 
 def _pattern_rows(text: str, path: Path) -> list[Row]:
+    """Splits a pattern file of DuoAttention."""
     rows: list[Row] = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -55,6 +57,7 @@ def _pattern_rows(text: str, path: Path) -> list[Row]:
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
+    """Splits a JSON table."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -73,7 +76,9 @@ def _json_rows(text: str, path: Path) -> list[Row]:
 
 
 def _number(cell: Any, place: str) -> float:
+    """Converts a score. Raises InputError unless it is a finite number."""
     try:
+        # A bool would convert to a number, but is no score.
         value = math.nan if isinstance(cell, bool) else float(cell)
     except (TypeError, ValueError, OverflowError):
         value = math.nan

@@ -1,4 +1,6 @@
-"""What is to be measured: a request, settled against the data, the models and what has been measured before."""
+"""What to measure: a request, and its settings after a look at the data, the models and earlier
+results.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,20 @@ PARTS = ("perplexity", "needle", "harness")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for; None where the data and the models decide."""
+    """What the user asks for. The data and the models decide about fields that are None."""
 
     models: Sequence[str]
     data: Path
     out: Path
     length: int | None
+    """Predicted tokens per document, for perplexity."""
     documents: int
-    """0 leaves perplexity out."""
+    """0 skips perplexity."""
     needle_lengths: Sequence[int]
-    """Empty: an eighth, a quarter, half and all of the data's sequence length."""
+    """In tokens. If empty: an eighth, a quarter, a half and all of the data's sequence length."""
     depths: Sequence[float]
     needles: int
-    """0 leaves needles out."""
+    """Examples per length and depth. 0 skips needles."""
     seed: int
     tasks: Sequence[str]
     task_folder: Path | None
@@ -50,7 +53,10 @@ class Request:
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; InputError for a device that is not there."""
+    """Returns the device called `name`. `auto` is the GPU if there is one.
+
+    Raises InputError for an unknown or missing device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -59,11 +65,14 @@ def find_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name} is unknown; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
         raise InputError(
             f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs"
         )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", index)
 
 
 def settle(
@@ -73,13 +82,13 @@ def settle(
     needles: Needles | None,
     harness: Harness | None,
 ) -> Settings:
-    """The request with what data and models decide; InputError where it asks for more than they have."""
-    info = held_out.info
+    """Completes the request with what the data and the models decide.
+
+    Raises InputError if the request asks for more than they have.
+    """
+    digest = hashlib.sha256(held_out.info.model_dump_json().encode()).hexdigest()[:16]
     settings = Settings(
-        data=DataSettings(
-            folder=str(request.data),
-            digest=hashlib.sha256(info.model_dump_json().encode()).hexdigest()[:16],
-        ),
+        data=DataSettings(folder=str(request.data), digest=digest),
         dtype=request.dtype,
         perplexity=_perplexity_settings(request, held_out, models) if request.documents else None,
         needle=_needle_settings(request, needles, models) if needles else None,
@@ -91,13 +100,20 @@ def settle(
 
 
 def continued(record: Evaluation, settings: Settings, out: Path) -> Evaluation:
-    """The record with parts that are new to it; InputError where it was made with other settings."""
-    old, new = record.settings.model_dump(), settings.model_dump()
+    """Adds the settings of new parts to an existing record, and returns the record.
+
+    Raises InputError if the record was made with other settings.
+    """
+    old = record.settings.model_dump()
+    new = settings.model_dump()
     for section in ("data", *PARTS):
         if old[section] is None or new[section] is None:
             continue
         for name, value in new[section].items():
-            if value != old[section][name] and (section, name) != ("data", "folder"):
+            # The data folder may move: its digest identifies the data.
+            if (section, name) == ("data", "folder"):
+                continue
+            if value != old[section][name]:
                 raise _other(out, f"{section}.{name}", old[section][name], value)
     if old["dtype"] != new["dtype"]:
         raise _other(out, "dtype", old["dtype"], new["dtype"])
@@ -109,7 +125,8 @@ def continued(record: Evaluation, settings: Settings, out: Path) -> Evaluation:
 
 def _other(out: Path, name: str, old: Any, new: Any) -> InputError:
     return InputError(
-        f"{out} holds an evaluation with {name} {old}, not {new}; choose another --out, or remove it"
+        f"{out} holds an evaluation with {name} {old}, not {new}; "
+        "choose another --out, or remove it"
     )
 
 
@@ -117,27 +134,26 @@ def _perplexity_settings(
     request: Request, held_out: HeldOut, models: list[Candidate]
 ) -> PerplexitySettings:
     longest = int(held_out.lengths.max()) - 1
-    length = request.length or min(
-        held_out.info.sequence_length, longest, *(model.max_positions for model in models)
-    )
+    positions = [model.max_positions for model in models]
+    length = request.length or min(held_out.info.sequence_length, longest, *positions)
     if length > longest:
         raise InputError(
-            f"--length {length} is more than the longest held-out document has: {longest} tokens to predict"
+            f"--length {length} is more than the longest held-out document has: "
+            f"{longest} tokens to predict"
         )
     _check_positions("--length", length, models)
     return PerplexitySettings(length=length, documents=request.documents)
 
 
 def _needle_settings(request: Request, needles: Needles, models: list[Candidate]) -> NeedleSettings:
-    limit = min(
-        needles.held_out.info.sequence_length,
-        needles.held_out.text_tokens,
-        *(model.max_positions for model in models),
-    )
+    held_out = needles.held_out
+    positions = [model.max_positions for model in models]
+    limit = min(held_out.info.sequence_length, held_out.text_tokens, *positions)
     lengths = sorted(set(request.needle_lengths)) or needles.default_lengths(limit)
     if not lengths:
         raise InputError(
-            f"{limit} tokens are too few for needle, question and as much text ({2 * needles.shortest}); "
+            f"{limit} tokens are too few for needle, question and as much text "
+            f"({2 * needles.shortest}); "
             "give --needle-length, or --needles 0 to leave them out"
         )
     needles.check_lengths(lengths)
@@ -151,8 +167,10 @@ def _needle_settings(request: Request, needles: Needles, models: list[Candidate]
 
 
 def _check_positions(option: str, length: int, models: list[Candidate]) -> None:
+    """Raises InputError if a model has fewer positions than `length`."""
     for model in models:
         if length > model.max_positions:
             raise InputError(
-                f"{option} {length} is more than {model.folder} has positions: max_position_embeddings={model.max_positions}"
+                f"{option} {length} is more than {model.folder} has positions: "
+                f"max_position_embeddings={model.max_positions}"
             )

@@ -1,8 +1,8 @@
-"""An evaluation for the terminal: a column for each model."""
+"""Shows an evaluation in the terminal, with a column for each model."""
 
 from __future__ import annotations
 
-from itertools import pairwise, repeat
+from itertools import pairwise
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,7 +17,7 @@ from megaconsa.evaluation.record import (
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Perplexity by position, needles by length, and tasks, of all models beside one another."""
+    """Builds the table of all models: perplexity by position, needles by length, and tasks."""
     models = list(evaluation.models.values())
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
@@ -31,15 +31,18 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def footer(evaluation: Evaluation) -> list[str]:
-    """Lines below the table: what its figures are."""
-    settings, lines = evaluation.settings, []
+    """Returns the lines below the table, which explain its figures."""
+    settings = evaluation.settings
+    lines = []
     if settings.perplexity is not None:
         lines.append(
-            "perplexity: by position in the document; loss in nats a token, on the same tokens; ± standard error over documents."
+            "perplexity: by position in the document; loss in nats a token, on the same tokens; "
+            "± standard error over documents."
         )
     if settings.needle is not None:
         lines.append(
-            "needle: answers that greedy decoding gives, and nats that the answer gains by the needle; mean over depths."
+            "needle: answers that greedy decoding gives, "
+            "and nats that the answer gains by the needle; mean over depths."
         )
     return lines
 
@@ -60,10 +63,12 @@ def _perplexity_rows(table: Table, evaluation: Evaluation) -> None:
     ]
     names.append(f"  all [dim]({known.overall.tokens:,} / {len(known.document_tokens):,})[/]")
     table.add_row("[bold]perplexity[/] [dim](tokens / documents)[/]")
-    for name, *cells in zip(names, *map(_perplexities, measured, repeat(len(names))), strict=True):
+    columns = [_perplexities(result, len(names)) for result in measured]
+    for name, *cells in zip(names, *columns, strict=True):
         table.add_row(name, *cells)
     if evaluation.differences:
-        table.add_row(f"[bold]loss less that of {escape(next(iter(evaluation.models)))}")
+        base = next(iter(evaluation.models))
+        table.add_row(f"[bold]loss less that of {escape(base)}")
         columns = [
             _differences(evaluation.differences.get(label), len(names))
             for label in evaluation.models
@@ -73,27 +78,28 @@ def _perplexity_rows(table: Table, evaluation: Evaluation) -> None:
 
 
 def _perplexities(result: Perplexity | None, count: int) -> list[str]:
-    """A model's column: perplexity in each bucket and over all; blank where it has not been measured."""
+    """Returns a model's column of `count` cells: the perplexity of each bucket and the overall one.
+
+    The cells are blank if perplexity has not been measured.
+    """
     if result is None:
         return [""] * count
-    values, errors = (
-        [*result.perplexity, result.overall.perplexity],
-        [*result.standard_error, result.overall.standard_error],
-    )
-    pairs = zip(values, errors, strict=True)
-    return [
-        f"{value:.4g}{_error(None if error is None else value * error, '.3g')}"
-        for value, error in pairs
-    ]
+    values = [*result.perplexity, result.overall.perplexity]
+    errors = [*result.standard_error, result.overall.standard_error]
+    cells = []
+    for value, error in zip(values, errors, strict=True):
+        # The errors are those of the loss. The derivative of exp(loss) is exp(loss).
+        scaled = None if error is None else value * error
+        cells.append(f"{value:.4g}{_error(scaled, '.3g')}")
+    return cells
 
 
 def _differences(result: Difference | None, count: int) -> list[str]:
+    """Returns a model's column of `count` cells: the loss minus that of the first model."""
     if result is None:
         return [""] * count
-    losses, errors = (
-        [*result.loss, result.overall_loss],
-        [*result.standard_error, result.overall_standard_error],
-    )
+    losses = [*result.loss, result.overall_loss]
+    errors = [*result.standard_error, result.overall_standard_error]
     return [
         f"{loss:+.4f}{_error(error, '.4f')}" for loss, error in zip(losses, errors, strict=True)
     ]
@@ -110,21 +116,19 @@ def _needle_rows(table: Table, models: list[ModelRecord]) -> None:
             if not held:
                 cells.append("")
                 continue
-            exact, margin = (
-                sum(values) / len(held)
-                for values in zip(*((c.exact_match, c.margin) for c in held), strict=True)
-            )
+            exact = sum(cell.exact_match for cell in held) / len(held)
+            margin = sum(cell.margin for cell in held) / len(held)
             cells.append(f"{100 * exact:.0f} %, {margin:+.3f}")
         table.add_row(f"  {length:,} tokens", *cells)
 
 
 def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
-    names = {
-        (task, metric): None
-        for model in models
-        for task, metrics in (model.harness or {}).items()
-        for metric in metrics
-    }
+    # The keys of the dictionary are an ordered set.
+    names: dict[tuple[str, str], None] = {}
+    for model in models:
+        for task, metrics in (model.harness or {}).items():
+            for name in metrics:
+                names[task, name] = None
     if names:
         table.add_row("[bold]tasks")
     for task, name in names:
@@ -136,11 +140,9 @@ def _harness_rows(table: Table, models: list[ModelRecord]) -> None:
 
 
 def _metric(metric: Metric) -> str:
-    return (
-        "not finite"
-        if metric.value is None
-        else f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}"
-    )
+    if metric.value is None:
+        return "not finite"
+    return f"{metric.value:.4g}{_error(metric.standard_error, '.2g')}"
 
 
 def _error(value: float | None, form: str) -> str:

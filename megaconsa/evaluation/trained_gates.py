@@ -1,4 +1,4 @@
-"""Methods that train a scalar gate for each unit, without a target, and rank units by its value."""
+"""Methods that train a scalar gate for each unit, without a target. Its value ranks the units."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megaconsa.evaluation.native_model import NativeModel, Sample
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 GRADIENT_CLIPPING = 1.0
-"""These three are the defaults of a run's configuration."""
+"""The three values above are the defaults of a run's configuration."""
 WARMUP_SHARE = 0.1
-"""First part of the steps, in which the weights' learning rate rises: AdamW has no moments yet."""
+"""Share of the steps in which the weights' learning rate rises. AdamW has no moments at first."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,18 @@ class GateTraining:
     initial: float
     """First value of every gate, in (0, 1)."""
     learning_rate: float
-    """Adam's, of the gates' logits."""
+    """Adam's learning rate for the gates' logits."""
     weight_learning_rate: float | None
-    """AdamW's, of the model's weights; None leaves them frozen."""
+    """AdamW's learning rate for the model's weights. None leaves them frozen."""
 
 
 def train_gates(model: NativeModel, sample: Sample, training: GateTraining) -> Tensor:
-    """Values of the gates after a step on each batch: (layers, units) fp64 on the CPU.
+    """Trains the gates with one step on each batch of `sample`.
 
-    A gate is the sigmoid of what Adam trains: clamped gates would meet at 1, where nothing ranks
-    them. With a learning rate for the weights, those of `model` change.
+    A gate is the sigmoid of a logit that Adam trains. Clamped gates would meet at 1, where nothing
+    ranks them. If `training` has a learning rate for weights, the weights of `model` change.
+
+    Returns the values of the gates, (layers, units) fp64 on the CPU.
     """
     initial = torch.full((model.layers, model.units), training.initial, device=model.device)
     logits = initial.logit().requires_grad_()
@@ -54,7 +56,7 @@ def train_gates(model: NativeModel, sample: Sample, training: GateTraining) -> T
 
 
 class _WeightTraining:
-    """AdamW on fp32 copies of the weights: in bf16 most updates would round to nothing."""
+    """AdamW on fp32 copies of the weights. In bf16, most updates would round to nothing."""
 
     def __init__(self, model: NativeModel, learning_rate: float, steps: int) -> None:
         self.learning_rate = learning_rate
@@ -70,7 +72,7 @@ class _WeightTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
 
     def step(self, step: int) -> None:
-        """Applies the gradients that the weights hold. step: from 0."""
+        """Applies the gradients of the weights. step: counts from 0."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
         for weight, master in zip(self.weights, self.masters, strict=True):

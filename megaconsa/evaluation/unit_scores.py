@@ -1,4 +1,4 @@
-"""Scores of a checkpoint's units by one of several methods, which a learned table has to beat."""
+"""Scores a checkpoint's units by one of several methods. A learned table has to beat them."""
 
 from __future__ import annotations
 
@@ -36,35 +36,38 @@ Method = Literal[
     "file",
 ]
 TRAINED = ("calibrate", "scalar-gates")
-"""These take steps, with a batch each. The others are measured on a number of sequences."""
+"""Methods that take optimizer steps, with a batch each. The others measure given sequences."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What is asked for; None where the run decides. Methods ignore fields that they do not use."""
+    """What the user asks for. The run decides about fields that are None.
+
+    Methods ignore fields that they do not use.
+    """
 
     method: Method
     device: torch.device
-    """With its index if it is a GPU, as megaconsa.evaluation.settings.find_device gives it."""
+    """A GPU needs its index. megaconsa.evaluation.settings.find_device returns such a device."""
     granularity: Granularity = "kv_head"
     window: int | None = None
     data: Path | None = None
     sequences: int = 64
-    """Training sequences that units are measured on."""
+    """How many training sequences units are measured on."""
     batch: int | None = None
-    """Sequences of a forward pass; None is the run's micro-batch, or 1 for an import."""
+    """Sequences per forward pass. None is the run's micro-batch, or 1 for an import."""
     seed: int = 0
-    """Of the order of the training sequences."""
+    """Determines the order of the training sequences."""
     z: float = 0.5
-    """Value of all gates for `gradient`, and the first one of trained gates."""
+    """Value of all gates for `gradient`, and the initial value of trained gates."""
     steps: int = 100
-    """Optimizer steps of trained gates, a batch each."""
+    """Optimizer steps of trained gates, with a batch each."""
     learning_rate: float = 0.05
-    """Adam's, of the logits of trained gates."""
+    """Adam's learning rate for the logits of trained gates."""
     weight_learning_rate: float | None = None
-    """AdamW's, of the weights that `scalar-gates` trains; None is the run's."""
+    """AdamW's learning rate for the weights that `scalar-gates` trains. None is the run's."""
     scores: Path | None = None
-    """What `file` reads."""
+    """The file that the method `file` reads."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class UnitScores:
 
     scores: Tensor
     standard_errors: Tensor | None
-    """As the scores; None where the method has none."""
+    """The same shape as the scores. None if the method has no standard errors."""
     window: int
     granularity: Granularity
     origin: dict[str, Any]
-    """Method, checkpoint and sample, as an allocation's origin."""
+    """Method, checkpoint and sample, for the origin of an allocation."""
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the scores and their origin as plain values for JSON."""
         errors = None
         if self.standard_errors is not None:
             errors = self.standard_errors.tolist()
@@ -93,14 +97,14 @@ class UnitScores:
 
 
 def score_units(checkpoint: Checkpoint, request: ScoreRequest) -> UnitScores:
-    """Scores every unit of the checkpoint's model; the checkpoint itself is only read.
+    """Scores every unit of the checkpoint's model. The checkpoint itself is not changed.
 
-    Reads training data only, so that validation data stays unseen by any allocation made from the
-    scores. Raises InputError for what cannot work, and RunError where the GPU's memory does not
-    suffice or scores are not finite.
+    Only training data is read, so that an allocation made from the scores has not seen validation
+    data. Raises InputError if the request cannot work, and RunError if the GPU runs out of memory
+    or if scores are not finite.
     """
     shape = checkpoint.shape
-    # It only says which units exist; all of them together are free of any target here.
+    # The constraint only says which units exist. It sets no target here.
     units = Constraint(
         num_layers=shape.num_hidden_layers,
         num_kv_heads=shape.num_key_value_heads,
@@ -122,7 +126,7 @@ def score_units(checkpoint: Checkpoint, request: ScoreRequest) -> UnitScores:
     sample = _open_sample(checkpoint, request, window)
     training = _gate_training(checkpoint, request)
     if request.device.type == "cuda":
-        torch.cuda.set_device(request.device)  # where Triton launches its kernels
+        torch.cuda.set_device(request.device)  # Triton launches its kernels on the current device
     errors = None
     separate_documents = sample.stream.separate_documents
     try:
@@ -146,6 +150,7 @@ def score_units(checkpoint: Checkpoint, request: ScoreRequest) -> UnitScores:
 
 
 def _measure(model: NativeModel, sample: Sample, request: ScoreRequest) -> Estimate:
+    """Runs a method that leaves the weights frozen."""
     if request.method == "gradient":
         return gate_gradient(model, sample, request.z)
     if request.method == "leave-one-out":
@@ -162,7 +167,7 @@ def _check_z(request: ScoreRequest) -> None:
 
 
 def _open_sample(checkpoint: Checkpoint, request: ScoreRequest, window: int) -> Sample:
-    """The training sequences, checked against the model and the request."""
+    """Opens the training sequences and checks them against the model and the request."""
     data = request.data
     batch = request.batch or 1
     separate_documents = True
@@ -188,7 +193,7 @@ def _open_sample(checkpoint: Checkpoint, request: ScoreRequest, window: int) -> 
 
 
 def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
-    """Refuses data that the model cannot read, or in which the window hides nothing."""
+    """Raises InputError if the model cannot read the data, or if the window hides nothing in it."""
     info = DatasetInfo.load(data)
     shape = checkpoint.shape
     length = info.sequence_length
@@ -196,7 +201,7 @@ def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
         counts = f"{info.vocab_size} token ids, but the model {shape.vocab_size}"
         raise InputError(f"data {data} has {counts}; give the data it was trained on")
     fingerprint = checkpoint.state["data"]["tokenizer_fingerprint"]
-    # An import without a tokenizer has None: then nothing can be compared.
+    # An import without a tokenizer has no fingerprint, so nothing can be compared.
     if fingerprint is not None and not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
         raise InputError(
             f"data {data} has tokenizer fingerprint {info.tokenizer_fingerprint}, but "
@@ -211,9 +216,10 @@ def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
 
 
 def check_sequences(sequences: int, batch: int, available: int, data: Path) -> None:
-    """Raises InputError where units cannot be measured on so many sequences.
+    """Raises InputError if units cannot be measured on this number of sequences.
 
-    batch: sequences of a pass. available: sequences of the training split of `data`.
+    batch: sequences per forward pass.
+    available: sequences in the training split of `data`.
     """
     if sequences < 2 * batch:
         least = f"two batches of {batch} are the least"
@@ -226,6 +232,7 @@ def check_sequences(sequences: int, batch: int, available: int, data: Path) -> N
 
 
 def _gate_training(checkpoint: Checkpoint, request: ScoreRequest) -> GateTraining:
+    """Settles how gates are trained. Raises InputError if a learning rate is missing."""
     rate = None
     if request.method == "scalar-gates":
         rate = request.weight_learning_rate

@@ -1,8 +1,7 @@
-"""What the config.json of a Qwen3 folder says: shape, windows and token ids, checked before a
-weight is read.
+"""Reads the config.json of a Qwen3 folder: shape, windows and token ids.
 
-A field that would change what the model computes is understood or refused, and so is a
-contradiction between two fields.
+Everything is checked before a weight is read. A field that changes what the model computes is
+either understood or refused. Two fields that contradict each other are refused.
 """
 
 from __future__ import annotations
@@ -36,7 +35,10 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder `path`; InputError where it cannot be read or is no mapping."""
+    """Reads a JSON file of the folder `path`.
+
+    Raises InputError if the file cannot be read or is not a mapping.
+    """
     try:
         content = parse_json((path / name).read_text())
     except (OSError, ValueError) as error:
@@ -47,28 +49,31 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
-    """The model's shape; InputError for all that is not a dense Qwen3 or an export of one."""
+    """Reads the model's shape.
+
+    Raises InputError unless the model is a dense Qwen3 or an export of one.
+    """
     kind = config.get("model_type")
     if kind not in ("qwen3", HEAD_WISE):
         raise InputError(
-            f"{path} holds a model of type {kind}; only dense Qwen3 (model_type qwen3) can be imported"
+            f"{path} holds a model of type {kind}; "
+            "only dense Qwen3 (model_type qwen3) can be imported"
         )
+    # The folder's code may compute anything. In a head-wise export, it is megaconsa's own.
     own_code = config.get("auto_map")
+    has_own_model = isinstance(own_code, dict) and "AutoModelForCausalLM" in own_code
     unsupported: dict[str, bool] = {
         "attention_bias": bool(config.get("attention_bias")),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "quantization_config": config.get("quantization_config") is not None,
         "is_causal": config.get("is_causal", True) is not True,
         "partial_rotary_factor": config.get("partial_rotary_factor") not in (None, 1),
-        # The folder's own code may compute anything. A head-wise export's is megaconsa's.
-        "auto_map": kind == "qwen3"
-        and isinstance(own_code, dict)
-        and "AutoModelForCausalLM" in own_code,
+        "auto_map": kind == "qwen3" and has_own_model,
     }
     for field, refused in unsupported.items():
         if refused:
             raise _unsupported(path, config, field)
-    # Qwen3Config's own defaults, for folders that leave them out.
+    # A folder may leave these out. The defaults are Qwen3Config's own.
     rest = {
         "head_dim": config.get("head_dim", 128),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
@@ -78,9 +83,10 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
         "max_position_embeddings": config.get("max_position_embeddings", 32_768),
     }
     try:
-        fields = {**{name: config[name] for name in SIZES if name not in rest}, **rest}
+        required = {name: config[name] for name in SIZES if name not in rest}
     except KeyError as error:
         raise InputError(f"{path}: config.json lacks {error.args[0]}") from None
+    fields = {**required, **rest}
     for name in SIZES:
         if type(fields[name]) is not int or fields[name] < 1:
             raise InputError(
@@ -94,7 +100,8 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
         fields[name] = float(fields[name])
     if type(fields["tie_word_embeddings"]) is not bool:
         raise InputError(
-            f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r} in config.json is not true or false"
+            f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r} in config.json "
+            "is not true or false"
         )
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
         raise InputError(
@@ -105,8 +112,9 @@ def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(path: Path, config: dict[str, Any]) -> float:
-    """The base of the plain rotary embedding, in whichever spelling; InputError for every other
-    embedding.
+    """Reads the base of the plain rotary embedding, in any spelling.
+
+    Raises InputError for every other kind of embedding.
     """
     try:
         parameters = rope_parameters(config)
@@ -114,9 +122,8 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> float:
         raise InputError(f"{path}: in config.json, {error}") from None
     plain = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
     if parameters not in (plain, plain | {"partial_rotary_factor": 1}):
-        raise _unsupported(
-            path, config, "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        )
+        field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        raise _unsupported(path, config, field)
     theta: float = parameters["rope_theta"]
     return theta
 
@@ -124,16 +131,19 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> float:
 def _unsupported(path: Path, config: dict[str, Any], field: str) -> InputError:
     value = json.dumps(config[field])
     return InputError(
-        f"{path}: {field}={value} in config.json is not supported; only Qwen3 without it can be imported"
+        f"{path}: {field}={value} in config.json is not supported; "
+        "only Qwen3 without it can be imported"
     )
 
 
 def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
-    """The table of windows, in the model's original head order; None where every layer is full.
+    """Reads the table of windows, in the model's original head order.
 
-    It is in allocation.json, where export-hf made the folder, and always in config.json, which a
-    model that transformers saved again has alone. InputError where the two disagree or config.json
-    contradicts itself.
+    export-hf writes the table to allocation.json and config.json. A model that transformers saved
+    again has only config.json.
+
+    Returns None if every layer has full attention. Raises InputError if the two files disagree or
+    if config.json contradicts itself.
     """
     table = _table(path, config, shape)
     file = path / "allocation.json"
@@ -141,27 +151,33 @@ def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> A
         return table
     allocation = Allocation.load(file)
     allocation.check_shape(shape.num_hidden_layers, shape.num_key_value_heads, str(file))
-    full = table.full if table else ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers
-    windows = allocation.sparsity > 0
-    if allocation.full != full or (windows and config.get("sliding_window") != allocation.window):
+    if table is None:
+        full = ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers
+    else:
+        full = table.full
+    other_window = allocation.sparsity > 0 and config.get("sliding_window") != allocation.window
+    if allocation.full != full or other_window:
         raise InputError(
-            f"{path}: allocation.json and config.json disagree about windows; export the model again"
+            f"{path}: allocation.json and config.json disagree about windows; "
+            "export the model again"
         )
     return allocation
 
 
 def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
-    """The table as config.json has it."""
-    layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
+    """Reads the table from config.json. Returns None if every layer of a plain Qwen3 is full."""
+    layers = shape.num_hidden_layers
+    heads = shape.num_key_value_heads
     types = config.get("layer_types")
-    types = [FULL] * layers if types is None else types
+    if types is None:
+        types = [FULL] * layers
     if not isinstance(types, list):
         raise InputError(f"{path}: layer_types={types!r} in config.json is not a list")
     if len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
         raise InputError(
-            f"{path}: layer_types={types!r} in config.json must be {FULL} or {SLIDING} for each of {layers} layers"
+            f"{path}: layer_types={types!r} in config.json must be {FULL} or {SLIDING} "
+            f"for each of {layers} layers"
         )
-    windowed = bool(config.get("use_sliding_window"))
     if config["model_type"] == HEAD_WISE:
         full = config.get("full_attention")
         counts = config.get("num_full_kv_heads")
@@ -169,20 +185,21 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
         unused = table.sparsity > 0 and not config.get("use_sliding_window", True)
         if unused or SLIDING in types or counts != [sum(row) for row in table.full]:
             raise InputError(
-                f"{path}: num_full_kv_heads={counts!r}, full_attention, layer_types and use_sliding_window in config.json "
-                "disagree about windows; export the model again"
+                f"{path}: num_full_kv_heads={counts!r}, full_attention, layer_types and "
+                "use_sliding_window in config.json disagree about windows; export the model again"
             )
         return table
+    windowed = bool(config.get("use_sliding_window"))
     if windowed != (SLIDING in types):
         raise InputError(
-            f"{path}: use_sliding_window={json.dumps(config.get('use_sliding_window'))} and layer_types in config.json "
-            f"disagree about windows; windowed layers need both use_sliding_window=true and {SLIDING} in layer_types"
+            f"{path}: use_sliding_window={json.dumps(config.get('use_sliding_window'))} and "
+            "layer_types in config.json disagree about windows; "
+            f"windowed layers need both use_sliding_window=true and {SLIDING} in layer_types"
         )
     if not windowed:
         return None
-    return _checked(
-        path, "layer_types", [[kind == FULL] * heads for kind in types], config, shape, "layer"
-    )
+    full = [[kind == FULL] * heads for kind in types]
+    return _checked(path, "layer_types", full, config, shape, "layer")
 
 
 def _checked(
@@ -193,13 +210,12 @@ def _checked(
     shape: ModelConfig,
     granularity: str,
 ) -> Allocation:
+    """Builds the table from `full`, the content of `field`, and checks it against the shape."""
     window = config.get("sliding_window")
-    if (
-        isinstance(full, list)
-        and all(isinstance(row, list) and all(row) for row in full)
-        and window is None
-    ):
-        window = shape.max_position_embeddings  # of no effect
+    all_full = isinstance(full, list) and all(isinstance(row, list) and all(row) for row in full)
+    if all_full and window is None:
+        # Any window will do, because no head uses it.
+        window = shape.max_position_embeddings
     data = {
         "version": FORMAT_VERSION,
         "num_layers": shape.num_hidden_layers,
@@ -215,27 +231,30 @@ def _checked(
 
 
 def check_token_ids(where: str, fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The special tokens' ids among `fields`, as they are: a number, or a list where several tokens
-    end a text.
+    """Returns the ids of the special tokens in `fields`, unchanged.
 
-    InputError, which begins with `where`, for one that the vocabulary does not have.
+    An id is a number. `eos_token_id` may be a list, because several tokens may end a text.
+
+    Raises InputError for an id outside the vocabulary. The message begins with `where`.
     """
     found = {name: fields[name] for name in TOKEN_IDS if fields.get(name) is not None}
     for name, value in found.items():
-        ids = value if isinstance(value, list) and name == "eos_token_id" and value else [value]
+        is_list = name == "eos_token_id" and isinstance(value, list) and len(value) > 0
+        ids = value if is_list else [value]
         if any(type(each) is not int or not 0 <= each < vocab_size for each in ids):
             raise InputError(
-                f"{where}: {name}={json.dumps(value)} is no token of a vocabulary of {vocab_size}; correct it"
+                f"{where}: {name}={json.dumps(value)} is no token of a vocabulary of {vocab_size}; "
+                "correct it"
             )
     return found
 
 
 def check_generation_config(file: Path, vocab_size: int) -> None:
-    """InputError where transformers cannot load the generation config, or it names tokens that the
-    model does not have.
+    """Raises InputError if transformers cannot load the generation config, or if the config names
+    tokens that the model does not have.
     """
     check_token_ids(str(file), read_json(file.parent, file.name), vocab_size)
     try:
         GenerationConfig.from_pretrained(file.parent, file.name, local_files_only=True)
-    except Exception as error:  # what a broken file raises is not specified
+    except Exception as error:  # transformers does not specify what a broken file raises
         raise InputError(f"{file} cannot be loaded: {' '.join(str(error).split())}") from error

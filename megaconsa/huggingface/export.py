@@ -1,4 +1,8 @@
-"""Writes a Hugging Face folder: a stock Qwen3 where layers are of one kind, else one that ships its model file."""
+"""Writes a Hugging Face folder.
+
+The folder holds a stock Qwen3 if the heads of each layer are of one kind. Otherwise it ships
+megaconsa's model file.
+"""
 
 from __future__ import annotations
 
@@ -53,21 +57,26 @@ def export(
     heat_map: Callable[[Path], None] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes `out`, a folder that transformers' Auto classes load; memory holds one weight at a time if `weights` reads them so.
+    """Writes `out`, a folder that transformers' Auto classes load.
 
-    weights: canonical name -> unsharded fp32 tensor, heads in original order. `allocation`: in the same order; all-true is dense.
-    tokenizer: folder with `tokenizer_config.json`, whose files are copied; None leaves the export without one.
+    Memory holds one weight at a time if `weights` reads them one by one. The folder appears under
+    its name only when it is complete.
+
+    weights: canonical name -> unsharded fp32 tensor, heads in original order.
+    allocation: in the same head order. An all-true table is a dense model.
+    tokenizer: folder with `tokenizer_config.json`, whose files are copied. None exports none.
     origin: where the weights came from (run, step, ...), shown in the model card.
-    fingerprint: of the tokenizer that the weights were trained with, as far as known; another is
-    refused.
-    token_ids: bos_token_id and so on for config.json; the tokenizer's if not given.
-    generation_config: the file to copy; the tokenizer folder's if not given, and where that has
-    none, one of the token ids.
-    max_shard_size: of a weight file, a number and KB, MB, GB or TB; a larger weight has a file of its own.
-    heat_map: draws the allocation into the file it is given, for the model card. advance is told of bytes as they are written.
-    The folder appears under its name only when it is complete. Raises InputError, with nothing written, where the weights, the
-    allocation or the tokenizer do not fit the model, `out` exists and is not an empty folder, or the disk has no room for it; RunError,
-    with nothing left behind, where writing fails.
+    fingerprint: of the tokenizer that the weights were trained with, if known. Another is refused.
+    token_ids: bos_token_id and so on for config.json. The default is the tokenizer's ids.
+    generation_config: the file to copy. The default is the tokenizer folder's, or, if it has none,
+        a new one with the token ids.
+    max_shard_size: of a weight file, a number and KB, MB, GB or TB. A larger weight fills one file.
+    heat_map: draws the allocation into the given file, for the model card.
+    advance: is called with the number of bytes as they are written.
+
+    Raises InputError, with nothing written, if the weights, the allocation or the tokenizer do not
+    fit the model, if `out` exists and is not an empty folder, or if the disk has no room for it.
+    Raises RunError, with nothing left behind, if writing fails.
     """
     check_new_folder(out)
     if dtype not in DTYPES:
@@ -75,7 +84,8 @@ def export(
     allocation.check_shape(model.num_hidden_layers, model.num_key_value_heads, "the allocation")
     if allocation.sparsity > 0 and allocation.window < 2:
         raise InputError(
-            f"the allocation's window={allocation.window} cannot be exported: transformers' sliding cache needs 2 or more"
+            f"the allocation's window={allocation.window} cannot be exported: "
+            "transformers' sliding cache needs 2 or more"
         )
     split = _split(model, dtype, max_shard_size)
     check_space(out, export_bytes(model, dtype))
@@ -88,29 +98,28 @@ def export(
 
     def read(name: str) -> Tensor:
         tensor = weights[name]
-        if not allocation.is_layer_wise and ".self_attn." in name and name.endswith("_proj.weight"):
-            tensor = reorder_weight(
-                name, tensor, model, allocation.full_heads_first(int(name.split(".")[2]))
-            )
+        is_projection = ".self_attn." in name and name.endswith("_proj.weight")
+        if is_projection and not allocation.is_layer_wise:
+            layer = int(name.split(".")[2])
+            tensor = reorder_weight(name, tensor, model, allocation.full_heads_first(layer))
         return tensor.detach().to("cpu", dtype)
 
     with new_folder(out) as folder:
         if not allocation.is_layer_wise:
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-        # The padding token is left to the generation config: in the model's it would freeze its
-        # embedding in fine-tuning.
-        in_config = token_ids or {
-            name: value for name, value in special_tokens.items() if name != "pad_token_id"
-        }
-        _write_json(folder / "config.json", _config(model, allocation, dtype, in_config))
+        # Only the generation config gets the tokenizer's padding token. With it in config.json,
+        # fine-tuning would not train that token's embedding.
+        without_padding = special_tokens.copy()
+        without_padding.pop("pad_token_id", None)
+        config = _config(model, allocation, dtype, token_ids or without_padding)
+        _write_json(folder / "config.json", config)
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
         if generation_config is not None:
             shutil.copyfile(generation_config, folder / GENERATION_CONFIG)
         else:
-            generation = (token_ids or special_tokens) | {
-                "transformers_version": transformers.__version__
-            }
+            library = {"transformers_version": transformers.__version__}
+            generation = (token_ids or special_tokens) | library
             _write_json(folder / GENERATION_CONFIG, generation)
         allocation.save(folder / "allocation.json")
         if heat_map is not None:
@@ -126,38 +135,39 @@ def export(
         (folder / "README.md").write_text(card)
         shapes = parameter_shapes(model)
         for filename, names in split.filename_to_tensors.items():
-            write_tensors(
-                folder / filename, {name: shapes[name] for name in names}, dtype, read, advance
-            )
+            in_file = {name: shapes[name] for name in names}
+            write_tensors(folder / filename, in_file, dtype, read, advance)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(folder / "model.safetensors.index.json", index)
 
 
 def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights in `dtype`."""
+    """Returns the bytes of all weights in `dtype`."""
     return sum(math.prod(shape) for shape in parameter_shapes(model).values()) * dtype.itemsize
 
 
 def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequence[int]) -> Tensor:
-    """A projection of attention with its KV heads, or their query heads, in another order.
+    """Copies an attention projection with its KV heads, or their query heads, in another order.
 
-    order[i] is the present index of the KV head that comes to place i. Rows of q, k and v and columns of o are copied; where all four
-    projections of a layer are reordered alike, the function of the model stays the same.
+    order: order[i] is the present index of the KV head that moves to place i.
+
+    Rows of q, k and v and columns of o are reordered. The model computes the same if all four
+    projections of a layer are reordered alike.
     """
     heads = 1 if ".k_proj." in name or ".v_proj." in name else model.queries_per_kv_head
-    return tensor.index_select(
-        1 if ".o_proj." in name else 0, _rows(order, model.head_dim * heads).to(tensor.device)
-    )
+    dim = 1 if ".o_proj." in name else 0
+    rows = _rows(order, model.head_dim * heads).to(tensor.device)
+    return tensor.index_select(dim, rows)
 
 
 def _rows(order: Sequence[int], size: int) -> Tensor:
-    """Row indices of blocks of `size` rows in the given order of blocks."""
+    """Returns the row indices of blocks of `size` rows, with the blocks in the given order."""
     return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
 
 
 def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
-    """Raises InputError unless the weights are those of the model, finite, and within the range of `dtype`."""
+    """Raises InputError unless the weights belong to the model, are finite and fit into `dtype`."""
     shapes = parameter_shapes(model)
     if difference := name_difference(weights.keys(), model):
         raise InputError(
@@ -167,23 +177,24 @@ def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: tor
         tensor = weights[name]
         if tuple(tensor.shape) != shape:
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}, but the model configuration asks for {shape}"
+                f"{name} has shape {tuple(tensor.shape)}, "
+                f"but the model configuration asks for {shape}"
             )
         low, high = map(float, tensor.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(f"{name} holds NaN or infinity; export an earlier checkpoint")
         if max(-low, high) > torch.finfo(dtype).max:
             raise InputError(
-                f"{name} holds {max(-low, high):g}, which overflows {dtype}; export in torch.bfloat16"
+                f"{name} holds {max(-low, high):g}, which overflows {dtype}; "
+                "export in torch.bfloat16"
             )
 
 
 def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None) -> dict[str, int]:
-    """Ids that generation needs, of those the tokenizer has: bos_token_id, eos_token_id,
-    pad_token_id.
+    """Returns the ids that generation needs: bos_token_id, eos_token_id and pad_token_id.
 
-    InputError where the tokenizer does not fit the model or has another fingerprint than
-    `fingerprint`.
+    Ids that the tokenizer lacks are left out. Raises InputError if the tokenizer does not fit the
+    model, or if its fingerprint differs from `fingerprint`.
     """
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise InputError(
@@ -195,7 +206,8 @@ def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None
         found = Tokenizer.load(tokenizer).fingerprint
         if not same_tokenizer(fingerprint, found):
             raise InputError(
-                f"tokenizer={tokenizer} has fingerprint {found}, but the weights were trained with {fingerprint}; "
+                f"tokenizer={tokenizer} has fingerprint {found}, "
+                f"but the weights were trained with {fingerprint}; "
                 "give the folder of that one with --tokenizer"
             )
     ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
@@ -208,6 +220,7 @@ def _config(
     dtype: torch.dtype,
     token_ids: dict[str, Any],
 ) -> dict[str, Any]:
+    """Returns the content of config.json."""
     fields = qwen3_config_fields(model)
     if allocation.sparsity > 0:
         fields |= {"use_sliding_window": True, "sliding_window": allocation.window}
@@ -227,13 +240,12 @@ def _config(
         fields |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
         if allocation.sparsity > 0:
             full_layers = [row[0] for row in allocation.full]
-            fields |= {
-                "layer_types": [
-                    "full_attention" if full else "sliding_attention" for full in full_layers
-                ],
-                # Ignored beside layer_types; an engine that knows only this field must see that not all layers are full.
-                "max_window_layers": full_layers.index(False),
-            }
+            fields["layer_types"] = [
+                "full_attention" if full else "sliding_attention" for full in full_layers
+            ]
+            # transformers ignores this field beside layer_types. An engine that knows only this
+            # field must see that not all layers are full.
+            fields["max_window_layers"] = full_layers.index(False)
     fields |= token_ids
     return fields | {
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -242,7 +254,7 @@ def _config(
 
 
 def _split(model: ModelConfig, dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
-    """Which weight goes into which file."""
+    """Decides which weight goes into which file. Raises InputError for a malformed size."""
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise InputError(f"max_shard_size={max_shard_size} is not a size; write it as 5GB or 500MB")
     sizes = {

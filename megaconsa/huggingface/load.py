@@ -29,18 +29,20 @@ def register() -> None:
     AutoConfig.register(MegaconsaConfig.model_type, MegaconsaConfig, exist_ok=True)
     AutoModel.register(MegaconsaConfig, MegaconsaModel, exist_ok=True)
     AutoModelForCausalLM.register(MegaconsaConfig, MegaconsaForCausalLM, exist_ok=True)
-    # So that save_pretrained writes the model file too.
+    # With this, save_pretrained also writes the model file.
     MegaconsaConfig.register_for_auto_class()
     MegaconsaModel.register_for_auto_class("AutoModel")
     MegaconsaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The model, in evaluation mode on the CPU, and the tokenizer, None where the export has none; nothing is downloaded.
+    """Loads the model, in evaluation mode on the CPU, and the tokenizer.
 
-    No code in the folder is run: a head-wise export is loaded by megaconsa's own classes, whatever model file lies there.
-    Raises InputError where the folder is not an export, or its tokenizer has more tokens than its
-    model.
+    Nothing is downloaded. No code in the folder is run: megaconsa's own classes load a head-wise
+    export, whatever model file is in the folder.
+
+    Returns the model and the tokenizer, which is None if the export has none. Raises InputError if
+    the folder is not an export, or if its tokenizer has more tokens than its model.
     """
     try:
         fields = parse_json((folder / "config.json").read_text())
@@ -55,14 +57,15 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     except ValueError as error:
         raise InputError(f"{folder}: in config.json, {error}") from None
     register()
-    # False, not left out: transformers would ask on the terminal.
+    # trust_remote_code must be given: without it, transformers asks the user on the terminal.
     where = {"trust_remote_code": False, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, **where)
-    # transformers 4 would not see the base that 5 saves, and take 10,000.
+    # transformers 4 does not read the rotary base where 5 saves it, and would use 10,000.
     for name, value in rope.items():
         setattr(config, name, value)
-    tokenizer = load_pretrained(folder) if (folder / TOKENIZER_CONFIG).is_file() else None
-    if tokenizer is not None:
+    tokenizer = None
+    if (folder / TOKENIZER_CONFIG).is_file():
+        tokenizer = load_pretrained(folder)
         check_vocabulary(folder, tokenizer, config.vocab_size)
     with _without_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **where)
@@ -71,8 +74,9 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers 5 draws one over the weights of even the smallest model, into the commands'
-    messages.
+    """Hides transformers' progress bars.
+
+    transformers 5 draws one over the weights of even the smallest model, amid a command's messages.
     """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -85,25 +89,28 @@ def _without_progress_bar() -> Iterator[None]:
 
 @torch.no_grad()
 def compare_logits(folder: Path, tokens: Tensor, logits: Tensor) -> float:
-    """Largest absolute difference between the export's logits, computed in fp32, and the given ones, over the largest of these.
+    """Compares the export's logits, computed in fp32, with the given ones.
 
-    tokens: (B, S) int64, without padding; logits: (B, S, V) fp32.
+    tokens: (B, S) int64, without padding.
+    logits: (B, S, V) fp32.
+
+    Returns the largest absolute difference, divided by the largest absolute value of `logits`.
     """
     model, _ = load_exported(folder)
-    rows = zip(tokens, logits, strict=True)
-    differences = [
-        (model(row[None], use_cache=False).logits[0] - given).abs().max() for row, given in rows
-    ]
-    return float(
-        torch.stack(differences).max() / logits.abs().max()
-    )  # not Python's max, which may pass over a NaN
+    differences = []
+    for row, given in zip(tokens, logits, strict=True):
+        computed = model(row[None], use_cache=False).logits[0]
+        differences.append((computed - given).abs().max())
+    # Python's max may skip a NaN, torch's does not.
+    return float(torch.stack(differences).max() / logits.abs().max())
 
 
 @torch.no_grad()
 def generate_line(folder: Path, prompt: str, max_new_tokens: int) -> str:
-    """The export's greedy continuation of `prompt`, in fp32, without the prompt and special tokens.
+    """Continues `prompt` greedily with the export, in fp32.
 
-    Raises InputError where the export has no tokenizer.
+    Returns the continuation without the prompt and without special tokens. Raises InputError if the
+    export has no tokenizer.
     """
     model, tokenizer = load_exported(folder)
     if tokenizer is None:
@@ -115,6 +122,5 @@ def generate_line(folder: Path, prompt: str, max_new_tokens: int) -> str:
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    return str(
-        tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    )
+    continuation = generated[0, inputs.input_ids.shape[1] :]
+    return str(tokenizer.decode(continuation, skip_special_tokens=True))

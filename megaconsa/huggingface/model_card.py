@@ -1,4 +1,8 @@
-"""The README.md of an export: how to load it, what its attention does, what its cache costs, where it came from."""
+"""Writes the README.md of an export.
+
+It says how to load the model, what its attention does, what its cache costs and where the weights
+came from.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,10 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{trust}){load_tokenizer}
 """
 
 HEAD_WISE = """
-The model file, `modeling_megaconsa.py`, is in this folder and needs transformers 4.57 or later. In the weights, the KV heads of a
-layer are stored with the full-attention ones first; `allocation.json` and the map below show them in the original order.
+The model file, `modeling_megaconsa.py`, is in this folder and needs transformers 4.57 or later. \
+In the weights, the KV heads of a
+layer are stored with the full-attention ones first; \
+`allocation.json` and the map below show them in the original order.
 """
 
 SHAPE = """
@@ -47,7 +53,8 @@ DENSE = """\
 
 HYBRID = """\
 | KV heads with full attention | {full_heads} of {all_heads} |
-| sparsity, the fraction of KV heads with the window: target, reached | {target:.4g}, {sparsity:.4g} |
+| sparsity, the fraction of KV heads with the window: target, reached \
+| {target:.4g}, {sparsity:.4g} |
 | window | {window} keys, the query's own included |
 """
 
@@ -62,7 +69,8 @@ TOKENS = """\
 CACHE = """
 ## KV cache
 
-Keys and values of one sequence in {dtype}. Full heads hold every token, sliding heads the last {held}.
+Keys and values of one sequence in {dtype}. \
+Full heads hold every token, sliding heads the last {held}.
 
 | context | this model | dense | share |
 | --- | --- | --- | --- |
@@ -95,17 +103,22 @@ def model_card(
     has_heat_map: bool,
     origin: dict[str, Any] | None,
 ) -> str:
-    """The text of README.md; cache sizes are for keys and values held in `dtype`. origin may have `tokens`, those of the training."""
+    """Returns the text of README.md.
+
+    dtype: of the weights, and of the keys and values whose cache sizes are shown.
+    origin: where the weights came from. It may have `tokens`, the number of training tokens.
+    """
     all_heads = allocation.num_layers * allocation.num_kv_heads
     precision = str(dtype).removeprefix("torch.")
     trust = "" if allocation.is_layer_wise else ", trust_remote_code=True"
+    load_tokenizer = ""
+    if has_tokenizer:
+        load_tokenizer = f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})'
     text = HEADER.format(
         with_windows=" with full and sliding-window attention" if allocation.sparsity else "",
         import_tokenizer=", AutoTokenizer" if has_tokenizer else "",
         trust=trust,
-        load_tokenizer=f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})'
-        if has_tokenizer
-        else "",
+        load_tokenizer=load_tokenizer,
     )
     if not allocation.is_layer_wise:
         text += HEAD_WISE
@@ -126,46 +139,41 @@ def model_card(
             sparsity=allocation.sparsity,
             window=allocation.window,
         )
-        learned = allocation.origin
-        if (
-            learned.get("split_agreement") is not None
-            and learned.get("separated_share") is not None
-        ):
-            text += EVIDENCE.format(
-                agreement=learned["split_agreement"], separated=learned["separated_share"]
-            )
+        agreement = allocation.origin.get("split_agreement")
+        separated = allocation.origin.get("separated_share")
+        if agreement is not None and separated is not None:
+            text += EVIDENCE.format(agreement=agreement, separated=separated)
+        cache_rows = [_cache_row(model, allocation, dtype, context) for context in _contexts(model)]
         digits = len(str(allocation.num_layers - 1))
-        lines = (
-            f"{layer:>{digits}} {''.join('F' if full else '.' for full in row)}"
-            for layer, row in enumerate(allocation.full)
-        )
+        lines = []
+        for layer, row in enumerate(allocation.full):
+            letters = "".join("F" if full else "." for full in row)
+            lines.append(f"{layer:>{digits}} {letters}")
         text += CACHE.format(
             dtype=precision,
+            # A sliding head caches one key less than its window, which includes the query's own.
             held=allocation.window - 1,
-            rows="\n".join(
-                _cache_row(model, allocation, dtype, context) for context in _contexts(model)
-            ),
+            rows="\n".join(cache_rows),
             table="\n".join(lines),
         )
         if has_heat_map:
             text += f"\n![The allocation, layer by KV head]({HEAT_MAP})\n"
     else:
-        text += DENSE.format(
-            dense_token=binary_size(kv_cache_bytes(model, None, 1, dtype.itemsize))
-        )
+        token_bytes = kv_cache_bytes(model, None, 1, dtype.itemsize)
+        text += DENSE.format(dense_token=binary_size(token_bytes))
     if origin:
         text += ORIGIN.format(origin=json.dumps(origin, indent=2, default=str))
     return text
 
 
 def _contexts(model: ModelConfig) -> list[int]:
-    """Contexts of the table, in tokens: up to what the model has positions for."""
+    """Returns the contexts of the cache table, in tokens. The last one is the model's longest."""
     longest = model.max_position_embeddings
-    return [context for context in (2048, 8192, 32_768, 131_072) if context < longest] + [longest]
+    shorter = [context for context in (2048, 8192, 32_768, 131_072) if context < longest]
+    return [*shorter, longest]
 
 
 def _cache_row(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, context: int) -> str:
-    hybrid, dense = (
-        kv_cache_bytes(model, table, context, dtype.itemsize) for table in (allocation, None)
-    )
+    hybrid = kv_cache_bytes(model, allocation, context, dtype.itemsize)
+    dense = kv_cache_bytes(model, None, context, dtype.itemsize)
     return f"| {context:,} | {binary_size(hybrid)} | {binary_size(dense)} | {hybrid / dense:.1%} |"

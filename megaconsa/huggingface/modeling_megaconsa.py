@@ -1,11 +1,12 @@
-"""Qwen3 in which some KV heads of a layer see everything before them and the others only a sliding window.
+"""Qwen3 with two kinds of KV heads in a layer: full attention, and a sliding window.
 
-This file ships with every head-wise export of megaconsa and needs only torch and transformers (4.57 or later, 5.x).
+This file ships with every head-wise export of megaconsa. It needs only torch and transformers
+(4.57 or later, 5.x).
 
-The KV heads of a layer are stored with the full-attention ones first; `config.num_full_kv_heads[layer]` says how many they
-are. Each kind, with its query heads, is a *head group*: a layer calls attention once per group, and each group has a cache
-layer of its own, so that sliding heads keep only the window - 1 tokens that the next query can still see. All else, the
-parameter names included, is transformers' Qwen3.
+A layer stores its full-attention KV heads first, `config.num_full_kv_heads[layer]` of them. The KV
+heads of one kind and their query heads are a *head group*. A layer calls attention once per group.
+Each group has its own cache layer, so that sliding heads keep only the window - 1 tokens that the
+next query can still see. Everything else is transformers' Qwen3, including the parameter names.
 """
 
 from __future__ import annotations
@@ -16,15 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3PreTrainedModel,
-    StaticCache,
-)
+from transformers import Cache, DynamicCache, Qwen3Config, StaticCache
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -36,32 +29,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
-FULL, SLIDING, POSITIONS = "full_attention", "sliding_attention", "positions"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+POSITIONS = "positions"
 ONE_CALL = "megaconsa"
-"""An attention implementation that takes heads of both kinds in one call, and their windows as a tuple (None is full attention)."""
+"""Attention that takes both kinds of heads in one call, with a tuple of windows (None: full)."""
 MASK_BUILDERS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 # transformers 5.24 renamed the argument in all layers of a model.
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(Qwen3Attention.forward).parameters
-    else "past_key_values"
-)
-# transformers 5 keeps all that concerns the rotary embedding in one field; 4 ignores that field.
+RENAMED = "cache" in inspect.signature(Qwen3Attention.forward).parameters
+CACHE = "cache" if RENAMED else "past_key_values"
+# transformers 5 keeps everything about the rotary embedding in one field. 4 ignores that field.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 IN_ONE_FIELD = hasattr(Qwen3Config(), "rope_parameters")
 
 
 def rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the rotary embedding: `rope_type`, `rope_theta` and what else
-    the type needs.
+    """Reads the rotary embedding: `rope_type`, `rope_theta` and whatever else the type needs.
 
     fields: in the spelling of transformers 4 (`rope_theta`, `rope_scaling`), of 5
-    (`rope_parameters`), or both. Raises ValueError where they contradict each other or are not what
-    Qwen3 reads: releases would settle on different ones.
+        (`rope_parameters`), or both.
+    Raises ValueError if the fields contradict each other, since releases would pick different
+    ones, or if Qwen3 cannot read them.
     """
     thetas = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
     found: dict[str, dict[str, Any]] = {}
@@ -71,41 +66,43 @@ def rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
             raise ValueError(
-                f"{name}={given!r} must be one flat mapping: Qwen3 has one rotary embedding for all layers"
+                f"{name}={given!r} must be one flat mapping: "
+                "Qwen3 has one rotary embedding for all layers"
             )
         parameters = dict(given)
         if "rope_theta" in parameters:
             thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta")
         old_name = parameters.pop("type", None)
-        if parameters.setdefault("rope_type", old_name or "default") != (
-            old_name or parameters["rope_type"]
-        ):
+        rope_type = parameters.setdefault("rope_type", old_name or "default")
+        if old_name and rope_type != old_name:
             raise ValueError(
                 f"{name}={given!r} has a type and another rope_type; remove the wrong one"
             )
         found[name] = {key: value for key, value in parameters.items() if value is not None}
-    for name, theta in thetas.items():
-        if type(theta) not in (int, float) or not 0 < theta < float("inf"):
-            raise ValueError(f"{name}={theta!r} is not a positive number")
+    for name, value in thetas.items():
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r} is not a positive number")
     first, *others = thetas.items() or [("rope_theta", 10_000.0)]  # Qwen3's own default
-    for name, theta in others:
-        if theta != first[1]:
+    theta = first[1]
+    for name, other in others:
+        if other != theta:
             raise ValueError(
-                f"{first[0]}={first[1]!r} and {name}={theta!r} contradict each other; keep the one the model was trained with"
+                f"{first[0]}={theta!r} and {name}={other!r} contradict each other; "
+                "keep the one the model was trained with"
             )
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
         both = " and ".join(f"{name}={fields[name]!r}" for name in found)
         raise ValueError(f"{both} contradict each other; keep the one the model was trained with")
-    return next(iter(found.values()), {"rope_type": "default"}) | {"rope_theta": first[1]}
+    return next(iter(found.values()), {"rope_type": "default"}) | {"rope_theta": theta}
 
 
 def native_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The fields by which this release of transformers is told what `rope_parameters` returned."""
+    """Spells the result of `rope_parameters` as this release of transformers expects it."""
     return {"rope_parameters": parameters} if IN_ONE_FIELD else old_rope(parameters)
 
 
 def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """As native_rope, the fields of transformers 4."""
+    """Spells the result of `rope_parameters` as transformers 4 expects it."""
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     plain = scaling == {"rope_type": "default"}
     return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling}
@@ -114,16 +111,16 @@ def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 class MegaconsaConfig(Qwen3Config):
     """Qwen3's fields and two more.
 
-    num_full_kv_heads: per layer, how many KV heads have full attention. The model stores them first; the other heads see
-        `sliding_window` keys, the query's own included. Left out, every head has full attention.
-    full_attention: (num_hidden_layers, num_key_value_heads) booleans in the head order that the model was trained with. For
-        people and tools; the model does not read it.
+    num_full_kv_heads: KV heads with full attention in each layer, which the model stores first. The
+        other heads see `sliding_window` keys, the query's own included. By default all are full.
+    full_attention: (num_hidden_layers, num_key_value_heads) booleans, in the head order that the
+        model was trained with. For people and tools: the model does not read it.
 
-    `layer_types` is always `full_attention`: the kind is a matter of the head here, not of the layer.
+    `layer_types` is always `full_attention`, because the kind belongs to the head, not the layer.
     """
 
     model_type = "megaconsa"
-    # Qwen3's plan cuts heads evenly over ranks, which would give a rank the wrong mixture of full and sliding ones.
+    # Qwen3's plan splits heads evenly: a rank would get the wrong mixture of full and sliding ones.
     base_model_tp_plan = None
 
     def __init__(
@@ -136,19 +133,19 @@ class MegaconsaConfig(Qwen3Config):
         rope = native_rope(rope_parameters(kwargs))
         others = {key: value for key, value in kwargs.items() if key not in ROPE_FIELDS}
         super().__init__(use_sliding_window=use_sliding_window, **others, **rope)
-        layers, heads = self.num_hidden_layers, self.num_key_value_heads
+        layers = self.num_hidden_layers
+        heads = self.num_key_value_heads
         if num_full_kv_heads is None:
             num_full_kv_heads = [heads] * layers
-        if len(num_full_kv_heads) != layers or not all(
-            0 <= full <= heads for full in num_full_kv_heads
-        ):
+        right_length = len(num_full_kv_heads) == layers
+        if not right_length or not all(0 <= full <= heads for full in num_full_kv_heads):
             raise ValueError(
-                f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} for each of {layers} layers"
+                f"num_full_kv_heads={num_full_kv_heads} must give a count from 0 to {heads} "
+                f"for each of {layers} layers"
             )
-        # transformers' sliding cache layer keeps all tokens, instead of none, for a window of 1.
-        if min(num_full_kv_heads) < heads and (
-            self.sliding_window is None or self.sliding_window < 2
-        ):
+        # With a window of 1, transformers' sliding cache layer keeps all tokens instead of none.
+        some_slide = min(num_full_kv_heads) < heads
+        if some_slide and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(
                 f"sliding_window={self.sliding_window} must be at least 2, as some heads use it"
             )
@@ -157,9 +154,7 @@ class MegaconsaConfig(Qwen3Config):
         self.layer_types = [FULL] * layers
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', with the rotary embedding in both spellings: 4 would read 1e4 in what 5
-        writes.
-        """
+        """Adds the rotary embedding in both spellings: 4 would read 1e4 in what 5 writes."""
         fields: dict[str, Any] = super().to_dict()
         names = ("rope_parameters",) if IN_ONE_FIELD else ("rope_theta", "rope_scaling")
         parameters = rope_parameters({name: getattr(self, name) for name in names})
@@ -167,63 +162,58 @@ class MegaconsaConfig(Qwen3Config):
 
 
 class HeadGroup(NamedTuple):
-    """The heads of one kind in one layer. There is no empty group: a layer of one kind has one group."""
+    """The heads of one kind in one layer. A layer whose heads are all alike has one group."""
 
     kind: str
     kv_heads: slice
     query_heads: slice
     cache_index: int
-    """Which layer of the cache holds the group's keys and values."""
+    """Index of the cache layer that holds the group's keys and values."""
 
 
 def head_groups(config: MegaconsaConfig) -> list[list[HeadGroup]]:
-    """The groups of each layer, full attention first; cache indices count them through the whole model."""
+    """Returns each layer's groups, full attention first. Cache indices run through the model."""
     heads = config.num_key_value_heads
-    queries_per_head = config.num_attention_heads // heads
+    ratio = config.num_attention_heads // heads
     cache_index = count()
-    return [
-        [
-            HeadGroup(
-                kind,
-                slice(start, stop),
-                slice(start * queries_per_head, stop * queries_per_head),
-                next(cache_index),
-            )
-            for kind, start, stop in ((FULL, 0, full), (SLIDING, full, heads))
-            if start < stop
-        ]
-        for full in config.num_full_kv_heads
-    ]
+    groups = []
+    for full in config.num_full_kv_heads:
+        layer = []
+        for kind, start, stop in ((FULL, 0, full), (SLIDING, full, heads)):
+            if start < stop:
+                queries = slice(start * ratio, stop * ratio)
+                layer.append(HeadGroup(kind, slice(start, stop), queries, next(cache_index)))
+        groups.append(layer)
+    return groups
 
 
 def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
-    """Lays out an empty cache (or a new one, for None) with a cache layer per head group, in place.
+    """Gives an empty cache one cache layer per head group, in place. None makes a new cache.
 
-    A cache that has this layout already is returned as it is, filled or not. Raises ValueError for any other.
+    A cache with this layout is returned as it is, filled or not. Raises ValueError for any other.
     """
     if cache is None:
         cache = DynamicCache()
-    if getattr(
-        cache, "mixes_kinds", False
-    ):  # of ONE_CALL: it keeps heads of both kinds in one layer
+    # The cache of ONE_CALL keeps heads of both kinds in one layer.
+    if getattr(cache, "mixes_kinds", False):
         return cache
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
-            f"{type(cache).__name__} is not supported, nor is offloading: sliding and full heads of a layer are cached apart, "
-            "which needs a plain DynamicCache or StaticCache"
+            f"{type(cache).__name__} is not supported, nor is offloading: sliding and full heads "
+            "of a layer are cached apart, which needs a plain DynamicCache or StaticCache"
         )
     sliding = [group.kind == SLIDING for layer in head_groups(config) for group in layer]
     if [layer.is_sliding for layer in cache.layers] == sliding:
         return cache
     if cache.get_seq_length() > 0:
         raise ValueError(
-            "past_key_values was filled by another model; pass an empty cache or one that this model returned"
+            "past_key_values was filled by another model; "
+            "pass an empty cache or one that this model returned"
         )
     window = config.sliding_window
     if type(cache) is StaticCache:
-        length = cache.layers[
-            0
-        ].max_cache_len  # the configuration made full-attention layers of all
+        # `layer_types` made all of its layers full-attention ones, so any of them has the length.
+        length = cache.layers[0].max_cache_len
         cache.layers = [
             StaticSlidingWindowLayer(length, window) if slides else StaticLayer(length)
             for slides in sliding
@@ -232,9 +222,8 @@ def split_cache(cache: Cache | None, config: MegaconsaConfig) -> Cache:
         cache.layers = [
             DynamicSlidingWindowLayer(window) if slides else DynamicLayer() for slides in sliding
         ]
-        cache.layer_class_to_replicate = (
-            None  # the layout is complete: nothing is to be added when layers are first used
-        )
+        # The layout is complete, so the cache must not add layers when they are first used.
+        cache.layer_class_to_replicate = None
     return cache
 
 
@@ -245,9 +234,8 @@ class MegaconsaAttention(Qwen3Attention):
         super().__init__(config, layer_idx)
         self.groups = head_groups(config)[layer_idx]
         full = config.num_full_kv_heads[layer_idx]
-        self.windows = (None,) * full + (config.sliding_window,) * (
-            config.num_key_value_heads - full
-        )
+        sliding = config.num_key_value_heads - full
+        self.windows = (None,) * full + (config.sliding_window,) * sliding
 
     def forward(
         self,
@@ -256,46 +244,39 @@ class MegaconsaAttention(Qwen3Attention):
         attention_mask: dict[str, Tensor | None],
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, length, hidden), as is what returns; attention_mask: one for each kind of head, and the positions."""
+        """hidden_states: (batch, length, hidden). attention_mask: one per kind, and POSITIONS."""
         cache = kwargs.pop(CACHE, None)
         batch, length = hidden_states.shape[:2]
         by_head = (batch, length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(
-            1, 2
-        )  # (batch, query heads, length, head_dim)
-        key = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(
-            1, 2
-        )  # (batch, KV heads, length, head_dim)
+        # (batch, heads, length, head_dim) each
+        query = self.q_norm(self.q_proj(hidden_states).view(by_head)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
 
         implementation = self.config._attn_implementation
-        attend = (
-            eager_attention_forward
-            if implementation == "eager"
-            else ALL_ATTENTION_FUNCTIONS[implementation]
-        )
-        groups, windows = self.groups, {FULL: None, SLIDING: self.config.sliding_window}
+        if implementation == "eager":
+            attend = eager_attention_forward
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        groups = self.groups
+        windows: dict[str, Any] = {FULL: None, SLIDING: self.config.sliding_window}
         if implementation == ONE_CALL:
-            groups, windows = (
-                [HeadGroup(FULL, slice(None), slice(None), self.layer_idx)],
-                {FULL: self.windows},
-            )
+            groups = [HeadGroup(FULL, slice(None), slice(None), self.layer_idx)]
+            windows = {FULL: self.windows}
         outputs = []
         for group in groups:
-            group_key, group_value = key[:, group.kv_heads], value[:, group.kv_heads]
+            keys = key[:, group.kv_heads]
+            values = value[:, group.kv_heads]
             if cache is not None:
-                place = {
-                    "cache_position": attention_mask[POSITIONS]
-                }  # asked for by static caches before transformers 5
-                group_key, group_value = cache.update(
-                    group_key, group_value, group.cache_index, place
-                )
+                # Static caches need the positions before transformers 5.
+                place = {"cache_position": attention_mask[POSITIONS]}
+                keys, values = cache.update(keys, values, group.cache_index, place)
             output, _ = attend(
                 self,
                 query[:, group.query_heads],
-                group_key,
-                group_value,
+                keys,
+                values,
                 attention_mask[group.kind],
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
@@ -307,13 +288,13 @@ class MegaconsaAttention(Qwen3Attention):
 
 
 class MegaconsaPreTrainedModel(Qwen3PreTrainedModel):
-    """What of Qwen3's abilities does not hold with two attention calls in a layer, so that transformers refuses it."""
+    """Declares what two attention calls a layer do not support, so that transformers refuses it."""
 
     config_class = MegaconsaConfig
     _supports_attention_backend = False  # serving engines keep one cache per layer
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer}  # noqa: RUF012 (transformers declares it so)
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer}  # noqa: RUF012 (as transformers does)
 
 
 class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
@@ -335,19 +316,22 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Qwen3Model.forward; attention_mask is the padding mask, (batch, past + length), or None.
+        """Runs Qwen3Model.forward.
 
-        The cache is called past_key_values up to transformers 5.23, cache since; either name serves.
+        attention_mask: the padding mask, (batch, past + length), or None.
+        past_key_values, cache: two names of one argument, up to transformers 5.23 and since.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions"):
             raise ValueError(
-                "output_attentions is not supported: full and sliding heads attend to different numbers of keys"
+                "output_attentions is not supported: "
+                "full and sliding heads attend to different numbers of keys"
             )
         cache = past_key_values if cache is None else cache
         if self.training and self.gradient_checkpointing:
-            use_cache, cache = False, None
+            use_cache = False
+            cache = None
         elif use_cache is None:
             use_cache = self.config.use_cache
         if use_cache or cache is not None:
@@ -356,7 +340,8 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             isinstance(attention_mask, dict) or attention_mask.dim() != 2
         ):
             raise ValueError(
-                "attention_mask must be a (batch, length) mask of padding: one over keys would undo the sliding window"
+                "attention_mask must be a (batch, length) mask of padding: "
+                "one over keys would undo the sliding window"
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -374,14 +359,14 @@ class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):
             CACHE: cache,
             "position_ids": position_ids,
         }
+        one_call = self.config._attn_implementation == ONE_CALL
         masks: dict[str, Any] = {POSITIONS: positions}
-        for kind in {FULL} if self.config._attn_implementation == ONE_CALL else self.kinds:
+        for kind in {FULL} if one_call else self.kinds:
             build = MASK_BUILDERS[kind]
             accepted = inspect.signature(build).parameters
-            masks[kind] = build(
-                **{name: argument for name, argument in arguments.items() if name in accepted}
-            )
-        # Qwen3Model hands each layer the mask of its layer type. All have the same type here, so each gets both masks.
+            masks[kind] = build(**{k: value for k, value in arguments.items() if k in accepted})
+        # Qwen3Model gives each layer the mask of its layer type. All layers have one type here, so
+        # each layer gets both masks.
         return super().forward(
             inputs_embeds=inputs_embeds,
             attention_mask={FULL: masks},
@@ -400,11 +385,13 @@ class MegaconsaForCausalLM(MegaconsaPreTrainedModel, Qwen3ForCausalLM):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """The padding mask as it is: with a static cache, generate would make a mask over keys, for one kind of head, of it."""
+        """Keeps the padding mask as it is."""
+        # With a static cache, generate would turn it into a mask over keys, for one kind of head.
         return attention_mask
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Refused here, where generate's paged cache begins: what fails later on is only logged, and nothing is generated."""
+        """Refuses a paged cache early: later failures are only logged, and nothing is generated."""
         raise ValueError(
-            "a paged cache (continuous batching) is not supported: sliding and full heads are cached apart"
+            "a paged cache (continuous batching) is not supported: "
+            "sliding and full heads are cached apart"
         )

@@ -1,4 +1,4 @@
-"""Parameter names and configuration fields, which are those of transformers' Qwen3 throughout megaconsa."""
+"""Parameter names and configuration fields. All of megaconsa uses those of transformers' Qwen3."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from megaconsa.model.config import ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> unsharded shape of every parameter, in the order of the model; linear weights are (out, in).
+    """Returns canonical name -> unsharded shape of every parameter, in the order of the model.
 
-    With tied embeddings there is no `lm_head.weight`: the output layer is `model.embed_tokens.weight`.
+    Linear weights are (out, in). With tied embeddings there is no `lm_head.weight`, and the output
+    layer is `model.embed_tokens.weight`.
     """
-    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    hidden = config.hidden_size
+    intermediate = config.intermediate_size
+    head_dim = config.head_dim
+    queries = config.num_attention_heads * head_dim
+    keys = config.num_key_value_heads * head_dim
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -38,9 +42,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def name_difference(names: Set[str], config: ModelConfig) -> str | None:
-    """What is wrong with the names of a model's weights, as "lack NAME and 3 more" or "have the unknown NAME"; None if nothing is."""
+    """Says what is wrong with the names of a model's weights.
+
+    Returns "lack NAME and 3 more" or "have the unknown NAME", or None if nothing is wrong.
+    """
     expected = parameter_shapes(config).keys()
-    for problem, wrong in (("lack", expected - names), ("have the unknown", names - expected)):
+    missing = expected - names
+    unknown = names - expected
+    for problem, wrong in (("lack", missing), ("have the unknown", unknown)):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return f"{problem} {min(wrong)}{more}"
@@ -48,7 +57,10 @@ def name_difference(names: Set[str], config: ModelConfig) -> str | None:
 
 
 def qwen3_config_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of a dense Qwen3 `config.json`, without the model type; `Qwen3Config(**fields)` takes them as they are."""
+    """Returns the fields of a dense Qwen3 `config.json`, without the model type.
+
+    `Qwen3Config(**fields)` takes them as they are.
+    """
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -1,4 +1,4 @@
-"""Reading a Qwen3 folder of transformers' format: everything is checked before a weight is read."""
+"""Reads a Qwen3 folder in transformers' format. Everything is checked before a weight is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from megaconsa.tensor_files import DTYPES, TensorFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -43,40 +44,52 @@ class Source:
     shape: ModelConfig
     dtype: torch.dtype
     allocation: Allocation | None
-    """Where heads have windows, and of every folder that export-hf made: the table, in original
-    head order.
+    """The table of windows, in original head order. It is set if some heads have windows, and for
+    every folder that export-hf made.
     """
     model_type: str
-    """Of a head-wise export, in which full heads stand first, another than Qwen3's."""
+    """`qwen3`, or HEAD_WISE for a head-wise export, whose weights hold the full heads first."""
     token_ids: dict[str, Any]
-    """bos_token_id, eos_token_id and pad_token_id of config.json, those that it has."""
+    """bos_token_id, eos_token_id and pad_token_id, as far as config.json has them."""
     has_tokenizer: bool
     _files: TensorFiles
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every weight, in the model's order; a tied output layer is none."""
+        """Canonical name -> shape of every weight, in the model's order.
+
+        A tied output layer is left out.
+        """
         return parameter_shapes(self.shape)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all weights in the folder's precision."""
         return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
     def read(self, name: str) -> Tensor:
-        """A weight in the folder's precision, heads in original order; InputError where it is not finite."""
+        """Reads a weight in the folder's precision, with its heads in original order.
+
+        Raises InputError if the weight is not finite.
+        """
         tensor = self._files[name]
         if not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"{self.path}: {name} holds NaN or infinity")
         if self.model_type == HEAD_WISE and ".self_attn." in name and name.endswith("_proj.weight"):
             assert self.allocation is not None
-            order = self.allocation.full_heads_first(int(name.split(".")[2]))
+            layer = int(name.split(".")[2])
+            order = self.allocation.full_heads_first(layer)
+            # The inverse permutation: the place in the file of each original head.
             back = sorted(range(len(order)), key=order.__getitem__)
             tensor = reorder_weight(name, tensor, self.shape, back)
         return tensor
 
 
 def open_source(path: Path) -> Source:
-    """Reads a folder's configuration and the headers of its files; InputError names what cannot be imported."""
+    """Reads a folder's configuration and the headers of its weight files.
+
+    Raises InputError, which names what cannot be imported.
+    """
     config = read_json(path, "config.json")
     shape = read_shape(path, config)
     allocation = read_allocation(path, config, shape)
@@ -92,8 +105,9 @@ def open_source(path: Path) -> Source:
 
 
 def add_generation_config(source: Source, folder: Path) -> None:
-    """Copies generation_config.json; where the source has none, writes what transformers then
-    takes: config.json's ids.
+    """Copies generation_config.json to `folder`.
+
+    Without such a file, transformers takes the ids in config.json, so these are written instead.
     """
     if (source.path / GENERATION_CONFIG).is_file():
         shutil.copyfile(source.path / GENERATION_CONFIG, folder / GENERATION_CONFIG)
@@ -102,12 +116,14 @@ def add_generation_config(source: Source, folder: Path) -> None:
 
 
 def _files(path: Path) -> TensorFiles:
+    """Opens the weight files. Raises InputError if they are incomplete or contradict the index."""
     index = _index(path)
     names = [WEIGHTS] if index is None else sorted(set(index.values()))
     if names != [WEIGHTS] and (path / WEIGHTS).is_file():
-        # transformers reads the single file, other loaders the index.
+        # transformers would read the single file, but other loaders the files of the index.
         raise InputError(
-            f"{path}: it has weights twice, {WEIGHTS} and the files of {INDEX}; remove those that are not the model's"
+            f"{path}: it has weights twice, {WEIGHTS} and the files of {INDEX}; "
+            "remove those that are not the model's"
         )
     for name in names:
         if not (path / name).is_file():
@@ -119,7 +135,8 @@ def _files(path: Path) -> TensorFiles:
                 for tensor in file.keys():  # noqa: SIM118
                     if tensor in places:
                         raise InputError(
-                            f"{path}: {tensor} is both in {places[tensor]} and in {name}; remove one of the two"
+                            f"{path}: {tensor} is both in {places[tensor]} and in {name}; "
+                            "remove one of the two"
                         )
                     places[tensor] = name
         files = TensorFiles([path / name for name in names])
@@ -130,13 +147,14 @@ def _files(path: Path) -> TensorFiles:
     for tensor, name in (index or {}).items():
         if places.get(tensor) != name:
             raise InputError(
-                f"{path}: {INDEX} says that {tensor} is in {name}, but it is not; a file is of another model"
+                f"{path}: {INDEX} says that {tensor} is in {name}, but it is not; "
+                "a file is of another model"
             )
     return files
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    """Weight -> file, where the weights are in several; None where there is no index."""
+    """Reads the index of weights in several files: weight -> file. None if there is no index."""
     if not (path / INDEX).is_file():
         return None
     index = read_json(path, INDEX).get("weight_map")
@@ -150,14 +168,16 @@ def _index(path: Path) -> dict[str, str] | None:
 
 
 def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.dtype:
-    """Refuses weights that are not the model's; returns their precision."""
+    """Checks names, shapes and dtypes of the weights. Returns the dtype that they share.
+
+    Raises InputError if they do not belong to the model.
+    """
     shapes = parameter_shapes(shape)
     names = set(files)
     if shape.tie_word_embeddings and HEAD in names and EMBEDDING in names:
         # Some folders store the tied output layer a second time.
-        if files.shape(HEAD) != files.shape(EMBEDDING) or not torch.equal(
-            files[HEAD], files[EMBEDDING]
-        ):
+        same_shape = files.shape(HEAD) == files.shape(EMBEDDING)
+        if not same_shape or not torch.equal(files[HEAD], files[EMBEDDING]):
             raise InputError(
                 f"{path}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}"
             )

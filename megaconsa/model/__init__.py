@@ -1,1 +1,4 @@
-"""The Qwen3-like model and its arithmetic. Knows nothing of process groups, files or DeepSpeed."""
+"""The Qwen3-like model and its arithmetic.
+
+This package knows nothing of process groups, files or DeepSpeed.
+"""

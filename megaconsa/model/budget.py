@@ -1,7 +1,7 @@
-"""Targets in the user's own units: from a budget of cache or attention to a sparsity.
+"""Budgets of cache or attention, and their conversion to a sparsity.
 
-Arithmetic on shapes alone. All KV heads of a model cost alike, so the cost falls linearly with the
-sparsity, from that of the dense model to that of the all-windowed one.
+This is arithmetic on shapes alone. All KV heads of a model cost the same, so the cost falls
+linearly with the sparsity, from the dense model to the all-windowed one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class Budget:
     """The most that a model may cost at a context length.
 
     quantity: what is limited, a field of the section `allocation`.
-        cache_bytes: bytes of bf16 keys and values a token, averaged over the context.
+        cache_bytes: bytes of bf16 keys and values per token, averaged over the context.
         cache_share: the KV cache as a share of the dense model's.
         attention_share: visible (query, key) pairs as a share of the dense model's.
+    limit: the largest allowed cost, in the unit of the quantity.
     context: tokens of the sequence.
     """
 
@@ -40,13 +41,18 @@ class Budget:
         return f"allocation.{self.quantity}={self.limit} at {self.context} tokens"
 
     def lowest_sparsity(self, model: ModelConfig, window: int, constraint: Constraint) -> float:
-        """The lowest sparsity that costs no more than the limit: whole units in each constraint.
+        """The lowest sparsity that costs no more than the limit.
 
-        constraint: says what the units are; its own sparsity is ignored. Raises InputError for a
-        limit above the dense model's cost, or below the least that the constraint allows.
+        It is a whole number of units in each constraint.
+
+        window: keys that a windowed head sees.
+        constraint: says what the units are. Its own sparsity is ignored.
+
+        Raises InputError for a limit above the dense model's cost, or below the least that the
+        constraint allows.
         """
         dense, windowed = self._extremes(model, window)
-        # The decimal number as written, not the binary one beside it: 0.35 means 35/100.
+        # The decimal number as written, not the nearest binary number: 0.35 means 35/100.
         limit = Fraction(str(self.limit))
         if limit > dense:
             raise InputError(
@@ -62,7 +68,7 @@ class Budget:
         return math.ceil((dense - limit) / saved_by_unit) / constraint.units
 
     def _extremes(self, model: ModelConfig, window: int) -> tuple[Fraction, Fraction]:
-        """Costs of the dense model and of the all-windowed one, in the unit of the limit."""
+        """Costs of the dense and of the all-windowed model, in the unit of the limit."""
         if self.quantity == "attention_share":
             dense = visible_pairs(self.context, self.context)
             windowed = visible_pairs(self.context, window)
@@ -76,6 +82,7 @@ class Budget:
         return Fraction(dense, self.context), Fraction(windowed, self.context)
 
     def _below(self, least: Fraction, window: int, floor: int) -> str:
+        """The error message for a limit below `least`, the least that is possible."""
         lowest = self._rounded_up(least)
         if floor:
             return (
@@ -88,13 +95,14 @@ class Budget:
         )
 
     def _rounded_up(self, cost: Fraction) -> str:
-        """A cost for people, never below the true one: as a limit it is accepted."""
+        """A cost for people. It is never below the true cost, so it is accepted as a limit."""
         unit = 1 if self.quantity == "cache_bytes" else Fraction(1, 1_000_000)
         return f"{float(math.ceil(cost / unit) * unit):.12g}"
 
 
 def _most_windowed(constraint: Constraint) -> int:
-    """Most units under one constraint that may be windowed."""
-    if constraint.floor:  # which implies one constraint for all layers
+    """The most units under one constraint that may be windowed."""
+    if constraint.floor:
+        # A floor implies one constraint for all layers.
         return constraint.units - constraint.floor * constraint.num_layers
     return constraint.units

@@ -1,4 +1,4 @@
-"""Shape of a model, and the presets. Field names are those of transformers' Qwen3Config."""
+"""The shape of a model, and the presets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The shape of a model. Field names are those of transformers' Qwen3Config."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -28,9 +30,9 @@ class ModelConfig:
 QWEN3_VOCABULARY = 151_936
 
 PRESETS: dict[str, ModelConfig] = {
-    # For tests and the quickstart: seconds on a CPU.
+    # Used by tests and the quickstart. A run takes seconds on a CPU.
     "tiny": ModelConfig(4096, 128, 352, 4, 8, 4, head_dim=32, max_position_embeddings=4096),
-    # For a single GPU: enough layers and heads for an allocation to have a shape.
+    # Fits a single GPU. It has enough layers and heads for an allocation to have a shape.
     "small": ModelConfig(8192, 512, 1408, 12, 16, 8, head_dim=64, max_position_embeddings=32_768),
     "qwen3-0.6b": ModelConfig(QWEN3_VOCABULARY, 1024, 3072, 28, 16, 8),
     "qwen3-1.7b": ModelConfig(QWEN3_VOCABULARY, 2048, 6144, 28, 16, 8),

@@ -1,4 +1,7 @@
-"""What a model costs: parameters, training FLOPs, KV cache. Arithmetic on shapes alone; docs/flops.md says what is counted."""
+"""The cost of a model: parameters, training FLOPs and KV cache.
+
+This is arithmetic on shapes alone. docs/flops.md says what is counted.
+"""
 
 from __future__ import annotations
 
@@ -13,66 +16,92 @@ from megaconsa.consa.allocation import FULL_WINDOW, Allocation
 from megaconsa.model.config import ModelConfig
 
 Lengths = Iterable[int] | NDArray[np.integer]
-"""Token counts of the documents whose tokens see each other: whole sequences where documents are not separated."""
+"""Token counts of the documents. Tokens see each other within a document only.
+
+Where documents are not separated, these are the lengths of whole sequences.
+"""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of weights; gates (one per unit) are left out."""
+    """Numbers of weights. Gates (one per unit) are not counted."""
 
     total: int
-    """Every weight, a tied embedding once."""
+    """Every weight. A tied embedding counts once."""
     embedding: int
-    """The token embedding alone, which is also the output head where the two are tied."""
+    """The token embedding alone. It is also the output head where the two are tied."""
     matmul: int
-    """Weights that multiply each token: the linear layers and the output head, tied or not, but neither lookups nor norms."""
+    """Weights that multiply each token: the linear layers and the output head, tied or not.
+
+    Lookups and norms are not counted.
+    """
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
-    """Counts the weights of a Qwen3 model: q, k, v, o, gate, up, down, two norms and the norms of q and k in each layer."""
+    """Counts the weights of a Qwen3 model.
+
+    Each layer has q, k, v, o, gate, up, down, two norms, and the norms of q and k.
+    """
     linear, norms = block_parameters(model)
+    blocks = model.num_hidden_layers * (linear + norms)
+    final_norm = model.hidden_size
     embedding = model.vocab_size * model.hidden_size
+    embeddings = embedding if model.tie_word_embeddings else 2 * embedding
     return ParameterCount(
-        total=model.num_hidden_layers * (linear + norms)
-        + model.hidden_size
-        + embedding * (1 if model.tie_word_embeddings else 2),
+        total=blocks + final_norm + embeddings,
         embedding=embedding,
+        # The output head has the same size as the embedding.
         matmul=model.num_hidden_layers * linear + embedding,
     )
 
 
 def block_parameters(model: ModelConfig) -> tuple[int, int]:
-    """Numbers of weights in one layer: of its matrices, and of its norms."""
-    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
+    """Numbers of weights in the matrices and in the norms of one layer."""
+    hidden = model.hidden_size
+    queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
-    return (
-        2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size,
-        2 * hidden + 2 * model.head_dim,
-    )
+    # q and o, k and v, then gate, up and down.
+    linear = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size
+    # The two norms of the layer, then those of q and k.
+    norms = 2 * hidden + 2 * model.head_dim
+    return linear, norms
 
 
 def visible_pairs(length: int, window: int) -> int:
-    """(query, key) pairs of one causal head in one document of `length` tokens; a window of `length` or more is full."""
+    """(query, key) pairs that one causal head sees in one document.
+
+    length: tokens of the document.
+    window: keys that a query sees, its own included. A window of `length` or more is full.
+    """
     window = min(window, length)
+    # Query i sees min(i, window) keys, counted from 1.
     return window * length - window * (window - 1) // 2
 
 
 def attention_pairs(lengths: Lengths, window: int) -> int:
     """Sum of `visible_pairs` over documents of these lengths."""
-    tokens = np.asarray(
-        lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64
-    )
+    tokens = _token_counts(lengths)
     seen = np.minimum(tokens, window)
     return int((seen * tokens - seen * (seen - 1) // 2).sum())
+
+
+def _token_counts(lengths: Lengths) -> NDArray[np.int64]:
+    if isinstance(lengths, np.ndarray):
+        return np.asarray(lengths, dtype=np.int64)
+    return np.array(list(lengths), dtype=np.int64)
 
 
 def training_flops(
     model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
 ) -> int:
-    """FLOPs of one forward and backward pass over `token_count` tokens in documents of `lengths`.
+    """FLOPs of one forward and backward pass.
 
-    The backward pass costs twice the forward one (`forward_flops`). Recomputation is not counted: it is the implementation's cost,
-    not the model's. allocation: None counts every head as full, which is also how a learning step is counted.
+    allocation: None counts every head as full. Learning steps are counted this way too.
+    token_count: tokens that the pass runs over.
+    lengths: token counts of the documents that these tokens form.
+
+    The backward pass costs twice the forward pass (`forward_flops`). Recomputation is not counted,
+    because it is a cost of the implementation and not of the model.
     """
     return 3 * sum(forward_flops(model, allocation, token_count, lengths))
 
@@ -80,28 +109,34 @@ def training_flops(
 def forward_flops(
     model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
 ) -> list[int]:
-    """FLOPs of one forward pass through each block, and last through the output head; arguments as of `training_flops`.
+    """FLOPs of one forward pass through each block. The last entry is the output head.
 
-    Each weight of a matrix product costs 2 per token.
+    The arguments are those of `training_flops`. Each weight of a matrix product costs 2 FLOPs per
+    token.
     """
-    tokens = lengths if isinstance(lengths, np.ndarray) else np.array(list(lengths), dtype=np.int64)
+    # An iterator can be read only once, but the lengths are needed twice.
+    tokens = _token_counts(lengths)
     full = kv_head_flops(model, FULL_WINDOW, tokens)
-    windowed = kv_head_flops(model, allocation.window, tokens) if allocation else 0
+    if allocation:
+        windowed = kv_head_flops(model, allocation.window, tokens)
+        full_heads = [sum(row) for row in allocation.full]
+    else:
+        windowed = 0
+        full_heads = [model.num_key_value_heads] * model.num_hidden_layers
     linear, _ = block_parameters(model)
-    full_heads = (
-        [sum(row) for row in allocation.full]
-        if allocation
-        else [model.num_key_value_heads] * model.num_hidden_layers
-    )
-    blocks = [
-        2 * linear * token_count + count * full + (model.num_key_value_heads - count) * windowed
-        for count in full_heads
-    ]
-    return [*blocks, 2 * model.vocab_size * model.hidden_size * token_count]
+    flops = []
+    for count in full_heads:
+        attention = count * full + (model.num_key_value_heads - count) * windowed
+        flops.append(2 * linear * token_count + attention)
+    output_head = 2 * model.vocab_size * model.hidden_size * token_count
+    return [*flops, output_head]
 
 
 def kv_head_flops(model: ModelConfig, window: int, lengths: Lengths) -> int:
-    """FLOPs of one KV head's attention forward: each (query, key) pair costs a query head 2 * head_dim for Q K^T, as much for P V."""
+    """FLOPs of one KV head's attention in a forward pass.
+
+    Each (query, key) pair costs a query head 2 * head_dim for Q K^T, and the same for P V.
+    """
     return 4 * model.head_dim * model.queries_per_kv_head * attention_pairs(lengths, window)
 
 
@@ -115,13 +150,17 @@ def _head_counts(model: ModelConfig, allocation: Allocation | None) -> tuple[int
 def kv_cache_bytes(
     model: ModelConfig, allocation: Allocation | None, context: int, bytes_per_value: int = 2
 ) -> int:
-    """Bytes of keys and values that one sequence holds after `context` tokens; allocation: None is full attention everywhere.
+    """Bytes of keys and values that one sequence holds after `context` tokens.
 
-    A windowed head holds at most W - 1 tokens: the next token brings its own key, which is the window's W-th. transformers'
-    sliding-window cache keeps the same number.
+    allocation: None is full attention everywhere.
+
+    A windowed head holds at most W - 1 tokens, because the next token brings its own key as the
+    W-th. transformers' sliding-window cache keeps the same number.
     """
     full, windowed = _head_counts(model, allocation)
-    tokens = full * context + (windowed * min(context, allocation.window - 1) if allocation else 0)
+    tokens = full * context
+    if allocation:
+        tokens += windowed * min(context, allocation.window - 1)
     return 2 * model.head_dim * bytes_per_value * tokens
 
 
@@ -146,7 +185,7 @@ _PEAKS = {
     "mi300x": 1307e12,
     "mi325x": 1307e12,
 }
-# Cards of the same chip with less power; the plain name means the SXM module.
+# Cards of the same chip with less power. The plain name means the SXM module.
 _SLOWER_CARDS = {
     ("h100", "pcie"): 756e12,
     ("h800", "pcie"): 756e12,
@@ -156,14 +195,20 @@ _SLOWER_CARDS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of one device, by its name ("NVIDIA H100 80GB HBM3", "h100"); None where it is not known."""
+    """Dense bf16 peak of one device in FLOP/s.
+
+    device_name: for example "NVIDIA H100 80GB HBM3" or "h100".
+
+    Returns None where the peak is not known.
+    """
     words = re.findall(r"[a-z0-9]+", device_name.lower())
-    if "mig" in words:  # a slice of a GPU has a fraction of the peak that its name does not tell
+    if "mig" in words:
+        # A slice of a GPU has a fraction of the peak. The name does not tell which fraction.
         return None
     chip = next((word for word in words if word in _PEAKS), None)
     if chip is None:
         return None
-    return next(
-        (peak for (name, card), peak in _SLOWER_CARDS.items() if name == chip and card in words),
-        _PEAKS[chip],
-    )
+    for (name, card), peak in _SLOWER_CARDS.items():
+        if name == chip and card in words:
+            return peak
+    return _PEAKS[chip]

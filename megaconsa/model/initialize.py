@@ -1,4 +1,7 @@
-"""Fresh weights: each parameter a function of the seed and its own name, so that no topology changes them."""
+"""Initial weights: each is a function of the seed and the parameter's name alone.
+
+The topology of a run therefore does not change them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ from megaconsa.model.config import ModelConfig
 
 
 def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """fp32 weights of a canonical parameter: ones for norms, else normal with the configured deviation."""
+    """fp32 weights of a parameter: ones for norms, otherwise normal.
+
+    name: the canonical name. The standard deviation is `config.initializer_range`.
+    """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # 63 bits of the digest.
+    parameter_seed = int.from_bytes(digest[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(parameter_seed)
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, with the output head inside so that all logits never exist together."""
+"""Cross-entropy of the next token. It includes the output head, so all logits never coexist."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megaconsa.kernels.cross_entropy.cross_entropy import (
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
 ELSEWHERE = -1
-"""Label whose row of the head is another rank's: negative too, and not IGNORED."""
+"""Label whose row of the head is on another rank. It is negative too, and differs from IGNORED."""
 CHUNK_BYTES = 2**30
-"""Logits held at a time. A GPU multiplies well with the thousands of rows that these are."""
+"""Bytes of logits in memory at a time. Large enough for efficient matrix products."""
 
 
 class Ranks(Protocol):
-    """What ranks tell each other, in place and without gradients."""
+    """All-reduces over ranks, in place and without gradients."""
 
     def sum(self, x: Tensor) -> Tensor: ...
     def maximum(self, x: Tensor) -> Tensor: ...
@@ -32,7 +32,12 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rows of a head that is divided over ranks: `rows` tokens from `first` on; what stands behind them is padding."""
+    """This rank's rows of an output head that is sharded over ranks.
+
+    first: the token id of the first row.
+    rows: the number of rows that are tokens. Rows after them are padding.
+    ranks: the ranks that share the head.
+    """
 
     first: int
     rows: int
@@ -42,19 +47,27 @@ class VocabularyPart:
 def summed_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None
 ) -> Tensor:
-    """Sum over the labelled positions of -log p(label), in nats, fp32.
+    """Sum over the labelled positions of -log p(label), in nats.
 
-    hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden) of the head; labels: (B, S) integers below vocab, or IGNORED.
-    part: which rows of the head `weight` are, None for all. The sum is the same on every rank, the gradient of hidden a part of a sum.
+    hidden: (B, S, hidden) after the final norm.
+    weight: (vocab, hidden), the output head.
+    labels: (B, S) integers below vocab, or IGNORED.
+    part: which rows of the head `weight` holds, or None for all rows.
+
+    Returns an fp32 scalar. The sum is the same on every rank. The gradient of hidden is this rank's
+    part of a sum over ranks.
     """
     total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), part)
     return total
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients with the loss, a chunk of tokens at a time: all logits would outweigh all other activations.
+    """Computes the gradients together with the loss, one chunk of tokens at a time.
 
-    Liger's fused loss does the same in chunks that shrink as the vocabulary outgrows the hidden size: 64 rows for Qwen3-0.6B.
+    The logits of all tokens would need more memory than all other activations.
+
+    Liger's fused loss does the same. Its chunks shrink as the vocabulary outgrows the hidden size:
+    they have 64 rows for Qwen3-0.6B.
     """
 
     @staticmethod
@@ -63,14 +76,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
-        d_hidden = torch.empty_like(hidden) if wanted else None
-        d_weight = torch.zeros(weight.shape, device=weight.device) if wanted else None
-        step = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
-        for chunk in (slice(start, start + step) for start in range(0, len(labels), step)):
+        d_hidden = None
+        d_weight = None
+        if wanted:
+            d_hidden = torch.empty_like(hidden)
+            # The chunks' products add up in fp32, see `_add_product`.
+            d_weight = torch.zeros(weight.shape, device=weight.device)
+        rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
+        for start in range(0, len(labels), rows):
+            chunk = slice(start, start + rows)
             x = hidden[chunk]
             logits = x @ weight.T
             total += _losses_(logits, labels[chunk], part, gradient=wanted).sum()
             if d_hidden is not None and d_weight is not None:
+                # `logits` was overwritten with its gradient.
                 torch.mm(logits, weight, out=d_hidden[chunk])
                 _add_product(d_weight, logits.T, x)
         if wanted:
@@ -81,39 +100,43 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         narrow = d_hidden.dtype
-        # In fp32: the factor itself would lose up to 0.4 % in bf16, all of it in one direction.
-        return (
-            (d_hidden.float() * gradient).to(narrow),
-            (d_weight * gradient).to(narrow),
-            None,
-            None,
-        )
+        # The product is taken in fp32. bf16 would round the factor itself by up to 0.4 %, which
+        # shifts every element in the same direction.
+        d_hidden = (d_hidden.float() * gradient).to(narrow)
+        d_weight = (d_weight * gradient).to(narrow)
+        return d_hidden, d_weight, None, None
 
 
 def _losses_(
     logits: Tensor, labels: Tensor, part: VocabularyPart | None, *, gradient: bool
 ) -> Tensor:
-    """-log p(label) of each row, fp32 (N,); with `gradient` the logits become the gradient of the sum."""
+    """-log p(label) of each row, fp32 (N,).
+
+    With `gradient`, the logits are overwritten with the gradient of the sum.
+    """
     if part is None:
         return cross_entropy_(logits, labels, IGNORED, gradient=gradient)
+    # Labels as rows of this rank's part. Another rank's label may equal ELSEWHERE or IGNORED by
+    # chance after the subtraction. So all labels outside the part become ELSEWHERE first, and the
+    # ignored ones are restored afterwards.
     own = labels - part.first
-    # In this order: another rank's label less `first` may be either number.
-    own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE).masked_fill(
-        labels == IGNORED, IGNORED
-    )
+    own = own.masked_fill((own < 0) | (own >= part.rows), ELSEWHERE)
+    own = own.masked_fill(labels == IGNORED, IGNORED)
     softmax, target = softmax_and_target(logits, own, IGNORED, part.rows)
+    # Combine the parts' softmaxes, relative to the maximum over all ranks.
     maximum = part.ranks.maximum(softmax.maximum.clone())
     total = softmax.total * (softmax.maximum - maximum).exp()
-    total, target = part.ranks.sum(
-        torch.stack((total, (target - maximum).masked_fill(own < 0, 0.0)))
-    )
+    # Only the rank that has the label's row contributes its logit.
+    target = (target - maximum).masked_fill(own < 0, 0.0)
+    # One all-reduce for both.
+    total, target = part.ranks.sum(torch.stack((total, target)))
     if gradient:
         gradient_(logits, own, IGNORED, Softmax(maximum, total), part.rows)
     return (total.log() - target).masked_fill(labels == IGNORED, 0.0)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in fp32, also where a and b are narrower."""
+    """Computes total += a @ b in fp32, even where a and b are narrower."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, its statistics in fp32."""
+    """Normalises the last dimension. Its statistics are in fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

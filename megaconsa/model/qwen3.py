@@ -1,11 +1,15 @@
-"""A Qwen3-like decoder. Module and parameter names are those of transformers' Qwen3, which are megaconsa's canonical names."""
+"""A Qwen3-like decoder.
+
+Module and parameter names are those of transformers' Qwen3. They are megaconsa's canonical names.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from megaconsa.model.attention import Attention, HeadSelector
+from megaconsa.consa.head_pattern import HeadPattern, HeadSelector
+from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
 
@@ -24,7 +28,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer.
+
+    separate: whether attention stays within a document.
+    """
 
     def __init__(
         self,
@@ -42,24 +49,35 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
-        """x: (B, S, hidden). documents: (B, S) int32, index at which each position's document starts; sequences: (B,) int64."""
-        # A document's start is its id and its origin at once: positions restart with each document.
+        """Runs the layer on the residual stream.
+
+        x: (B, S, hidden).
+        documents: (B, S) int32, index at which each position's document starts.
+        sequences: (B,) int64, indices within the step's global batch.
+
+        Returns (B, S, hidden).
+        """
+        # The start of a document is both its id and its origin.
+        # Positions restart with each document.
         positions = torch.arange(documents.shape[1], device=documents.device) - documents
-        x = x + self.attend(
-            self.input_layernorm(x), positions, documents if self.separate else None, sequences
-        )
+        separated = documents if self.separate else None
+        x = x + self.attend(self.input_layernorm(x), positions, separated, sequences)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
     def attend(
         self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
     ) -> Tensor:
+        """The attention's contribution to the residual stream."""
         return self.self_attn(x, positions, documents, sequences)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """The MLP's contribution to the residual stream."""
         return self.mlp(x)
 
 
 class Decoder(nn.Module):
+    """The parameters below the output head. `Qwen3.forward` runs them."""
+
     def __init__(
         self, config: ModelConfig, heads: HeadSelector, backend: str, separate: bool
     ) -> None:
@@ -73,7 +91,10 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole model in one process: what the parallel engine must equal, and what evaluation on one device uses."""
+    """The whole model in one process.
+
+    It is the reference for the parallel engine. Evaluation on one device uses it too.
+    """
 
     def __init__(
         self, config: ModelConfig, heads: HeadSelector, backend: str = "auto", separate: bool = True
@@ -87,11 +108,19 @@ class Qwen3(nn.Module):
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, sequences: Tensor | None = None
     ) -> Tensor:
-        """tokens: (B, S) integers. Returns logits (B, S, vocab_size). Without documents each row is one document."""
-        documents = torch.zeros_like(tokens, dtype=torch.int32) if documents is None else documents
-        sequences = (
-            torch.arange(tokens.shape[0], device=tokens.device) if sequences is None else sequences
-        )
+        """Runs the whole model.
+
+        tokens: (B, S) integers.
+        documents: (B, S) int32, index at which each position's document starts. None makes each row
+            one document.
+        sequences: (B,) int64, indices within the step's global batch. None numbers the rows.
+
+        Returns logits (B, S, vocab_size).
+        """
+        if documents is None:
+            documents = torch.zeros_like(tokens, dtype=torch.int32)
+        if sequences is None:
+            sequences = torch.arange(tokens.shape[0], device=tokens.device)
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
             x = block(x, documents, sequences)
@@ -99,14 +128,14 @@ class Qwen3(nn.Module):
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every weight's canonical name and shape; a tied output head has none of its own."""
+    """Canonical name and shape of every weight. A tied output head is not listed separately."""
     with torch.device("meta"):
         model = Qwen3(config, _NoHeads())
     return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 class _NoHeads:
-    """In place of an allocation where nothing is computed."""
+    """Replaces an allocation where nothing is computed."""
 
-    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
+    def select(self, layer: int, sequences: Tensor) -> HeadPattern:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Qwen3."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in Qwen3's half-split layout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from torch import Tensor
 
 @lru_cache(maxsize=8)
 def _inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    return 1.0 / (
-        theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float().to(device) / head_dim)
-    )
+    """1 / theta^(2 i / head_dim) for each i, fp32 (head_dim / 2,)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float().to(device) / head_dim
+    return 1.0 / (theta**exponents)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles. positions: (B, S) integers. Returns two fp32 tensors (B, S, 1, head_dim / 2)."""
-    angles = positions[..., None, None].float() * _inverse_frequencies(
-        head_dim, theta, positions.device
-    )
+    """cos and sin of each position's angles.
+
+    positions: (B, S) integers.
+
+    Returns two fp32 tensors (B, S, 1, head_dim / 2).
+    """
+    frequencies = _inverse_frequencies(head_dim, theta, positions.device)
+    angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()

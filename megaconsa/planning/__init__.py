@@ -1,1 +1,1 @@
-"""What a configuration will cost before it runs: memory, FLOPs, cache, pipeline bubble."""
+"""What a configuration will cost, before it runs: memory, FLOPs, cache and pipeline bubble."""

@@ -1,1 +1,4 @@
-"""What people read about a run: its plan before, its metrics and its HTML report after. Imports neither training nor DeepSpeed."""
+"""What people read about a run: its metrics, its status and its HTML report.
+
+This package imports neither training nor DeepSpeed.
+"""

@@ -21,19 +21,21 @@ CLOCK = {
     *("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"),
     *("rank_seconds", "slowest_rank", "slowest_rank_seconds", "largest_memory_gib"),
 }
-"""Fields that the machine decides; the others of a row are a function of the configuration."""
+"""Fields that depend on the machine. All others are a function of the configuration."""
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """All rows, in order. Raises InputError where the file cannot be read."""
+    """Returns all rows, in order. Raises InputError if the file cannot be read."""
     return [row for _, row in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, Row]]:
-    """Every line that is a JSON object with a step, as it stands in the file, and its row.
+    """Returns every line that is a JSON object with a step, as it is in the file, with its row.
 
-    Others are left out: the last one in silence, which an interruption tears, and any before it with a warning.
-    Raises InputError where the file cannot be read.
+    Other lines are left out. A warning names each of them except the last, because an interruption
+    can cut off the last line.
+
+    Raises InputError if the file cannot be read.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -52,9 +54,10 @@ def read_lines(path: Path) -> list[tuple[bytes, Row]]:
 
 
 def _parse(line: bytes) -> Row | None:
+    """Returns the row of a line, or None if the line is not a JSON object with a step."""
     try:
         row = parse_json(line)
-    except ValueError:  # bytes that are no UTF-8 are a ValueError too
+    except ValueError:  # Bytes that are not UTF-8 raise a ValueError too.
         return None
     if isinstance(row, dict) and isinstance(row.get("step"), int):
         return row
@@ -62,24 +65,34 @@ def _parse(line: bytes) -> Row | None:
 
 
 def computed(rows: Sequence[Row]) -> list[Row]:
-    """The rows without the fields of `CLOCK`: the same for two runs that compute the same."""
+    """Returns the rows without the fields of `CLOCK`.
+
+    Two runs that compute the same have the same rows here.
+    """
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
 def series(
     rows: Sequence[Row], name: str, x: str = "step"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`x` and values of one field over the rows that hold it as a finite number; two empty arrays where none does."""
-    points = [
-        (row[x], row[name]) for row in rows if _is_finite(row.get(name)) and _is_finite(row.get(x))
-    ]
+    """Returns the fields `x` and `name` of the rows in which both are finite numbers.
+
+    Returns two arrays of shape (rows,), which are empty if there is no such row.
+    """
+    points = []
+    for row in rows:
+        if _is_finite(row.get(name)) and _is_finite(row.get(x)):
+            points.append((row[x], row[name]))
     values = np.array(points, dtype=np.float64).reshape(-1, 2)
     return values[:, 0], values[:, 1]
 
 
 def last(rows: Sequence[Row], name: str) -> float | None:
-    """The newest finite value of a field."""
-    return next((float(row[name]) for row in reversed(rows) if _is_finite(row.get(name))), None)
+    """Returns the newest finite value of a field, or None if there is none."""
+    for row in reversed(rows):
+        if _is_finite(row.get(name)):
+            return float(row[name])
+    return None
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,4 +1,7 @@
-"""How a run stands, from its folder alone: nothing is written or locked, and no torch loaded, so that it can be asked at any time."""
+"""Reads the status of a run from its folder alone.
+
+It writes nothing, takes no lock and does not load torch, so that it can run at any time.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,32 @@ from megaconsa.files import parse_json
 from megaconsa.reporting.metrics import Row, last
 
 TAIL_BYTES = 1 << 20
-"""Of metrics.jsonl that are read: some thousand rows."""
+"""How much of the end of metrics.jsonl is read: a few thousand rows."""
 RECENT = 50
-"""Newest rows that speeds are a mean of."""
-QUIET_STEPS, QUIET_SECONDS = 10, 60
-"""A run on another machine counts as training while its newest row is not older than so many steps and seconds together."""
+"""Number of newest rows over which speeds are averaged."""
+QUIET_STEPS = 10
+QUIET_SECONDS = 60
+"""A run on another machine is silent if its newest row is older than the sum of these two times.
+
+The first is QUIET_STEPS steps at their usual duration.
+"""
 INCIDENTS = 5
-"""Newest ones that are shown."""
+"""Number of newest incidents that are shown."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """None stands for what the run has not got to yet, or does not have."""
+    """The status of a run. None means that the run has no such value, or none yet."""
 
     run: str
     state: str
-    """training, finished, stopped (the same command goes on) or silent: its lock says that it trains, its files that it does not."""
+    """One of training, finished, stopped and silent.
+
+    The same command resumes a stopped run. The lock of a silent run says that it trains, but its
+    files say that it does not.
+    """
     holder: str | None
-    """Who holds the run's lock."""
+    """The process that holds the run's lock."""
     step: int
     steps: int
     tokens: int
@@ -45,25 +56,28 @@ class Status:
     tokens_per_second: float | None
     mfu: float | None
     expected_sparsity: float | None
-    """While learning."""
+    """Known only while learning."""
     target_sparsity: float | None
-    """While learning that of the newest step; of a finished table its share of windowed heads."""
+    """The target of the newest step while learning. Else the table's share of windowed heads."""
     skipped: int
-    """Steps whose update was left out."""
+    """Steps whose update was not applied."""
     seconds_since_step: float | None
-    """Since the newest row of metrics was written."""
+    """Time since the newest row of metrics was written."""
     remaining_seconds: float | None
-    """Steps to go at the median of the newest steps' seconds, without validation and checkpoints; None unless it trains."""
+    """Remaining steps times the median duration of the newest ones. None unless it trains.
+
+    Validation and checkpoints are not included.
+    """
     checkpoint: dict[str, Any] | None
-    """Of the newest: step, bytes, date."""
+    """step, bytes and date of the newest checkpoint."""
     stop_requested: bool
-    """Whether a stop file waits to be obeyed."""
+    """Whether there is a stop file that the run has not obeyed yet."""
     incidents: list[dict[str, Any]]
-    """The newest, oldest first."""
+    """The newest incidents, oldest first."""
 
 
 def status(run: Path) -> Status:
-    """Reads a run folder; InputError where it is none."""
+    """Reads a run folder. Raises InputError if it is not a run folder."""
     try:
         config = yaml.safe_load((run / run_folder.CONFIG).read_text())
         steps = int(config["training"]["steps"])
@@ -72,35 +86,38 @@ def status(run: Path) -> Status:
     rows = newest_rows(run / run_folder.METRICS)
     recent = rows[-RECENT:]
     step = int(rows[-1]["step"]) if rows else 0
-    usual = median(row["step_seconds"] for row in recent) if recent else None
+    usual_seconds = median(row["step_seconds"] for row in recent) if recent else None
     age = time.time() - (run / run_folder.METRICS).stat().st_mtime if rows else None
     checkpoint = _newest_checkpoint(run)
-    holder = _holder(run)
-    state = _state(holder, step, steps, checkpoint, age, usual)
+    lock = _holder(run)
+    state = _state(lock, step, steps, checkpoint, age, usual_seconds)
+    holder = None
+    if lock is not None:
+        holder = f"process {lock.get('pid')} on {lock.get('host')}, since {lock.get('since')}"
+    known_mfu = [row["mfu"] for row in recent if row.get("mfu") is not None]
+    if config["allocation"]["source"] == "learn":
+        target_sparsity = last(rows, "target_sparsity")
+    else:
+        target_sparsity = _sparsity_of_table(run)
+    remaining_seconds = None
+    if usual_seconds is not None and state == "training":
+        remaining_seconds = (steps - step) * usual_seconds
     return Status(
         run=str(run),
         state=state,
-        holder=None
-        if holder is None
-        else f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}",
+        holder=holder,
         step=step,
         steps=steps,
         tokens=int(rows[-1]["tokens"]) if rows else 0,
         loss=last(rows, "loss"),
         validation_loss=last(rows, "validation_loss"),
         tokens_per_second=fmean(row["tokens_per_second"] for row in recent) if recent else None,
-        mfu=fmean(known)
-        if (known := [row["mfu"] for row in recent if row.get("mfu") is not None])
-        else None,
+        mfu=fmean(known_mfu) if known_mfu else None,
         expected_sparsity=last(rows, "expected_sparsity"),
-        target_sparsity=last(rows, "target_sparsity")
-        if config["allocation"]["source"] == "learn"
-        else _sparsity_of_table(run),
+        target_sparsity=target_sparsity,
         skipped=int(rows[-1].get("skipped", 0)) if rows else 0,
         seconds_since_step=age,
-        remaining_seconds=(steps - step) * usual
-        if usual is not None and state == "training"
-        else None,
+        remaining_seconds=remaining_seconds,
         checkpoint=checkpoint,
         stop_requested=(run / "stop").exists(),
         incidents=incidents.read(run)[-INCIDENTS:],
@@ -108,7 +125,10 @@ def status(run: Path) -> Status:
 
 
 def newest_rows(path: Path) -> list[Row]:
-    """The last rows of metrics.jsonl, in order; none where there is no file. A line that is being written is left out."""
+    """Returns the last rows of metrics.jsonl, in order, or no rows if there is no file.
+
+    A line that is still being written is left out.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -116,8 +136,11 @@ def newest_rows(path: Path) -> list[Row]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
+    if size > TAIL_BYTES:
+        # Reading began in the middle of the first line.
+        lines = lines[1:]
     rows = []
-    for line in lines if size <= TAIL_BYTES else lines[1:]:
+    for line in lines:
         try:
             row = parse_json(line)
         except ValueError:
@@ -128,33 +151,54 @@ def newest_rows(path: Path) -> list[Row]:
 
 
 def _newest_checkpoint(run: Path) -> dict[str, Any] | None:
-    """By its manifest; a folder named step_N is whole."""
-    found = [
-        (int(match[1]), path)
-        for path in (run / run_folder.CHECKPOINTS).glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
+    """Returns step, bytes and date of the newest checkpoint, by its manifest.
+
+    A folder named step_N is complete.
+    """
+    found = []
+    for path in (run / run_folder.CHECKPOINTS).glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match:
+            found.append((int(match[1]), path))
     for step, path in sorted(found, reverse=True):
         try:
             manifest = parse_json((path / "manifest.json").read_text())
             size = sum(entry["bytes"] for entry in manifest["files"].values())
             return {"step": step, "bytes": size, "date": manifest["written"]["date"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # removed just now, or damaged
+            continue  # It was removed just now, or is damaged.
     return None
 
 
 def _holder(run: Path) -> dict[str, Any] | None:
-    """What the lock says, which a run that ends empties; None where nobody holds it, a process of this machine that is gone included."""
+    """Returns the content of the run's lock, or None if no process holds it.
+
+    A run empties the lock when it ends. A process of this machine that no longer exists does not
+    hold it either.
+    """
     try:
-        holder = parse_json((run / ".lock").read_text())
-        if holder["host"] == socket.gethostname():
-            os.kill(int(holder["pid"]), 0)  # asks only whether it is there
-    except PermissionError:  # it is, and another user's
-        return holder if isinstance(holder, dict) else None
+        holder = parse_json((run / run_folder.LOCK).read_text())
+        is_here = holder["host"] == socket.gethostname()
+        pid = int(holder["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return holder if isinstance(holder, dict) else None
+    if is_here and not _exists(pid):
+        return None
+    found: dict[str, Any] = holder
+    return found
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        # Signal 0 only tests.
+        os.kill(pid, 0)
+    except PermissionError:
+        # It exists and belongs to another user.
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _state(
@@ -165,21 +209,20 @@ def _state(
     age: float | None,
     usual: float | None,
 ) -> str:
+    """Returns the state of a run, as Status describes it.
+
+    age: seconds since the newest row was written.
+    usual: median seconds of a step.
+    """
     if holder is None:
-        return (
-            "finished"
-            if checkpoint is not None and checkpoint["step"] == steps == step
-            else "stopped"
-        )
+        complete = checkpoint is not None and checkpoint["step"] == steps == step
+        return "finished" if complete else "stopped"
+    # Whether a process of another machine exists cannot be tested from here.
     elsewhere = holder["host"] != socket.gethostname()
-    if (
-        elsewhere
-        and age is not None
-        and usual is not None
-        and age > QUIET_STEPS * usual + QUIET_SECONDS
-    ):
-        return "silent"
-    return "training"
+    if not elsewhere or age is None or usual is None:
+        return "training"
+    quiet = age > QUIET_STEPS * usual + QUIET_SECONDS
+    return "silent" if quiet else "training"
 
 
 def _sparsity_of_table(run: Path) -> float | None:

@@ -1,4 +1,4 @@
-"""A run's status as lines of a terminal."""
+"""A run's status as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from megaconsa.files import binary_size
 from megaconsa.reporting.status import Status
 
 BAR = 40
-"""Characters of the bar of progress."""
+"""Width of the progress bar in characters."""
 
 
 def status_lines(found: Status) -> list[str]:
-    """What there is to say, a label and a value a line."""
+    """Returns the lines, each with a label and a value. What is unknown is left out."""
     share = min(1.0, found.step / found.steps)
     done = int(share * BAR)
+    bar = "█" * done + "░" * (BAR - done)
+    holder = f" ({found.holder})" if found.holder else ""
     lines = [
-        ("run", f"{found.run}: {found.state}" + (f" ({found.holder})" if found.holder else "")),
+        ("run", f"{found.run}: {found.state}{holder}"),
         (
             "steps",
-            f"{'█' * done}{'░' * (BAR - done)} {found.step:,} of {found.steps:,} ({share:.1%}), {found.tokens:,} tokens",
+            f"{bar} {found.step:,} of {found.steps:,} ({share:.1%}), {found.tokens:,} tokens",
         ),
     ]
     if found.remaining_seconds is not None:
-        lines.append(
-            ("to go", f"{_duration(found.remaining_seconds)}, without validation and checkpoints")
-        )
+        remaining = _duration(found.remaining_seconds)
+        lines.append(("to go", f"{remaining}, without validation and checkpoints"))
     if found.seconds_since_step is not None:
         lines.append(("newest step", f"{_duration(found.seconds_since_step)} ago"))
     if found.tokens_per_second is not None:
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
         lines.append(("speed", f"{found.tokens_per_second:,.0f} tokens/s{mfu}"))
     if found.loss is not None:
-        validation = (
-            "" if found.validation_loss is None else f", validation {found.validation_loss:.4f}"
-        )
+        validation = ""
+        if found.validation_loss is not None:
+            validation = f", validation {found.validation_loss:.4f}"
         lines.append(("loss", f"{found.loss:.4f}{validation}"))
     if found.expected_sparsity is not None and found.target_sparsity is not None:
-        lines.append(
-            (
-                "sparsity",
-                f"{found.expected_sparsity:.3f} expected, {found.target_sparsity:.3f} wanted at this step",
-            )
-        )
+        expected = f"{found.expected_sparsity:.3f} expected"
+        wanted = f"{found.target_sparsity:.3f} wanted at this step"
+        lines.append(("sparsity", f"{expected}, {wanted}"))
     elif found.target_sparsity is not None:
         lines.append(("sparsity", f"{found.target_sparsity:.3f}"))
     if found.skipped:
@@ -51,13 +49,10 @@ def status_lines(found: Status) -> list[str]:
     lines.append(("checkpoint", _checkpoint(found)))
     if found.stop_requested:
         lines.append(("stop", "asked for by the file stop; it ends after the present step"))
-    lines += [
-        (
-            "incidents" if number == 0 else "",
-            f"{entry['time']}  {entry['kind']}, {_step(entry['step'])}: {entry['text']}",
-        )
-        for number, entry in enumerate(found.incidents)
-    ]
+    for number, entry in enumerate(found.incidents):
+        label = "incidents" if number == 0 else ""
+        place = _step(entry["step"])
+        lines.append((label, f"{entry['time']}  {entry['kind']}, {place}: {entry['text']}"))
     width = max(len(label) for label, _ in lines)
     return [f"{label:<{width}}  {value}" for label, value in lines]
 
@@ -65,10 +60,10 @@ def status_lines(found: Status) -> list[str]:
 def _checkpoint(found: Status) -> str:
     if found.checkpoint is None:
         return "none yet"
-    age = (
-        time.time() - datetime.strptime(found.checkpoint["date"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    )
-    return f"step {found.checkpoint['step']:,}, {binary_size(found.checkpoint['bytes'])}, {_duration(age)} ago"
+    date = datetime.strptime(found.checkpoint["date"], "%Y-%m-%dT%H:%M:%S%z")
+    age = _duration(time.time() - date.timestamp())
+    size = binary_size(found.checkpoint["bytes"])
+    return f"step {found.checkpoint['step']:,}, {size}, {age} ago"
 
 
 def _step(step: int | None) -> str:
@@ -76,7 +71,7 @@ def _step(step: int | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In the two largest units that it has: 3 d 4 h, 12 min 5 s."""
+    """Returns a duration in its two largest units: 3 d 4 h, 12 min 5 s."""
     whole = max(0, round(seconds))
     parts = [
         (whole // 86400, "d"),
@@ -84,5 +79,10 @@ def _duration(seconds: float) -> str:
         (whole // 60 % 60, "min"),
         (whole % 60, "s"),
     ]
-    first = next((number for number, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    # The first unit that is not 0, or the seconds if all are 0.
+    first = len(parts) - 1
+    for number, (count, _) in enumerate(parts):
+        if count:
+            first = number
+            break
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])

@@ -1,4 +1,4 @@
-"""Pictures made of characters."""
+"""Pictures made of characters, for the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from megaconsa.consa.allocation import Allocation
 
 
 def text_map(allocation: Allocation) -> str:
-    """An allocation, one line a layer, layer 0 at the bottom: a block is full attention, a dot the sliding window."""
+    """Returns an allocation as text, one line per layer, with layer 0 at the bottom.
+
+    A block is full attention, and a dot is the sliding window.
+    """
     digits = len(str(allocation.num_layers - 1))
     lines = []
     for layer in reversed(range(allocation.num_layers)):

@@ -1,2 +1,4 @@
-"""Studies: many runs from one start, planned by one YAML file, compared in one table and one
-page."""
+"""Studies: many runs from one start, planned by one YAML file.
+
+Their results are compared in one table and one page.
+"""

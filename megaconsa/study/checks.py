@@ -1,6 +1,6 @@
-"""What can be refused about a study's runs before the first one begins.
+"""Checks of a study's runs before the first one begins.
 
-The dense start and the training of whole arms must not be spent on a study that fails afterwards.
+No time may be spent on the dense start and on whole arms if the study fails afterwards.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ OWN_FIELDS = {
 }
 """Fields that the study sets for each run."""
 SHARED_FIELDS = {"data.path", "attention.window"}
-"""Fields that all runs have in common: tables are made for one window, and losses are of one data
-folder."""
+"""Fields that must be the same in all runs.
+
+Tables are made for one window, and losses are comparable only on the same data.
+"""
 
 
 def check(runs: Runs) -> None:
-    """Raises InputError for everything that can be known before a run starts; writes nothing."""
+    """Raises InputError for every fault that can be found before a run starts. Writes nothing."""
     _check_overrides(runs)
     DatasetInfo.load(runs.start_config.data.path)
     for trial in runs.study.trials():
@@ -49,6 +51,7 @@ def check(runs: Runs) -> None:
 
 
 def _check_overrides(runs: Runs) -> None:
+    """Refuses overrides of fields that the study sets itself or that all runs share."""
     places: dict[str, Overrides] = {
         "start": runs.study.start,
         "learn": runs.study.learn,
@@ -67,6 +70,7 @@ def _check_overrides(runs: Runs) -> None:
 
 
 def _check_trial(runs: Runs, trial: Trial) -> None:
+    """Refuses a trial whose configurations or table cannot work."""
     arm = runs.arm(trial)
     shape = runs.start_config.shape()
     configuration.load(runs.study.config, runs.train_overrides(trial))
@@ -91,7 +95,7 @@ def _check_trial(runs: Runs, trial: Trial) -> None:
 
 
 def _check_scoring(runs: Runs, trial: Trial) -> None:
-    """The sequences that units are measured on, by the rules of megaconsa score-units."""
+    """Checks the number of sequences for scoring by the rules of megaconsa score-units."""
     arm = runs.arm(trial)
     if arm.score in TRAINED:
         return
@@ -106,8 +110,9 @@ def _check_scoring(runs: Runs, trial: Trial) -> None:
 
 
 def _check_learning(runs: Runs, trial: Trial) -> None:
+    """Checks the settings of a learning arm and, with the whole budget, its number of steps."""
     config = configuration.load(runs.study.config, runs.learn_overrides(trial))
-    config.gate_settings()  # refuses what the controller cannot work with
+    config.gate_settings()  # Refuses what the controller cannot work with.
     if not runs.arm(trial).whole_budget:
         return
     dense = runs.study.reference(trial)

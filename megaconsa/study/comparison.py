@@ -1,4 +1,4 @@
-"""The arithmetic of comparisons: differences with intervals, and what two tables have in common."""
+"""Arithmetic of comparisons: differences with intervals, and the overlap of tables."""
 
 from __future__ import annotations
 
@@ -30,16 +30,21 @@ class Interval:
 
     mean: float
     low: float | None
-    """None where there is nothing to estimate it from, as for high."""
+    """None if there is nothing to estimate it from, as for high."""
     high: float | None
     over: Literal["runs", "sequences"] | None
-    """What varies: independent runs (seeds and draws), or the held-out sequences of a single pair
-    of runs."""
+    """What varies: independent runs, or the held-out sequences of a single pair of runs.
+
+    Independent runs differ in seed or draw.
+    """
 
 
 def t_quantile(freedom: int) -> float:
-    """97.5 % point of Student's t. Beyond the table by its expansion around the normal, too small
-    by less than 0.005."""
+    """Returns the 97.5 % point of Student's t.
+
+    Beyond the table it uses the expansion around the normal distribution, which is too small by
+    less than 0.005.
+    """
     if freedom <= len(T_QUANTILES):
         return T_QUANTILES[freedom - 1]
     z = NORMAL_QUANTILE
@@ -47,11 +52,12 @@ def t_quantile(freedom: int) -> float:
 
 
 def mean_difference(pairs: Sequence[tuple[SequenceLosses, SequenceLosses]]) -> Interval | None:
-    """How much more a token costs in the first of each pair than in the second.
+    """Returns how much more a token costs in the first of each pair than in the second.
 
-    Both of a pair are losses on the same sequences. Several pairs give a t interval over their
-    differences, a single one the normal interval of its difference over sequences. None where no
-    token was measured.
+    Both losses of a pair are on the same sequences. Several pairs give a t interval over their
+    differences. A single pair gives the normal interval of its difference over sequences.
+
+    Returns None if no token was measured.
     """
     found = [_paired(own, other) for own, other in pairs if sum(own.tokens)]
     if not found:
@@ -70,12 +76,15 @@ def mean_difference(pairs: Sequence[tuple[SequenceLosses, SequenceLosses]]) -> I
 
 
 def _paired(own: SequenceLosses, other: SequenceLosses) -> tuple[float, float | None]:
-    """Difference of the means and its standard error over sequences."""
+    """Returns the difference of the means and its standard error over sequences."""
     return ratio(np.array(own.sums) - np.array(other.sums), np.array(own.tokens))
 
 
 def overlap(table: Table, other: Table) -> float | None:
-    """Share of the full heads of `table` that are full in `other` too; None where it has none."""
+    """Returns the share of the full heads of `table` that are full in `other` too.
+
+    Returns None if `table` has no full head.
+    """
     full = 0
     common = 0
     for row, other_row in zip(table, other, strict=True):
@@ -85,11 +94,11 @@ def overlap(table: Table, other: Table) -> float | None:
 
 
 def agreement(tables: Sequence[Table]) -> float | None:
-    """Mean overlap of all pairs of tables; None for fewer than two."""
+    """Returns the mean overlap of all pairs of tables, or None for fewer than two tables."""
     return mean_of([overlap(a, b) for a, b in combinations(tables, 2)])
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are known; None where none is."""
+    """Returns the mean of the known values, or None if no value is known."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None

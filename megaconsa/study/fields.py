@@ -1,6 +1,6 @@
-"""The study's YAML as typed fields, and the trials that it expands to.
+"""The typed fields of a study's YAML, and the trials that they expand to.
 
-settings.py reads and checks it.
+settings.py reads and checks the YAML.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Sparsity = Annotated[float, Field(ge=0, le=1)]
 WITHOUT_SPARSITY = ("dense", "all-swa")
 """Rules whose table is the same at every sparsity."""
 DRAWN = ("random", "head-share")
-"""Rules that take a seed of their own."""
+"""Rules that take a separate seed for their draw."""
 
 
 class ScoreOptions(Section):
-    """How an arm scores units; null leaves it to `megaconsa score-units`."""
+    """How an arm scores units. Null is the default of `megaconsa score-units`."""
 
     sequences: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0)
@@ -54,9 +54,9 @@ class Arm(Section):
     score: ScoreMethod | None = None
     """Score the units of the start checkpoint."""
     learn: Overrides | None = None
-    """Learn from the start checkpoint. These overrides come on top of the study's own `learn`."""
+    """Learn from the start checkpoint. These overrides are added to the study's own `learn`."""
     file: Path | None = None
-    """A finished allocation.json, relative to the study."""
+    """A finished allocation.json. The path is relative to the study."""
     scope: Scope | None = None
     """Null is the run configuration's, as for granularity."""
     granularity: Granularity | None = None
@@ -66,8 +66,11 @@ class Arm(Section):
     draws: tuple[int, ...] | None = Field(None, min_length=1)
     """Seeds of the rule's own random draw."""
     whole_budget: bool = False
-    """Count learning in the budget: learning arms train on from their learning run, the others
-    from a run of the same schedule on their finished table."""
+    """Count learning in the budget.
+
+    Learning arms continue from their learning run. The others continue from a run of the same
+    schedule on their finished table.
+    """
     options: ScoreOptions = ScoreOptions()
 
     @property
@@ -85,7 +88,7 @@ class Arm(Section):
 
 
 class Needles(Section):
-    """Needle retrieval on every trained model; a count of 0 turns it off."""
+    """Needle retrieval on every trained model. A count of 0 turns it off."""
 
     lengths: tuple[int, ...] = ()
     """Tokens of an example."""
@@ -95,13 +98,14 @@ class Needles(Section):
 
 @dataclass(frozen=True)
 class Trial:
-    """One arm at one sparsity with one seed and, of a drawn rule, one draw."""
+    """One arm at one sparsity with one seed and, for a drawn rule, one draw."""
 
     arm: str
     sparsity: float | None
-    """None where the arm does not depend on it."""
+    """None if the arm does not depend on it."""
     seed: int
     draw: int | None
+    """None unless the arm has draws."""
 
     @property
     def name(self) -> str:
@@ -115,19 +119,23 @@ class Trial:
 
 
 class Study(Section):
+    """The fields of a study."""
+
     config: Path
-    """The run configuration that all runs share, relative to the study."""
+    """The run configuration that all runs share. The path is relative to the study."""
     start: Overrides = Field(default_factory=dict)
-    """Of the dense run whose checkpoint every arm starts from."""
+    """Overrides of the dense run whose checkpoint every arm starts from."""
     learn: Overrides = Field(default_factory=dict)
+    """Overrides of all learning runs."""
     train: Overrides = Field(default_factory=dict)
+    """Overrides of all training runs."""
     sparsities: tuple[Sparsity, ...] = ()
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     needles: Needles = Needles()
     arms: dict[str, Arm] = Field(min_length=1)
 
     def trials(self) -> list[Trial]:
-        """All of them, in the order of the file."""
+        """Returns all trials, in the order of the file."""
         found = []
         for name, arm in self.arms.items():
             for sparsity in self._sparsities(arm):
@@ -137,7 +145,7 @@ class Study(Section):
         return found
 
     def reference(self, trial: Trial) -> Trial | None:
-        """The dense trial of the same seed and budget; None where the study has none."""
+        """Returns the dense trial of the same seed and budget, or None if the study has none."""
         budget = self.arms[trial.arm].whole_budget
         for candidate in self.trials():
             arm = self.arms[candidate.arm]

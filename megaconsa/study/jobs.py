@@ -1,4 +1,4 @@
-"""The graph of jobs: what runs in a process of its own, and what it needs before.
+"""The graph of jobs. Each job runs in a separate process and may need other jobs first.
 
     start -> [score | learn] -> [first] -> train
 
@@ -24,22 +24,22 @@ class Job:
     start: trains the dense model.
     score: scores the units of the start checkpoint, once for all sparsities of an arm.
     learn: learns an allocation and finalises it.
-    first: trains with a table on the schedule of learning, in arms that do not learn but have the
-    whole budget.
+    first: trains with a table on the schedule of learning. Arms that do not learn but have the
+    whole budget need it.
     train: trains with a table and measures the model.
     """
 
     kind: Literal["start", "score", "learn", "first", "train"]
     name: str
-    """Unique in the study; the log is OUT/logs/NAME.log."""
+    """Unique in the study. The log is OUT/logs/NAME.log."""
     result: Path
-    """Exists once the job is done. Written last and in one piece."""
+    """A file or folder that exists once the job is done. It is written last and in one piece."""
     needs: tuple[str, ...] = ()
-    """Names of jobs that come before."""
+    """Names of jobs that must be done before."""
     arm: str = ""
-    """Of a score job."""
+    """The arm of a score job."""
     trial: Trial | None = None
-    """Of a learn, first or train job."""
+    """The trial of a learn, first or train job."""
 
     @property
     def done(self) -> bool:
@@ -47,10 +47,14 @@ class Job:
 
 
 START = "start"
+"""Name of the start job."""
 
 
 def graph(runs: Runs, trials: Sequence[Trial] | None = None) -> list[Job]:
-    """The jobs of some trials, or of all, each after those that it needs."""
+    """Returns the jobs of some trials, each after those that it needs.
+
+    trials: None means all.
+    """
     chosen = runs.study.trials() if trials is None else trials
     jobs = {START: start_job(runs)}
     for trial in chosen:
@@ -62,6 +66,7 @@ def graph(runs: Runs, trials: Sequence[Trial] | None = None) -> list[Job]:
 
 
 def start_job(runs: Runs) -> Job:
+    """Returns the job that trains the dense model. Its result is the last checkpoint."""
     steps = runs.start_config.training.steps
     return Job("start", START, runs.start / run_folder.CHECKPOINTS / f"step_{steps}")
 

@@ -1,5 +1,4 @@
-"""What is measured on the checkpoint of a trained model: losses on held-out data, and needle
-retrieval."""
+"""Measures the checkpoint of a trained model: losses on held-out data, and needle retrieval."""
 
 from __future__ import annotations
 
@@ -26,21 +25,24 @@ from megaconsa.study import fields
 from megaconsa.study.native_needles import ScoredModel, needle_cells
 
 FAR_WINDOWS = 2
-"""A token is far into its document if it has this many windows before it."""
+"""A token is far into its document if there are this many windows before it."""
 
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """Sums over the tokens of each held-out sequence, in stored order, so that two models can be
-    compared in pairs."""
+    """Sums over the tokens of each held-out sequence.
+
+    Sequences are in stored order, so that two models can be compared in pairs.
+    """
 
     sums: list[float]
-    """Nats."""
+    """Nats of each sequence."""
     tokens: list[int]
+    """Tokens of each sequence."""
 
     @property
     def mean(self) -> float | None:
-        """Nats a token; None where there is no token."""
+        """Nats per token, or None if there are no tokens."""
         count = sum(self.tokens)
         return sum(self.sums) / count if count else None
 
@@ -50,13 +52,13 @@ class Measures:
     """The figures of one trained model."""
 
     losses: SequenceLosses
-    """Of all labelled tokens."""
+    """Losses of all labelled tokens."""
     far_losses: SequenceLosses
-    """Of the tokens that lie FAR_WINDOWS windows or more into their document."""
+    """Losses of the tokens that are FAR_WINDOWS windows or more into their document."""
     needle_accuracy: float | None
-    """Share of examples in which greedy decoding gives the number; None where needles are off."""
+    """Share of examples in which greedy decoding gives the number. None if needles are off."""
     needle_margin: float | None
-    """Nats by which the number is likelier than where the needle states another one."""
+    """Nats by which the number is more likely than if the needle states another number."""
     full: list[list[bool]]
     """The table, (layers, KV heads)."""
     granularity: str
@@ -64,6 +66,7 @@ class Measures:
 
     @property
     def sparsity(self) -> float:
+        """Share of windowed KV heads."""
         heads = len(self.full) * len(self.full[0])
         return 1 - sum(map(sum, self.full)) / heads
 
@@ -72,7 +75,7 @@ class Measures:
 
     @classmethod
     def load(cls, path: Path) -> Measures:
-        """Raises InputError where the file is not one of ours."""
+        """Reads a file that `save` wrote. Raises InputError for any other file."""
         try:
             content = parse_json(path.read_text())
             content["losses"] = SequenceLosses(**content["losses"])
@@ -89,10 +92,9 @@ def measure_checkpoint(
     needles: fields.Needles,
     device: torch.device,
 ) -> Measures:
-    """Measures a training run's checkpoint with its own table: bf16 on a GPU, fp32 on a CPU.
+    """Measures a training run's checkpoint with its own table, in bf16 on a GPU or fp32 on a CPU.
 
-    Losses are over the whole validation split. Raises InputError where an example of a needle does
-    not fit.
+    Losses are over the whole validation split. Raises InputError if a needle example does not fit.
     """
     config = checkpoint.state["config"]
     allocation = checkpoint.allocation
@@ -130,7 +132,10 @@ def measure_checkpoint(
 
 
 def open_validation(config: dict[str, Any]) -> BatchStream:
-    """The held-out sequences of a run's data, in the run's micro-batches or smaller ones."""
+    """Returns the held-out sequences of a run's data, in micro-batches of the run or smaller.
+
+    config: the run's configuration as a dictionary.
+    """
     data = Path(config["data"]["path"])
     separate = config["attention"]["separate_documents"]
     single = BatchStream(
@@ -158,11 +163,12 @@ def held_out_losses(
     stream: BatchStream,
     far: int,
 ) -> tuple[SequenceLosses, SequenceLosses]:
-    """Losses of all labelled tokens, and of those predicted from position `far` of their document
-    or later.
+    """Returns the losses of all labelled tokens, and those of the far tokens.
 
-    A document that packing cut in two counts its positions anew in the second sequence, as
-    attention does.
+    far: position in the document from which a prediction counts as far.
+
+    If packing cut a document in two, positions start again at 0 in the second sequence, as they do
+    for attention.
     """
     count = len(stream.shards)
     sums: list[Tensor] = []
@@ -176,7 +182,7 @@ def held_out_losses(
         kinds = torch.stack([labelled, labelled & (positions >= far)])  # (2, B, S)
         sums.append((losses * kinds).sum(dim=2).cpu())
         tokens.append(kinds.sum(dim=2).cpu())
-    # The last batch may be filled up with repeated sequences.
+    # The last batch may be padded with repeated sequences.
     all_sums = torch.cat(sums, dim=1)[:, :count]
     all_tokens = torch.cat(tokens, dim=1)[:, :count]
     every = SequenceLosses(all_sums[0].tolist(), all_tokens[0].tolist())
@@ -185,18 +191,19 @@ def held_out_losses(
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) in nats, fp32 (B, S), 0 where nothing is predicted. Logits exist for a chunk of
-    tokens at a time.
+    """Returns -log p(label) in nats, fp32 (B, S), and 0 where nothing is predicted.
 
-    hidden: (B, S, hidden) after the final norm; weight: (vocab, hidden); labels: (B, S).
+    Logits exist for one chunk of tokens at a time.
+
+    hidden: (B, S, hidden) after the final norm.
+    weight: (vocab, hidden).
+    labels: (B, S).
     """
     rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
+    hidden_parts = hidden.flatten(0, 1).split(rows)
+    label_parts = labels.flatten().split(rows)
     found = []
-    for part, label in zip(
-        hidden.flatten(0, 1).split(rows),
-        labels.flatten().split(rows),
-        strict=True,
-    ):
+    for part, label in zip(hidden_parts, label_parts, strict=True):
         found.append(cross_entropy_(part @ weight.T, label, IGNORED, gradient=False))
     return torch.cat(found).view(labels.shape)
 

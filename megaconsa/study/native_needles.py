@@ -1,4 +1,4 @@
-"""Needle retrieval on a model that was not exported."""
+"""Needle retrieval on a checkpoint that was not exported."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from megaconsa.evaluation.record import NeedleCell, NeedleSettings
 from megaconsa.study import fields
 
 DEPTHS = (0.1, 0.5, 0.9)
-"""Places of the needle, as shares of the haystack."""
+"""Positions of the needle, as shares of the haystack."""
 NEEDLE_SEED = 0
 
 
 class ScoredModel:
-    """A NativeModel with the attributes that megaconsa.evaluation.scoring asks of a transformers
-    model."""
+    """A NativeModel with the interface of a transformers model.
+
+    It has the attributes that megaconsa.evaluation.scoring uses.
+    """
 
     def __init__(self, native: NativeModel, vocab_size: int, name: str) -> None:
         self.native = native
@@ -34,7 +36,11 @@ class ScoredModel:
         self.name_or_path = name
 
     def model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        """input_ids: (B, S), each row one document. There is no cache to use."""
+        """Returns an object with the hidden states after the final norm.
+
+        input_ids: (B, S). Each row is one document.
+        use_cache: ignored, because there is no cache.
+        """
         documents = torch.zeros_like(input_ids, dtype=torch.int32)
         sequences = torch.arange(len(input_ids), device=self.device)
         batch = Batch(input_ids, input_ids, documents, sequences)
@@ -43,8 +49,10 @@ class ScoredModel:
 
 
 def open_needles(data: Path, wanted: fields.Needles) -> Needles:
-    """Needles in the held-out text of a data folder. Raises InputError where an example of a length
-    cannot be made."""
+    """Returns needles in the held-out text of a data folder.
+
+    Raises InputError if an example of some length cannot be made.
+    """
     needles = Needles(Tokenizer.load(data / TOKENIZER), HeldOut(data), NEEDLE_SEED)
     needles.check_lengths(wanted.lengths)
     return needles
@@ -56,7 +64,10 @@ def needle_cells(
     wanted: fields.Needles,
     batch_tokens: int,
 ) -> list[NeedleCell]:
-    """Figures of each length and depth."""
+    """Returns the figures of each length and depth.
+
+    batch_tokens: tokens of a forward pass.
+    """
     needles = open_needles(data, wanted)
     record = NeedleSettings(
         lengths=list(wanted.lengths),

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megaconsa.files import replace_text
-from megaconsa.reporting import plots
+from megaconsa.reporting import plot_style
 from megaconsa.study import table
 from megaconsa.study.fields import Study
 from megaconsa.study.pictures import allocation_maps, dot_plot
@@ -19,7 +19,11 @@ from megaconsa.study.results import ResultRow
 
 
 def write_page(study: Study, name: str, rows: Sequence[ResultRow], out: Path, missing: int) -> None:
-    """Writes the page. missing: trials that are not measured yet."""
+    """Writes the page.
+
+    name: title of the page.
+    missing: number of trials that are not measured yet.
+    """
     environment = Environment(
         loader=PackageLoader("megaconsa.study", "."),
         autoescape=True,
@@ -27,7 +31,7 @@ def write_page(study: Study, name: str, rows: Sequence[ResultRow], out: Path, mi
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    with plots.style():
+    with plot_style.style():
         sections = [_section(rows, sparsity) for sparsity in _sparsities(rows)]
     settings = study.model_dump(mode="json", exclude_defaults=True)
     text = environment.get_template("page.html").render(
@@ -47,10 +51,13 @@ def _sparsities(rows: Sequence[ResultRow]) -> list[float]:
 
 
 def _section(rows: Sequence[ResultRow], sparsity: float) -> tuple[str, list[Markup]]:
-    """Title and figures. Arms that do not depend on the sparsity stand beside the others."""
+    """Returns the title and the figures of one sparsity.
+
+    Arms that do not depend on the sparsity are drawn beside the others.
+    """
     beside = [row for row in rows if row.target in (sparsity, None)]
     own = [row for row in rows if row.target == sparsity]
     title = f"Sparsity {sparsity:g}"
     figures: list[Figure | None] = [dot_plot(beside, title), allocation_maps(own)]
-    drawn = [Markup(plots.to_svg(figure)) for figure in figures if figure is not None]
+    drawn = [Markup(plot_style.to_svg(figure)) for figure in figures if figure is not None]
     return title, drawn

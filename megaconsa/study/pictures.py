@@ -1,5 +1,7 @@
-"""Figures of a study, drawn as those of megaconsa.reporting.plots. Draw and save inside its
-`style()`."""
+"""Figures of a study, in the style of megaconsa.reporting.plot_style.
+
+Draw and save them inside its `style()`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from megaconsa.reporting.plots import FOURTH, FULL, GATES, INK, PAPER
+from megaconsa.reporting.plot_style import FOURTH, FULL, GATES, INK, PAPER
 from megaconsa.study.results import ResultRow
 
 ROW_INCHES = 0.3
@@ -17,11 +19,12 @@ MAPS_IN_A_ROW = 6
 
 
 def dot_plot(rows: Sequence[ResultRow], title: str) -> Figure | None:
-    """Each arm's difference to dense with its interval, the smallest at the top; None where no arm
-    has one.
+    """Draws each arm's difference to dense with its interval, the smallest at the top.
 
-    The scale is linear up to the median difference and logarithmic beyond it: bad rules are off by
-    a hundred times the good arms.
+    The scale is linear up to the median difference and logarithmic beyond it, because the
+    differences of bad rules are a hundred times those of good arms.
+
+    Returns None if no arm has a difference.
     """
     compared = [row for row in rows if row.difference is not None]
     if not compared:
@@ -54,7 +57,7 @@ def dot_plot(rows: Sequence[ResultRow], title: str) -> Figure | None:
     axis.set_ylim(-0.6, len(compared) - 0.2)
     axis.set(title=title, xlabel="validation loss over dense, nats a token")
     axis.tick_params(axis="y", length=0)
-    # Named by empty curves: a point would be taken for data.
+    # Empty curves name the colours in the legend. A point would look like data.
     axis.plot([], [], color=FULL, label="interval over runs")
     axis.plot([], [], color=FOURTH, label="interval over held-out sequences")
     figure.legend(loc="outside lower center", ncols=2)
@@ -62,8 +65,11 @@ def dot_plot(rows: Sequence[ResultRow], title: str) -> Figure | None:
 
 
 def allocation_maps(rows: Sequence[ResultRow]) -> Figure:
-    """Small maps, layers x KV heads with layer 0 at the bottom: how often each head is full over
-    the trials of an arm."""
+    """Draws small maps of layers x KV heads, with layer 0 at the bottom, one map per arm.
+
+    They show how often each head is full over the trials of the arm.
+    """
+    # Rounded up.
     lines = -(-len(rows) // MAPS_IN_A_ROW)
     layers = len(rows[0].full_share)
     height = lines * (0.75 + 0.085 * layers)

@@ -1,5 +1,8 @@
-"""One job in a process of its own, forked from a server that has imported torch and DeepSpeed, which
-takes seconds."""
+"""One job in a separate process.
+
+The process is forked from a server that has already imported torch and DeepSpeed, because these
+imports take seconds.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +34,24 @@ PRELOADED = [
     "megaconsa.study.work",
     "megaconsa.training.setup",
     "megaconsa.training.start_checks",
-    "megaconsa.parallel.pipeline_module",
+    "megaconsa.parallel.deepspeed.pipeline_modules",
 ]
-"""Imports that take seconds."""
+"""Modules that take seconds to import."""
 LINGER_SECONDS = 60.0
-"""For a process to end once its job is done."""
+"""Time that a process gets to end once its job is done."""
 
 
 @dataclass
 class RunningJob:
-    """A job and its process, which begins with the construction."""
+    """A job and its process. Construction starts the process."""
 
     runs: Runs
     job: Job
     log: Path
     device: str | None
-    """What CUDA_VISIBLE_DEVICES is to be; None on a CPU."""
+    """Value of CUDA_VISIBLE_DEVICES in the process. None on a CPU."""
     threads: int
-    """Of torch, for what is computed on the CPU."""
+    """Threads of torch for work on the CPU."""
     process: BaseProcess = field(init=False)
     began: float = field(init=False)
     seen_done: float | None = None
@@ -63,11 +66,14 @@ class RunningJob:
 
     @property
     def seconds(self) -> float:
+        """Time since the process started."""
         return time.monotonic() - self.began
 
     def abort_if_stuck(self) -> None:
-        """Ends a process that is still there LINGER_SECONDS after its job was done. It leaves its
-        stacks in the log."""
+        """Ends a process that still exists LINGER_SECONDS after its job was done.
+
+        The process writes its stacks to the log.
+        """
         if not self.job.done:
             return
         now = time.monotonic()
@@ -75,15 +81,19 @@ class RunningJob:
             self.seen_done = now
         elif now - self.seen_done > LINGER_SECONDS and self.process.pid is not None:
             console.print(
-                f"{self.job.name} is done, but its process did not end; its stacks are in {self.log}",
+                f"{self.job.name} is done, but its process did not end; "
+                f"its stacks are in {self.log}",
                 markup=False,
             )
+            # faulthandler prints the stacks on this signal.
             os.kill(self.process.pid, signal.SIGABRT)
             self.process.join()
 
     def failure(self) -> str:
-        """Why it failed: the signal that killed it, or the last non-empty line of its
-        log."""
+        """Returns why it failed: the signal that killed it, or the last line of its log.
+
+        Empty lines of the log are skipped.
+        """
         code = self.process.exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -99,7 +109,7 @@ def _context() -> ForkServerContext:
 
 
 def _main(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
-    """Entry of the new process."""
+    """Runs the job. This is the entry point of the new process."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), STDOUT)
         os.dup2(file.fileno(), STDERR)
@@ -107,10 +117,11 @@ def _main(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> 
     torch.set_num_threads(threads)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    # A world of one, whatever torchrun or srun started the study with.
+    # The job is a world of one process, even if torchrun or srun started the study.
     alone().export()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    from megaconsa.study import work  # not by the study's own process, which needs none of it
+    # Imported here because the study's own process does not need it.
+    from megaconsa.study import work
 
     code: Any = FAILED
     try:
@@ -121,13 +132,16 @@ def _main(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> 
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All results are on the disk. The interpreter's own clean-up has hung on GPUs.
+    # Skip the interpreter's clean-up, which has hung on GPUs. All results are on the disk.
     os._exit(code)
 
 
 def _stop_with_parent() -> None:
-    """Asks this process to stop once the study's own is gone, killed say: nobody would read its
-    result."""
+    """Asks this process to stop once the study's own process is gone, for example because it was
+    killed.
+
+    Nobody would read the result.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

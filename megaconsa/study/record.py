@@ -1,5 +1,7 @@
-"""The study as it was begun, in its folder: what was measured may not be mixed with what other
-settings give."""
+"""The record of a study's settings in its folder.
+
+It prevents results of different settings from being mixed.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ from megaconsa.training.same_run import check_same_run
 
 FILE = "study.json"
 GROWING = {"sparsities", "seeds", "draws"}
-"""Fields that only say which trials there are."""
+"""Fields that only say which trials there are. They may change."""
 
 
 def check(runs: Runs) -> None:
-    """Raises InputError where the folder was begun with settings that the study has changed since.
-    More arms are no change."""
+    """Raises InputError if the study has changed its settings since the folder was begun.
+
+    New arms are not a change.
+    """
     _check_start(runs)
     path = runs.out / FILE
     if not path.exists():
@@ -32,13 +36,15 @@ def check(runs: Runs) -> None:
     new = _content(runs)
     for name, arm in new["arms"].items():
         known = old["arms"].get(name, arm)
-        if changed := differences(known, arm):
+        changed = differences(known, arm)
+        if changed:
             raise InputError(
                 f"arms.{name} has changed since {runs.out} was begun ({'; '.join(changed)}); "
                 "give the new one another name, or choose another --out"
             )
     for part in ("study", "config"):
-        if changed := differences(old[part], new[part]):
+        changed = differences(old[part], new[part])
+        if changed:
             fields = "; ".join(changed)
             raise InputError(
                 f"the study of {runs.out} has changed ({fields}); choose another --out"
@@ -46,21 +52,21 @@ def check(runs: Runs) -> None:
 
 
 def _check_start(runs: Runs) -> None:
-    """Raises InputError where the start was trained with other settings, by hand perhaps."""
+    """Raises InputError if the start was trained with other settings, for example by hand."""
     path = runs.start / run_folder.CONFIG
     if path.is_file():
         check_same_run(runs.start_config, yaml.safe_load(path.read_text()))
 
 
 def save(runs: Runs) -> None:
-    """Writes the settings; arms that are no longer in the study stay on record."""
+    """Writes the settings. Arms that are no longer in the study stay on record."""
     path = runs.out / FILE
     content = _content(runs)
     old = None
     if path.exists():
         old = _read(path)
         content["arms"] = old["arms"] | content["arms"]
-    # The tasks of an array find it as the start left it: they must not all write at once.
+    # The tasks of an array find the file as the start left it. They must not all write at once.
     if content != old:
         replace_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""From the measures of all trials to one row for each arm and sparsity."""
+"""Combines the measures of all trials into one row for each arm and sparsity."""
 
 from __future__ import annotations
 
@@ -21,65 +21,73 @@ from megaconsa.study.measures import Measures, SequenceLosses
 from megaconsa.study.runs import Runs
 
 YARDSTICK = "leave-one-out"
-"""The method whose table the others are compared with."""
+"""Scoring method whose table the others are compared with."""
 BEST_UNITS = 10
-"""Top-scored units that are looked for in all seeds."""
+"""Number of top-scored units that are compared between seeds."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial that was measured, and its reference if that was."""
+    """The results of one measured trial."""
 
     trial: Trial
     measures: Measures
     reference: Measures | None
+    """Measures of the dense trial to compare with, if there are any."""
     learning: LearningFigures | None
+    """Figures of the learning run, if the arm learns."""
 
 
 Groups = dict[tuple[str, float | None], list[Outcome]]
 """Outcomes by arm and sparsity."""
 Pairs = list[tuple[SequenceLosses, SequenceLosses]]
+"""Losses of trials, each with the losses that they are compared with."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """An arm at a sparsity, over its seeds and draws. None is what does not apply, or was not
-    measured yet."""
+    """An arm at one sparsity, over its seeds and draws.
+
+    None means that a figure does not apply, or was not measured yet.
+    """
 
     arm: str
     target: float | None
-    """Sparsity aimed at."""
+    """Target sparsity."""
     trials: int
     validation_loss: float
-    """Nats a token, mean over the trials."""
+    """Nats per token, mean over the trials."""
     difference: Interval | None
-    """Of the validation loss to the dense arm of the same seed and budget."""
+    """Validation loss minus that of the dense arm of the same seed and budget."""
     far_difference: Interval | None
-    """The same for tokens far into their document."""
+    """The same difference for tokens far into their document."""
     leave_one_out_difference: Interval | None
-    """Of the validation loss to the leave-one-out arm of the same sparsity, granularity, budget and
-    seed, and of the same scope where there is one."""
+    """Validation loss minus that of the leave-one-out arm.
+
+    That arm has the same sparsity, granularity, budget and seed. It has the same scope too if there
+    is one with that scope.
+    """
     needle_accuracy: float | None
     needle_margin: float | None
     sparsity: float
-    """Share of windowed KV heads, reached."""
+    """Share of windowed KV heads that was reached."""
     leave_one_out_overlap: float | None
     """Share of the full heads that leave-one-out keeps full too."""
     agreement: float | None
     """Mean share of full heads that two seeds or draws have in common."""
     common_best: int | None
-    """Of the ten top-scored units, how many are the same in all seeds."""
+    """How many of the BEST_UNITS top-scored units are the same in all seeds."""
     cost: float | None
-    """Duration of a learning step over that of a dense one."""
+    """Duration of a learning step over that of a dense step."""
     steps_to_target: float | None
     split_agreement: float | None
     separated_share: float | None
     full_share: list[list[float]]
-    """(layers, KV heads): share of the trials in which the head is full."""
+    """Share of the trials in which each head is full, (layers, KV heads)."""
 
 
 def collect(runs: Runs) -> list[ResultRow]:
-    """Rows of all that is measured, in the order of the study."""
+    """Returns the rows of all measured trials, in the order of the study."""
     groups: Groups = {}
     for trial in runs.study.trials():
         if runs.measures_file(trial).exists():
@@ -87,7 +95,8 @@ def collect(runs: Runs) -> list[ResultRow]:
             groups.setdefault((trial.arm, trial.sparsity), []).append(outcome)
     rows = []
     for (arm, target), outcomes in groups.items():
-        rows.append(_row(runs, arm, target, outcomes, _yardsticks(runs, groups, outcomes[0])))
+        yardsticks = _yardsticks(runs, groups, outcomes[0])
+        rows.append(_row(runs, arm, target, outcomes, yardsticks))
     return rows
 
 
@@ -99,18 +108,17 @@ def _read(runs: Runs, trial: Trial) -> Outcome:
     learning = None
     if runs.arm(trial).kind == "learn":
         assert trial.sparsity is not None
-        # Not beside the start, which may have been made on more GPUs.
+        # Not compared with the start, which may have been trained on more GPUs.
         dense = runs.train_folder(reference) if reference is not None else None
         learning = read_learning(runs.learn_folder(trial), dense, trial.sparsity)
     return Outcome(trial, Measures.load(runs.measures_file(trial)), compared, learning)
 
 
 def _yardsticks(runs: Runs, groups: Groups, own: Outcome) -> list[list[Outcome]]:
-    """The other arms that leave one out at the sparsity and granularity of a trial, the most alike
-    first.
+    """Returns the outcomes of the other leave-one-out arms, with the best match first.
 
-    Those of its scope come before the global ones. Others are no match. Among equals those of its
-    budget come first.
+    They have the sparsity and the granularity of the trial `own`. Those of its scope come before
+    the global ones, and other scopes are no match. Among equals those of its budget come first.
     """
     own_scope = _scope(runs, own)
     own_budget = runs.arm(own.trial).whole_budget
@@ -132,14 +140,17 @@ def _yardsticks(runs: Runs, groups: Groups, own: Outcome) -> list[list[Outcome]]
 
 
 def _scope(runs: Runs, outcome: Outcome) -> Scope:
-    # Rules that choose layers have no scope of their own, and a layer is always one unit of all.
+    # Rules that choose layers have no scope, and layers are always chosen over the whole model.
     if outcome.measures.granularity == "layer":
         return "global"
     return runs.units(outcome.trial)[1]
 
 
 def _beside(runs: Runs, own: Sequence[Outcome], yardsticks: Sequence[list[Outcome]]) -> Pairs:
-    """The losses of each trial and of the yardstick of its budget, where that has its seed."""
+    """Returns the losses of each trial and those of the yardstick of the same budget.
+
+    Trials are left out if the yardstick does not have their seed.
+    """
     budget = runs.arm(own[0].trial).whole_budget
     for others in yardsticks:
         if runs.arm(others[0].trial).whole_budget != budget:
@@ -173,10 +184,11 @@ def _row(
     learned = [outcome.learning for outcome in outcomes if outcome.learning is not None]
     common = None
     if yardsticks:
-        # Units are scored once on the start checkpoint: all its trials have the same table.
+        # Units are scored once, on the start checkpoint, so all trials of the yardstick have the
+        # same table.
         kept = yardsticks[0][0].measures.full
         common = mean_of([overlap(table, kept) for table in tables])
-    # The other arms have the same table in every trial.
+    # All other arms have the same table in every trial.
     varies = bool(learned) or runs.study.arms[arm].draws is not None
     return ResultRow(
         arm=arm,
@@ -206,6 +218,7 @@ def _known(mean: float | None) -> float:
 
 
 def _common_best(learned: Sequence[LearningFigures]) -> int | None:
+    """Counts the top-scored units that are the same in all runs. None for fewer than two runs."""
     scored = [figures.scores for figures in learned if figures.scores is not None]
     if len(scored) < 2:
         return None
@@ -214,6 +227,7 @@ def _common_best(learned: Sequence[LearningFigures]) -> int | None:
 
 
 def _full_share(tables: Sequence[Table]) -> list[list[float]]:
+    """Returns the share of the tables in which each head is full."""
     layers = len(tables[0])
     heads = len(tables[0][0])
     shares = []

@@ -1,4 +1,4 @@
-"""Runs jobs side by side, each as soon as what it needs is done, and says how far the study is."""
+"""Runs jobs in parallel and reports progress. A job starts once the jobs that it needs are done."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from megaconsa.study.process import RunningJob
 from megaconsa.study.runs import Runs
 
 STOP_SECONDS = 120.0
-"""For running jobs to save and end, before they are killed."""
+"""Time that running jobs get to save and end before they are killed."""
 LOOK_SECONDS = 10.0
-"""Between two looks at processes that do not end."""
+"""Time between two checks of processes that do not end."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
 class Stopped(Exception):
-    """A signal ended the study. Its argument is the exit code."""
+    """A signal ended the study. The exception's argument is the exit code."""
 
 
 def visible_devices() -> list[str]:
-    """The GPUs of this process, each as CUDA_VISIBLE_DEVICES would name it alone; none on a CPU."""
+    """Returns the GPUs of this process as CUDA_VISIBLE_DEVICES names them. A CPU has none."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [str(number) for number in range(count)]
@@ -47,23 +47,23 @@ class Runner:
 
     runs: Runs
     jobs: Sequence[Job]
-    """Each after those that it needs."""
+    """Jobs in order: each comes after those that it needs."""
     devices: Sequence[str]
-    """GPUs, none on a CPU."""
+    """GPUs. Empty on a CPU."""
     at_once: int
-    """Jobs that run side by side."""
+    """Number of jobs that run in parallel."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Why each job that failed did."""
+    """Reason of each failed job, by name."""
     _running: dict[int, RunningJob] = field(default_factory=dict)
-    """By slot."""
+    """Running jobs by slot."""
     _seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Of the jobs that ran, by kind."""
+    """Durations of the jobs that ran, by kind."""
 
     def run(self) -> int:
-        """Returns 0 when all jobs are done, 1 when some failed, 75 when some stopped and can be
-        resumed.
+        """Runs all jobs and returns an exit code.
 
-        Raises Stopped after a signal, once the running jobs have ended.
+        The code is 0 if all jobs are done, 1 if some failed, and 75 if some stopped and can be
+        resumed. Raises Stopped after a signal, once the running jobs have ended.
         """
         waiting = [job for job in self.jobs if not job.done]
         if waiting:
@@ -80,7 +80,8 @@ class Runner:
                         break
                     stopped = self._collect(len(waiting)) or stopped
                     if stopped:
-                        waiting.clear()  # the time of the batch job is over
+                        # The time of the batch job is over, so no new job may start.
+                        waiting.clear()
             finally:
                 self._stop_all()
         if self.failed:
@@ -103,10 +104,12 @@ class Runner:
         self._running[slot] = RunningJob(self.runs, job, log, device, self._threads())
 
     def _threads(self) -> int:
-        """Of torch for each job. More than there are cores would wait for each other.
+        """Returns the number of torch threads for each job.
 
-        On a GPU one, as torchrun has it: the CPU works on small tensors, and threads that wait for
-        work take the cores from those that launch kernels.
+        The jobs share the cores. More threads than cores would wait for each other.
+
+        On a GPU it is 1, as with torchrun. The CPU works on small tensors, and threads that wait
+        for work take cores from the threads that launch kernels.
         """
         if self.devices:
             return 1
@@ -118,8 +121,12 @@ class Runner:
         return all(other.done for other in needed)
 
     def _collect(self, waiting: int) -> bool:
-        """Waits for the next jobs to end, or LOOK_SECONDS; returns whether one of them stopped before
-        its end."""
+        """Waits for the next jobs to end, but at most LOOK_SECONDS.
+
+        waiting: number of jobs that have not started.
+
+        Returns whether one of the jobs stopped before its end.
+        """
         wait([running.process.sentinel for running in self._running.values()], LOOK_SECONDS)
         stopped = False
         for slot, running in list(self._running.items()):
@@ -139,7 +146,9 @@ class Runner:
 
     def _report(self, running: RunningJob, waiting: int) -> None:
         done = sum(job.done for job in self.jobs)
-        left = f", about {_duration(self._seconds_left())} left" if waiting or self._running else ""
+        left = ""
+        if waiting or self._running:
+            left = f", about {_duration(self._seconds_left())} left"
         said = figure(self.runs, running.job)
         place = f"{done}/{len(self.jobs)} {running.job.name}"
         console.print(f"{place}: {said} ({running.seconds:.0f} s){left}", markup=False)
@@ -150,8 +159,10 @@ class Runner:
         console.print(f"{running.job.name} failed, see {running.log}: {reason}", markup=False)
 
     def _seconds_left(self) -> float:
-        """From the mean duration of finished jobs of the same kind, or of all where there are
-        none."""
+        """Estimates the remaining time from the mean duration of finished jobs of the same kind.
+
+        If there are none of that kind, it uses all finished jobs.
+        """
         every = [seconds for some in self._seconds.values() for seconds in some]
         total = 0.0
         for job in self.jobs:
@@ -161,7 +172,7 @@ class Runner:
         return total / self.at_once
 
     def _stop_all(self) -> None:
-        """Asks what runs to save and end."""
+        """Asks the running jobs to save and end, and kills those that take too long."""
         processes = [running.process for running in self._running.values()]
         if not processes:
             return
@@ -178,7 +189,7 @@ class Runner:
 
 
 def figure(runs: Runs, job: Job) -> str:
-    """One-line result of a finished job."""
+    """Returns the result of a finished job, in one line."""
     if job.kind == "score":
         return "units scored"
     if job.kind == "start":
@@ -196,7 +207,7 @@ def figure(runs: Runs, job: Job) -> str:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within it SIGINT and SIGTERM raise Stopped."""
+    """Makes SIGINT and SIGTERM raise Stopped inside the context."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(INTERRUPTED if number == signal.SIGINT else STOPPED)

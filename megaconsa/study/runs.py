@@ -1,6 +1,6 @@
 """The runs of a study: their folders, configurations and tables.
 
-checks.py refuses those that cannot work.
+checks.py refuses runs that cannot work.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from megaconsa.study.fields import Arm, Overrides, Study, Trial
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a study in its folder `out`. Configurations are lists of `section.field=value`,
-    as the trainer takes them."""
+    """The runs of a study in its folder `out`.
+
+    Configurations are lists of `section.field=value`, as the trainer takes them.
+    """
 
     study: Study
     out: Path
@@ -39,11 +41,11 @@ class Runs:
         return self.folder(trial) / "learn"
 
     def first_folder(self, trial: Trial) -> Path:
-        """Of the leg that stands in for learning, of trials with two legs."""
+        """Folder of the leg that replaces learning, in trials that have two legs."""
         return self.folder(trial) / "first"
 
     def first_file(self, trial: Trial) -> Path:
-        """Says that this leg is finished; its checkpoints are removed later."""
+        """The file that says that the first leg is finished. Its checkpoints are removed later."""
         return self.first_folder(trial) / "finished.json"
 
     def train_folder(self, trial: Trial) -> Path:
@@ -62,12 +64,13 @@ class Runs:
         return self.study.arms[trial.arm]
 
     def has_first_leg(self, trial: Trial) -> bool:
-        """Whether the trial trains through the steps of learning on its finished table."""
+        """Whether the trial trains on its finished table during the steps of learning."""
         arm = self.arm(trial)
         return arm.whole_budget and arm.kind != "learn"
 
     @cached_property
     def start_config(self) -> Config:
+        """Configuration of the dense run."""
         return configuration.load(self.study.config, self.start_overrides())
 
     def start_overrides(self) -> list[str]:
@@ -92,10 +95,10 @@ class Runs:
         return _words(self.study.learn | (arm.learn or {}) | self._target(trial) | own)
 
     def first_overrides(self, trial: Trial) -> list[str]:
-        """The schedule of learning, on the finished table.
+        """Returns the overrides of the first leg: the schedule of learning, on the finished table.
 
-        A single run over the steps of both legs would have another learning rate at every step
-        than a learning arm, and the difference of the arms would include that.
+        A single run over the steps of both legs would have a different learning rate than a
+        learning arm at every step. The difference between the arms would include that.
         """
         own = self._on_table(trial, self.first_folder(trial), self.start)
         return _words(self.study.learn | own)
@@ -119,7 +122,7 @@ class Runs:
         }
 
     def units(self, trial: Trial) -> tuple[Granularity, Scope]:
-        """What the units of a trial's table are, and the scope of its target."""
+        """Returns the granularity of a trial's table and the scope of its target."""
         arm = self.arm(trial)
         if arm.rule in rules.OWN_UNITS:
             return rules.OWN_UNITS[arm.rule]
@@ -130,13 +133,16 @@ class Runs:
         return arm.granularity or section.granularity, arm.scope or section.scope
 
     def _floor(self, trial: Trial) -> int:
-        """The run configuration's floor, where a target of the trial's kind can have one."""
+        """Returns the run configuration's floor, or 0 if a trial of this kind cannot have one."""
         if self.units(trial) != ("kv_head", "global"):
             return 0
         return self.start_config.allocation.floor
 
     def constraint(self, trial: Trial) -> Constraint:
-        """The target of a learning or scoring arm. Raises InputError where it cannot be met."""
+        """Returns the target of a learning or scoring arm.
+
+        Raises InputError if it cannot be met.
+        """
         assert trial.sparsity is not None
         shape = self.start_config.shape()
         granularity, scope = self.units(trial)
@@ -150,7 +156,7 @@ class Runs:
         )
 
     def rule_table(self, trial: Trial) -> Allocation:
-        """The table of a rule arm. Raises InputError where the rule cannot meet the sparsity."""
+        """Returns the table of a rule arm. Raises InputError if it cannot meet the sparsity."""
         arm = self.arm(trial)
         own = {
             "run.seed": trial.seed,
@@ -166,6 +172,7 @@ class Runs:
                     "rule interleaved keeps some layers full and cannot give a sparsity of 1; "
                     "leave this one out of the arm's sparsities, or use the rule all-swa"
                 )
+            # The rule takes the number of windowed layers for each full one.
             own["allocation.ratio"] = max(1, round(trial.sparsity / (1 - trial.sparsity)))
         config = configuration.load(self.study.config, _words(self._target(trial) | own))
         table = config.fixed_allocation()
@@ -178,8 +185,10 @@ class Runs:
         return table
 
     def _target(self, trial: Trial) -> Overrides:
-        """Sparsity, granularity and scope of a trial, where it has its own. The floor is 0 where the
-        trial can have none."""
+        """Returns the overrides for sparsity, granularity and scope, where the trial sets them.
+
+        The floor is 0 if the trial cannot have one.
+        """
         arm = self.arm(trial)
         values = {
             "allocation.sparsity": trial.sparsity,

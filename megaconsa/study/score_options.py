@@ -1,5 +1,7 @@
-"""Options of the methods that score units. Imports nothing, so that the command line can read it
-without loading torch."""
+"""Options of the methods that score units.
+
+This module imports nothing, so that the command line can read it without loading torch.
+"""
 
 SAMPLE = {"data", "batch", "seed"}
 FROZEN = SAMPLE | {"sequences"}
@@ -13,4 +15,4 @@ OPTIONS = {
     "scalar-gates": TRAINED | {"weight_learning_rate"},
     "file": {"scores"},
 }
-"""Which of the options that only some methods have belong to each."""
+"""Options of each method. Options that all methods have are not listed."""

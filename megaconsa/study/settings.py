@@ -1,6 +1,6 @@
-"""Reads a study, with the refusals that need nothing but the file itself.
+"""Reads a study and makes the checks that need only the file itself.
 
-What the runs' configurations refuse is found in checks.py.
+checks.py has the checks that need the configurations of the runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from megaconsa.study.score_options import OPTIONS
 
 
 def load(path: Path) -> Study:
-    """Reads and checks a study. Raises InputError, which names the field, its value and the fix."""
+    """Reads and checks a study.
+
+    Raises InputError, which names the field, its value and the fix.
+    """
     data = read_yaml(path, "study", "fields")
     try:
         study = Study.model_validate(data)
@@ -42,7 +45,7 @@ def load(path: Path) -> Study:
 
 
 def _with_paths(study: Study, folder: Path) -> Study:
-    """The study with its files relative to the working directory instead of its own folder."""
+    """Returns the study with paths relative to the working directory, not to the study's folder."""
     arms = {}
     for name, arm in study.arms.items():
         file = arm.file and folder / arm.file
@@ -92,8 +95,12 @@ def _check_options(field: str, arm: Arm) -> None:
 
 
 def _check_repeats(prefix: str, lists: Mapping[str, Sequence[float] | None]) -> None:
-    """Refuses a value that is given twice: the same run twice would count as two, with an interval
-    of no width."""
+    """Refuses a value that is given twice.
+
+    The same run twice would count as two runs, with an interval of no width.
+
+    prefix: start of the field's name in the error.
+    """
     for name, given in lists.items():
         values = list(given or ())
         for value in values:
@@ -117,6 +124,7 @@ def _check_names(study: Study) -> None:
 
 
 def _check_references(study: Study) -> None:
+    """Refuses trials that have no dense trial to be compared with."""
     for trial in study.trials():
         if study.reference(trial) is None:
             budget = ", whole_budget: true" if study.arms[trial.arm].whole_budget else ""
@@ -127,7 +135,7 @@ def _check_references(study: Study) -> None:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first fault that pydantic found, as one sentence."""
+    """Returns the first fault that pydantic found, as one sentence."""
     fault = error.errors()[0]
     place = [str(part) for part in fault["loc"]]
     name = ".".join(place)
@@ -145,7 +153,10 @@ def _describe(error: ValidationError) -> str:
 
 
 def _section(place: list[str]) -> type[Section]:
-    """The class that holds the field at this place."""
+    """Returns the class of the field at this place."""
     if place[0] == "arms" and len(place) > 2:
-        return ScoreOptions if place[2] == "options" and len(place) > 3 else Arm
-    return Needles if place[0] == "needles" and len(place) > 1 else Study
+        # A place is arms, the arm's name, the field of the arm, and so on.
+        in_options = place[2] == "options" and len(place) > 3
+        return ScoreOptions if in_options else Arm
+    in_needles = place[0] == "needles" and len(place) > 1
+    return Needles if in_needles else Study

@@ -1,4 +1,4 @@
-"""A study from its file to its table: checks, jobs, results."""
+"""Runs a study from its file to its table: checks, jobs, results."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ PAGE = "study.html"
 
 
 def open_study(path: Path, out: Path) -> Runs:
-    """The study of a file, checked against itself and what its folder holds. Raises InputError;
-    writes nothing."""
+    """Reads a study and checks it, alone and against the content of its folder.
+
+    It writes nothing. Raises InputError if the study is refused.
+    """
     runs = Runs(settings.load(path), out)
     checks.check(runs)
     record.check(runs)
@@ -31,15 +33,24 @@ def list_trials(runs: Runs) -> None:
 
 
 def run_all(runs: Runs, at_once: int | None) -> int:
-    """Runs what is left of the study, then writes the table and the page; returns the exit code."""
+    """Runs what is left of the study, then writes the table and the page.
+
+    at_once: jobs in parallel. None is one for each visible GPU, or one on a CPU.
+
+    Returns the exit code.
+    """
     code = _run_jobs(runs, graph(runs), at_once)
     _write_results(runs)
     return code
 
 
 def run_only(runs: Runs, entry: str) -> int:
-    """Runs one entry of the list, or the start; returns the exit code. Raises InputError where the
-    start is missing."""
+    """Runs one trial, or the start, and returns the exit code.
+
+    entry: index of the trial, or START.
+
+    Raises InputError for an unknown entry, or if a trial needs a start that does not exist.
+    """
     start = start_job(runs)
     if entry == START:
         return _run_jobs(runs, [start], 1)

@@ -40,7 +40,7 @@ INTERVALS = ("difference", "far_difference", "leave_one_out_difference")
 
 
 def cells(row: ResultRow) -> list[str]:
-    """A row as text, in the order of HEADINGS."""
+    """Returns the cells of a row as text, in the order of HEADINGS."""
     far = row.far_difference
     return [
         row.arm,
@@ -60,7 +60,10 @@ def cells(row: ResultRow) -> list[str]:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """Mean, half the width of the interval, and what it is over: r for runs, s for sequences."""
+    """Returns an interval as text, such as `+0.0123 ± 0.0045 (r)`.
+
+    The letter says what varies: r for runs, s for sequences.
+    """
     if interval is None:
         return MISSING
     if interval.high is None or interval.over is None:
@@ -70,7 +73,7 @@ def interval_text(interval: Interval | None) -> str:
 
 
 def aligned(rows: Sequence[ResultRow]) -> str:
-    """Plain text with columns aligned: the same on a terminal of any width and in a log."""
+    """Returns plain text with aligned columns, the same at any terminal width and in a log."""
     lines = [HEADINGS, *(cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
@@ -81,6 +84,7 @@ def aligned(rows: Sequence[ResultRow]) -> str:
 
 
 def markdown(rows: Sequence[ResultRow]) -> str:
+    """Returns the rows as a Markdown table with a note."""
     lines = [_markdown_line(HEADINGS), _markdown_line(["---"] * len(HEADINGS))]
     for row in rows:
         lines.append(_markdown_line(cells(row)))
@@ -96,7 +100,10 @@ def write(rows: Sequence[ResultRow], out: Path) -> None:
 
 
 def _csv(rows: Sequence[ResultRow]) -> str:
-    """One line a row, numbers in full; intervals as mean, low, high and over."""
+    """Returns one line per row, with numbers in full.
+
+    Intervals take four columns: mean, low, high and over.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for number, row in enumerate(rows):

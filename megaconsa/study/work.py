@@ -1,4 +1,4 @@
-"""What each job of a study does, in the process that is its own."""
+"""The work of each job of a study. It runs in the job's own process."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ from megaconsa.train import train
 
 
 def run(runs: Runs, job: Job) -> int:
-    """Does the job, or what is left of it, and returns an exit code; the result exists if that is
-    0.
+    """Does the job, or what is left of it, and returns an exit code.
 
-    Raises InputError and RunError as the parts do.
+    If the code is 0, the result exists. Raises InputError and RunError from the parts.
     """
     if job.kind == "start":
         return _train(runs, runs.start_overrides())
@@ -49,13 +48,15 @@ def run(runs: Runs, job: Job) -> int:
 
 
 def _train(runs: Runs, overrides: list[str]) -> int:
+    """Trains a run to its end and returns an exit code."""
     code = train(runs.study.config, overrides)
     if code != DONE:
         return code
     config = configuration.load(runs.study.config, overrides)
     newest = store.committed(config.run.dir)[0]
-    # A run that was asked to stop by RUN/stop ends with 0 too.
-    return DONE if store.read(newest).step == config.training.steps else STOPPED
+    # A run that was stopped by the file RUN/stop ends with 0 too.
+    finished = store.read(newest).step == config.training.steps
+    return DONE if finished else STOPPED
 
 
 def _score(runs: Runs, arm_name: str) -> int:
@@ -71,8 +72,10 @@ def _score(runs: Runs, arm_name: str) -> int:
 
 @contextmanager
 def _alone(result: Path) -> Iterator[None]:
-    """Waits for another process that makes the same result: several tasks of a Slurm array need an
-    arm's scores."""
+    """Waits for any other process that makes the same result.
+
+    Several tasks of a Slurm array may need the scores of one arm.
+    """
     result.parent.mkdir(parents=True, exist_ok=True)
     with result.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -124,7 +127,7 @@ def _save_table(runs: Runs, trial: Trial) -> None:
 
 
 def _build_table(runs: Runs, trial: Trial) -> Allocation:
-    """The table of an arm that does not learn one."""
+    """Returns the table of an arm that does not learn one."""
     arm = runs.arm(trial)
     if arm.kind == "rule":
         return runs.rule_table(trial)
@@ -133,14 +136,10 @@ def _build_table(runs: Runs, trial: Trial) -> Allocation:
     constraint = runs.constraint(trial)
     scores = read_scores(runs.scores_file(trial.arm), constraint)
     window = runs.start_config.attention.window
-    return Allocation.from_scores(
-        scores,
-        constraint,
-        window,
-        {"score": arm.score, "start": str(runs.start)},
-    )
+    origin = {"score": arm.score, "start": str(runs.start)}
+    return Allocation.from_scores(scores, constraint, window, origin)
 
 
 def _remove_checkpoints(run: Path) -> None:
-    """They are the bulk of a run's bytes, and nothing reads them any more."""
+    """Removes the checkpoints, which are most of a run's bytes and are not read any more."""
     shutil.rmtree(run / run_folder.CHECKPOINTS, ignore_errors=True)

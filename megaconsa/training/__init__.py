@@ -1,1 +1,1 @@
-"""The training loop: setting a run up, the step, and what happens around it (one concern a file in `callbacks/`)."""
+"""The training loop: set-up, the step, and one file in `callbacks/` per concern around the step."""

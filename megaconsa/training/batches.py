@@ -1,4 +1,4 @@
-"""From the data's batches to what the engine takes, and what a step of them holds."""
+"""Batches of data as the engine takes them, and statistics of a step's batches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from megaconsa.parallel.pipeline import Carry, normalizer
 
 
 def labelled_tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
-    """Tokens that count in the loss, over all data ranks; known on every rank."""
-    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches) if mesh.counts_data else 0
+    """The number of tokens that count in the loss, summed over all data ranks.
+
+    Every rank gets the number. This is an all-reduce, so all ranks must call it.
+    """
+    own = 0
+    if mesh.counts_data:
+        own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     return int(mesh.sum(torch.tensor(own, device=mesh.device)))
 
 
 def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
-    """This rank's micro-batches as the pipeline's first stage takes them."""
+    """This rank's micro-batches as the first pipeline stage takes them.
+
+    labelled: labelled tokens of the global batch.
+    """
     count = normalizer(labelled, len(batches) * mesh.data_ranks)
     return [
         (batch.tokens, batch.labels, batch.documents, batch.sequences, count) for batch in batches
@@ -29,7 +37,10 @@ def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
 
 
 def document_lengths(batches: Sequence[Batch]) -> NDArray[np.int64]:
-    """Lengths of all documents of the micro-batches; a sequence that is not separated is one document."""
+    """Lengths in tokens of all documents in the micro-batches, shape (documents,).
+
+    A sequence whose documents are not separated counts as one document.
+    """
     documents = torch.cat([batch.documents for batch in batches]).numpy()
     starts = np.ones(documents.shape, dtype=bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]

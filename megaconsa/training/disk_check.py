@@ -1,4 +1,4 @@
-"""Whether the disk of a run's checkpoints has room for those that the run keeps."""
+"""Check that the disk has room for the checkpoints that a run keeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from megaconsa import run_folder
+from megaconsa.checkpoint.writer import is_kept_for_ever
 from megaconsa.config import CheckpointSection, Config
 from megaconsa.errors import InputError
 from megaconsa.files import binary_size
@@ -17,35 +18,41 @@ from megaconsa.training.inputs import Inputs
 logger = logging.getLogger(__name__)
 
 BYTES_A_PARAMETER = 12
-"""Of a checkpoint: fp32 weights and two moments."""
+"""Size of a checkpoint per parameter: an fp32 weight and two fp32 moments."""
 
 
 def check_disk(inputs: Inputs) -> tuple[int, int]:
-    """Free bytes on the disk of the checkpoints, and those that its checkpoints still need.
+    """Checks the disk that holds the checkpoints.
 
-    A new checkpoint is whole before an old one goes, so at the most there are checkpoint.keep + 1.
-    Raises InputError where they find no room; warns where those that stay for ever find none.
+    Returns its free bytes, and the bytes that the run's checkpoints still need.
+    Raises InputError if these do not fit. Logs a warning if the checkpoints that are kept forever
+    do not fit in addition.
     """
     config = inputs.config
     folder = config.run.dir / run_folder.CHECKPOINTS
     size = parameter_count(inputs.shape).total * BYTES_A_PARAMETER
-    done = 0 if inputs.resume is None else inputs.resume.step
-    held = (
-        0 if inputs.resume is None else len(inputs.found) - inputs.found.index(inputs.resume.path)
-    )
-    more = min(config.checkpoint.keep + 1 - held, _saves(config, done))
+    done = 0
+    held = 0
+    if inputs.resume is not None:
+        done = inputs.resume.step
+        newest = inputs.found.index(inputs.resume.path)
+        usable = inputs.found[newest : newest + config.checkpoint.keep]
+        # Each of these is deleted once enough newer ones exist.
+        held = sum(not is_kept_for_ever(path, config.checkpoint.keep_every) for path in usable)
+    # A new checkpoint is complete before an old one is deleted.
+    most = config.checkpoint.keep + 1
+    more = min(most - held, _saves(config, done))
     needed = size * max(more, 1)
-    # The folder may be a link to another disk, or not exist yet.
+    # The folder may be a link to another disk, or may not exist yet.
     target = folder.resolve()
     nearest = next(path for path in (target, *target.parents) if path.is_dir())
     free = shutil.disk_usage(nearest).free + _reclaimed(folder)
     if free < needed:
-        most = config.checkpoint.keep + 1
         raise InputError(
             f"run.dir={config.run.dir} has {binary_size(free)} free for checkpoints on the disk of "
             f"{nearest}, but they need {binary_size(needed)} more: up to {most} of "
-            f"{binary_size(size)} each, because checkpoint.keep={config.checkpoint.keep} stay until a "
-            "new one is whole; make room, lower checkpoint.keep or choose another disk"
+            f"{binary_size(size)} each, because checkpoint.keep={config.checkpoint.keep} stay "
+            "until a new one is whole; make room, lower checkpoint.keep or choose another disk"
         )
     kept = _kept_for_ever(config.checkpoint, done, config.training.steps)
     if free < needed + size * kept:
@@ -62,10 +69,11 @@ def check_disk(inputs: Inputs) -> tuple[int, int]:
 
 
 def _saves(config: Config, done: int) -> int:
-    """Upper bound of the checkpoints that the run writes from step `done` on."""
+    """Upper bound of the number of checkpoints that the run writes after step `done`."""
     steps = config.training.steps
     every = config.checkpoint.every
     if config.checkpoint.minutes:
+        # Saving by time writes at most one checkpoint per step.
         return steps - done
     if not every:
         return 1
@@ -73,7 +81,10 @@ def _saves(config: Config, done: int) -> int:
 
 
 def _kept_for_ever(section: CheckpointSection, done: int, steps: int) -> int:
-    """Checkpoints by steps that `keep_every` will keep. Those by the clock meet it by chance."""
+    """The number of checkpoints after step `done` that `keep_every` will keep.
+
+    It counts only checkpoints saved by steps. Checkpoints saved by time match only by chance.
+    """
     if not (section.every and section.keep_every):
         return 0
     period = math.lcm(section.every, section.keep_every)
@@ -81,5 +92,5 @@ def _kept_for_ever(section: CheckpointSection, done: int, steps: int) -> int:
 
 
 def _reclaimed(folder: Path) -> int:
-    """Bytes of what a killed run was writing or removing: they are free once the run starts."""
+    """Bytes of the unfinished files of a killed run. They are freed when the run starts again."""
     return sum(path.stat().st_size for path in folder.glob(".step_*/*") if path.is_file())

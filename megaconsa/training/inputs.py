@@ -1,4 +1,4 @@
-"""What a run reads: looked at, and refused where it cannot work, before anything is written or built."""
+"""A run's inputs: they are read and checked before anything is written or built."""
 
 from __future__ import annotations
 
@@ -33,18 +33,23 @@ from megaconsa.training.same_run import check_same_run
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = {"rope_theta", "max_position_embeddings"}
-"""Fields of the shape that a new run may change on the weights of an old one: they extend its context."""
+"""Fields of the shape that a new run may change when it starts from existing weights.
+
+They extend the context length."""
 _DEFAULT_SHAPE = {
     field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING
 }
-"""For checkpoints of versions whose shapes had fewer fields."""
+"""Default values for checkpoints of earlier versions, whose shapes had fewer fields."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
-"""Qwen3 pads its embedding beyond its tokenizer by 0.2 %; a table that is larger by far belongs to another tokenizer."""
+"""Smallest vocabulary that data may have, as a fraction of the rows of the model's embedding.
+
+Qwen3 pads its embedding beyond its tokenizer by 0.2 %. A table that is much larger than the
+tokenizer's vocabulary belongs to another tokenizer."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run's checked inputs."""
+    """The checked inputs of a run."""
 
     config: Config
     shape: ModelConfig
@@ -55,15 +60,17 @@ class Inputs:
     found: list[Path] = field(default_factory=list)
     """The run's own checkpoints, newest first."""
     resume: Checkpoint | None = None
-    """The newest of them that is whole."""
+    """The newest of them that is complete."""
     origin: Checkpoint | None = None
-    """What model.init_from names; not read again once the run has a checkpoint of its own."""
+    """The checkpoint that model.init_from names. None once the run has a checkpoint itself."""
 
 
 def check_inputs(config: Config, world: World = ALONE) -> Inputs:
-    """Reads and checks what the configuration points to; writes nothing. All ranks of the world call it, and refuse together.
+    """Reads and checks everything that the configuration points to. Writes nothing.
 
-    Raises InputError. Only the main rank checks every byte of checkpoints: a rank each would read them as often.
+    All ranks of the world must call it. If one of them refuses the inputs, all of them do.
+    Only the main rank checks every byte of a checkpoint. Otherwise each rank would read it all.
+    Raises InputError if the run cannot work.
     """
     inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size), alike=True)
     world.from_main(lambda: refuse_if_held(config.run.dir))
@@ -86,6 +93,10 @@ def _path(checkpoint: Checkpoint | None) -> Path | None:
 
 
 def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
+    """Checks all inputs except checkpoints.
+
+    processes: number of ranks.
+    """
     shape = config.shape()
     topology = Topology.of(config, processes)
     data = DatasetInfo.load(config.data.path)
@@ -93,20 +104,25 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     allocation = _table(config)
     if allocation is not None and allocation.window != config.attention.window:
         raise InputError(
-            f"attention.window={config.attention.window}, but allocation.file={config.allocation.file} was made for a window of "
+            f"attention.window={config.attention.window}, but "
+            f"allocation.file={config.allocation.file} was made for a window of "
             f"{allocation.window}"
         )
     _check_backend(config, shape, allocation)
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
         raise InputError(
-            f"logging.wandb={config.logging.wandb} needs the package wandb; install it with pip install 'megaconsa[wandb]'"
+            f"logging.wandb={config.logging.wandb} needs the package wandb; "
+            "install it with pip install 'megaconsa[wandb]'"
         )
     return Inputs(config, shape, data, topology, allocation)
 
 
 def _table(config: Config) -> Allocation | None:
-    """The finished table; the one that the run trained on where its file is gone. None while learning."""
+    """The finished allocation table. None while learning.
+
+    If its file is gone, it is read from one of the run's own checkpoints.
+    """
     file = config.allocation.file
     if file is None or file.exists():
         return config.fixed_allocation()
@@ -116,45 +132,50 @@ def _table(config: Config) -> Allocation | None:
             logger.info(
                 "allocation.file=%s is gone; the run goes on with its own table, %s", file, held
             )
-            allocation = config.model_copy(
-                update={"allocation": config.allocation.model_copy(update={"file": held})}
-            )
-            return allocation.fixed_allocation()
+            section = config.allocation.model_copy(update={"file": held})
+            return config.model_copy(update={"allocation": section}).fixed_allocation()
     return config.fixed_allocation()
 
 
 def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
+    """Raises InputError if the data does not fit the sequence length or the vocabulary."""
     if data.sequence_length != config.training.sequence_length:
         raise InputError(
-            f"training.sequence_length={config.training.sequence_length}, but data {config.data.path} was packed into sequences of "
+            f"training.sequence_length={config.training.sequence_length}, but "
+            f"data {config.data.path} was packed into sequences of "
             f"{data.sequence_length}; change one of them"
         )
-    if not shape.vocab_size * SMALLEST_SHARE_OF_VOCABULARY <= data.vocab_size <= shape.vocab_size:
+    smallest = shape.vocab_size * SMALLEST_SHARE_OF_VOCABULARY
+    if not smallest <= data.vocab_size <= shape.vocab_size:
         raise InputError(
-            f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, but the model has {shape.vocab_size}; "
-            f"prepare it with the model's tokenizer, or set model.vocab_size={data.vocab_size} to train a model of its own"
+            f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, "
+            f"but the model has {shape.vocab_size}; "
+            "prepare it with the model's tokenizer, or set "
+            f"model.vocab_size={data.vocab_size} to train a model of its own"
         )
 
 
 def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | None) -> None:
-    """Refuses an attention backend that cannot serve some layer of the run on this machine."""
+    """Raises InputError if the attention backend cannot run some layer on this machine."""
     ranks = config.parallel.tensor
-    window, length, kv_heads = (
-        config.attention.window,
-        config.training.sequence_length,
-        shape.num_key_value_heads // ranks,
-    )
+    window = config.attention.window
+    length = config.training.sequence_length
+    kv_heads = shape.num_key_value_heads // ranks
+    # Each kind of layer is the windows of its KV heads on one rank, and whether it is gated.
     if allocation is None:
-        # Validation runs the binarised table, whose rows may mix windows.
-        kinds = {((window,) * kv_heads, True), ((length,) + (window,) * (kv_heads - 1), False)}
+        # Training runs gated layers. Validation runs the binarised table, whose rows may mix
+        # windows.
+        gated_layer = ((window,) * kv_heads, True)
+        binarized_layer = ((length,) + (window,) * (kv_heads - 1), False)
+        kinds = {gated_layer, binarized_layer}
     else:
-        shardings = [Sharding(shape, allocation, rank, ranks) for rank in range(ranks)]
-        layers = range(shape.num_hidden_layers)
-        kinds = {
-            (tuple(allocation.windows(layer)[head] for head in sharding.own_heads(layer)), False)
-            for sharding in shardings
-            for layer in layers
-        }
+        kinds = set()
+        for rank in range(ranks):
+            sharding = Sharding(shape, allocation, rank, ranks)
+            for layer in range(shape.num_hidden_layers):
+                windows = allocation.windows(layer)
+                own = tuple(windows[head] for head in sharding.own_heads(layer))
+                kinds.add((own, False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for windows, gated in sorted(kinds):
         problem = Problem(
@@ -177,8 +198,9 @@ def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | 
 
 
 def _check_folder(run: Path) -> None:
-    """Refuses a run folder that cannot be made or written."""
-    nearest = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    """Raises InputError if the run folder cannot be made or written."""
+    candidates = (run.absolute(), *run.absolute().parents)
+    nearest = next(path for path in candidates if path.exists())
     if not nearest.is_dir():
         raise InputError(f"run.dir={run} cannot be made: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -186,7 +208,8 @@ def _check_folder(run: Path) -> None:
     checkpoints = run / run_folder.CHECKPOINTS
     if checkpoints.is_symlink() and not checkpoints.is_dir():
         raise InputError(
-            f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; make it or remove the link"
+            f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder; "
+            "make it or remove the link"
         )
     if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):
         raise InputError(
@@ -195,83 +218,100 @@ def _check_folder(run: Path) -> None:
 
 
 def _check_begun_run(config: Config) -> None:
-    """Refuses a run folder without a checkpoint that was begun with another configuration."""
+    """Checks a run folder that has no checkpoint.
+
+    Raises InputError if a run was started there with another configuration.
+    """
     try:
         old = yaml.safe_load(read_text(config.run.dir / run_folder.CONFIG))
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return
-    if isinstance(old, dict):  # otherwise torn by a crash, and nothing was trained: it starts clean
+    # Otherwise a crash tore the file before anything was trained, and the run starts fresh.
+    if isinstance(old, dict):
         check_same_run(config, relocated(old, config.run.dir))
 
 
 def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
-    """Refuses to go on from the run's own checkpoint with anything that would make it another run."""
-    config, allocation = inputs.config, inputs.allocation
+    """Returns the run's own checkpoint to resume from.
+
+    Raises InputError if anything has changed that would make it another run.
+    """
+    config = inputs.config
+    allocation = inputs.allocation
     if harmless := check_same_run(config, resume.state["config"], resume.step):
         logger.info("goes on with %s", "; ".join(harmless))
     if changed := differences(_DEFAULT_SHAPE | resume.state["shape"], asdict(inputs.shape)):
         raise InputError(
-            f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): the preset {config.model.preset} has changed; "
+            f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): "
+            f"the preset {config.model.preset} has changed; "
             "give the old values in section model, or use another run.dir"
         )
-    theirs, ours = (
-        with_defaults(data, DatasetInfo)
-        for data in (resume.state["data"], describe_data(inputs.data))
-    )
+    theirs = with_defaults(resume.state["data"], DatasetInfo)
+    ours = with_defaults(describe_data(inputs.data), DatasetInfo)
     if not same_data(theirs, ours):
         raise InputError(
-            f"data.path={config.data.path} holds other data than run {config.run.dir} was trained on; give it its own run.dir"
+            f"data.path={config.data.path} holds other data than run {config.run.dir} "
+            "was trained on; give it its own run.dir"
         )
     if resume.allocation is not None and resume.allocation.full != (allocation and allocation.full):
         raise InputError(
-            f"allocation.file={config.allocation.file} has changed since run {config.run.dir} began; choose another run.dir"
+            f"allocation.file={config.allocation.file} has changed since run {config.run.dir} "
+            "began; choose another run.dir"
         )
-    precision = (
-        "bf16"
-        if config.training.in_bf16("cuda" if torch.cuda.is_available() else "cpu")
-        else "fp32"
-    )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if config.training.in_bf16(device_type) else "fp32"
     if resume.state["precision"] != precision:
         raise InputError(
-            f"run {config.run.dir} was trained in {resume.state['precision']}, but training.precision={config.training.precision} means "
+            f"run {config.run.dir} was trained in {resume.state['precision']}, but "
+            f"training.precision={config.training.precision} means "
             f"{precision} on this device; go on where it began, or use another run.dir"
         )
     return resume
 
 
 def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
-    """Refuses to begin from a checkpoint of another model or tokenizer."""
-    config, data = inputs.config, inputs.data
+    """Returns the checkpoint that a new run starts from.
+
+    Raises InputError if it belongs to another model or tokenizer.
+    """
+    config = inputs.config
+    data = inputs.data
     changed = differences(_DEFAULT_SHAPE | origin.state["shape"], asdict(inputs.shape))
     extensions = [line for line in changed if line.split(":")[0] in EXTENSIONS]
     if len(changed) > len(extensions):
         raise InputError(
-            f"model.init_from={config.model.init_from} has another shape than the model ({'; '.join(changed)})"
+            f"model.init_from={config.model.init_from} has another shape than the model "
+            f"({'; '.join(changed)})"
         )
     if extensions:
         logger.info("the weights of %s go on with %s", origin.path, "; ".join(extensions))
     theirs = origin.state["data"]["tokenizer_fingerprint"]
     if theirs is None:
         logger.warning(
-            "model.init_from=%s was imported without a tokenizer: nothing tells whether the data's is its own",
+            "model.init_from=%s was imported without a tokenizer: "
+            "nothing tells whether the data's is its own",
             origin.path,
         )
     elif not same_tokenizer(theirs, data.tokenizer_fingerprint):
         raise InputError(
-            f"data {config.data.path} was tokenised with another vocabulary (fingerprint {data.tokenizer_fingerprint}) than "
+            f"data {config.data.path} was tokenised with another vocabulary "
+            f"(fingerprint {data.tokenizer_fingerprint}) than "
             f"model.init_from={config.model.init_from} was trained on ({theirs})"
         )
     return origin
 
 
 def describe_data(data: DatasetInfo) -> dict[str, Any]:
-    """What identifies a data set in a checkpoint."""
+    """The description by which a checkpoint identifies its data set."""
     return data.model_dump(mode="json", exclude={"source": {"names"}})
 
 
 def same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two descriptions are of one data set, also where one has a fingerprint of an earlier version."""
+    """Whether two descriptions are of the same data set.
+
+    Tokenizer fingerprints are compared separately, because one may come from an earlier version.
+    """
     tokenizer = "tokenizer_fingerprint"
-    return same_tokenizer(one[tokenizer], other[tokenizer]) and one | {tokenizer: ""} == other | {
-        tokenizer: ""
-    }
+    if not same_tokenizer(one[tokenizer], other[tokenizer]):
+        return False
+    return one | {tokenizer: ""} == other | {tokenizer: ""}

@@ -19,7 +19,7 @@ from megaconsa.consa.gates import GateBank
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import UnreachableError
 from megaconsa.files import replace_text
-from megaconsa.parallel.engine import Engine
+from megaconsa.parallel.deepspeed.engine import Engine
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
@@ -47,16 +47,18 @@ NOTHING: list[Batch] = []
 
 
 def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
-    """Builds the run on every rank, from its newest checkpoint, the one it is initialised from, or fresh weights.
+    """Builds the run on every rank.
 
-    InputError, on all ranks together, where data cannot be opened or the run folder is in use.
+    Weights come from the run's newest checkpoint, from `model.init_from`, or are fresh.
+
+    Raises InputError on all ranks together if data cannot be opened or the run folder is in use.
     """
     config, shape = inputs.config, inputs.shape
     training, topology = config.training, inputs.topology
     stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh), alike=True)
     validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
     lock = mesh.world.agreed(lambda: [_lock(inputs)] if mesh.is_main else [])
-    # Nothing in a step draws from torch's own generators; whatever a library may draw follows from the seed too.
+    # Our code draws nothing from torch's own generators in a step. A library might.
     torch.manual_seed(config.run.seed)
     gates = GateBank(config.gate_settings(), mesh.device) if config.learning else None
     heads = gates or inputs.allocation
@@ -144,7 +146,7 @@ def _lock(inputs: Inputs) -> RunLock:
         )
     if inputs.resume is not None:
         for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:
-            # Passed over once: it must neither count among those to keep nor be gone on from by a later start.
+            # It must not count among the checkpoints to keep, and must never be resumed from.
             aside = damaged.with_name(f"{damaged.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             damaged.rename(aside)

@@ -1,6 +1,7 @@
-"""What can be known of the machines before a run begins: GPUs, the network between ranks, the run folder, its disk, the clocks.
+"""Checks of the machines before a run: GPUs, network, shared run folder, disk space and clocks.
 
-A refusal says what would otherwise show as a hang or a lost checkpoint after hours.
+Each check reports at the start what would otherwise show as a hang or a lost checkpoint after
+hours.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from megaconsa.training.tensor_groups import check_tensor_groups
 logger = logging.getLogger(__name__)
 
 SUM_SECONDS = 300
-"""For the first sum over all ranks: NCCL connects them in it."""
+"""Time limit of the first all-reduce. It includes the time in which NCCL connects the ranks."""
 VISIBLE_SECONDS = 120
-"""For another node's file to be seen here: attribute caches of NFS last up to a minute."""
+"""Time limit for a file of another node to appear. NFS attribute caches last up to a minute."""
 CLOCK_SECONDS = 5.0
-"""By which the nodes' clocks may differ without a warning."""
+"""Largest difference between the nodes' clocks that causes no warning."""
 
 
 def check_machines(inputs: Inputs, world: World) -> None:
-    """Looks at the machines. All ranks call it, and the main one logs a line of what it found.
+    """Checks the machines. All ranks must call it, and the main rank logs one line of results.
 
-    Raises InputError where a person must change something, and UnreachableError where a later start
-    may find all well. All ranks then end together.
+    If a check fails, all ranks end together.
+    Raises InputError if a person must change something. Raises UnreachableError if a later start
+    may succeed without a change.
     """
     run = inputs.config.run.dir
     hosts = world.exchange(node())
@@ -54,7 +56,8 @@ def check_machines(inputs: Inputs, world: World) -> None:
         )
     nodes = len(set(hosts))
     logger.info(
-        "%d rank%s on %d node%s, %s; the sum over all ranks is right, %s is shared, clocks agree within %.1f s, %s are free (checkpoints "
+        "%d rank%s on %d node%s, %s; the sum over all ranks is right, %s is shared, "
+        "clocks agree within %.1f s, %s are free (checkpoints "
         "need %s)",
         world.size,
         "s" if world.size > 1 else "",
@@ -69,17 +72,21 @@ def check_machines(inputs: Inputs, world: World) -> None:
 
 
 def _check_devices(world: World, hosts: list[str]) -> list[str]:
-    """The devices' names; refuses two ranks on one GPU, which share its memory and may hang in NCCL."""
+    """Returns the name of each rank's device.
+
+    Raises InputError if two ranks use the same GPU. They would share its memory and might hang in
+    NCCL.
+    """
     if world.device.type != "cuda":
         return world.exchange("CPU")
     properties = torch.cuda.get_device_properties(world.device)
     names, identities = zip(*world.exchange((properties.name, str(properties.uuid))), strict=True)
-    if identities.count(identities[world.rank]) > 1:
-        sharing = [
-            rank for rank, identity in enumerate(identities) if identity == identities[world.rank]
-        ]
+    own = identities[world.rank]
+    sharing = [rank for rank, identity in enumerate(identities) if identity == own]
+    if len(sharing) > 1:
         raise InputError(
-            f"ranks {', '.join(map(str, sharing))} on {hosts[world.rank]} see the same GPU {world.device.index}; start as many processes a "
+            f"ranks {', '.join(map(str, sharing))} on {hosts[world.rank]} see the same GPU "
+            f"{world.device.index}; start as many processes a "
             "node as it has GPUs, each with its own LOCAL_RANK"
         )
     if len(set(names)) > 1 and world.is_main:
@@ -90,7 +97,10 @@ def _check_devices(world: World, hosts: list[str]) -> list[str]:
 
 
 def _check_sum(world: World) -> None:
-    """A sum over all ranks through the training's own backend, which must be right and come in time."""
+    """Runs an all-reduce through the training's own backend.
+
+    Raises UnreachableError if the result is wrong or late.
+    """
     if world.size == 1:
         return
     value = torch.tensor(world.rank + 1, dtype=torch.float32, device=world.device)
@@ -103,25 +113,33 @@ def _check_sum(world: World) -> None:
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
         raise UnreachableError(
-            f"a sum over all ranks by {backend} failed ({first}); look at the network between the nodes"
+            f"a sum over all ranks by {backend} failed ({first}); "
+            "look at the network between the nodes"
         ) from None
     if found != expected:
         raise UnreachableError(
-            f"a sum over all ranks by {backend} gave {found:g} instead of {expected}; look at the network between the nodes"
+            f"a sum over all ranks by {backend} gave {found:g} instead of {expected}; "
+            "look at the network between the nodes"
         )
 
 
 def _check_folder(run: Path, world: World) -> None:
-    """The main rank writes a file that every other must see. What was made for it goes."""
+    """Checks that all ranks share the run folder: the main rank writes a file that all must see.
+
+    The file is removed afterwards. If the check fails, so are the folders that it made.
+    """
     if world.size == 1:
         return
     probe = run / f".shared_{world.launch}"
-    made, fault = None, None
+    made = None
+    fault = None
     if world.is_main:
-        made = next((path for path in reversed([run, *run.parents]) if not path.exists()), None)
+        missing = (path for path in reversed([run, *run.parents]) if not path.exists())
+        made = next(missing, None)
         try:
             run.mkdir(parents=True, exist_ok=True)
-            probe.touch()  # of no bytes: the disk may be full of what the run will remove
+            # The file is empty, because the disk may be full of files that the run will remove.
+            probe.touch()
         except OSError as error:
             fault = f"run.dir={run} cannot be written: {error.strerror}"
     fault = world.exchange(fault)[0]
@@ -135,14 +153,15 @@ def _check_folder(run: Path, world: World) -> None:
         raise InputError(fault)
     if not seen:
         raise UnreachableError(
-            f"run.dir={run} is not the folder that rank 0 writes in; put it on a file system that all nodes share"
+            f"run.dir={run} is not the folder that rank 0 writes in; "
+            "put it on a file system that all nodes share"
         )
 
 
 def _remove_empty(folder: Path, outermost: Path) -> None:
-    """Removes the folder and those above it up to `outermost`, if they are empty.
+    """Removes the folder and its parents up to `outermost`, as far as they are empty.
 
-    Other runs may have begun there meanwhile.
+    They may not be empty, because other runs may have started there meanwhile.
     """
     for path in (folder, *folder.parents):
         try:
@@ -154,6 +173,7 @@ def _remove_empty(folder: Path, outermost: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
+    """Whether the file appears within VISIBLE_SECONDS."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -163,7 +183,7 @@ def _appears(path: Path) -> bool:
 
 
 def _clocks_apart(world: World) -> float:
-    """Seconds between the earliest and the latest clock, and what it takes to ask."""
-    world.exchange(None)  # all ranks come out of it at about the same moment
+    """Seconds between the earliest and the latest clock, plus the time that the exchange takes."""
+    world.exchange(None)  # All ranks return from it at about the same moment.
     times = world.exchange(time.time())
     return float(max(times) - min(times))

@@ -1,4 +1,7 @@
-"""Whether the ranks of each tensor group, which talk in every layer, share a node."""
+"""Check that the ranks of each tensor group share a node.
+
+They communicate in every layer.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_tensor_groups(tensor: int, hosts: Sequence[str]) -> None:
-    """Raises InputError where another order of the ranks would give each group a node of its own;
-    warns where the nodes are too small for that.
+    """Checks that no tensor group spans several nodes.
 
-    tensor: ranks of a group, which are neighbours. hosts: the node of each rank.
+    tensor: ranks per group. The ranks of a group are consecutive.
+    hosts: the node of each rank.
+    Raises InputError if another order of the ranks would place each group on one node. Logs a
+    warning if the nodes are too small for that.
     """
     for first in range(0, len(hosts), tensor):
         group = hosts[first : first + tensor]
@@ -27,11 +32,13 @@ def check_tensor_groups(tensor: int, hosts: Sequence[str]) -> None:
     said = f"ranks {first} to {first + tensor - 1} of a tensor group are on {nodes}"
     if any(ranks % tensor for ranks in Counter(hosts).values()):
         logger.warning(
-            "parallel.tensor=%d does not divide the ranks of every node: %s, and wait for the network in every layer",
+            "parallel.tensor=%d does not divide the ranks of every node: %s, "
+            "and wait for the network in every layer",
             tensor,
             said,
         )
         return
     raise InputError(
-        f"parallel.tensor={tensor}: {said}; number the ranks node by node (srun --distribution=block, mpirun --map-by slot)"
+        f"parallel.tensor={tensor}: {said}; number the ranks node by node "
+        "(srun --distribution=block, mpirun --map-by slot)"
     )

@@ -1,11 +1,14 @@
-"""Kills training with SIGKILL, goes on by the same command, and compares with the run that was never killed.
+"""Kills training with SIGKILL, resumes it, and compares it with a run that was never killed.
 
 python tests/checkpoint/kill_trials.py --trials 100
 
-A trial is a run of 40 steps that saves after every second one. It is killed one to three times at random moments, from start-up to
-its end. Then a longer run is killed inside of its saves, at every moment in turn: before, during and after each file, around the renames
-and while an old checkpoint is removed. After each kill every checkpoint must agree with its manifest and none that was committed may be
-gone; at the end metrics and checkpoint must be those of the run that was never killed, bit for bit.
+A random trial is a run of 40 steps that saves after every second step. It is killed one to three
+times, at random moments from start-up to the end.
+The forced moments are a longer run that is killed inside its saves, at every moment in turn:
+before, during and after each file, around the renames, and while an old checkpoint is removed.
+After each kill, every checkpoint must match its manifest, and every committed checkpoint must still
+be there. At the end, metrics and checkpoint must equal those of the run that was never killed, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -37,19 +40,25 @@ from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.train import train
 
-STEPS, EVERY, KEEP = 40, 2, 2
+STEPS = 40
+EVERY = 2
+KEEP = 2
 
 
 class Killed(AssertionError):
-    """What a kill cost."""
+    """What a kill destroyed or changed."""
 
 
 @dataclass
 class Moments:
-    """Notes what one of the saves of a process does, and kills the process at one of these moments."""
+    """Records what one save of a process does, and can kill the process at one of these moments.
+
+    The moment to kill at is `at`, an index into `seen`. With None the process survives and `seen`
+    lists all moments.
+    """
 
     save: int
-    """Which save, counted from 1."""
+    """The save to record, counted from 1."""
     at: int | None = None
     seen: list[str] = field(default_factory=list)
     begun: int = 0
@@ -68,7 +77,9 @@ class Moments:
             self.pass_by(f"before {name}")
             result = function(*arguments, **named)
             if torn:
-                path, content = path_of(*arguments), path_of(*arguments).read_bytes()
+                path = path_of(*arguments)
+                content = path.read_bytes()
+                # A killed write leaves the first part of a file.
                 path.write_bytes(content[: len(content) // 2])
                 self.pass_by(f"during {name}")
                 path.write_bytes(content)
@@ -78,7 +89,7 @@ class Moments:
         return wrapped
 
     def install(self) -> None:
-        """For the rest of the process."""
+        """Patches the functions that a save calls, for the rest of the process."""
         begin = writer.Writer.begin
 
         def counted(*arguments: Any) -> None:
@@ -86,7 +97,13 @@ class Moments:
             begin(*arguments)
 
         patch.object(writer.Writer, "begin", counted).start()
-        first, second = (lambda path, *_: path), (lambda _, path, *__: path)
+
+        def first(path: Path, *_: Any) -> Path:
+            return path
+
+        def second(_: Any, path: Path, *__: Any) -> Path:
+            return path
+
         for target, name, path_of, torn in (
             (writer, "save_file", second, True),
             (writer, "write_json", first, True),
@@ -98,7 +115,10 @@ class Moments:
 
 
 def start(config: Path, moments: Moments | None = None, record: Path | None = None) -> int:
-    """Begins to train in a copy of this process, in which all that is slow to import has been imported; returns its number."""
+    """Starts training in a fork of this process and returns the child's process ID.
+
+    A fork is fast because this process has already imported what is slow to import.
+    """
     assert not dist.is_initialized(), (
         "a test before this one left a process group, which a copy of the process cannot leave"
     )
@@ -124,7 +144,8 @@ def finish(config: Path) -> None:
     _, status = os.waitpid(start(config), 0)
     if status != 0:
         raise Killed(
-            f"the run did not go on (status {status}): {config.with_suffix('.log').read_text()[-2000:]}"
+            f"the run did not go on (status {status}): "
+            f"{config.with_suffix('.log').read_text()[-2000:]}"
         )
 
 
@@ -133,7 +154,12 @@ def committed(run: Path) -> set[str]:
 
 
 def check_whole(run: Path, before: set[str]) -> int:
-    """The newest checkpoint's step; Killed if one is damaged, or one that was there is gone and not because it was old."""
+    """Returns the step of the newest checkpoint.
+
+    before: names of the checkpoints that were committed before the kill.
+    Raises Killed if a checkpoint is damaged or if the newest one is older than the newest one in
+    `before`.
+    """
     for path in store.committed(run):
         if faults := store.read(path).faults():
             raise Killed(faults[0])
@@ -151,7 +177,8 @@ def compare(run: Path, reference: Path) -> None:
 
     if rows(run) != rows(reference):
         raise Killed("metrics differ from those of the run that was never killed")
-    ours, theirs = store.newest(run), store.newest(reference)
+    ours = store.newest(run)
+    theirs = store.newest(reference)
     assert ours is not None
     assert theirs is not None
     for path in theirs.path.glob("*.safetensors"):
@@ -164,7 +191,8 @@ def configure(values: dict[str, Any], folder: Path, name: str, steps: int) -> Pa
         "run": {"dir": str(folder / name)},
         "training": values["training"] | {"steps": steps},
         "checkpoint": {"every": EVERY, "keep": KEEP},
-        "data": values["data"] | {"workers": 1},  # which must not outlive the run with its lock
+        # With one worker, which must not outlive the killed run and keep its lock.
+        "data": values["data"] | {"workers": 1},
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -174,7 +202,10 @@ def configure(values: dict[str, Any], folder: Path, name: str, steps: int) -> Pa
 def random_trials(
     values: dict[str, Any], folder: Path, trials: int, seed: int, say: Callable[[str], None] = print
 ) -> int:
-    """Runs the trials; returns how many of them lost something or differ."""
+    """Kills runs at random moments.
+
+    Returns how many of the trials lost something or differ.
+    """
     draw = random.Random(seed)
     reference = configure(values, folder, "reference", STEPS)
     started = time.monotonic()
@@ -183,10 +214,13 @@ def random_trials(
     failed = 0
     for number in range(trials):
         config = configure(values, folder, f"trial_{number}", STEPS)
-        run, found = folder / f"trial_{number}", []
+        run = folder / f"trial_{number}"
+        found = []
         try:
             for _ in range(draw.randint(1, 3)):
-                child, moment, begun = start(config), draw.uniform(0, length), time.monotonic()
+                child = start(config)
+                moment = draw.uniform(0, length)
+                begun = time.monotonic()
                 before = committed(run)
                 time.sleep(moment)
                 before |= committed(run)
@@ -205,22 +239,29 @@ def random_trials(
 
 
 def forced_moments(values: dict[str, Any], folder: Path, say: Callable[[str], None] = print) -> int:
-    """Kills one run at every moment of a save, each time in its next save; returns at how many something was lost or differs."""
-    saves = KEEP + 1  # the first that removes an old checkpoint, as all later ones do
+    """Kills one run at every moment of a save, each time in the next save.
+
+    Returns at how many moments something was lost or differs.
+    """
+    # The first save that removes an old checkpoint. All later saves do the same.
+    saves = KEEP + 1
     watched = configure(values, folder, "watched", saves * EVERY)
     _, status = os.waitpid(start(watched, Moments(saves), folder / "moments.txt"), 0)
     assert status == 0, watched.with_suffix(".log").read_text()
     moments = (folder / "moments.txt").read_text().splitlines()
     steps = (saves + len(moments)) * EVERY
     finish(configure(values, folder, "forced_reference", steps))
-    config, run, failed = configure(values, folder, "forced", steps), folder / "forced", 0
+    config = configure(values, folder, "forced", steps)
+    run = folder / "forced"
+    failed = 0
     for number, moment in enumerate(moments):
         before = committed(run)
         _, status = os.waitpid(start(config, Moments(1 if before else saves, number)), 0)
         try:
             if status != signal.SIGKILL:
                 raise Killed(
-                    f"it was not killed (status {status}): {config.with_suffix('.log').read_text()[-1000:]}"
+                    f"it was not killed (status {status}): "
+                    f"{config.with_suffix('.log').read_text()[-1000:]}"
                 )
             say(f"killed {moment}: newest is step {check_whole(run, before)}")
         except Killed as error:

@@ -1,4 +1,7 @@
-"""Nothing is lost and nothing differs after SIGKILL: a tenth of what `python tests/checkpoint/kill_trials.py` does."""
+"""SIGKILL loses nothing and changes nothing.
+
+This is a tenth of what `python tests/checkpoint/kill_trials.py` runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read back exactly, passed over when damaged."""
+"""Checkpoints are committed whole or not at all, read back exactly, and skipped when damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ TABLE = rules.interleaved(2, 1, 16, 1)
 
 
 def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and moments of a step; some values that a detour over text or bf16 would lose."""
+    """Weights and moments of a step.
+
+    Some of the values would not survive a conversion to text or bf16.
+    """
     weights = {
         "model.norm.weight": torch.tensor([step, 1 / 3, -0.0, 1e-42]),
         "model.embed_tokens.weight": torch.eye(7, 4) * step,
@@ -102,7 +105,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize("controller", ["evidence", "paper"])
 def test_gates_go_through_a_checkpoint_exactly(controller: Any, tmp_path: Path) -> None:
     settings = GateSettings(Constraint(2, 4, 0.5), 8, controller)
-    bank, restored = GateBank(settings), GateBank(settings)
+    bank = GateBank(settings)
+    restored = GateBank(settings)
     for step in range(3):
         bank.sample(step)
         bank.update()
@@ -156,7 +160,7 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damage is looked at twice without a pause."""
+    """Removes the pause before the second look at damage."""
     monkeypatch.setattr(store, "SECOND_LOOK_SECONDS", 0.0)
 
 
@@ -224,7 +228,7 @@ def test_a_checkpoint_without_its_descriptions_is_passed_over(
     ["../step_1/model.safetensors", "model.safetensors/../../step_1/model.safetensors", ".."],
 )
 def test_a_manifest_names_files_of_its_own_folder_only(name: str, tmp_path: Path) -> None:
-    """A checkpoint that somebody else handed on must not have tensors read from elsewhere."""
+    """A checkpoint from somebody else must not make us read tensors from other folders."""
     for step in (1, 2):
         save(tmp_path, step)
     path = tmp_path / "checkpoints" / "step_2" / "manifest.json"
@@ -275,7 +279,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_damaged_later_one_does_not_push_out_whole_ones(keep: int, tmp_path: Path) -> None:
-    """A run that resumed before a damaged checkpoint saves earlier steps than its; they are what it can go on from."""
+    """A run that resumed before a damaged checkpoint saves earlier steps than that one.
+
+    These saves are what the run can resume from.
+    """
     for step in (1, 2, 9):
         save(tmp_path, step, keep=3)
     truncate(tmp_path / "checkpoints" / "step_9" / "model.safetensors")
@@ -299,7 +306,8 @@ def test_everything_is_synced_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    sync, rename = writer.sync, Path.rename
+    sync = writer.sync
+    rename = Path.rename
     monkeypatch.setattr(writer, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(
         Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to))

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read at the moment are not damaged."""
+"""A checkpoint that cannot be read at the moment is not damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(make_config: MakeConfig, train: Any) -> Path:
-    """A run of two checkpoints."""
+    """A run with two checkpoints."""
     values = make_config(training={"steps": 4}, checkpoint={"every": 2})
     train(values)
     return Path(values["run"]["dir"])
@@ -79,7 +79,7 @@ def test_a_stale_handle_while_checksums_are_made(
 
 
 def test_a_stale_handle_when_tensors_are_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which safetensors would report as a missing file."""
+    """safetensors would report this error as a missing file."""
     newest = store.resolve(run)
     real = Path.open
     failures = iter([errno.ESTALE, errno.EIO])

@@ -1,4 +1,4 @@
-"""Writing behind training: what stays, what waits for what, and what a failed write costs."""
+"""Checkpoints written in the background: what is kept, what waits, what a failed write costs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def test_one_that_is_read_stays_until_it_is_not(
 
 
 def test_begin_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_write, save_file = threading.Event(), writer.save_file
+    may_write = threading.Event()
+    save_file = writer.save_file
     monkeypatch.setattr(
         writer, "save_file", lambda *arguments: may_write.wait(60) and save_file(*arguments)
     )
@@ -111,22 +112,23 @@ def test_begin_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_staged_does_not_follow_the_training(tmp_path: Path) -> None:
-    staging, trained = Staging(), torch.ones(3)
+    staging = Staging()
+    trained = torch.ones(3)
     first = staging.copy([("weight", trained)])
     trained += 1
     assert first["weight"].tolist() == [1, 1, 1]
     again = staging.copy([("weight", trained)])
     assert again["weight"].tolist() == [2, 2, 2]
-    assert (
-        again["weight"].data_ptr() == first["weight"].data_ptr()
-    )  # memory for one checkpoint, whatever their number
+    # Staging holds the memory of one checkpoint, however many are written.
+    assert again["weight"].data_ptr() == first["weight"].data_ptr()
 
 
 def test_ranks_write_files_of_their_own_and_one_fault_fails_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks as two threads."""
-    barrier, shares = threading.Barrier(2), [None, None]
+    """Runs two ranks as two threads."""
+    barrier = threading.Barrier(2)
+    shares = [None, None]
 
     def exchange_of(rank: int) -> Callable[[Any], list[Any]]:
         def exchange(value: Any) -> list[Any]:
@@ -172,7 +174,7 @@ small_disk = pytest.mark.parametrize("disk", ["8m"], indirect=True)
 
 
 class At(Callback):
-    """Calls functions after steps."""
+    """Calls functions after the given steps."""
 
     def __init__(self, actions: dict[int, Callable[[], Any]]) -> None:
         self.actions = actions
@@ -209,7 +211,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
 @small_disk
 def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = MetricsFile(disk)
-    nobody: Any = None  # the trainer is asked for nothing
+    nobody: Any = None  # MetricsFile does not use the trainer
     rows = [{"step": step, "note": "x" * 1000} for step in range(1, 21)]
     for row in rows:
         if row["step"] == 5:
@@ -217,9 +219,9 @@ def test_rows_of_metrics_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixt
         if row["step"] == 15:
             (disk / "filler").unlink()
         metrics.on_step(nobody, row)
-        assert (
-            read_metrics(metrics.path) == rows[: len(read_metrics(metrics.path))]
-        )  # whole rows only
+        # The file holds whole rows only.
+        written = read_metrics(metrics.path)
+        assert written == rows[: len(written)]
     assert caplog.text.count("its rows wait in memory") == 1
     assert read_metrics(metrics.path) == rows
 
@@ -228,7 +230,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = MetricsFile(tmp_path)
-    nobody: Any = None  # the trainer is asked for nothing
+    nobody: Any = None  # MetricsFile does not use the trainer
     answers = threading.Event()
     answers.set()
     open_file = Path.open
@@ -244,7 +246,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_step(
             answers.clear()
             began = time.monotonic()
         metrics.on_step(nobody, row)
-    # One step gave it the fifth of a second, the other 95 did not wait.
+    # One step waited a fifth of a second. The other 95 steps did not wait.
     assert time.monotonic() - began < 2
     answers.set()
     metrics.on_finish(nobody)
@@ -268,14 +270,14 @@ def test_a_last_save_that_fails_alone(disk: Path, make_config: MakeConfig, train
 def test_two_saves_that_fail_end_the_run_long_before_its_last_step(
     disk: Path, make_config: MakeConfig, train: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not at the first one: what fails once may be mended by the next save."""
+    """One failed save does not end the run: the next save may succeed."""
     values = make_config(run={"dir": str(disk / "run")}, training={"steps": 40})
     trainer = trainer_with(values, {3: lambda: fill(disk)})
     with pytest.raises(
         UnreachableError, match=r"2 checkpoints in a row .*No space left on device.* same command"
     ):
         trainer.run()
-    # Saves of steps 4 and 6 fail; the end of a write is heard of by the save after it.
+    # The saves of steps 4 and 6 fail. The next save reports how a write ended.
     assert 6 < trainer.progress.step <= 8
     assert "checkpoint of step 4 could not be written" in caplog.text
     assert "checkpoint of step 6 could not be written" in caplog.text
@@ -324,14 +326,18 @@ def test_a_lock_names_its_holder_and_a_dead_ones_is_void(
         RunLock(tmp_path)
     words = (tmp_path / ".lock").read_text()
     first.release()
-    (tmp_path / ".lock").write_text(words)  # as when it was killed
+    # A killed process leaves its lock behind.
+    (tmp_path / ".lock").write_text(words)
     with caplog.at_level(logging.INFO, "megaconsa"):
         RunLock(tmp_path).release()
     assert "ended without a word; its lock is void" in caplog.text
 
 
 def test_what_was_passed_over_is_put_aside(make_config: MakeConfig, train: Any) -> None:
-    """Otherwise it would count among the checkpoints to keep, and whole ones would go for it."""
+    """A damaged checkpoint must not count among those to keep.
+
+    Whole ones would be removed for it.
+    """
     values = make_config(training={"steps": 8})
     run = Path(values["run"]["dir"])
     trainer = trainer_with(values, {})

@@ -1,4 +1,4 @@
-"""Which nodes a failed start puts under suspicion."""
+"""Which nodes are suspects after a failed start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a job whose training fails is started again, and when it is given up."""
+"""When a job whose training failed is restarted, and when it is given up."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def test_a_newer_checkpoint_or_another_job_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_was_lost_is_no_progress(tmp_path: Path) -> None:
-    """A damaged one is put aside, and the run falls back: round and round it would go."""
+    """A run that loses its newest checkpoint has made no progress.
+
+    A damaged checkpoint is put aside and the run falls back. Counting the next one as progress
+    would restart the job forever.
+    """
     saved(tmp_path, 10)
     assert record(tmp_path, "7", 1, 2)[0]
     (tmp_path / "checkpoints" / "step_10").rename(tmp_path / "checkpoints" / "step_10.damaged")

@@ -1,8 +1,9 @@
-"""The allocation table: its file, its heads' order, and the tables that scores give."""
+"""The allocation table: its file, its head order, and the tables made from scores."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def test_properties() -> None:
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[Allocation, int]:
-    """A table and a number of ranks that can share its KV heads."""
-    ranks, each, layers = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    """A table and a number of ranks that divides its KV heads."""
+    ranks = draw(st.integers(1, 4))
+    each = draw(st.integers(1, 4))
+    layers = draw(st.integers(1, 6))
     row = st.lists(st.booleans(), min_size=ranks * each, max_size=ranks * each)
     return Allocation(64, as_rows(draw(st.lists(row, min_size=layers, max_size=layers)))), ranks
 
@@ -56,13 +59,12 @@ def test_head_order_deals_full_heads_evenly(case: tuple[Allocation, int]) -> Non
         assert sorted(order) == list(range(table.num_kv_heads))
         parts = [order[rank * each : (rank + 1) * each] for rank in range(ranks)]
         for part in parts:
-            assert list(part) == sorted(
-                part, key=lambda head: (not row[head], head)
-            )  # full heads first, otherwise in order
+            # Full heads come first. Heads of one kind keep their order.
+            assert list(part) == sorted(part, key=lambda head: (not row[head], head))
         counts = [sum(row[head] for head in part) for part in parts]
         assert max(counts) - min(counts) <= 1
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        # Level over the layers so far, and so over those of any pipeline stage too.
+        # Balanced over the layers so far, and so over those of any pipeline stage too.
         assert max(totals) - min(totals) <= 1
 
 
@@ -78,7 +80,7 @@ def test_head_order_of_one_rank_is_full_heads_first(case: tuple[Allocation, int]
 
 
 def test_head_order_example() -> None:
-    """Three full heads on two ranks: one more to each in turn."""
+    """Two ranks share three full heads and take turns in getting the second one."""
     table = Allocation(64, ((True, True, True, False),) * 2)
     assert [table.head_order(layer, 2) for layer in range(2)] == [(0, 1, 2, 3), (0, 3, 1, 2)]
     with pytest.raises(ValueError, match="4 KV heads do not divide into 3 equal parts"):
@@ -115,7 +117,10 @@ def test_saving_replaces_the_file(tmp_path: Path) -> None:
 
 
 def refused(path: Path) -> str:
-    """The message of the refusal: one line, and it names the file."""
+    """Returns the message of the refusal.
+
+    The message must be one line and must name the file.
+    """
     with pytest.raises(InputError) as caught:
         Allocation.load(path)
     message = str(caught.value)
@@ -174,6 +179,7 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
         ({"full": [[], []], "num_kv_heads": 0}, "not a table of 2 x 0"),
         ({"num_layers": 3}, "not a table of 3 x 3"),
         ({"num_layers": None}, "not a table of None x 3"),
+        ({"num_kv_heads": "3"}, "not a table of 2 x 3"),
         ({"window": 0}, "window is 0"),
         ({"window": -4}, "window is -4"),
         ({"window": 64.0}, "window is 64.0"),
@@ -183,6 +189,8 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
         ({"granularity": "head"}, "granularity"),
         ({"scope": "all"}, "scope"),
         ({"target_sparsity": "half"}, "target_sparsity"),
+        ({"target_sparsity": True}, "target_sparsity"),
+        ({"target_sparsity": math.nan}, "target_sparsity"),
         ({"target_sparsity": None}, "target_sparsity"),
         ({"origin": ["runs/a"]}, "origin"),
     ],
@@ -196,7 +204,10 @@ def test_damaged_fields_are_refused(changed: dict[str, Any], message: str, tmp_p
 def test_a_table_of_another_shape_is_refused() -> None:
     TABLE.check_shape(2, 3, "allocation.file=a.json")
     for shape in ((3, 3), (2, 4), (3, 2)):
-        expected = rf"a\.json was made for 2 layers x 3 KV heads, but the model has {shape[0]} x {shape[1]}"
+        expected = (
+            r"a\.json was made for 2 layers x 3 KV heads, "
+            rf"but the model has {shape[0]} x {shape[1]}"
+        )
         with pytest.raises(InputError, match=expected):
             TABLE.check_shape(*shape, "allocation.file=a.json")
 

@@ -1,4 +1,4 @@
-"""The penalty, and a step on it."""
+"""The augmented Lagrangian: its penalty, and the steps on scores and multipliers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def leaf(layers: int, units: int) -> Tensor:
 
 
 def gradients(count: int, seed: int) -> list[Tensor]:
-    """Of every size from 1e-4 to 10, since Adam must not care."""
+    """Random gradients of shape (2, 3), of every size from 1e-4 to 10.
+
+    Adam's step must not depend on the size of the gradient.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [10.0 ** (index - 4) * torch.randn(2, 3, generator=generator) for index in range(count)]
 
@@ -60,7 +63,8 @@ def test_penalty_and_its_gradient_follow_the_formula() -> None:
 def test_descent_is_one_adam_over_the_sum() -> None:
     log_alpha = leaf(2, 3)
     lagrangian = AugmentedLagrangian(log_alpha, 2)
-    losses, penalties = gradients(5, seed=1), gradients(5, seed=2)[::-1]
+    losses = gradients(5, seed=1)
+    penalties = gradients(5, seed=2)[::-1]
     expected = log_alpha.detach().double()
     together = [loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
     for loss, penalty, rate, move in zip(
@@ -73,7 +77,8 @@ def test_descent_is_one_adam_over_the_sum() -> None:
 
 def test_descent_leaves_the_gradients_and_the_multipliers_alone() -> None:
     lagrangian = AugmentedLagrangian(leaf(2, 3), 2)
-    (loss,), (penalty,) = gradients(1, seed=1), gradients(1, seed=2)
+    (loss,) = gradients(1, seed=1)
+    (penalty,) = gradients(1, seed=2)
     before = [tensor.clone() for tensor in (loss, penalty, lagrangian.lambda_, lagrangian.phi)]
     lagrangian.descend(loss, penalty, 0.1)
     assert all(map(torch.equal, (loss, penalty, lagrangian.lambda_, lagrangian.phi), before))
@@ -81,7 +86,10 @@ def test_descent_leaves_the_gradients_and_the_multipliers_alone() -> None:
 
 
 def test_ascent_is_adam_on_both_multipliers() -> None:
-    """From the penalty's own gradient, from 0, at the learning rate of the descent before it."""
+    """The ascent follows the gradient of the penalty.
+
+    Both multipliers start at 0. The learning rate is that of the descent before.
+    """
     lagrangian = AugmentedLagrangian(leaf(2, 3), 2)
     assert lagrangian.lambda_.tolist() == lagrangian.phi.tolist() == [0.0, 0.0]
     errors = [
@@ -118,14 +126,18 @@ def test_state_names_every_tensor() -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_state_through_a_file_restores_bitwise_the_same_next_steps(at: int, tmp_path: Path) -> None:
-    """Also before the first step. The tensors stay the same objects throughout, for loading copies into them."""
+    """A saved state resumes exactly, also before the first step.
+
+    The tensors in the state stay the same objects, because loading copies into them.
+    """
 
     def advance(lagrangian: AugmentedLagrangian, steps: range) -> None:
         for step in steps:
             lagrangian.descend(losses[step], penalties[step], RATES[step])
             lagrangian.ascend(losses[step][:, 0])
 
-    losses, penalties = gradients(5, seed=1), gradients(5, seed=2)[::-1]
+    losses = gradients(5, seed=1)
+    penalties = gradients(5, seed=2)[::-1]
     lagrangian = AugmentedLagrangian(leaf(2, 3), 2)
     own = lagrangian.state()
     advance(lagrangian, range(at))

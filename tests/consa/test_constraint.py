@@ -23,7 +23,7 @@ UNITS: list[tuple[Granularity, Scope]] = [
     ("kv_head", "global"),
     ("layer", "global"),
 ]
-"""Every granularity with each scope that it can have."""
+"""Every valid pair of granularity and scope."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any constraint, and scores drawn from a few values so that many tie."""
+    """Draws any constraint with scores for it.
+
+    The scores come from a few values so that many of them tie.
+    """
     granularity, scope = draw(st.sampled_from(UNITS))
     layers = draw(st.integers(1, 6))
     heads = draw(st.integers(1, 8))
@@ -65,7 +68,10 @@ def test_top_k_meets_every_count_and_the_floor(case: Case) -> None:
 @properties
 @given(cases())
 def test_top_k_keeps_the_largest(case: Case) -> None:
-    """Against a plain sort. The floor's units come first; ties keep the lower index full."""
+    """Compares top_k with a plain sort.
+
+    The units that the floor guarantees come first. Among ties, the lower index stays full.
+    """
     constraint = case.constraint
     rows = case.scores.tolist()
     width = constraint.units_per_layer
@@ -89,7 +95,10 @@ def test_top_k_keeps_the_largest(case: Case) -> None:
 @properties
 @given(cases())
 def test_the_cut_lies_between_full_and_windowed(case: Case) -> None:
-    """Full units score at least the cut, windowed ones at most. The floor makes exceptions."""
+    """Full units score at least the cut and windowed units at most.
+
+    Units that are full because of the floor are exceptions.
+    """
     constraint = case.constraint
     table = constraint.rows(constraint.top_k(case.scores))
     scores = constraint.rows(case.scores.detach())
@@ -119,7 +128,10 @@ def test_cut_and_margin() -> None:
 
 
 def test_the_floor_does_not_move_the_cut() -> None:
-    """The second layer keeps the best of its poor units; the cut is between the others."""
+    """The second layer keeps the best of its low-scoring units.
+
+    The cut separates the other units.
+    """
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [-5.0, -6.0, -7.0, -8.0]])
     constraint = Constraint(2, 4, 0.5, "kv_head", "global", floor=1)
     table = constraint.top_k(scores)
@@ -165,7 +177,7 @@ def test_heads_of_layers() -> None:
 
 @pytest.mark.parametrize(("granularity", "scope"), UNITS)
 def test_every_sparsity_of_the_paper_is_accepted(granularity: Granularity, scope: Scope) -> None:
-    """Written in full, and rounded to seven digits."""
+    """A sparsity may be given in full precision or rounded to seven digits."""
     units = Constraint(28, 8, 0.0, granularity, scope).units
     for windowed in range(units + 1):
         assert Constraint(28, 8, windowed / units, granularity, scope).windowed == windowed
@@ -200,7 +212,7 @@ def test_what_cannot_be_met_is_refused(
     scope: Scope,
     message: str,
 ) -> None:
-    """Five layers of four KV heads."""
+    """The model has five layers of four KV heads."""
     with pytest.raises(InputError) as caught:
         Constraint(5, 4, sparsity, granularity, scope)
     assert message in str(caught.value)

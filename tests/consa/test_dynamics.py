@@ -1,7 +1,8 @@
-"""How the sparsity moves over a whole run, and which units are chosen, on an objective without a model.
+"""How sparsity moves over a whole run, and which units are chosen, on an objective without a model.
 
-Each unit has a fixed benefit of being open; its gradient reaches the bank as a model's would, one per sequence, under noise as large
-as the largest benefit. Per-layer and global heads in the shape of Qwen3-0.6B, and whole layers.
+Each unit has a fixed benefit when it is open. The bank gets the gradient of this benefit as it
+would from a model, one per sequence, under noise as large as the largest benefit.
+The shapes are per-layer and global heads of Qwen3-0.6B, and whole layers.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import ControllerName, GateBank, GateSettings
 
-STEPS, WARMUP, SEQUENCES = 400, 150, 4
+STEPS = 400
+WARMUP = 150
+SEQUENCES = 4
 NOISE = 1.0
-"""Standard deviation over the sequences, where benefits lie in (0, 1)."""
+"""Standard deviation of the noise over the sequences. Benefits lie in (0, 1)."""
 LOSS_SCALE = 1e-3
-"""Makes the gradient's norm that of real runs, far below the clipping."""
+"""Gives the gradient the norm that it has in real runs, far below the clipping."""
 
 PER_LAYER = Constraint(28, 8, 0.5)
 GLOBAL = replace(PER_LAYER, scope="global")
@@ -41,7 +44,7 @@ class Course:
     overlap: float
     """Share of the units kept full that are among the most beneficial ones of their constraint."""
     correlation: float
-    """Of the ranks of benefit and log_alpha within a constraint."""
+    """Correlation of the ranks of benefits and scores within a constraint."""
 
 
 def run(constraint: Constraint, controller: ControllerName) -> Course:
@@ -57,7 +60,8 @@ def run(constraint: Constraint, controller: ControllerName) -> Course:
         noise = NOISE * torch.randn(
             constraint.num_layers, SEQUENCES, constraint.units_per_layer, generator=generator
         )
-        # Into the leaves, where a backward pass would leave it: 28 small ones a step would be most of the test's time.
+        # Write the gradients where a backward pass would leave them. 28 small backward passes per
+        # step would take most of the time of this test.
         for leaf, gradient in zip(
             bank._leaves, (-LOSS_SCALE / SEQUENCES) * (benefit[:, None] + noise), strict=True
         ):
@@ -97,15 +101,17 @@ def test_evidence_follows_the_target_decides_and_keeps_the_beneficial(
     assert course.miss <= 1e-9
     assert course.decided == 1
     assert course.correlation >= 0.95
-    if (
-        constraint.granularity == "kv_head"
-    ):  # of 12 layers, three that stay full are too few to count
+    # Three full layers out of 12 are too few to measure an overlap.
+    if constraint.granularity == "kv_head":
         assert course.overlap >= 0.9
 
 
 @pytest.mark.parametrize("constraint", SHAPES[:2], ids=name)
 def test_paper_overshoots_while_the_target_rises(constraint: Constraint) -> None:
-    """It passes the target by 0.33 to 0.42 during the warm-up, then comes back and ends on it."""
+    """Sparsity passes the target by 0.33 to 0.42 during warm-up.
+
+    It then returns and ends on the target.
+    """
     course = run(constraint, "paper")
     assert course.excess >= 0.2
     assert course.miss <= 0.05

@@ -1,4 +1,4 @@
-"""Scores, standard errors and agreements, against the plain formulas."""
+"""Scores, standard errors and agreements, compared with the plain formulas."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from megaconsa.consa.evidence import (
 )
 
 CONSTRAINT = Constraint(3, 4, 0.5)
-STEPS, SEQUENCES = 5 * BLOCKS, 3
-"""Blocks of five steps."""
+STEPS = 5 * BLOCKS
+"""A run of this many steps has blocks of five steps."""
+SEQUENCES = 3
 MEMORY_SHARE = 0.3
 
 
 def measured(steps: int, probed: float = 1.0) -> tuple[Evidence, Tensor, Tensor]:
-    """Evidence of the first steps; with it every sequence's fall, (steps, sequences, layers, units), and its weight."""
+    """Makes the evidence of the first steps.
+
+    Returns the evidence, the fall of the loss for every sequence, of shape (steps, sequences,
+    layers, units), and the weight of each fall.
+    """
     generator = torch.Generator().manual_seed(0)
     falls = torch.randn(steps, SEQUENCES, 3, 4, generator=generator, dtype=torch.float64) + 0.3
     seen = torch.rand(steps, SEQUENCES, 3, 4, generator=generator) < probed
@@ -41,7 +46,7 @@ def table(constraint: Constraint, evidence: Evidence) -> Tensor:
     return constraint.top_k(evidence.scores)
 
 
-# 63 steps end within a block, 60 with one.
+# 63 steps end inside a block. 60 steps end with a block.
 @pytest.mark.parametrize("steps", [60, 63, STEPS])
 @pytest.mark.parametrize("probed", [1.0, 0.6], ids=["all", "some"])
 def test_score_is_the_weighted_mean_and_its_error_that_of_block_means(
@@ -65,7 +70,10 @@ def test_score_is_the_weighted_mean_and_its_error_that_of_block_means(
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
 def test_standard_errors_are_the_spread_of_scores_over_repetitions(correlation: float) -> None:
-    """The claim behind every error bar, also where all sequences of a step, and neighbouring steps, err alike."""
+    """All error bars rest on this.
+
+    It holds also where all sequences of a step, and neighbouring steps, have correlated errors.
+    """
     generator = torch.Generator().manual_seed(2)
     constraint = Constraint(4, 8, 0.5)
     steps = 20 * BLOCKS
@@ -112,12 +120,16 @@ def test_halves_stay_where_units_are_being_decided() -> None:
 def test_rank_correlation_is_spearmans() -> None:
     first = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [9, 7, 5, 3], [1, 1, 2, 2]]).double()
     second = torch.tensor([[10.0, 20, 30, 40], [4, 3, 2, 1], [8, 6, 7, 1], [5, 6, 5, 6]]).double()
-    # In order, reversed, one swap of neighbours: 1 - 6 * 2 / (4 * 15); ties that say nothing of each other.
+    # The same order, the reverse order, one swap of neighbours (1 - 6 * 2 / (4 * 15)), and ties
+    # that carry no information about each other.
     assert rank_correlations(first, second).tolist() == pytest.approx([1, -1, 0.8, 0])
 
 
 def test_rank_correlation_of_equal_values_is_unknown() -> None:
-    """All-zero gradients, of a window longer than every document say, agree about nothing."""
+    """Equal values agree about nothing.
+
+    Gradients are all zero when, for example, the window is longer than every document.
+    """
     assert (
         rank_correlations(torch.zeros(1, 4).double(), torch.arange(4.0).double()[None])
         .isnan()
@@ -146,7 +158,7 @@ def test_separated_and_contradicted_units() -> None:
     right = torch.tensor([[True, True, False, False]])
     assert evidence.summary(right).separated_share == 0.5
     assert evidence.summary(right).contradicted_share == 0
-    # A table that the evidence speaks against is not supported by it, however clear the evidence is.
+    # Clear evidence against a table does not support it.
     assert evidence.summary(~right).separated_share == 0
     assert evidence.summary(~right).contradicted_share == 0.5
     fault = EvidenceSummary(0.9, 0.9, 0.5, 0.5, 32, 0.5).fault(0.5)
@@ -156,7 +168,7 @@ def test_separated_and_contradicted_units() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.875])
 def test_chance_is_what_noise_gives(sparsity: float) -> None:
-    """With 32 blocks the errors are themselves uncertain, which adds a little."""
+    """With 32 blocks the errors themselves are uncertain, which adds a little to the share."""
     generator = torch.Generator().manual_seed(3)
     constraint = Constraint(1, 2000, sparsity)
     evidence = Evidence(constraint, BLOCKS, 1e12)

@@ -1,4 +1,4 @@
-"""Gates that measure first and decide afterwards: their values over a run, on evidence without a model."""
+"""Gates that measure first and decide later: their values over a run, without a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
 
-STEPS, WARMUP, SEQUENCES = 100, 30, 4
+STEPS = 100
+WARMUP = 30
+SEQUENCES = 4
 CONSTRAINTS = [
     Constraint(5, 8, 0.75),
     Constraint(5, 8, 0.5, scope="global"),
@@ -28,7 +30,11 @@ constraints = pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
 def course(
     constraint: Constraint, benefit: Tensor, noise: float = 1.0
 ) -> tuple[GateBank, list[Tensor]]:
-    """A whole run in which opening a unit lowers the loss by its benefit, under noise; with z of each step, (layers, units)."""
+    """Runs a whole learning run. Opening a unit lowers the loss by its benefit, under noise.
+
+    benefit: (layers, units).
+    Returns the bank and z of each step, (layers, units).
+    """
     generator = torch.Generator().manual_seed(0)
     settings = GateSettings(constraint, 8, warmup_steps=WARMUP, global_batch=SEQUENCES, steps=STEPS)
     bank = GateBank(settings)
@@ -83,7 +89,7 @@ def test_undecided_units_share_one_value_and_the_clearest_are_decided_first() ->
     middle = history[int(0.83 * STEPS)][0]
     decided = (middle == 0) | (middle == 1)
     assert 0 < int(decided.sum()) < 40
-    # Those around the cut in the middle are not decided, and those that are lie farther from it.
+    # Units close to the cut in the middle are undecided. Decided units lie farther from it.
     assert not decided[18:22].any()
     distance = benefit[0].abs()
     assert float(distance[decided].mean()) > 1.3 * float(distance[~decided].mean())
@@ -92,14 +98,14 @@ def test_undecided_units_share_one_value_and_the_clearest_are_decided_first() ->
 
 
 def test_a_unit_can_come_back() -> None:
-    """A unit that was on its way to the window opens again when the evidence turns."""
+    """A unit that is closing opens again when the evidence changes sign."""
     constraint = Constraint(1, 4, 0.5)
     bank = GateBank(GateSettings(constraint, 8, warmup_steps=10, global_batch=2, steps=STEPS))
     history = []
     for step in range(STEPS):
         bank.sample(step)
         history.append(bank._leaves[0][0].detach().clone())
-        # From step 80 on, unit 2, the last to be decided, gains much more than before.
+        # Unit 2 is the last to be decided. From step 80 it gains much more than before.
         benefit = torch.tensor([2.0, 1.0, 0.9 if step < 80 else 40.0, -1.0])
         bank._leaves[0].grad = -(benefit + torch.tensor([[0.1], [-0.1]])) / 2
         bank.update()
@@ -109,7 +115,10 @@ def test_a_unit_can_come_back() -> None:
 
 
 def test_decided_units_keep_their_evidence() -> None:
-    """Their gradient is 0 by definition: counted as a measurement it would pull every score towards 0."""
+    """A decided unit is no longer measured.
+
+    Its gradient is 0 by definition. Counted as a measurement, it would pull every score towards 0.
+    """
     constraint = Constraint(1, 8, 0.5)
     benefit = torch.linspace(1, 2, 8)[None]
     bank, _ = course(constraint, benefit, noise=0.01)

@@ -1,4 +1,4 @@
-"""The hard concrete distribution: its two probabilities, its samples and their gradient."""
+"""The hard concrete distribution: its two probabilities, its samples, and their gradient."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def test_probabilities_against_monte_carlo(log_alpha: float) -> None:
 
 @pytest.mark.parametrize("log_alpha", LOG_ALPHAS)
 def test_samples_switch_at_the_quantiles(log_alpha: float) -> None:
-    """z grows with u, so z > 0 begins at u = 1 - P(z > 0) and z = 1 at u = 1 - P(z = 1): sharper than any sampling."""
+    """z grows with u, so its switching points are known exactly.
+
+    z > 0 begins at u = 1 - P(z > 0), and z = 1 begins at u = 1 - P(z = 1). This is sharper than any
+    test by sampling.
+    """
     value = torch.tensor(log_alpha, dtype=torch.float64)
-    opens, saturates = (
-        1 - hard_concrete.probability_nonzero(value),
-        1 - hard_concrete.probability_one(value),
-    )
-    below, above = 1 - 1e-9, 1 + 1e-9
+    opens = 1 - hard_concrete.probability_nonzero(value)
+    saturates = 1 - hard_concrete.probability_one(value)
+    below = 1 - 1e-9
+    above = 1 + 1e-9
     assert hard_concrete.sample(value, opens * below) == 0
     assert 0 < hard_concrete.sample(value, opens * above) < 1e-6
     assert 1 - 1e-6 < hard_concrete.sample(value, saturates * below) < 1
@@ -78,7 +81,7 @@ def test_gradient_of_the_open_probability() -> None:
 
 
 def test_extreme_log_alpha_saturates_without_nan() -> None:
-    """Also at the smallest and largest uniform numbers that philox can give."""
+    """Covers the smallest and the largest uniform number that philox can give."""
     uniform = torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24])
     for value in (-50.0, 50.0):
         log_alpha = torch.full((3,), value, requires_grad=True)

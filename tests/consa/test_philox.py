@@ -1,4 +1,7 @@
-"""The counter-based generator: Random123's known answers, and uniform numbers that depend on their place alone."""
+"""The counter-based random generator.
+
+Its words equal the known answers of Random123. Its uniform numbers depend only on their place.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,14 @@ def words(*values: int) -> Any:
 def test_known_answers_of_random123(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
-    """kat_vectors of Random123, philox4x32 with ten rounds."""
+    """The answers are from kat_vectors of Random123, for philox4x32 with ten rounds."""
     assert tuple(int(word) for word in philox.philox(words(*counter), key)) == expected
 
 
 def test_each_number_is_philox_of_its_place() -> None:
-    """Runs resume across versions: which counter word holds what must never change."""
-    seed, step = (0x01234567 << 32) | 0x89ABCDEF, 1234
+    """Which counter word holds what must never change, because runs resume across versions."""
+    seed = (0x01234567 << 32) | 0x89ABCDEF
+    step = 1234
     numbers = philox.uniform(seed, step, torch.tensor([7, 3]), 3, 4)
     assert numbers.shape == (2, 3, 4)
     assert numbers.dtype == torch.float32
@@ -63,7 +67,10 @@ def test_subsets_and_other_splits_give_the_same_numbers() -> None:
 
 
 def test_seed_step_sequence_layer_and_unit_all_count() -> None:
-    """No number recurs beyond the birthday collisions of 23 bits, so none of the five is dropped or mixed up with another."""
+    """Numbers recur only as often as birthday collisions of 23 bits allow.
+
+    So none of the five inputs is ignored or mixed up with another.
+    """
     seeds = (0, 1, 1 << 32, (1 << 32) + 1)
     numbers = torch.stack(
         [philox.uniform(seed, step, torch.arange(8), 8, 8) for seed in seeds for step in range(8)]
@@ -87,7 +94,7 @@ def test_extreme_words_stay_inside_the_open_interval(
 
 
 def test_mean_variance_and_neighbours() -> None:
-    """Within five standard deviations; the draws are the same each time."""
+    """All figures lie within five standard deviations. The draws are the same every time."""
     numbers = philox.uniform(11, 3, torch.arange(512), 28, 16).double()
     count = numbers.numel()
     assert abs(float(numbers.mean()) - 1 / 2) < 5 * (1 / 12 / count) ** 0.5

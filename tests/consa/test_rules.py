@@ -1,4 +1,7 @@
-"""Which units the rules keep full; names and shares are tested with the command rule-masks."""
+"""Which units the rules keep full.
+
+The test of the command rule-masks covers names and shares.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ UNITS: list[tuple[Granularity, Scope]] = [
 
 
 def drawn(allocation: Allocation) -> list[str]:
-    """One string a layer, from the bottom; F is full."""
+    """Draws each layer as a string, from the bottom. F is a full head."""
     return ["".join("F" if full else "." for full in row) for row in allocation.full]
 
 
@@ -62,7 +65,10 @@ def test_bottom_swa_puts_the_windows_below() -> None:
     ],
 )
 def test_middle_puts_the_windows_at_both_ends(sparsity: float, expected: str) -> None:
-    """Eight layers; of an odd number of windowed ones the bottom gets one more."""
+    """The model has eight layers.
+
+    The bottom gets one more if the number of windowed layers is odd.
+    """
     table = rules.middle(8, 2, 16, sparsity)
     assert drawn(table) == [kind * 2 for kind in expected]
     assert (table.granularity, table.scope, table.target_sparsity) == ("layer", "global", sparsity)
@@ -103,7 +109,7 @@ def test_random_draws_the_same_on_every_machine() -> None:
 
 
 def test_random_units_are_equally_likely() -> None:
-    """Every unit is full in half of 400 draws, give or take four standard errors."""
+    """Every unit is full in half of 400 draws, within four standard errors."""
     constraint = Constraint(3, 4, 0.5, "kv_head", "global")
     total = torch.zeros(3, 4)
     for seed in range(400):

@@ -1,4 +1,4 @@
-"""Parts of the baselines' scores, each beside a slower truth."""
+"""Parts of the baselines' scores, each compared with a slower reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_select_gates_of_each_sequence() -> None:
 
 
 def dense_mass(q: Tensor, k: Tensor, starts: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """The same figures, a query and a query head at a time."""
+    """Computes the same figures for one query and one query head at a time."""
     batch, length, heads, dim = q.shape
     group = heads // k.shape[2]
     sums = torch.zeros(batch, k.shape[2], dtype=torch.float64)
@@ -60,7 +60,10 @@ def dense_mass(q: Tensor, k: Tensor, starts: Tensor, window: int) -> tuple[Tenso
 
 
 def random_case() -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and starts; documents of 7 and 4 tokens, and one of 11."""
+    """Queries, keys and document starts.
+
+    The first row has documents of 7 and 4 tokens. The second row has one of 11.
+    """
     generator = torch.Generator().manual_seed(3)
     q = 2 * torch.randn(2, 11, 4, 8, generator=generator)
     k = 2 * torch.randn(2, 11, KV_HEADS, 8, generator=generator)
@@ -80,14 +83,15 @@ def test_mass_outside_the_window(window: int) -> None:
 def test_queries_beyond_the_window() -> None:
     q, k, starts = random_case()
     _, counts = mass_outside_window(q, k, starts, WINDOW)
-    # A document of n tokens has n - W queries with a key outside: 4 and 1, and 8.
+    # A document of n tokens has n - W queries with a key outside the window: 4 and 1 in the first
+    # row, 8 in the second.
     assert counts.tolist() == [5, 8]
 
 
 def test_mass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, starts = random_case()
     whole, _ = mass_outside_window(q, k, starts, WINDOW)
-    # Room for two queries, and then for less than one.
+    # Memory for two queries, then for less than one.
     for room in (2 * 4 * 2 * 4 * 11, 1):
         monkeypatch.setattr(scores, "CHUNK_BYTES", room)
         chunked, _ = mass_outside_window(q, k, starts, WINDOW)
@@ -95,7 +99,7 @@ def test_mass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_estimate_of_equal_sequences() -> None:
-    """Equally long sequences are an ordinary sample."""
+    """Sequences of equal length are an ordinary sample."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(6, 3, 2, generator=generator, dtype=torch.float64)
     estimated = estimate(means * 10, torch.full((6,), 10))
@@ -104,7 +108,10 @@ def test_estimate_of_equal_sequences() -> None:
 
 
 def test_standard_errors_are_the_spread_of_estimates() -> None:
-    """Of 2000 samples of unequal sequences: scores spread by what their standard errors say."""
+    """The scores of 2000 samples spread as much as their standard errors say.
+
+    The sequences of a sample have unequal lengths.
+    """
     generator = torch.Generator().manual_seed(0)
     samples = 2000
     counts = torch.randint(50, 100, (40,), generator=generator)

@@ -1,6 +1,7 @@
-"""The learner alone, fed noise and faint signals: it must report the one as such and find the other.
+"""The learner alone on noise and faint signals.
 
-28 x 8 units, 960 steps, the target rises over 300.
+It must report noise as noise, and it must find the signals. There are 28 x 8 units and 960 steps,
+and the target rises over 300 steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from megaconsa.consa.constraint import Constraint, Scope
 from megaconsa.consa.evidence import EvidenceSummary
 from megaconsa.consa.gates import GateBank, GateSettings
 
-LAYERS, HEADS, STEPS, WARMUP = 28, 8, 960, 300
+LAYERS = 28
+HEADS = 8
+STEPS = 960
+WARMUP = 300
 
 scopes = pytest.mark.parametrize("scope", ["per_layer", "global"])
 
@@ -30,10 +34,16 @@ def learn(
     correlation: float = 0.0,
     turns_at: int = 0,
 ) -> tuple[float, EvidenceSummary]:
-    """Half of each layer's units gain `signal` noise units by opening, half lose it. Returns the share that comes out right.
+    """Runs one learning run.
 
-    Each sequence has unit noise of its own. shared: size of a noise that all sequences of a step share, and its correlation
-    from step to step. turns_at: until this step the signal has the other sign.
+    Half of each layer's units gain `signal` noise units by opening. The other half lose the same
+    amount. Each sequence has independent unit noise.
+
+    shared: size of the noise that all sequences of a step share.
+    correlation: correlation of the shared noise from step to step.
+    turns_at: the signal has the opposite sign until this step.
+
+    Returns the share of units that the table gets right, and the summary of the evidence.
     """
     generator = torch.Generator().manual_seed(seed)
     constraint = Constraint(LAYERS, HEADS, 0.5, scope=scope)
@@ -72,7 +82,10 @@ def test_noise_is_reported_as_noise(scope: Scope, noise: float) -> None:
 def test_noise_that_sequences_and_steps_share_is_no_signal(
     scope: Scope, correlation: float
 ) -> None:
-    """The weights wander, and with them the gradients of all sequences of many steps: those are no independent witnesses."""
+    """Correlated gradients are not independent measurements.
+
+    The weights drift, and the gradients of all sequences drift with them over many steps.
+    """
     _, evidence = learn(scope, 0.0, 1e-3, seed=0, sequences=16, shared=0.3, correlation=correlation)
     assert evidence.separated_share is not None
     assert evidence.separated_share <= 0.2
@@ -96,9 +109,10 @@ def test_a_clear_signal_is_found(scope: Scope) -> None:
 
 @scopes
 def test_a_faint_signal_is_found_as_well_as_can_be(scope: Scope) -> None:
-    """The best possible is the sign of the mean of all steps, right with probability Phi(s sqrt(steps)) = 82 %.
+    """The best possible estimate is the sign of the mean over all steps.
 
-    Sixteen seeds, since the share of 224 units scatters by 2.6 points.
+    It is right with probability Phi(s sqrt(steps)) = 82 %. The mean is over sixteen seeds, because
+    the share of 224 units varies by 2.6 points.
     """
     shares = [learn(scope, 0.03, 1e-3, seed)[0] for seed in range(16)]
     best = 0.5 * (1 + math.erf(0.03 * math.sqrt(STEPS) / math.sqrt(2)))

@@ -1,4 +1,4 @@
-"""One small data folder, made once; tests that damage it take a copy."""
+"""A small data folder, made once. Tests that damage it take a copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaconsa.data.tokenizer import train_sentencepiece
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Made-up text of words, numbers, indentation and some characters beyond ASCII."""
+    """Random text of made-up words, numbers, indentation, and some non-ASCII characters."""
     rng = random.Random(seed)
     words = [
         "".join(rng.choice("aeiouklmnprst") for _ in range(rng.randint(2, 9))) for _ in range(400)
@@ -48,7 +48,10 @@ def text_folder(documents: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def prepared(
     text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Some hundreds of sequences of 32 tokens, in shards of 4 KiB so that there are several."""
+    """A data folder with some hundreds of sequences of 32 tokens.
+
+    Shards are 4 KiB so that there are several of them.
+    """
     folder = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", 4096)
@@ -66,7 +69,7 @@ def prepared(
 
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of the prepared folder that a test may damage."""
+    """A copy of the prepared folder. The test may damage it."""
     return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 

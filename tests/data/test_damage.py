@@ -1,4 +1,7 @@
-"""Damage to a data folder is found when it is opened, read and verified, and the message names the file."""
+"""Damage to a data folder is found when the folder is opened, read or verified.
+
+The message names the damaged file.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,10 @@ def test_a_shard_is_read_twice_before_it_counts_as_damaged(
 
 
 class _Repairing:
-    """In the place of the logger: mends the file between the two reads, of which it is told."""
+    """Replaces the logger and repairs a file between its two reads.
+
+    The stream logs a warning between the two reads.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -198,7 +204,7 @@ def test_tool_ends_with_1_on_damage(copy: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_samples_are_copies(prepared: Path) -> None:
-    """Decoded arrays look into the shard's memory; batches must not."""
+    """Decoded arrays are views of the shard in memory. Batches must not be."""
     stream = open_stream(prepared)
     first = next(stream.steps())[0]
     kept = first.tokens.clone()

@@ -1,4 +1,4 @@
-"""Packing predicts every token once and knows where documents begin."""
+"""Packing predicts every token once and records where documents begin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def test_every_token_is_predicted_once(documents: list[list[int]], length: int) 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_document_starts_and_labels(rows: list[list[int]]) -> None:
     tokens = torch.tensor(rows)
-    starts, labels = document_starts(tokens[:, :-1], END), mask_labels(tokens, END, True)
+    starts = document_starts(tokens[:, :-1], END)
+    labels = mask_labels(tokens, END, True)
     assert starts.dtype == torch.int32
     assert labels.dtype == torch.int64
     for row, row_starts, row_labels in zip(rows, starts.tolist(), labels.tolist(), strict=True):

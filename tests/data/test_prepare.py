@@ -1,4 +1,4 @@
-"""What prepare-data makes, refuses, and leaves behind."""
+"""What prepare-data writes, what it refuses, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -181,7 +181,12 @@ from pathlib import Path
 from megaconsa.data import prepare, shards
 shards.SHARD_BYTES = 4096
 prepare.finish = lambda *_: os._exit(9)
-prepare.prepare([{str(text_folder)!r}], Path("data"), tokenizer=Path({str(tokenizer_folder)!r}), sequence_length=32)
+prepare.prepare(
+    [{str(text_folder)!r}],
+    Path("data"),
+    tokenizer=Path({str(tokenizer_folder)!r}),
+    sequence_length=32,
+)
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 9
     assert (tmp_path / "data" / "train" / "index.json").exists()
@@ -226,7 +231,8 @@ def test_folders_that_are_no_data_are_refused(tmp_path: Path, copy: Path) -> Non
 def test_bad_options_are_refused_before_writing(
     text_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    out, sources = tmp_path / "out", [str(text_folder)]
+    out = tmp_path / "out"
+    sources = [str(text_folder)]
     with pytest.raises(InputError, match="one of --tokenizer"):
         prepare(sources, out, sequence_length=32)
     with pytest.raises(InputError, match="one of --tokenizer"):

@@ -1,4 +1,7 @@
-"""The order is a function of seed and step: not of interruptions, ranks, workers or what else the process does."""
+"""The order of the data depends on seed and step only.
+
+Interruptions, ranks, workers, and other work of the process do not change it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
 
 
 def global_tokens(steps: list[list[Batch]], global_batch: int) -> torch.Tensor:
-    """(global_batch, S) tokens of one step, in the order of `sequences`, from all ranks' micro-batches."""
+    """Collects the tokens of one step from the micro-batches of all ranks.
+
+    Returns (global_batch, S), in the order of `sequences`.
+    """
     batches = [batch for rank in steps for batch in rank]
     order = torch.cat([batch.sequences for batch in batches])
     assert sorted(order.tolist()) == list(range(global_batch))
@@ -49,7 +55,10 @@ def global_tokens(steps: list[list[Batch]], global_batch: int) -> torch.Tensor:
 def test_workers_fork_whatever_started_this_process(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job of a study inherits another default, by which each worker would import torch anew."""
+    """A job of a study inherits another default start method.
+
+    With that method, each worker would import torch again.
+    """
     monkeypatch.setattr(
         multiprocessing, "_default_context", multiprocessing.get_context("spawn"), raising=False
     )
@@ -107,7 +116,8 @@ def test_each_epoch_holds_every_sequence_once(prepared: Path) -> None:
 
 def test_seed_matters_and_shuffle_can_be_off(prepared: Path) -> None:
     shards = TokenShards(prepared, "train")
-    (one,), (other,) = take(open_stream(prepared), 0, 1), take(open_stream(prepared, seed=4), 0, 1)
+    (one,) = take(open_stream(prepared), 0, 1)
+    (other,) = take(open_stream(prepared, seed=4), 0, 1)
     assert not torch.equal(one[0].tokens, other[0].tokens)
     (plain,) = take(open_stream(prepared, shuffle=False), 0, 1)
     assert np.array_equal(
@@ -239,7 +249,10 @@ print("done", flush=True)
 
 
 def test_workers_outlive_the_job_signals_and_not_the_process(prepared: Path) -> None:
-    """A scheduler signals every process of a job; the run must still get its batches, and then end without hanging."""
+    """A scheduler sends signals to every process of a job.
+
+    The run must still get its batches, and then it must end without hanging.
+    """
     command = [sys.executable, "-c", SCRIPT, str(prepared)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -1,4 +1,4 @@
-"""Sources of documents: order, content, refusals."""
+"""Document sources: their order, content and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both formats of the tokenizer give the same ids, and text comes back as it was."""
+"""Both formats of the tokenizer give the same ids, and decoding returns the original text."""
 
 from __future__ import annotations
 

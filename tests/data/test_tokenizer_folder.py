@@ -1,5 +1,6 @@
-"""Tokenizer folders of others: read alike under every release of transformers, copied as they are,
-told apart.
+"""Tokenizer folders from elsewhere.
+
+They are read in the same way by every release of transformers, copied unchanged, and told apart.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megaconsa.errors import InputError
 
 END = "<|endoftext|>"
 TEXT = "The Value of 2024, 1999 and it's 31415."
-# As Qwen's but for the digits, of which Qwen's takes one at a time.
+# Qwen's pattern, except that Qwen's takes one digit at a time.
 THREE_DIGITS = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -33,7 +34,7 @@ Make = Callable[..., Path]
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """Bytes, and words of three digits: ids 0 to 1355."""
+    """A tokenizer of bytes and of words of up to three digits, with ids 0 to 1355."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
     merges = [(first, second) for first in "0123456789" for second in "0123456789"]
@@ -52,8 +53,9 @@ def byte_level() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes a folder of `byte_level`, changed as asked for, without transformers, which would
-    change it in its own ways.
+    """Writes a folder for the tokenizer of `byte_level`, with the changes asked for.
+
+    It does not use transformers, which would make other changes.
     """
 
     def write(
@@ -90,7 +92,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     "kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "NobodysTokenizer"]
 )
 def test_a_text_is_cut_as_tokenizer_json_says(make: Make, kind: str) -> None:
-    """Classes of transformers 5 take the vocabulary alone from that file."""
+    """Classes of transformers 5 read only the vocabulary from that file."""
     folder = make(tokenizer_class=kind)
     expected = byte_level().encode(TEXT, add_special_tokens=False).ids
     assert Tokenizer.load(folder).encode_batch([TEXT]) == [expected]
@@ -98,7 +100,7 @@ def test_a_text_is_cut_as_tokenizer_json_says(make: Make, kind: str) -> None:
 
 
 def test_a_list_of_extra_special_tokens_is_read(make: Make) -> None:
-    """transformers 5 saves it, and transformers 4 stops at it."""
+    """transformers 5 saves such a list, and transformers 4 fails on it."""
     folder = make(extra_special_tokens=["<|im_end|>"])
     plain = Tokenizer.load(make("plain"))
     tokenizer = Tokenizer.load(folder)
@@ -108,7 +110,7 @@ def test_a_list_of_extra_special_tokens_is_read(make: Make) -> None:
 
 
 def spread(content: dict[str, Any]) -> None:
-    """Moves the last word of the vocabulary far off, and after it the tokens added to it."""
+    """Gives a far larger id to the last word of the vocabulary and to the tokens added after it."""
     content["model"]["vocab"]["999"] = 3000
     for number, token in enumerate(content["added_tokens"]):
         content["model"]["vocab"][token["content"]] = token["id"] = 3001 + number
@@ -132,8 +134,9 @@ def test_the_largest_id_counts_where_ids_have_holes(make: Make, tmp_path: Path) 
 
 
 def test_tokens_that_would_load_with_other_ids_are_refused(make: Make) -> None:
-    """tokenizers closes a gap before added tokens without a word, and the model has other
-    embeddings there.
+    """tokenizers silently closes a gap before added tokens.
+
+    The model has other embeddings at the resulting ids.
     """
 
     def gap(content: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ def test_tokens_that_would_load_with_other_ids_are_refused(make: Make) -> None:
 
 
 def test_an_end_that_is_no_token_is_refused(make: Make) -> None:
-    """transformers adds it as a token that the model has never seen."""
+    """transformers would add it as a token that the model has never seen."""
     with pytest.raises(
         InputError,
         match=r"eos_token='<\|end\|>' in tokenizer_config.json is no token of tokenizer.json",
@@ -175,12 +178,16 @@ CHANGES: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_fingerprint_covers_the_whole_way_to_the_ids(make: Make, change: str) -> None:
-    one, other = Tokenizer.load(make("one")), Tokenizer.load(make("other", CHANGES[change]))
+    one = Tokenizer.load(make("one"))
+    other = Tokenizer.load(make("other", CHANGES[change]))
     assert not same_tokenizer(one.fingerprint, other.fingerprint)
 
 
 def test_the_fingerprint_leaves_out_what_changes_no_id(make: Make) -> None:
-    """Layout, class, and the template that transformers 5 puts where there is no post-processor."""
+    """The fingerprint ignores layout, class, and an inert template.
+
+    transformers 5 adds such a template where there is no post-processor.
+    """
     one = Tokenizer.load(make("one")).fingerprint
     assert Tokenizer.load(make("other", tokenizer_class="Qwen2Tokenizer")).fingerprint == one
     folder = make("again")
@@ -191,16 +198,15 @@ def test_the_fingerprint_leaves_out_what_changes_no_id(make: Make) -> None:
         made.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
 
     assert Tokenizer.load(make("nothing", nothing)).fingerprint == one
-    assert (
-        Tokenizer.load(
-            edit(make("laid out"), lambda content: content.update(version="1.0"))
-        ).fingerprint
-        == one
-    )
+    laid_out = edit(make("laid out"), lambda content: content.update(version="1.0"))
+    assert Tokenizer.load(laid_out).fingerprint == one
 
 
 def first_fingerprint(folder: Path) -> str:
-    """As megaconsa 0.1 computed it, for data folders that are still there."""
+    """Computes the fingerprint as megaconsa 0.1 did.
+
+    Data folders from that version still exist.
+    """
     content = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
     model = content["model"]
     canonical = {
@@ -215,7 +221,8 @@ def first_fingerprint(folder: Path) -> str:
 
 
 def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path: Path) -> None:
-    folder, out = make(), tmp_path / "data"
+    folder = make()
+    out = tmp_path / "data"
     (tmp_path / "text.txt").write_text(TEXT * 50)
 
     def prepared(tokenizer: Path) -> DatasetInfo:
@@ -241,7 +248,7 @@ def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path
 
 
 def test_files_are_copied_byte_for_byte(make: Make, tmp_path: Path) -> None:
-    """So that the data folder's tokenizer loads wherever the user's does."""
+    """The data folder's tokenizer must load wherever the user's tokenizer does."""
     folder = make(
         tokenizer_class="Qwen2Tokenizer",
         additional_special_tokens=["<|im_end|>"],

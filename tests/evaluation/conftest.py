@@ -28,7 +28,7 @@ def needles(small_data: Path, held_out: HeldOut) -> Needles:
 
 @pytest.fixture(scope="session")
 def loaded(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The export of a name in ALLOCATIONS, loaded."""
+    """Returns a function that loads the export of a name in ALLOCATIONS."""
     models: dict[str, Any] = {}
 
     def load(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Tiny exports that read the tokens of `small_data`: the same random weights under several allocations."""
+"""Tiny exports with the tokenizer of `small_data`.
+
+All have the same random weights, under different allocations.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,9 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.export import export
 from megaconsa.model.config import ModelConfig
 
-VOCABULARY, POSITIONS, WINDOW = (
-    512,
-    160,
-    8,
-)  # of small_data; smallest number that all tests need; of every windowed head
+VOCABULARY = 512  # that of small_data
+POSITIONS = 160  # the smallest number that all tests need
+WINDOW = 8  # of every windowed head
 SHAPE = replace(MODEL, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS)
 ALLOCATIONS = {
     "dense": replace(HEAD_WISE, full=((True,) * 4,) * 4),
@@ -39,5 +40,9 @@ def make_export(
 
 
 def one_layer(full: bool, window: int = WINDOW) -> tuple[Allocation, ModelConfig]:
-    """A layer of one kind: what lies further back than its window cannot reach the output in any way."""
+    """A model with one layer whose heads are all full or all windowed.
+
+    If they are windowed, tokens further back than the window cannot influence the output in any
+    way.
+    """
     return Allocation(window, ((full,) * 4,)), replace(SHAPE, num_hidden_layers=1)

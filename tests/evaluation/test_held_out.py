@@ -1,4 +1,4 @@
-"""Documents as they were before packing."""
+"""Held-out documents are those from before packing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from megaconsa.evaluation.held_out import HeldOut
 
 
 def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
-    """Shorter than a sequence and over several of them, in order, but for what fell into the dropped tail."""
+    """Documents are shorter than a sequence or span several sequences.
+
+    They come in order. Only documents in the dropped tail are missing.
+    """
     texts = [
         "import re\n" * 40,
         "x",
@@ -25,7 +28,8 @@ def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    data, tokenizer = tmp_path / "data", Tokenizer.load(small_data / "tokenizer")
+    data = tmp_path / "data"
+    tokenizer = Tokenizer.load(small_data / "tokenizer")
     prepare(
         [str(tmp_path / "texts.jsonl")],
         data,

@@ -14,7 +14,10 @@ from .exports import ALLOCATIONS, SHAPE, make_export
 
 
 def test_labels(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder may have a "=" in its name; a folder without a label is called by its own name, wherever the command runs."""
+    """A folder may have "=" in its name.
+
+    A folder without a label is called by its own name, wherever the command runs.
+    """
     make_export(tmp_path / "lr=0.1" / "hf", ALLOCATIONS["heads"], None)
     monkeypatch.chdir(tmp_path / "lr=0.1" / "hf")
     info = DatasetInfo.load(small_data)

@@ -1,4 +1,4 @@
-"""Needles: where they lie, what is scored, and that a window hides them."""
+"""Needles: where they are placed, what is scored, and that a window hides them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ def tokenizer(small_data: Path) -> Tokenizer:
 def split(
     example: Example, row: int, tokenizer: Tokenizer, answer: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Haystack, question, and the numbers that needle and question state; fails where they lie elsewhere than they should.
+    """Splits a row into its parts and checks that the needle and the question are in their places.
 
     answer: tokens of a number.
+    Returns the haystack, the question, the number that the needle states, and the number in the
+    answer.
     """
-    ids, start = example.tokens[row].tolist(), example.needle_start
+    ids = example.tokens[row].tolist()
+    start = example.needle_start
     prompts = tokenizer.encode_batch([PROMPT.format(name) for name in NAMES])
     (prompt,) = (prompt for prompt in prompts if ids[start : start + len(prompt)] == prompt)
     (end,) = tokenizer.encode_batch([END])
@@ -93,7 +96,8 @@ def test_equals_a_pass_for_every_answer_token(
 ) -> None:
     settings = NeedleSettings(lengths=[100], depths=[0.5], needles=3, seed=0)
     (cell,) = measure(loaded(name), needles, settings, batch_tokens=450)
-    truth, pairs = deepcopy(loaded(name)).double(), []
+    truth = deepcopy(loaded(name)).double()
+    pairs = []
     for example in needles.examples(settings):
         sums = [0.0, 0.0]
         for row, tokens in enumerate(example.tokens):
@@ -116,7 +120,10 @@ def test_equals_a_pass_for_every_answer_token(
 def test_a_window_hides_the_needle_exactly(
     full: bool, window: int, seen: bool, needles: Needles, small_data: Path, tmp_path: Path
 ) -> None:
-    """In a single layer nothing further back than the window reaches the answer; a wider window sees the later half only."""
+    """With one layer, no token further back than the window reaches the answer.
+
+    A wider window sees only the later half.
+    """
     allocation, shape = one_layer(full, window)
     model, _ = load_exported(
         make_export(tmp_path / "hf", allocation, small_data / "tokenizer", shape)
@@ -132,7 +139,7 @@ def test_a_window_hides_the_needle_exactly(
 def test_exact_match_is_what_greedy_decoding_gives(
     needles: Needles, small_data: Path, tmp_path: Path
 ) -> None:
-    """On a model that has learned the first examples by heart and has never seen the others."""
+    """The model has memorized the first examples and has never seen the others."""
     settings = NeedleSettings(lengths=[80], depths=[0, 1], needles=4, seed=0)
     examples = list(needles.examples(settings))
     learned = torch.stack([example.tokens[0] for example in examples[:4]])

@@ -1,4 +1,7 @@
-"""Losses by position against the slow truth: one forward pass for every single token, in fp64."""
+"""Losses by position, compared with a slow reference.
+
+The reference is one forward pass for every single token, in fp64.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def test_equals_a_pass_for_every_token(
     name: str, loaded: Callable[[str], Any], held_out: HeldOut
 ) -> None:
     model = loaded(name)
-    # The longest, one that is just long enough, and the shortest: batches are padded.
+    # The longest document, one that is just long enough, and the two shortest. Batches of them need
+    # padding.
     chosen = choose_documents(held_out, LENGTH, 10**6)
     chosen = [chosen[0], chosen[1], *chosen[-2:]]
     found = measure(model, held_out, chosen, LENGTH, batch_tokens=3 * LENGTH)
@@ -67,7 +71,7 @@ def test_every_token_is_in_one_bucket(loaded: Callable[[str], Any], held_out: He
 def test_windows_cost_nothing_within_the_window(
     loaded: Callable[[str], Any], held_out: HeldOut
 ) -> None:
-    """A windowed head sees W tokens, which are all there are at positions 0 to W - 1."""
+    """A windowed head sees W tokens. These are all the tokens there are at positions 0 to W - 1."""
     length = 8 * WINDOW
     chosen = choose_documents(held_out, length, 4)
     dense, heads = (
@@ -96,7 +100,7 @@ def test_batches_and_chunks_change_nothing(
 def test_megaconsas_kernels_give_the_same(
     name: str, loaded: Callable[[str], Any], held_out: HeldOut
 ) -> None:
-    """What a GPU runs."""
+    """These are the kernels that a GPU runs."""
     tokens = torch.from_numpy(
         np.stack([held_out.document(i, 65) for i in choose_documents(held_out, 64, 3)])
     )
@@ -133,7 +137,11 @@ def test_long_documents_come_first_in_stored_order(held_out: HeldOut) -> None:
 
 
 def test_standard_error_of_documents() -> None:
-    """Documents of equal length: that of their means. Of unequal length: close to the jackknife's. The empty ones do not count."""
+    """Compares the standard error with simpler estimates.
+
+    It equals that of the means for documents of equal length. It is close to the jackknife's for
+    unequal lengths. Empty documents do not count.
+    """
     random = np.random.default_rng(0)
     sums = random.normal(30, 4, 50)
     mean, error = ratio(np.append(sums, 0), np.append(np.full(50, 10), 0))

@@ -1,4 +1,4 @@
-"""Scores that files hold, and files that hold none."""
+"""Score files that are read, and files that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PATTERN = np.array([[-9.58e-05, 1.0, 0.55859375, 0.2], [0.98828125, 0.5, 1e-4, 0
 
 
 def test_duo_attention_pattern(tmp_path: Path) -> None:
-    """A file as DuoAttention writes it, with NumPy; its values may be a little off [0, 1]."""
+    """The file is written with NumPy, as DuoAttention writes it.
+
+    Its values may lie slightly outside [0, 1].
+    """
     path = tmp_path / "full_attention_heads.tsv"
     np.savetxt(path, PATTERN, delimiter="\t")
     assert read_scores(path, UNITS).tolist() == PATTERN.tolist()

@@ -1,4 +1,7 @@
-"""Every method beside a slower truth: whole models, finite differences, explicit softmax."""
+"""Every scoring method, compared with a slower reference.
+
+The references are whole models, finite differences, and an explicit softmax.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from megaconsa.checkpoint import imported, store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Granularity
+from megaconsa.consa.head_pattern import HeadPattern
 from megaconsa.data.prepare import prepare
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
@@ -45,7 +49,7 @@ both_granularities = pytest.mark.parametrize("granularity", ["kv_head", "layer"]
 
 
 def write_import(out: Path, shape: ModelConfig, fingerprint: str | None = None) -> Checkpoint:
-    """A checkpoint of random weights, as import-hf writes it."""
+    """Writes a checkpoint of random weights as import-hf does."""
     weights = random_weights(shape)
     imported.write(
         out,
@@ -64,7 +68,7 @@ def write_import(out: Path, shape: ModelConfig, fingerprint: str | None = None) 
 
 @pytest.fixture(scope="module")
 def paragraphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of short documents: most sequences hold several."""
+    """A data folder of short documents. Most sequences hold several."""
     folder = tmp_path_factory.mktemp("data")
     source = folder / "paragraphs.jsonl"
     documents = Path(argparse.__file__).read_text().split("\n\n")
@@ -99,7 +103,7 @@ def score(checkpoint: Checkpoint, paragraphs: Path) -> Score:
 
 @pytest.fixture(scope="module")
 def batch(paragraphs: Path) -> Batch:
-    """The same four sequences, all at once."""
+    """The same four sequences as one batch."""
     stream = BatchStream(paragraphs, seed=0, global_batch=SEQUENCES, micro_batch=SEQUENCES)
     (found,) = next(stream.steps())
     assert bool((found.documents > 0).any())
@@ -107,17 +111,18 @@ def batch(paragraphs: Path) -> Batch:
 
 
 class Heads:
-    """Windows of every head, or a gate of every head, said outright."""
+    """Gives every head a stated window or a stated gate."""
 
     def __init__(self, full: Tensor | None = None, gates: Tensor | None = None) -> None:
         self.full = full
         self.gates = gates
 
-    def select(self, layer: int, sequences: Tensor) -> tuple[int | tuple[int, ...], Tensor | None]:
+    def select(self, layer: int, sequences: Tensor) -> HeadPattern:
         if self.gates is not None:
-            return WINDOW, self.gates[layer]
+            return HeadPattern(WINDOW, self.gates[layer])
         assert self.full is not None
-        return tuple(FULL_WINDOW if full else WINDOW for full in self.full[layer].tolist()), None
+        full_heads = self.full[layer].tolist()
+        return HeadPattern(tuple(FULL_WINDOW if full else WINDOW for full in full_heads))
 
 
 def build(heads: Heads) -> Qwen3:
@@ -128,13 +133,20 @@ def build(heads: Heads) -> Qwen3:
 
 @torch.no_grad()
 def brute_force_losses(heads: Heads, batch: Batch) -> Tensor:
-    """Nats per token, from the logits of a whole model with the reference attention."""
+    """Nats per token.
+
+    They are computed from the logits of a whole model with the reference attention.
+    """
     logits = build(heads)(batch.tokens, batch.documents).double()
     return cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
 
 
 def brute_force_rises(base: bool, granularity: Granularity, batch: Batch) -> Tensor:
-    """Rise of the loss as each unit alone is not as the base, (layers, units)."""
+    """The rise of the loss when one unit alone differs from the base.
+
+    base: True if all units are full.
+    Returns (layers, units).
+    """
     whole = torch.full((SHAPE.num_hidden_layers, HEADS), base)
     columns = HEADS if granularity == "kv_head" else 1
     rises = torch.zeros(SHAPE.num_hidden_layers, columns, dtype=torch.float64)
@@ -188,7 +200,7 @@ def test_attention_mass_is_an_explicit_softmax(
     score: Score,
     batch: Batch,
 ) -> None:
-    """Queries and keys are caught on their way through the norms of the whole model."""
+    """Hooks on the norms of the whole model record queries and keys."""
     model = build(Heads(torch.ones(SHAPE.num_hidden_layers, HEADS, dtype=torch.bool)))
     caught: dict[torch.nn.Module, Tensor] = {}
     for name, module in model.named_modules():
@@ -268,14 +280,14 @@ def test_trained_gates(
 
 
 def test_first_step_of_the_gates_follows_the_gradient(score: Score) -> None:
-    """Adam's first step has the learning rate's size in the logit, towards the lower loss."""
+    """Adam's first step moves each logit by the learning rate, towards the lower loss."""
     gradient = score("gradient", sequences=2, batch=1).scores
     gates = score("calibrate", steps=1, batch=2, learning_rate=0.1).scores
     torch.testing.assert_close(gates.logit(), 0.1 * gradient.sign(), rtol=1e-3, atol=1e-4)
 
 
 def test_weights_of_scalar_gates_learn(score: Score) -> None:
-    """The same steps with another rate for the weights lead to other gates."""
+    """The same steps with another learning rate for the weights give other gates."""
     frozen = score("calibrate", **TRAINING).scores
     slow = score("scalar-gates", **TRAINING, weight_learning_rate=1e-12).scores
     fast = score("scalar-gates", **TRAINING, weight_learning_rate=1e-2).scores
@@ -348,7 +360,10 @@ def test_data_of_another_model(
 @both_granularities
 @pytest.mark.parametrize("method", ["leave-one-out", "leave-one-in", "gradient", "attention-mass"])
 def test_gpu_agrees_with_cpu(method: Method, granularity: Granularity, score: Score) -> None:
-    """bf16 kernels beside fp32: a wrong head, window or sequence would change far more."""
+    """Compares bf16 kernels with fp32.
+
+    A wrong head, window or sequence would change the scores far more than the precision does.
+    """
     settings = {"granularity": granularity, "sequences": 32}
     on_cpu = score(method, **settings).scores.flatten()
     on_gpu = score(method, **settings, device=GPU).scores.flatten()
@@ -362,5 +377,5 @@ def test_trained_gates_on_a_gpu(method: Method, score: Score) -> None:
     on_cpu = score(method, **settings).scores
     on_gpu = score(method, **settings, device=GPU).scores
     assert on_gpu.device.type == "cpu"
-    # Adam's first steps follow the gradient's sign, which bf16 may turn where it is small.
+    # Adam's first steps follow the sign of the gradient. bf16 may flip the sign of a small one.
     assert float(((on_cpu > 0.5) == (on_gpu > 0.5)).double().mean()) > 0.7

@@ -17,7 +17,7 @@ from .reference import MODEL, random_weights
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small only lose by handing work to other threads, above all on a busy machine."""
+    """Models this small are slower with several threads, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,10 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte for a token, save one byte: with the end of text they are the model's 256."""
+    """A tokenizer with one token per byte, except for one byte.
+
+    With the end of text, these are the 256 tokens of the model.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

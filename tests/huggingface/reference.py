@@ -1,4 +1,8 @@
-"""A tiny model, and the slow truth: transformers' stock Qwen3, in original head order, with an explicit mask per query head."""
+"""A tiny model and a slow reference for its logits.
+
+The reference is the stock Qwen3 of transformers, in the original head order, with an explicit mask
+per query head.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,10 @@ DENSE = replace(HEAD_WISE, full=((True,) * 4,) * 4)
 
 
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
-    """Weights whose attention is sharp enough for a key too many or too few to show."""
+    """Random weights whose attention is sharp.
+
+    A key too many or too few changes the logits visibly.
+    """
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for name, shape in parameter_shapes(model).items():
@@ -61,7 +68,13 @@ def stock(weights: dict[str, Tensor], model: ModelConfig, **fields: Any) -> Qwen
 def masked_logits(
     weights: dict[str, Tensor], model: ModelConfig, allocation: Allocation, tokens: Tensor
 ) -> Tensor:
-    """(B, S) int64 -> (B, S, V) fp32. Key j is visible to query i iff 0 <= i - j < the window of the head."""
+    """Computes logits with an explicit mask.
+
+    Key j is visible to query i iff 0 <= i - j < the window of the head.
+
+    tokens: (B, S) int64.
+    Returns (B, S, V) fp32.
+    """
     qwen3 = stock(weights, model)
     length = tokens.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)

@@ -1,4 +1,7 @@
-"""megaconsa's kernels under transformers' generate, against the same export without a cache."""
+"""megaconsa's kernels under the generate method of transformers.
+
+They are compared with the same export without a cache.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def test_generation_equals_the_truth_at_every_token(
     prompt: int,
     device: str,
 ) -> None:
-    """Logits of every step, three windows of them, against stock Qwen3 with a mask for each head and no cache."""
+    """Compares the logits of every step, over three windows.
+
+    The reference is the stock Qwen3 without a cache, with a mask for each head.
+    """
     model = fast(allocation, device)
     cache = KernelCache(model, prompt + STEPS)
     settings = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
@@ -69,7 +75,8 @@ def test_generation_equals_the_truth_at_every_token(
     sequences = out.sequences.cpu()
     whole = masked_logits(weights, MODEL, allocation, sequences)[:, prompt - 1 : -1]
     assert close(torch.stack(out.logits, dim=1).cpu(), whole)
-    # Keys and values of 2 sequences, 32 numbers in fp32: full heads hold all tokens, the others a window.
+    # Keys and values of 2 sequences, 32 numbers each, in fp32. Full heads hold all tokens and the
+    # others hold one window.
     full = sum(map(sum, allocation.full))
     assert cache.nbytes == 2 * 2 * 32 * 4 * (full * (prompt + STEPS) + (16 - full) * WINDOW)
 
@@ -81,11 +88,10 @@ def test_generation_equals_the_truth_at_every_token(
 def test_search_and_sampling(
     fast: Callable[..., Any], exported: Export, settings: dict[str, Any], device: str
 ) -> None:
-    model, plain = fast(device=device), load_exported(exported(HEAD_WISE))[0].to(device)
-    tokens, settings = (
-        some_tokens(2, WINDOW - 2).to(device),
-        settings | {"max_new_tokens": STEPS, "min_new_tokens": STEPS},
-    )
+    model = fast(device=device)
+    plain = load_exported(exported(HEAD_WISE))[0].to(device)
+    tokens = some_tokens(2, WINDOW - 2).to(device)
+    settings = settings | {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
     outcomes = []
     for each, cache in (
         (plain, {"use_cache": False}),
@@ -99,7 +105,8 @@ def test_search_and_sampling(
 @DEVICES
 def test_left_padding(fast: Callable[..., Any], device: str) -> None:
     model = fast(device=device)
-    short, long = some_tokens(1, 5).to(device), some_tokens(1, 2 * WINDOW + 1).to(device)
+    short = some_tokens(1, 5).to(device)
+    long = some_tokens(1, 2 * WINDOW + 1).to(device)
     padding = long.shape[1] - short.shape[1]
     batch = torch.cat([torch.nn.functional.pad(short, (padding, 0)), long])
     mask = torch.ones_like(batch)
@@ -108,17 +115,20 @@ def test_left_padding(fast: Callable[..., Any], device: str) -> None:
         batch, attention_mask=mask, past_key_values=KernelCache(model, 50), **GREEDY
     )
     for row, alone in ((together[0, padding:], short), (together[1], long)):
-        assert torch.equal(
-            row[None], model.generate(alone, past_key_values=KernelCache(model, 50), **GREEDY)
-        )
+        expected = model.generate(alone, past_key_values=KernelCache(model, 50), **GREEDY)
+        assert torch.equal(row[None], expected)
 
 
 @DEVICES
 def test_a_conversation_and_the_same_cache_again(
     fast: Callable[..., Any], exported: Export, device: str
 ) -> None:
-    """Text, answer, more text, answer; then another conversation in the same cache, emptied."""
-    model, plain = fast(device=device), load_exported(exported(HEAD_WISE))[0].to(device)
+    """Text and answers take turns.
+
+    Then the cache is emptied, and another conversation uses it.
+    """
+    model = fast(device=device)
+    plain = load_exported(exported(HEAD_WISE))[0].to(device)
     cache = KernelCache(model, 12 * WINDOW)
     for seed in (5, 6):
         heard = fresh = some_tokens(1, seed).to(device)
@@ -126,9 +136,9 @@ def test_a_conversation_and_the_same_cache_again(
             heard = model.generate(heard, past_key_values=cache, **GREEDY)
             fresh = plain.generate(fresh, use_cache=False, **GREEDY)
             assert torch.equal(heard, fresh)
-            heard, fresh = (
-                torch.cat([text, some_tokens(1, said).to(device)], dim=1) for text in (heard, fresh)
-            )
+            more = some_tokens(1, said).to(device)
+            heard = torch.cat([heard, more], dim=1)
+            fresh = torch.cat([fresh, more], dim=1)
         cache.reset()
 
 
@@ -141,7 +151,9 @@ def test_a_prompt_in_pieces(fast: Callable[..., Any], device: str, padded: bool)
     if padded:
         mask[0, :3] = 0
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache, seen, parts = KernelCache(model, 50), 0, []
+    cache = KernelCache(model, 50)
+    seen = 0
+    parts = []
     with torch.no_grad():
         whole = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         for part in (5, WINDOW, 2, 1, 1, WINDOW - 1):
@@ -162,7 +174,9 @@ def test_padding_beyond_the_first_piece(
     mask = torch.ones_like(tokens)
     mask[0, :10] = 0
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache, seen, parts = KernelCache(model, 50), 0, []
+    cache = KernelCache(model, 50)
+    seen = 0
+    parts = []
     whole = model(
         tokens, attention_mask=mask, position_ids=positions, use_cache=False
     ).logits.detach()
@@ -173,11 +187,12 @@ def test_padding_beyond_the_first_piece(
             parts.append(model(tokens[:, here], past_key_values=cache, **known).logits)
     last = torch.cat(parts, dim=1)
     assert close(last[mask.bool()], whole[mask.bool()])
-    cache.reset()  # also outside of inference mode
+    cache.reset()  # works outside inference mode too
 
 
 def test_a_copy_is_a_model_of_its_own(fast: Callable[..., Any]) -> None:
-    model, tokens = fast(), some_tokens(1, 6)
+    model = fast()
+    tokens = some_tokens(1, 6)
     assert use_kernels(model) is model
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -188,15 +203,15 @@ def test_a_copy_is_a_model_of_its_own(fast: Callable[..., Any]) -> None:
 
 
 def test_the_prompt_alone_equals_the_library(fast: Callable[..., Any], exported: Export) -> None:
-    """Without a cache, as evaluation runs it, padding included."""
-    model, (plain, _) = fast(), load_exported(exported(HEAD_WISE))
+    """Evaluation runs the model like this: without a cache, with padding."""
+    model = fast()
+    plain, _ = load_exported(exported(HEAD_WISE))
     tokens = some_tokens(2, 3 * WINDOW)
     mask = torch.ones_like(tokens)
     mask[1, : WINDOW + 2] = 0
     with torch.no_grad():
-        ours, theirs = (
-            each(tokens, attention_mask=mask, use_cache=False).logits for each in (model, plain)
-        )
+        ours = model(tokens, attention_mask=mask, use_cache=False).logits
+        theirs = plain(tokens, attention_mask=mask, use_cache=False).logits
     assert close(ours[mask.bool()], theirs[mask.bool()])
 
 
@@ -212,7 +227,8 @@ def test_compiling_changes_nothing(fast: Callable[..., Any], device: str) -> Non
 
 
 def test_what_cannot_work_is_refused(fast: Callable[..., Any], exported: Export) -> None:
-    model, tokens = fast(), some_tokens(2, 6)
+    model = fast()
+    tokens = some_tokens(2, 6)
     with pytest.raises(
         ValueError, match="6 more tokens do not fit: the cache holds 0 of capacity=5"
     ):
@@ -244,8 +260,12 @@ def test_what_cannot_work_is_refused(fast: Callable[..., Any], exported: Export)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_decoding_steps_are_replayed(fast: Callable[..., Any]) -> None:
-    """The first step runs, the second is captured; after it Python does not run the layers any more."""
-    model, calls = fast(device="cuda"), []
+    """The first step runs and the second one is captured.
+
+    After that, Python no longer runs the layers.
+    """
+    model = fast(device="cuda")
+    calls = []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     model.generate(some_tokens(2, 4).cuda(), past_key_values=KernelCache(model, 50), **GREEDY)
     assert len(calls) == 3  # the prompt, the first step, the capture

@@ -1,4 +1,4 @@
-"""The folder that an export leaves, what it refuses, and loading it in a process of its own."""
+"""The folder that an export writes, what it refuses, and loading it in a separate process."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_head_wise_folder(exported: Export) -> None:
 
 
 def test_layer_wise_and_dense_folders_are_stock_qwen3(exported: Export) -> None:
-    layer_wise, dense = read_config(exported(LAYER_WISE)), read_config(exported(DENSE))
+    layer_wise = read_config(exported(LAYER_WISE))
+    dense = read_config(exported(DENSE))
     assert layer_wise["model_type"] == dense["model_type"] == "qwen3"
     assert layer_wise["layer_types"] == ["sliding_attention", "full_attention"] * 2
     assert (layer_wise["use_sliding_window"], layer_wise["sliding_window"]) == (True, WINDOW)
@@ -86,9 +87,8 @@ def test_reordering_back_is_the_identity(exported: Export, weights: dict[str, Te
     moved = 0
     for name, tensor in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
-            back = (
-                torch.tensor(HEAD_WISE.full_heads_first(int(name.split(".")[2]))).argsort().tolist()
-            )
+            layer = int(name.split(".")[2])
+            back = torch.tensor(HEAD_WISE.full_heads_first(layer)).argsort().tolist()
             moved += not torch.equal(stored[name], tensor)
             assert torch.equal(reorder_weight(name, stored[name], MODEL, back), tensor)
         else:
@@ -124,10 +124,15 @@ def test_shards_untied_embeddings_and_bfloat16(tmp_path: Path) -> None:
 
 
 class OneAtATime(Mapping[str, Tensor]):
-    """Weights that are made when they are read; `most` is the most of their bytes that were held at once."""
+    """Weights that are made when they are read.
+
+    `most` is the largest number of bytes that were held at once.
+    """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights, self.held, self.most = weights, 0, 0
+        self.weights = weights
+        self.held = 0
+        self.most = 0
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.weights[name].clone()
@@ -150,7 +155,8 @@ def test_one_weight_is_held_at_a_time(tmp_path: Path, weights: dict[str, Tensor]
     lazy = OneAtATime(weights)
     export_fp32(lazy, tmp_path / "out")
     largest = sorted(tensor.nbytes for tensor in weights.values())[-2:]
-    assert lazy.most <= sum(largest)  # the next is read before the name of the last is bound to it
+    # The loop variable still holds a weight while the next one is read.
+    assert lazy.most <= sum(largest)
 
 
 def test_the_generation_config_of_the_tokenizer_folder_stays(
@@ -180,14 +186,15 @@ def test_the_model_card(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     assert (
         "| sparsity, the fraction of KV heads with the window: target, reached | 0.5, 0.5 |" in card
     )
-    # Keys and values of 32 numbers in fp32: 8 full heads with 2048 tokens, 8 sliding ones with 7; dense: 16 with 2048.
+    # Keys and values of 32 numbers in fp32: 8 full heads with 2048 tokens and 8 sliding heads with
+    # 7. The dense model has 16 heads with 2048 tokens.
     assert "| 2,048 | 4.014 MiB | 8 MiB | 50.2% |" in card
     assert f"![The allocation, layer by KV head]({drawn[0].name})" in card
     assert (tmp_path / "out" / drawn[0].name).read_bytes() == b"png"
 
 
 def broken(weights: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
-    """The weights with one tensor replaced, or missing for None."""
+    """The weights with one tensor replaced, or removed if it is None."""
     others = {key: weights[key] for key in weights if key != name}
     return others if tensor is None else others | {name: tensor}
 
@@ -300,7 +307,7 @@ def test_register_loads_without_trusting_the_folder(exported: Export, tmp_path: 
 
 
 def test_code_in_the_folder_is_not_run(exported: Export, tmp_path: Path) -> None:
-    """An exported folder that somebody else handed on may hold anything."""
+    """A folder from somebody else may contain anything."""
     folder = tmp_path / "hf"
     shutil.copytree(exported(HEAD_WISE), folder)
     mark = tmp_path / "was_run"
@@ -326,15 +333,19 @@ else:
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("abc", return_tensors="pt")
-generated = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False)
+generated = model.generate(
+    inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False
+)
 print(generated[0].tolist())
 """
 
 
-# transformers looks for a package named `kernels`, and in the root of the checkout finds the folder of that name.
+# transformers looks for a package named `kernels`. It finds the folder of that name in the root of
+# the checkout.
 CHECKOUT = """
 import importlib.util, pathlib
-assert pathlib.Path(importlib.util.find_spec("kernels").origin).parent == pathlib.Path.cwd() / "kernels"
+found = pathlib.Path(importlib.util.find_spec("kernels").origin)
+assert found.parent == pathlib.Path.cwd() / "kernels"
 """
 NO_MEGACONSA = """
 import sys
@@ -347,9 +358,12 @@ def test_loads_and_generates_in_a_process_of_its_own(
     exported: Export, tmp_path: Path, place: str
 ) -> None:
     folder = exported(HEAD_WISE)
-    before, where = (
-        (CHECKOUT, REPOSITORY) if place == "in the checkout" else (NO_MEGACONSA, tmp_path)
-    )
+    if place == "in the checkout":
+        before = CHECKOUT
+        where = REPOSITORY
+    else:
+        before = NO_MEGACONSA
+        where = tmp_path
     command = [sys.executable, "-c", before + LOAD, str(folder)]
     result = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -358,6 +372,5 @@ def test_loads_and_generates_in_a_process_of_its_own(
     ids = model.generate(
         inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=8, do_sample=False
     )
-    assert (
-        json.loads(result.stdout) == ids[0].tolist()
-    )  # and nothing else, such as a question to the user
+    # The output holds nothing else, such as a question to the user.
+    assert json.loads(result.stdout) == ids[0].tolist()

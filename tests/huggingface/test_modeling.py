@@ -1,4 +1,7 @@
-"""What the exported models compute, against stock Qwen3 with explicit masks; all exports are loaded from their folders."""
+"""What the exported models compute, compared with stock Qwen3 with explicit masks.
+
+All exports are loaded from their folders.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from megaconsa.huggingface.load import compare_logits, generate_line, load_expor
 
 from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits, stock
 
-TOLERANCE = 1e-5  # of the largest logit
+TOLERANCE = 1e-5  # relative to the largest logit
 Export = Callable[[Allocation], Path]
 
 
@@ -108,10 +111,8 @@ def test_search_and_sampling_equal_no_cache(
     exported: Export, allocation: Allocation, settings: dict[str, Any], cache: str | None
 ) -> None:
     model, _ = load_exported(exported(allocation))
-    tokens, settings = (
-        some_tokens(2, WINDOW - 2),
-        settings | {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW},
-    )
+    tokens = some_tokens(2, WINDOW - 2)
+    settings = settings | {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW}
     outcomes = []
     for use_cache, implementation in ((False, None), (True, cache)):
         torch.manual_seed(0)
@@ -125,7 +126,7 @@ def test_search_and_sampling_equal_no_cache(
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_continued_conversation_equals_one_pass(exported: Export, cache: str) -> None:
-    """Text, generation, more text, generation: the cache goes from call to call."""
+    """Text and generation take turns, and the cache is passed from call to call."""
     model, _ = load_exported(exported(HEAD_WISE))
     held = (
         DynamicCache()
@@ -139,11 +140,15 @@ def test_a_continued_conversation_equals_one_pass(exported: Export, cache: str) 
         fresh = model.generate(fresh, use_cache=False, **settings)
         assert torch.equal(heard, fresh)
         said = some_tokens(1, 3 + turn)
-        heard, fresh = torch.cat([heard, said], dim=1), torch.cat([fresh, said], dim=1)
+        heard = torch.cat([heard, said], dim=1)
+        fresh = torch.cat([fresh, said], dim=1)
 
 
 def test_compiled_equals_eager(exported: Export) -> None:
-    """Graphs may break in it (generate does not compile it by itself); what they compute may not change."""
+    """Compiling may not change what is computed.
+
+    The compiled graphs may break (generate does not compile the model by itself).
+    """
     model, _ = load_exported(exported(HEAD_WISE))
     tokens = some_tokens(2, 3 * WINDOW)
     with torch.no_grad():
@@ -155,7 +160,8 @@ def test_compiled_equals_eager(exported: Export) -> None:
 def test_left_padding_changes_nothing(exported: Export, attention: str) -> None:
     model, _ = load_exported(exported(HEAD_WISE))
     model.set_attn_implementation(attention)
-    short, long = some_tokens(1, 5), some_tokens(1, 2 * WINDOW + 1)
+    short = some_tokens(1, 5)
+    long = some_tokens(1, 2 * WINDOW + 1)
     padding = long.shape[1] - short.shape[1]
     batch = torch.cat([torch.nn.functional.pad(short, (padding, 0)), long])
     mask = torch.ones_like(batch)
@@ -168,7 +174,8 @@ def test_left_padding_changes_nothing(exported: Export, attention: str) -> None:
 
 def test_chunked_prefill_equals_one_pass(exported: Export) -> None:
     model, _ = load_exported(exported(HEAD_WISE))
-    tokens, cache = some_tokens(2, 3 * WINDOW), DynamicCache()
+    tokens = some_tokens(2, 3 * WINDOW)
+    cache = DynamicCache()
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
         parts = [
@@ -193,11 +200,10 @@ def test_sliding_heads_cache_only_the_window(exported: Export) -> None:
             if heads:
                 layer = next(held)
                 assert layer.keys.shape == layer.values.shape == (1, heads, tokens, MODEL.head_dim)
-                # The tensor may be a view; what it views must not be longer than the window and the newest token.
-                assert (
-                    layer.keys.untyped_storage().nbytes()
-                    <= heads * (tokens + 1) * MODEL.head_dim * 4
-                )
+                # The tensor may be a view. Its storage must not be longer than the window and the
+                # newest token.
+                held_bytes = layer.keys.untyped_storage().nbytes()
+                assert held_bytes <= heads * (tokens + 1) * MODEL.head_dim * 4
     assert next(held, None) is None
 
 

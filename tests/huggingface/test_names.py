@@ -1,3 +1,5 @@
+"""Names, shapes and settings of our model are those of transformers."""
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -1,5 +1,6 @@
-"""What a folder of another origin says, and what is refused because two readers would take it for
-different models.
+"""Reading a model folder of another origin.
+
+A folder is refused if two readers would take it for different models.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, removed: tuple[str, ...] = (), **fields: Any) -> Path:
-    """Changes fields of config.json; the rotary embedding's are all replaced where one of them is
-    given.
+    """Changes fields of config.json.
+
+    If one field of the rotary embedding is given, all of its fields are replaced.
     """
     file = folder / "config.json"
     removed += ROPE_FIELDS if fields.keys() & set(ROPE_FIELDS) else ()
@@ -72,8 +74,9 @@ def test_every_spelling_of_the_base_is_read(
     weights: dict[str, Tensor],
     fields: dict[str, Any],
 ) -> None:
-    """By the import and by what evaluates a folder, also where this release of transformers has
-    another spelling.
+    """The import and the evaluation of a folder both read the base.
+
+    They do so also where this release of transformers spells it differently.
     """
     change(folder, **fields)
     assert open_source(folder).shape == MODEL
@@ -187,7 +190,7 @@ def test_a_table_in_the_configuration_alone_is_read(
     weights: dict[str, Tensor],
     tmp_path: Path,
 ) -> None:
-    """As in a folder that transformers saved again, which leaves allocation.json behind."""
+    """transformers leaves allocation.json behind when it saves a folder again."""
     for allocation in (HEAD_WISE, LAYER_WISE):
         again = tmp_path / allocation.granularity
         load_exported(exported(allocation))[0].save_pretrained(again)
@@ -226,8 +229,9 @@ def test_tables_that_contradict_are_refused(
 
 
 def sharded(folder: Path, weights: dict[str, Tensor]) -> dict[str, str]:
-    """Puts the weights into two files with an index, whose map is returned, and removes the single
-    file.
+    """Splits the weights into two files with an index and removes the single file.
+
+    Returns the map of the index.
     """
     names = sorted(load_file(folder / WEIGHTS))
     files = {
@@ -251,7 +255,7 @@ def test_weights_that_are_there_twice_are_refused(folder: Path, weights: dict[st
     (folder / WEIGHTS).write_bytes(single)
     with pytest.raises(InputError, match=f"weights twice, {WEIGHTS} and the files of {INDEX}"):
         open_source(folder)
-    # An index that means the single file is none too many.
+    # An index that names the single file does not make the weights ambiguous.
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(files, WEIGHTS)}))
     assert open_source(folder).shape == MODEL
 

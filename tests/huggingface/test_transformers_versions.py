@@ -1,4 +1,7 @@
-"""The exports with the oldest and the newest transformers: this folder's tests, run with each installed aside."""
+"""The exports with the oldest and the newest transformers.
+
+The tests of this folder run with each release installed in a separate place.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def release(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """The environment of a process that has that release."""
+    """The environment of a process that uses that release."""
     aside = tmp_path_factory.mktemp("site")
     install = [
         sys.executable,
@@ -101,8 +104,12 @@ def test_what_another_release_saved_is_the_same_model_here(
     weights: dict[str, Tensor],
     tmp_path: Path,
 ) -> None:
-    """To what evaluates, to the import, and, if it brings its model file, to transformers alone."""
-    again, tokens = tmp_path / "again", torch.arange(3 * WINDOW)[None]
+    """The model is the same for the evaluation and for the import.
+
+    If the folder has its model file, it is also the same for transformers alone.
+    """
+    again = tmp_path / "again"
+    tokens = torch.arange(3 * WINDOW)[None]
     command = [sys.executable, "-c", SAVE_AGAIN, str(exported(allocation)), str(again)]
     subprocess.run(command, env=release, cwd=tmp_path, check=True)
     expected = masked_logits(weights, MODEL, allocation, tokens)

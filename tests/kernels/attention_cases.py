@@ -1,4 +1,7 @@
-"""Attention problems for the tests of kernels: how they are drawn, run and compared with the fp64 reference."""
+"""Attention problems for the kernel tests.
+
+This module draws them, runs them, and compares the results with the fp64 reference.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Case:
-    """A problem in plain values, so that a failure prints all that is needed to repeat it."""
+    """A problem in plain values. A failing test prints all that is needed to repeat it."""
 
     length: int
     windows: tuple[int, ...]
-    """One per KV head."""
+    """One window per KV head."""
     gate: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
-    """Per KV head, or per batch row and KV head."""
+    """One gate per KV head, or one per batch row and KV head."""
     documents: tuple[tuple[int, ...], ...] | None = None
     """The lengths of the documents of each batch row."""
     batch: int = 1
@@ -40,7 +43,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a problem. gate is (kv_heads,) or (B, kv_heads); upstream is the gradient of the output."""
+    """The tensors of a problem.
+
+    gate: (kv_heads,) or (B, kv_heads).
+    upstream: the gradient of the output.
+    """
 
     q: Tensor
     k: Tensor
@@ -52,7 +59,7 @@ class Inputs:
     scale: float
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """With q, k, v and upstream changed."""
+        """Returns the same inputs with q, k, v and upstream changed."""
         return replace(
             self,
             q=change(self.q),
@@ -68,7 +75,10 @@ class Inputs:
 
 
 def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
-    """Standard normal tensors, drawn on the CPU: the same values on every device."""
+    """Draws standard normal tensors.
+
+    They are drawn on the CPU, so that the values are the same on every device.
+    """
     generator = torch.Generator().manual_seed(case.seed)
     kv_heads = len(case.windows)
 
@@ -90,7 +100,10 @@ def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
 
 
 def document_ids(rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    """int32 (B, S) from the lengths of each row's documents; an id is the position at which its document starts."""
+    """Makes document ids from the lengths of the documents of each row.
+
+    The id of a document is the position where it starts. Returns int32 (B, S).
+    """
     ids = [
         [
             start
@@ -103,7 +116,10 @@ def document_ids(rows: tuple[tuple[int, ...], ...]) -> Tensor:
 
 
 def random_documents(length: int, batch: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
-    """Cuts at random positions, some side by side: about one document for 13 tokens."""
+    """Cuts each row at random positions, some of them adjacent.
+
+    There is about one document per 13 tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def row() -> tuple[int, ...]:
@@ -115,18 +131,18 @@ def random_documents(length: int, batch: int, seed: int = 0) -> tuple[tuple[int,
 
 
 def random_gate(batch: int, kv_heads: int, seed: int = 0) -> tuple[tuple[float, ...], ...]:
-    """As learning has them: hard concrete, a part of them at exactly 0 and at exactly 1."""
+    """Gates as in learning: hard concrete, some of them exactly 0 and some exactly 1."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        map(
-            tuple, (torch.rand(batch, kv_heads, generator=generator) * 2 - 0.5).clamp(0, 1).tolist()
-        )
-    )
+    gates = (torch.rand(batch, kv_heads, generator=generator) * 2 - 0.5).clamp(0, 1)
+    return tuple(map(tuple, gates.tolist()))
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every allocation is filled with NaN (integers: their largest value) before it is handed out."""
+    """Fills every new allocation with NaN, or with the largest value for integers.
+
+    A kernel that reads what it has not written then gives a wrong result.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(1).isnan()
@@ -138,7 +154,11 @@ def poisoned_memory() -> Iterator[None]:
 def run(
     attention: Attention, inputs: Inputs, needed: tuple[str, ...] = ("q", "k", "v", "gate")
 ) -> dict[str, Tensor]:
-    """The output and the gradients of the needed inputs: `out`, `q`, `k`, `v`, `gate`."""
+    """Runs a forward and a backward pass.
+
+    needed: the inputs that need a gradient.
+    Returns the output as `out`, and the gradients as `q`, `k`, `v` and `gate`.
+    """
     leaves = {
         name: x.detach().requires_grad_()
         for name in needed
@@ -163,9 +183,10 @@ def run(
 
 
 def errors(results: dict[str, Tensor], inputs: Inputs) -> dict[str, float]:
-    """||result - truth|| / (||truth|| + 0.1 ||upstream||) of the output and of each gradient.
+    """The error of the output and of each gradient.
 
-    The gradient of a gate at exactly 0 or 1 must be exactly 0, the derivative of the hard concrete's clamp.
+    It is ||result - truth|| / (||truth|| + 0.1 ||upstream||). The gradient of a gate that is
+    exactly 0 or 1 must be exactly 0. This is the derivative of the clamp of the hard concrete.
     """
     wide = inputs.double()
     truths = run(reference.attention, wide, tuple(name for name in results if name != "out"))
@@ -177,7 +198,8 @@ def errors(results: dict[str, Tensor], inputs: Inputs) -> dict[str, float]:
             assert inputs.gate is not None
             inside = (inputs.gate > 0) & (inputs.gate < 1)
             assert not result[~inside].any()
-            result, truth = result[inside], truth[inside]
+            result = result[inside]
+            truth = truth[inside]
         measured[name] = float(
             (result.double() - truth).norm() / (truth.norm() + 0.1 * wide.upstream.norm())
         )
@@ -185,7 +207,10 @@ def errors(results: dict[str, Tensor], inputs: Inputs) -> dict[str, float]:
 
 
 def check(attention: Attention, inputs: Inputs, tolerance: float) -> None:
-    """Output and gradients have the inputs' precision and lie within the tolerance of the truth."""
+    """Checks the output and the gradients.
+
+    They must have the precision of the inputs and be within the tolerance of the reference.
+    """
     results = run(attention, inputs)
     for name, result in results.items():
         assert result.dtype == (torch.float32 if name == "gate" else inputs.q.dtype)

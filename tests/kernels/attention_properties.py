@@ -1,4 +1,7 @@
-"""Properties that an attention kernel has on any device and in any precision, beside being near the truth."""
+"""Properties of an attention kernel on any device and in any precision.
+
+They hold in addition to being close to the reference.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from torch import Tensor
 
 
 def _inside_nan(x: Tensor, before: int) -> Tensor:
-    """x as a view into a buffer of NaN, which a read beyond its tokens, heads or columns would bring in."""
+    """Returns x as a view into a buffer of NaN.
+
+    A read beyond the tokens, heads or columns of x would bring in NaN.
+    """
     buffer = x.new_full([extent + 2 * before for extent in x.shape], float("nan"))
     return buffer[tuple(slice(before, before + extent) for extent in x.shape)].copy_(x)
 
@@ -23,11 +29,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "inside NaN, aligned": lambda x: _inside_nan(x, 8),
     "inside NaN, not aligned": lambda x: _inside_nan(x, 1),
 }
-"""The same values at other addresses."""
+"""The same values in other memory layouts."""
 
 
 def exactly_the_visible_keys_weigh(attention: Attention, inputs: Inputs) -> None:
-    """With the identity for values the output is the attention: key i - W + 1 weighs, key i - W does not, to the last bit.
+    """Checks that key i - W + 1 has weight and key i - W has exactly none.
+
+    The values are the identity matrix, so the output is the attention matrix.
 
     inputs: one sequence, one head, as many tokens as columns.
     """
@@ -48,12 +56,15 @@ def exactly_the_visible_keys_weigh(attention: Attention, inputs: Inputs) -> None
 
 
 def blocks_that_nobody_sees_are_not_read(attention: Attention, inputs: Inputs, tokens: int) -> None:
-    """NaN would spoil a product even if its weights were masked to 0: the first and the last tokens never meet.
+    """Checks that the first and the last tokens never meet in a product.
 
-    inputs: the two ends, of `tokens` each, lie further apart than a window and two tiles of any launch, or in other documents.
+    NaN would spoil a product even if its weights were masked to 0.
+
+    inputs: the two ends, of `tokens` tokens each, are further apart than a window and two tiles of
+        any launch, or are in different documents.
     """
     results = run(attention, inputs)
-    ends = slice(0, tokens), slice(-tokens, None)
+    ends = (slice(0, tokens), slice(-tokens, None))
     for spoiled, kept in (ends, ends[::-1]):
         broken = inputs.map(Tensor.clone)
         for x in (broken.q, broken.k, broken.v, broken.upstream):
@@ -64,13 +75,17 @@ def blocks_that_nobody_sees_are_not_read(attention: Attention, inputs: Inputs, t
 
 
 def other_rows_and_heads_change_nothing(attention: Attention, inputs: Inputs) -> None:
-    """inputs: two sequences, two KV heads; a gate is per sequence. Bitwise, the gate's gradient too."""
+    """Checks bitwise equality, also for the gradient of the gate.
+
+    inputs: two sequences and two KV heads. Gates are per sequence.
+    """
     broken = inputs.map(Tensor.clone)
     group = inputs.q.shape[2] // 2
     for x, heads in ((broken.q, group), (broken.k, 1), (broken.v, 1), (broken.upstream, group)):
         x[0, :, heads:] = float("nan")
         x[1] = float("inf")
-    results, others = run(attention, inputs), run(attention, broken)
+    results = run(attention, inputs)
+    others = run(attention, broken)
     for name, heads in (("out", group), ("q", group), ("k", 1), ("v", 1)):
         assert torch.equal(results[name][0, :, :heads], others[name][0, :, :heads])
     if inputs.gate is not None:
@@ -80,13 +95,16 @@ def other_rows_and_heads_change_nothing(attention: Attention, inputs: Inputs) ->
 def what_is_not_finite_stays_visible(
     attention: Attention, inputs: Inputs, name: str, value: float
 ) -> None:
-    """A broken step must not end in plausible numbers, though dq may be summed as integers, which cannot hold NaN."""
+    """Checks that a broken step does not give plausible numbers.
+
+    This could happen because dq may be summed as integers, which cannot hold NaN.
+    """
     token = inputs.q.shape[1] // 2
     broken = inputs.map(Tensor.clone)
-    # An infinite key must draw weight: one that repels is nobody's.
-    getattr(broken, name)[0, token, 0, 3] = (
-        value * broken.q[0, token, 0, 3].sign() if name == "k" else value
-    )
+    # An infinite key must get weight. With the other sign, no query would attend to it.
+    if name == "k":
+        value *= float(broken.q[0, token, 0, 3].sign())
+    getattr(broken, name)[0, token, 0, 3] = value
     results = run(attention, broken)
     for result in ("q",) if name == "upstream" else ("q", "out"):
         assert not results[result][0, token].isfinite().all(), result
@@ -95,7 +113,10 @@ def what_is_not_finite_stays_visible(
 def an_outlier_costs_the_others_nothing(
     attention: Attention, inputs: Inputs, key: float, value: float, tolerance: float
 ) -> None:
-    """The first token, a document of its own, gets far larger keys and values; the other tokens keep their precision."""
+    """Checks that the tokens beside an outlier keep their precision.
+
+    The first token is a document by itself and gets far larger keys and values.
+    """
     broken = inputs.map(Tensor.clone)
     broken.k[:, 0] *= key
     broken.v[:, 0] *= value
@@ -111,7 +132,10 @@ def an_outlier_costs_the_others_nothing(
 
 
 def uneven_upstream(inputs: Inputs, size: float) -> Inputs:
-    """Gradients of unlike size, a third of them zero: dq may be summed in units that depend on them."""
+    """Scales the upstream gradients to very different sizes, a third of them to zero.
+
+    dq may be summed in units that depend on these sizes.
+    """
     upstream = inputs.upstream * size
     upstream[:, ::3] *= 1e-6
     upstream[:, 1::3] = 0
@@ -119,7 +143,10 @@ def uneven_upstream(inputs: Inputs, size: float) -> Inputs:
 
 
 def binarised_gates_equal_the_allocated_table(attention: Attention, inputs: Inputs) -> None:
-    """Invariant 4: z of 0 or 1 over one window, and a window for each head. inputs: fp32, gate (kv_heads,) of zeros and ones."""
+    """Checks invariant 4: z of 0 or 1 with one window equals a window for each head.
+
+    inputs: fp32, with a gate (kv_heads,) of zeros and ones.
+    """
     assert inputs.gate is not None
     windows = tuple(
         FULL if z else window

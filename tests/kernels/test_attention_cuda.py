@@ -1,4 +1,4 @@
-"""Attention on a GPU, against the fp64 reference."""
+"""Attention on a GPU, compared with the fp64 reference."""
 
 from __future__ import annotations
 

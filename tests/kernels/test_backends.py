@@ -1,4 +1,4 @@
-"""Which backend serves a call, what `auto` says about it, and that the choice compiles."""
+"""Which backend serves a call, what `auto` logs about it, and that the choice compiles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _no_choice_is_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A GPU with FlashAttention, or without it; nothing is run on it."""
+    """Simulates a GPU with or without FlashAttention. Nothing runs on it."""
     missing = None if request.param else NOT_INSTALLED
     monkeypatch.setattr(flash_library, "missing", lambda device: missing)
     monkeypatch.setattr(flash_library, "served_head_dims", lambda device: (72, 128))
@@ -83,12 +83,14 @@ def test_auto_takes_the_fastest_that_serves(problem: Problem, name: str) -> None
         (
             False,
             GPU,
-            "takes triton: a window for each head in one pass, because flash needs the package flash-attn-4 on this GPU",
+            "takes triton: a window for each head in one pass, "
+            "because flash needs the package flash-attn-4 on this GPU",
         ),
         (
             True,
             replace(CPU, gated=True),
-            "takes sdpa: two calls for gated heads, because triton needs a CUDA GPU and flash needs a CUDA GPU",
+            "takes sdpa: two calls for gated heads, "
+            "because triton needs a CUDA GPU and flash needs a CUDA GPU",
         ),
     ],
     indirect=["library"],

@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient against fp64."""
+"""Cross-entropy and its gradient, compared with fp64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CASES = pytest.mark.parametrize(
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits far enough apart for exp to overflow without a maximum; a row in three is not labelled."""
+    """Draws logits and labels.
+
+    The logits are so far apart that exp overflows without subtracting a maximum. Every third row
+    has no label.
+    """
     generator = torch.Generator().manual_seed(rows * vocab)
     logits = (60 * torch.randn(rows, vocab, generator=generator)).to(dtype)
     labels = torch.randint(vocab, (rows,), generator=generator)
@@ -53,10 +57,14 @@ def check(functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tolerance:
 def check_parts(
     functions: tuple[Any, Any], logits: Tensor, labels: Tensor, tolerance: float, parts: int = 3
 ) -> None:
-    """Columns divided as over ranks, and what these tell each other joined here; what stands behind the last column is padding."""
+    """Divides the columns as over ranks and joins the partial results here.
+
+    Columns behind the last one of the vocabulary are padding.
+    """
     softmax_and_target, gradient_ = functions
     losses, gradient = truth(logits, labels)
-    vocab, labelled = logits.shape[1], labels != IGNORED
+    vocab = logits.shape[1]
+    labelled = labels != IGNORED
     width = -(-vocab // parts)
     padded = torch.nn.functional.pad(logits, (0, width * parts - vocab), value=1000.0)
     pieces = [piece.contiguous() for piece in padded.split(width, dim=1)]

@@ -1,8 +1,9 @@
 """Decoding token by token equals attention over the whole sequence.
 
-The plain version is compared in fp64, where a key too many does not hide; the Triton kernels in fp32 under the interpreter (its bf16
-product is wrong), at fewer positions, for it is slow. Every cache is filled with NaN beforehand: what lies in a slot that no token
-was written to must not be seen.
+The plain version is compared in fp64, where a key too many shows. The Triton kernels are compared
+in fp32, because the interpreter multiplies bf16 wrongly. They are compared at fewer positions,
+because the interpreter is slow.
+Every cache starts full of NaN, because slots that no token was written to must not be seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PRECISION = {"reference": (torch.float64, 1e-13), "triton": (torch.float32, 2e-6
 def draw(
     batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """q, k and v, large enough for attention to be uneven."""
+    """Draws q, k and v, large enough to make attention uneven."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, length, heads, dim) for heads in (kv_heads * group, kv_heads, kv_heads)]
     return tuple(
@@ -46,7 +47,7 @@ def whole(
     start: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The fp64 reference over the sequence; padding is a document of its own."""
+    """Computes the fp64 reference over the sequence. Padding is a separate document."""
     q, k, v = (x.double() for x in inputs)
     padding = None if start is None else (torch.arange(q.shape[1]) >= start[:, None]).int()
     return reference.attention(
@@ -74,7 +75,11 @@ def decoded(
     prompt: int = 1,
     scale: float | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """A prompt at once, then token by token; the output (B, 1, heads, D) at each of the positions, of which none lies inside it."""
+    """Appends a prompt at once, then token by token.
+
+    positions: where to yield outputs. None of them is inside the prompt.
+    Yields each position with its output (B, 1, heads, D).
+    """
     q, k, v = inputs
     positions = set(positions)
     stop = prompt
@@ -108,7 +113,10 @@ def check(outputs: Iterator[tuple[int, Tensor]], truth: Tensor, tolerance: float
 def test_every_position_equals_attention_over_the_sequence(
     window: int, group: int, dim: int
 ) -> None:
-    """Over three windows, beside a full head and one of another window."""
+    """The sequence spans three windows.
+
+    The other heads are one full head and one head with another window.
+    """
     windows = (window, FULL_WINDOW, 5)
     length = 3 * window + 2 if window < FULL_WINDOW else 70
     dtype, tolerance = PRECISION["reference"]
@@ -138,7 +146,10 @@ def test_every_position_equals_attention_over_the_sequence(
 def test_triton_equals_attention_over_the_sequence(
     windows: tuple[int, ...], group: int, dim: int
 ) -> None:
-    """At every position of short windows, and around the windows' multiples and the tiles' edges of long ones."""
+    """Compares every position for short windows.
+
+    Long windows are compared around their multiples and around the edges of the tiles.
+    """
     window = windows[0]
     length = 3 * window + 2 if window < FULL_WINDOW else 70
     edges = {
@@ -156,7 +167,7 @@ def test_triton_equals_attention_over_the_sequence(
 
 @both
 def test_many_pieces_of_uneven_heads_join(backend: str) -> None:
-    """A sequence that fills many tiles in some heads and less than one in others."""
+    """The sequence fills many tiles in some heads and less than one in others."""
     windows = (300, FULL_WINDOW, 7, 300, 641)
     dtype, tolerance = PRECISION[backend]
     inputs = draw(1, 700, 5, 2, 128, dtype)
@@ -167,7 +178,10 @@ def test_many_pieces_of_uneven_heads_join(backend: str) -> None:
 
 @interpreted
 def test_more_pieces_than_are_joined_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many programs as a GPU runs: every tile of keys is a piece of its own."""
+    """Uses as many programs as a GPU runs.
+
+    Every tile of keys then becomes a separate piece.
+    """
     monkeypatch.setattr(triton, "PROGRAMS_PER_PROCESSOR", 66)
     windows = (FULL_WINDOW, 7)
     dtype, tolerance = PRECISION["triton"]
@@ -179,7 +193,10 @@ def test_more_pieces_than_are_joined_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 @both
 @pytest.mark.parametrize("prompt", [1, 6, 7, 8, 20])
 def test_a_prompt_then_tokens(backend: str, prompt: int) -> None:
-    """The prompt shorter than, as long as and longer than a window, in a cache with room to spare."""
+    """The prompt is shorter than, as long as, and longer than a window.
+
+    The cache has room to spare.
+    """
     windows = (7, FULL_WINDOW)
     dtype, tolerance = PRECISION[backend]
     inputs = draw(2, 23, 2, 2, 16, dtype)
@@ -193,7 +210,11 @@ def test_a_prompt_then_tokens(backend: str, prompt: int) -> None:
 
 @both
 def test_padding_on_the_left_is_never_seen(backend: str) -> None:
-    """NaN in it neither; windows that reach into it, that just left it, and whole tiles of it."""
+    """Even NaN in the padding is never seen.
+
+    Covers windows that reach into the padding, windows that have just left it, and whole tiles of
+    padding.
+    """
     windows = (7, FULL_WINDOW, 64, 1)
     start = torch.tensor([0, 9, 70, 64], dtype=torch.int32)
     dtype, tolerance = PRECISION[backend]
@@ -221,7 +242,7 @@ def test_a_sequence_of_padding_gives_zeros(backend: str) -> None:
 
 @both
 def test_scale_and_strides_of_q(backend: str) -> None:
-    """q as a model has it: a view of (B, heads, T, D)."""
+    """q is a view of (B, heads, T, D), as it is in a model."""
     windows = (3, FULL_WINDOW)
     dtype, tolerance = PRECISION[backend]
     inputs = draw(2, 5, 2, 3, 16, dtype)
@@ -253,7 +274,10 @@ def test_triton_in_fp16() -> None:
 
 @st.composite
 def cases(draw_: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[int], int, int]:
-    """(batch, length, kv_heads, group, dim), windows, starts, prompt, room to spare."""
+    """Draws a problem.
+
+    Returns (batch, length, kv_heads, group, dim), windows, starts, prompt, room to spare.
+    """
     kv_heads = draw_(st.integers(1, 4))
     length = draw_(st.integers(1, 90))
     window = st.one_of(st.integers(1, 100), st.just(FULL_WINDOW))

@@ -1,4 +1,7 @@
-"""Decoding on a GPU, against fp64 attention of the newest token to a list of the keys that it sees."""
+"""Decoding on a GPU.
+
+The reference is fp64 attention of the newest token to a list of the keys that it sees.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ MIXED = (FULL_WINDOW, 1024, FULL_WINDOW, 1, 64, FULL_WINDOW, 1000, 1024)
 def draw(
     batch: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """q of the newest token; k and v of all."""
+    """Draws q of the newest token, and k and v of all tokens."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(batch, 1, kv_heads * group, dim), *[(batch, length, kv_heads, dim)] * 2]
     return tuple(
@@ -59,7 +62,7 @@ def poisoned(
 
 
 def check(out: Tensor, expected: Tensor) -> None:
-    """Over each sequence by itself: one that is wrong does not hide among many."""
+    """Checks each sequence separately, so that one wrong sequence does not hide among many."""
     error = (out.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     assert float(error.max()) <= TOLERANCE[out.dtype]
 
@@ -70,7 +73,10 @@ def check(out: Tensor, expected: Tensor) -> None:
     [(1, 1), (1, 63), (3, 65), (1, 1025), (16, 1000), (4, 8191), (1, 8192), (300, 33)],
 )
 def test_lengths_and_batches(dtype: torch.dtype, batch: int, length: int) -> None:
-    """Of the paper's shapes; the cache has room for more, and 300 sequences are more than there are programs at a time."""
+    """The head shapes are those of the paper.
+
+    The cache has room for more tokens. 300 sequences are more than the programs that run at a time.
+    """
     q, k, v = draw(batch, length, 8, 2, 128, dtype)
     cache = poisoned(k, MIXED, length + 100)
     cache.append(k[:, :-1], v[:, :-1])
@@ -94,7 +100,10 @@ def test_lengths_and_batches(dtype: torch.dtype, batch: int, length: int) -> Non
 def test_head_dims_and_groups(
     dtype: torch.dtype, dim: int, group: int, windows: tuple[int, ...]
 ) -> None:
-    """With padding on the left of NaN; one head alone is cut into as many pieces as the GPU runs programs."""
+    """The padding on the left is NaN.
+
+    A single head is cut into as many pieces as the GPU runs programs.
+    """
     q, k, v = draw(2, 5000, len(windows), group, dim, dtype)
     start = torch.tensor([0, 4900], dtype=torch.int32, device="cuda")
     for x in (k, v):
@@ -113,7 +122,10 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 
 def test_a_captured_graph_follows_the_length() -> None:
-    """One graph of append and attention, replayed over three windows and many more tiles than it was captured with."""
+    """One graph holds append and attention.
+
+    It is replayed over three windows, and over many more tiles than it was captured with.
+    """
     windows = (64, FULL_WINDOW, 7, FULL_WINDOW)
     q, k, v = draw(2, 700, 4, 2, 64, torch.float32)
     cache = poisoned(k, windows, 700)
@@ -154,7 +166,8 @@ def test_triton_equals_the_plain_version_on_the_gpu() -> None:
 
 
 def test_a_cache_of_more_than_two_to_the_31_elements() -> None:
-    batch, length = 20, 131_072
+    batch = 20
+    length = 131_072
     windows = (FULL_WINDOW,) * 7 + (1024,)
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")

@@ -1,7 +1,8 @@
-"""What the flash backend adds to FlashAttention: runs of heads, shared buffers, registered operators, gates.
+"""What the flash backend adds to FlashAttention.
 
-The packages run on GPUs only. In their place stands the textbook's forward and backward pass in torch, under the same signatures;
-test_flash_cuda.py runs the real ones.
+These are runs of heads, shared buffers, registered operators, and gates.
+The packages run on GPUs only. Here, a textbook forward and backward pass in torch replaces them,
+with the same signatures. test_flash_cuda.py runs the real ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megaconsa.kernels.attention.visibility import visible
 
 
 def log_weights(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:
-    """Scores (B, heads, S, S), minus infinity where a key is not visible."""
+    """Computes scores (B, heads, S, S), minus infinity where a key is not visible."""
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     mask = visible(q.shape[1], window or q.shape[1], None, q.device)
     return torch.einsum("bihd,bjhd->bhij", q, keys).mul(scale).masked_fill(~mask, float("-inf"))
@@ -50,7 +51,10 @@ def textbook_backward(
     window: int | None,
     scale: float,
 ) -> None:
-    """From the saved out and lse, as the packages do it, and with what they ask of the layout."""
+    """Computes the gradients from the saved out and lse, as the packages do.
+
+    It asserts the memory layout that the packages need.
+    """
     assert 0 not in dout.stride()
     assert lse.is_contiguous()
     group = q.shape[2] // k.shape[2]
@@ -98,9 +102,8 @@ def check_equals_reference(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_order_of_heads_equals_the_reference(data: st.DataObject) -> None:
-    shape = tuple(
-        data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 9), (1, 6), (1, 3), (1, 5))
-    )
+    bounds = ((1, 3), (1, 9), (1, 6), (1, 3), (1, 5))
+    shape = tuple(data.draw(st.integers(low, high)) for low, high in bounds)
     kinds = st.sampled_from([1, 3, 9, FULL_WINDOW])
     windows = data.draw(st.tuples(*[kinds] * shape[2]))
     check_equals_reference(shape, windows)  # type: ignore[arg-type]
@@ -131,7 +134,11 @@ def test_runs_are_as_long_as_they_can_be(
 
 
 def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy beside the library's own work: two calls a pass, each argument a view, of the caller's tensors where it has them."""
+    """The backend makes no copies beside the work of the library.
+
+    Each pass makes two calls. Each argument is a view, of the caller's tensors where the caller has
+    them.
+    """
     q, k, v = draw(2, 8, 4, 2, 4)
     storages: dict[str, list[list[int]]] = {"forward": [], "backward": []}
 
@@ -157,7 +164,7 @@ def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.Monkey
 
 
 def test_operators_are_registered_rightly() -> None:
-    """Schema, fake implementation, autograd and tracing, by torch's own checks."""
+    """torch's own checks cover schema, fake implementation, autograd and tracing."""
     q, k, v = draw(2, 7, 3, 2, 4)
     windows = [3, FULL_WINDOW, 3]
     torch.library.opcheck(torch.ops.megaconsa.flash_attention.default, (q, k, v, windows, 0.5))
@@ -191,7 +198,7 @@ def test_compiles_and_recomputes_to_the_same(gated: bool) -> None:
 
 
 def test_a_broadcast_gradient_is_understood() -> None:
-    """That of a sum has strides of 0, which the packages do not take."""
+    """The gradient of a sum has strides of 0, which the packages do not accept."""
     leaves = draw(1, 6, 2, 1, 4)
     results = []
     for attention in (flash.attention, reference.attention):

@@ -1,4 +1,4 @@
-"""The KV cache: what it holds after every append, what it weighs, what it refuses."""
+"""The KV cache: what it holds after every append, its size in bytes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ WINDOWS = (5, FULL_WINDOW, 1, 5, CAPACITY, 8)
 
 
 def numbered(tokens: int, batch: int = 2, dim: int = 3) -> tuple[Tensor, Tensor]:
-    """Keys that say which (sequence, token, head) they belong to; values are their negatives."""
+    """Keys whose value encodes their (sequence, token, head).
+
+    The values are the negatives of the keys.
+    """
     b, t, h = torch.meshgrid(
         torch.arange(batch), torch.arange(tokens), torch.arange(len(WINDOWS)), indexing="ij"
     )
@@ -40,14 +43,19 @@ def empty(**changes: object) -> KVCache:
     "chunks", [[1] * CAPACITY, [CAPACITY], [7, 1, 1, 11], [4, 16], [2, 5, 1, 9, 3]], ids=str
 )
 def test_every_head_holds_its_window(chunks: list[int]) -> None:
-    """However the tokens came: token j in slot j modulo the slots, the newest min(W, capacity) tokens and no other."""
+    """The content does not depend on how the tokens were split into appends.
+
+    Token j is in slot j modulo the number of slots. A head holds the newest min(W, capacity) tokens
+    and no other.
+    """
     cache = empty()
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
     keys, values = numbered(CAPACITY)
     stop = 0
     for tokens in chunks:
-        start, stop = stop, stop + tokens
+        start = stop
+        stop = stop + tokens
         cache.append(keys[:, start:stop], values[:, start:stop])
         assert cache.length == int(cache.position) == stop
         for group in cache.groups:
@@ -77,7 +85,10 @@ def test_bytes_are_those_of_the_formula(dtype: torch.dtype) -> None:
 
 
 def test_bytes_against_a_dense_cache() -> None:
-    """Half of the heads windowed: half the memory and the windows, which is what the hybrid is for."""
+    """Half of the heads are windowed.
+
+    The cache then takes half of the memory plus the windows. This is the purpose of the hybrid.
+    """
     shape = {
         "batch": 1,
         "capacity": 32_768,
@@ -94,7 +105,7 @@ def test_the_length_can_be_read_back_from_the_device() -> None:
     cache = empty()
     keys, values = numbered(3)
     cache.append(keys, values)
-    cache.position += 2  # what two replays of a CUDA graph leave
+    cache.position += 2  # as after two replays of a CUDA graph
     assert cache.length == 3
     assert cache.refresh_length() == cache.length == 5
 
@@ -134,7 +145,7 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             cache.append(k, v)
-    # As bits: a slot that no token has filled yet may hold anything, NaN too.
+    # Compare bits, because a slot that no token has filled may hold anything, also NaN.
     assert torch.equal(cache.keys.view(torch.int32), before.view(torch.int32))
     assert cache.length == int(cache.position) == 18
     with torch.no_grad():

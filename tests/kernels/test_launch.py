@@ -1,4 +1,7 @@
-"""Launch configurations: the packaged file, the user's file over it, the lookup, and how new ones are found."""
+"""Launch configurations.
+
+These tests cover the packaged file, the user's file that overrides it, the lookup, and tuning.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ from megaconsa.kernels.attention.launch import (
     shape_key,
     to_text,
 )
-from megaconsa.kernels.attention.triton.operators import DTYPES, HEAD_DIMS, attention
+from megaconsa.kernels.attention.triton.operators import attention
+from megaconsa.kernels.limits import DTYPES, HEAD_DIMS
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here"
@@ -47,7 +51,10 @@ PACKAGED = [
 
 @pytest.fixture
 def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Path]]:
-    """Writes the file that the environment names: text as it is, anything else as JSON."""
+    """Writes the file that the environment variable names.
+
+    Text is written unchanged. Anything else is written as JSON.
+    """
     path = tmp_path / "launch.json"
     monkeypatch.setenv("MEGACONSA_LAUNCH_FILE", str(path))
     launch.launches.cache_clear()
@@ -112,27 +119,20 @@ def test_the_users_entries_win(user_file: Callable[[Any], Path]) -> None:
     user_file(
         {"sm90": {"forward": {"fp32/64": ENTRY}}, "sm89": {"backward": {"16-bit/128/gated": ENTRY}}}
     )
-    table, own = launch.launches(), packaged()
+    table = launch.launches()
+    own = packaged()
     mine = Launch(**ENTRY)
     for gated in (False, True):
         assert find(table, (9, 0), "forward", torch.float32, 64, gated=gated) == mine
-        assert (
-            find(table, (9, 0), "forward", torch.float32, 16, gated=gated)
-            == own["sm90"]["forward"]["fp32/16"]
-        )
-        assert (
-            find(table, (8, 6), "forward", torch.float32, 64, gated=gated)
-            == own["default"]["forward"]["fp32/64"]
-        )
+        other_shape = find(table, (9, 0), "forward", torch.float32, 16, gated=gated)
+        assert other_shape == own["sm90"]["forward"]["fp32/16"]
+        other_device = find(table, (8, 6), "forward", torch.float32, 64, gated=gated)
+        assert other_device == own["default"]["forward"]["fp32/64"]
     assert find(table, (8, 9), "backward", torch.float16, 96, gated=True) == mine
-    assert (
-        find(table, (8, 9), "backward", torch.float16, 96, gated=False)
-        == own["default"]["backward"]["16-bit/128"]
-    )
-    assert (
-        find(table, (8, 9), "forward", torch.float16, 96, gated=True)
-        == own["default"]["forward"]["16-bit/128"]
-    )
+    ungated = find(table, (8, 9), "backward", torch.float16, 96, gated=False)
+    assert ungated == own["default"]["backward"]["16-bit/128"]
+    other_step = find(table, (8, 9), "forward", torch.float16, 96, gated=True)
+    assert other_step == own["default"]["forward"]["16-bit/128"]
 
 
 def test_without_a_file_the_packaged_launches_hold(
@@ -198,20 +198,27 @@ def test_missing_file_is_refused(user_file: Callable[[Any], Path]) -> None:
         launch.launches()
 
 
+def distinct_launches() -> list[tuple[Launch, Launch, int]]:
+    """The distinct triples of forward launch, backward launch and head dimension."""
+    table = packaged()
+    found = set()
+    for capability in CAPABILITIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for head_dim in (16, 64):
+                forward, backward = (
+                    find(table, capability, step, dtype, head_dim, gated=True) for step in STEPS
+                )
+                found.add((forward, backward, head_dim))
+    return sorted(found)
+
+
 @interpreted
-@pytest.mark.parametrize(
-    ("forward", "backward", "head_dim"),
-    sorted({
-        (found[0], found[1], head_dim)
-        for capability in CAPABILITIES
-        for dtype in (torch.float32, torch.bfloat16)
-        for head_dim in (16, 64)
-        if (found := [find(packaged(), capability, step, dtype, head_dim, gated=True) for step in STEPS])
-    }),
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("forward", "backward", "head_dim"), distinct_launches(), ids=str)
 def test_packaged_tiles_are_right(forward: Launch, backward: Launch, head_dim: int) -> None:
-    """In fp32 whatever their precision: the interpreter's product of bf16 is wrong. Its tiles are the same."""
+    """Runs in fp32 whatever the precision of the launch is.
+
+    The interpreter multiplies bf16 wrongly. The tiles are the same.
+    """
     with forced(forward=forward, backward=backward):
         check(attention, draw(Case(150, (40, FULL), (0.4, 0.8), ((149, 1),), dim=head_dim)), 1e-5)
         check(attention, draw(Case(131, (FULL,), dim=head_dim)), 1e-5)
@@ -222,13 +229,14 @@ SMALL = Shape(1, 40, 2, 2, 16, 6, torch.float32, torch.device("cpu"))
 
 @interpreted
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, where the kernels are real and only the device's name, its clock and its limits are given."""
-    slow, fast, wrong, large = (
-        Launch(32, 32, 4, 1),
-        Launch(16, 32, 4, 1),
-        Launch(16, 16, 4, 1),
-        Launch(64, 64, 4, 1),
-    )
+    """Runs on a CPU with real kernels.
+
+    Only the name of the device, its clock and its limits are simulated.
+    """
+    slow = Launch(32, 32, 4, 1)
+    fast = Launch(16, 32, 4, 1)
+    wrong = Launch(16, 16, 4, 1)
+    large = Launch(64, 64, 4, 1)
     inside: list[Launch] = []
 
     def stopwatch(run: Callable[[], Any], return_mode: str) -> float:
@@ -242,11 +250,9 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
         if launch._forced["forward"] == large:
             raise triton.OutOfResources(2, 1, "shared memory")
         measured = real(results, expected, inputs)
-        return (
-            dict.fromkeys(measured, float("nan"))
-            if launch._forced["forward"] == wrong
-            else measured
-        )
+        if launch._forced["forward"] == wrong:
+            return dict.fromkeys(measured, float("nan"))
+        return measured
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "do_bench", stopwatch)
@@ -282,7 +288,10 @@ def test_fixed_launches_are_not_tuned(monkeypatch: pytest.MonkeyPatch, head_dim:
 def bench(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs `megaconsa bench-attention --tune ...` in this process: exit code, stdout, stderr."""
+    """Runs `megaconsa bench-attention --tune ...` in this process.
+
+    Returns exit code, stdout, stderr.
+    """
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["megaconsa", "bench-attention", "--tune", *arguments])

@@ -1,4 +1,4 @@
-"""Rotation of heads against complex numbers in fp64, forward and backward."""
+"""Rotation of heads, forward and backward, compared with complex numbers in fp64."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_triton_interpreted(heads: int, dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(heads: int, dim: int, dtype: torch.dtype) -> None:
     x, cos, sin = draw(heads, dim, dtype, "cuda")
-    # Not contiguous, as after a transposition.
+    # Not contiguous, as after a transpose.
     leaf = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     out = rotary.rotate(leaf, cos, sin)
     assert close(out.detach(), truth(x, cos, sin))

@@ -1,7 +1,8 @@
-"""The kernels while another process uses the same GPU, which then switches between the two in the middle of kernels.
+"""The kernels while another process uses the same GPU.
 
-Results do not depend on the order of anything, so every repetition must have the same bits. A barrier whose memory was used for a
-tile gave NaN in a third of the gated forward passes.
+The GPU then switches between the two processes in the middle of kernels. Results do not depend on
+the order of anything, so every repetition must have the same bits.
+A barrier that shared its memory with a tile gave NaN in a third of the gated forward passes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.attention.triton.operators import backward, document_bounds, forward
+from megaconsa.kernels.attention.triton.backward_operator import backward
+from megaconsa.kernels.attention.triton.forward_operator import forward
+from megaconsa.kernels.attention.triton.operators import document_bounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +25,11 @@ pytestmark = [
 ]
 
 REPETITIONS = 300
-BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 16, 4096, 16, 8, 64
+BATCH = 16
+LENGTH = 4096
+HEADS = 16
+KV_HEADS = 8
+HEAD_DIM = 64
 SCALE = HEAD_DIM**-0.5
 
 
@@ -39,7 +46,8 @@ def keep_busy(started: Event, stop: Event) -> None:
 @pytest.fixture(scope="module")
 def _shared_gpu() -> Iterator[None]:
     context = get_context("spawn")
-    started, stop = context.Event(), context.Event()
+    started = context.Event()
+    stop = context.Event()
     other = context.Process(target=keep_busy, args=(started, stop), daemon=True)
     other.start()
     assert started.wait(120)
@@ -69,7 +77,8 @@ def test_every_repetition_has_the_same_bits(gated: bool) -> None:
 
     first = passes()
     differs = torch.zeros((), dtype=torch.bool, device="cuda")
-    # Nothing waits in this loop: the GPU must have work of both processes all the time, or it never interrupts a kernel.
+    # Nothing in this loop waits for the GPU. The GPU must always have work of both processes, or it
+    # never interrupts a kernel.
     for _ in range(REPETITIONS):
         for result, expected in zip(passes(), first, strict=True):
             differs |= (bits(result) != bits(expected)).any()
@@ -77,5 +86,9 @@ def test_every_repetition_has_the_same_bits(gated: bool) -> None:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The difference that a gated forward pass saves holds integers, some of which would be NaN."""
+    """Returns x as bytes.
+
+    The difference that a gated forward pass saves holds integers. Some of them would be NaN as
+    floats.
+    """
     return x.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Budgets give the lowest sparsity that keeps them, by the costs of real tables."""
+"""A budget gives the lowest sparsity that meets it. The costs are those of real tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ units = st.sampled_from([HEADS, ALL_HEADS, LAYERS, WITH_FLOOR])
 
 
 def cost(quantity: Quantity, model: ModelConfig, table: Allocation, context: int) -> Fraction:
-    """What a finished table costs, counted head by head where it is attention."""
+    """Computes the cost of a finished table. Attention is counted head by head."""
     if quantity == "attention_share":
         pairs = 0
         dense = 0
@@ -49,7 +49,7 @@ def table_of(constraint: Constraint, window: int) -> Allocation:
 
 @st.composite
 def limits(draw: st.DrawFn) -> tuple[Budget, int]:
-    """A budget and a window; many are beyond what can be kept."""
+    """Draws a budget and a window. Many of the budgets cannot be met."""
     quantity = draw(st.sampled_from(QUANTITIES))
     limit = draw(st.decimals("0.001", "1", places=4).map(float))
     if quantity == "cache_bytes":
@@ -62,7 +62,7 @@ def limits(draw: st.DrawFn) -> tuple[Budget, int]:
 @properties
 @given(limits(), units)
 def test_the_lowest_sparsity_is_taken(case: tuple[Budget, int], constraint: Constraint) -> None:
-    """It keeps the budget, and one windowed unit less in each constraint would not."""
+    """It meets the budget. One windowed unit less in each constraint would not."""
     budget, window = case
     try:
         sparsity = budget.lowest_sparsity(MODEL, window, constraint)
@@ -97,7 +97,7 @@ def test_only_what_nothing_keeps_is_refused(
 
 @pytest.mark.parametrize("quantity", ["cache_bytes", "cache_share"])
 def test_a_limit_that_is_met_exactly(quantity: Quantity) -> None:
-    """A window of 1 caches nothing, so that every cost is a short decimal."""
+    """A window of 1 caches nothing, so every cost is a short decimal."""
     for windowed in range(9):
         constraint = replace(HEADS, sparsity=windowed / 8)
         limit = float(cost(quantity, MODEL, table_of(constraint, 1), 125))
@@ -108,14 +108,14 @@ def test_a_limit_that_is_met_exactly(quantity: Quantity) -> None:
 @pytest.mark.parametrize(
     ("quantity", "limit", "constraint", "sparsity"),
     [
-        # A windowed head keeps 1023 of 131,072 tokens: 0.0078 of a full one.
+        # A windowed head keeps 1023 of 131,072 tokens: 0.0078 of a full head.
         ("cache_share", 0.35, ALL_HEADS, 147 / 224),
         ("cache_share", 0.35, HEADS, 0.75),
         ("cache_share", 0.35, LAYERS, 19 / 28),
         ("cache_share", 1.0, HEADS, 0.0),
         ("cache_bytes", 112 * 1024, HEADS, 0.0),
         ("cache_bytes", 57_344, HEADS, 0.625),
-        # At W = 1024 a windowed head sees 0.0156 of a full one's pairs.
+        # At W = 1024 a windowed head sees 0.0156 of the pairs that a full head sees.
         ("attention_share", 0.5, HEADS, 0.625),
         ("attention_share", 0.51, HEADS, 0.5),
     ],

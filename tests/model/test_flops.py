@@ -1,4 +1,7 @@
-"""FLOPs, parameters and KV cache against brute force, the figures of facts/gpu.md and published sizes."""
+"""FLOPs, parameters and KV cache.
+
+They are compared with brute force, with the figures of facts/gpu.md, and with published sizes.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,15 @@ def test_attention_pairs_sum_over_documents() -> None:
     expected = sum(visible_pairs(int(length), 300) for length in lengths)
     assert attention_pairs(lengths, 300) == attention_pairs(iter(lengths.tolist()), 300) == expected
     assert attention_pairs([], 4) == 0
-    # Beyond 32 bits, from 32-bit lengths.
+    # The result exceeds 32 bits, although the lengths are 32-bit integers.
     assert attention_pairs(np.array([131_072], np.int32), 2**31 - 1) == 131_072 * 131_073 // 2
 
 
 def test_training_flops_count_every_product() -> None:
-    """Against the products one by one: 2 forward and 4 backward for each multiplication that takes part."""
+    """Counts the products one by one.
+
+    Each multiplication costs 2 FLOPs in the forward pass and 4 in the backward pass.
+    """
     allocation = Allocation(4, ((True, False), (False, False), (True, True)))
     lengths = [5, 1, 10]
     weights = sum(
@@ -56,7 +62,7 @@ def test_training_flops_count_every_product() -> None:
         for name, weight in Qwen3(SMALL, allocation).named_parameters()
         if weight.dim() == 2
     )
-    multiplications = weights * sum(lengths)  # the tied embedding stands for the head here
+    multiplications = weights * sum(lengths)  # the tied embedding counts as the head here
     for layer in range(3):
         for query_head in range(4):
             window = allocation.windows(layer)[query_head // 2]
@@ -65,7 +71,7 @@ def test_training_flops_count_every_product() -> None:
 
 
 def test_forward_flops_of_each_layer() -> None:
-    """Blocks one by one, then the head; their weights from the model itself."""
+    """Blocks come one by one, then the head. The weights are those of the model itself."""
     allocation = Allocation(4, ((True, False), (False, False), (True, True)))
     lengths = [5, 1, 10]
     block = sum(
@@ -95,7 +101,7 @@ def test_dense_table_equals_none_and_a_long_window_is_full() -> None:
 
 @pytest.mark.parametrize(("preset", "total"), [("qwen3-0.6b", 6.40e9), ("qwen3-1.7b", 13.1e9)])
 def test_flops_per_token_are_those_of_the_facts(preset: str, total: float) -> None:
-    """facts/gpu.md; its 6.40 G counts the norms' weights too, 0.01 % of all."""
+    """facts/gpu.md counts the weights of the norms in its 6.40 G. They are 0.01 % of the total."""
     model = PRESETS[preset]
     per_token = training_flops(model, None, 8192, [8192]) / 8192
     assert per_token == pytest.approx(total, rel=4e-3)
@@ -103,10 +109,12 @@ def test_flops_per_token_are_those_of_the_facts(preset: str, total: float) -> No
 
 
 def test_saving_of_half_the_heads() -> None:
-    """0.441 of the FLOPs is attention, half of it windowed, and a window of 1024 sees 0.234 of the pairs at 8192."""
-    saved = 1 - training_flops(LARGE, head_share(28, 8, 1024, 0.5), 8192, [8192]) / training_flops(
-        LARGE, None, 8192, [8192]
-    )
+    """Attention takes 0.441 of the FLOPs, and half of it is windowed.
+
+    A window of 1024 sees 0.234 of the pairs at 8192 tokens.
+    """
+    windowed = training_flops(LARGE, head_share(28, 8, 1024, 0.5), 8192, [8192])
+    saved = 1 - windowed / training_flops(LARGE, None, 8192, [8192])
     assert saved == pytest.approx(0.4408 * 0.5 * (1 - 0.2343), rel=1e-3)
 
 
@@ -122,7 +130,7 @@ def test_saving_of_half_the_heads() -> None:
     ],
 )
 def test_parameters_of_the_presets(preset: str, total: int) -> None:
-    """The sizes of the published checkpoints."""
+    """The totals are those of the published checkpoints."""
     assert parameter_count(PRESETS[preset]).total == total
 
 

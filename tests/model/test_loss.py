@@ -1,4 +1,4 @@
-"""The summed cross-entropy against its definition."""
+"""The summed cross-entropy, compared with its definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megaconsa.model.loss import IGNORED, summed_cross_entropy
 
 
 def test_loss_and_gradients_equal_the_definition() -> None:
-    """Labelled positions alone count; the sum, not the mean."""
+    """Only labelled positions count. The loss is their sum, not their mean."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64).float().requires_grad_()
     weight = torch.randn(11, 8, generator=generator, dtype=torch.float64).float().requires_grad_()
@@ -22,11 +22,8 @@ def test_loss_and_gradients_equal_the_definition() -> None:
     for row in range(2):
         for position in range(5):
             if (label := int(labels[row, position])) != IGNORED:
-                expected = (
-                    expected
-                    + logits[row, position].exp().sum().log()
-                    - logits[row, position, label]
-                )
+                row_logits = logits[row, position]
+                expected = expected + row_logits.exp().sum().log() - row_logits[label]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for result, truth in zip(
@@ -35,9 +32,9 @@ def test_loss_and_gradients_equal_the_definition() -> None:
         strict=True,
     ):
         torch.testing.assert_close(result, truth.float(), rtol=1e-5, atol=1e-6)
-    assert not torch.autograd.grad(summed_cross_entropy(hidden, weight, labels), hidden)[0][
-        labels == IGNORED
-    ].any()
+    loss = summed_cross_entropy(hidden, weight, labels)
+    (hidden_gradient,) = torch.autograd.grad(loss, hidden)
+    assert not hidden_gradient[labels == IGNORED].any()
 
 
 def test_without_labels_there_is_no_loss() -> None:
@@ -48,11 +45,9 @@ def test_without_labels_there_is_no_loss() -> None:
 
 
 def test_statistics_are_fp32_for_bf16_weights() -> None:
-    """Of 4096 equal logits the loss is log 4096, which bf16 would round to 8.3125."""
-    hidden, weight = (
-        torch.ones(1, 1, 8, dtype=torch.bfloat16),
-        torch.ones(4096, 8, dtype=torch.bfloat16),
-    )
+    """The loss of 4096 equal logits is log 4096, which bf16 would round to 8.3125."""
+    hidden = torch.ones(1, 1, 8, dtype=torch.bfloat16)
+    weight = torch.ones(4096, 8, dtype=torch.bfloat16)
     loss = summed_cross_entropy(hidden, weight, torch.zeros(1, 1, dtype=torch.long))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(8.317766, rel=1e-6)

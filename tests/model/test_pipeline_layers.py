@@ -1,4 +1,7 @@
-"""The pipeline's layers against the whole model, without an engine: names, loss and gradients."""
+"""The layers of the pipeline, compared with the whole model, without an engine.
+
+The tests compare names, loss and gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.loss import IGNORED, summed_cross_entropy
 from megaconsa.model.qwen3 import Qwen3
-from megaconsa.parallel.pipeline import canonical_name, layer_index, layer_specs, normalizer
+from megaconsa.parallel.pipeline import canonical_name, layer_index, normalizer
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.tensor import TensorParallel
 
@@ -29,13 +32,19 @@ tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untie
 def build_layers(
     shape: ModelConfig, separate: bool = True
 ) -> tuple[nn.Module, list[Callable[[Any], Any]]]:
-    """Modules named and called as DeepSpeed's PipelineModule does: by index, and one for all specs of a tied key.
+    """Builds and calls the layers as DeepSpeed's PipelineModule does.
 
-    For one process, which reorders heads too: full ones first.
+    Modules are named by index. All specs of a tied key share one module. The layers are those for
+    one process, which also puts full heads first.
+
+    Returns the module that holds the layers, and the functions to call in order.
     """
     from deepspeed.pipe import TiedLayerSpec
 
-    module, functions = nn.Module(), []
+    from megaconsa.parallel.deepspeed.pipeline_modules import layer_specs
+
+    module = nn.Module()
+    functions = []
     module.tied_modules = nn.ModuleDict()
     for index, spec in enumerate(
         layer_specs(Sharding(shape, TABLE), TensorParallel(), TABLE, "auto", separate)
@@ -53,7 +62,7 @@ def build_layers(
 
 @tied_or_not
 def test_canonical_names_are_those_of_the_whole_model(tied: bool) -> None:
-    """Also beyond nine layers."""
+    """Covers models of more than nine layers."""
     shape = replace(SHAPE, tie_word_embeddings=tied)
     module, _ = build_layers(shape)
     names = {
@@ -70,13 +79,14 @@ def test_canonical_names_are_those_of_the_whole_model(tied: bool) -> None:
 @pytest.mark.parametrize("separate", [True, False])
 @tied_or_not
 def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) -> None:
-    """A tied embedding gets its gradient from both of its uses."""
+    """A tied embedding gets gradients from both of its uses."""
     shape = replace(SHAPE, tie_word_embeddings=tied)
     generator = torch.Generator().manual_seed(2)
     tokens, labels = torch.randint(61, (2, 2, 16), generator=generator)
     labels[0, 3] = labels[1, 9:] = IGNORED
     documents = torch.tensor([[0] * 6 + [6] * 10, [0] * 16], dtype=torch.int32)
-    sequences, labelled = torch.tensor([5, 2]), int((labels != IGNORED).sum())
+    sequences = torch.tensor([5, 2])
+    labelled = int((labels != IGNORED).sum())
 
     module, functions = build_layers(shape, separate)
     whole = Qwen3(shape, TABLE, separate=separate)
@@ -100,11 +110,8 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
     whole.model.norm.register_forward_hook(lambda _module, _arguments, output: final.append(output))
     logits = whole(tokens, documents, sequences)
     chosen = labels != IGNORED
-    expected = (
-        torch.nn.functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
-        * 4
-        / (3 * labelled)
-    )
+    summed = torch.nn.functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
+    expected = summed * 4 / (3 * labelled)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     direct = summed_cross_entropy(final[0], whole.lm_head.weight, labels)
     assert direct.item() * 4 / (3 * labelled) == pytest.approx(expected.item(), rel=1e-6)
@@ -122,7 +129,10 @@ def test_loss_and_gradients_equal_the_whole_model(tied: bool, separate: bool) ->
 
 
 def test_normalizer_carries_both_counts_as_integers() -> None:
-    """A stage receives nothing but integers beside the hidden states; a global batch may hold more tokens than fp32 can count."""
+    """A stage receives only integers beside the hidden states.
+
+    A global batch may hold more tokens than fp32 can count.
+    """
     both = normalizer(2**24 + 1, 512)
     assert both.dtype == torch.int64
     assert both.tolist() == [16_777_217, 512]

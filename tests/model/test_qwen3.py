@@ -1,4 +1,7 @@
-"""The model against transformers' Qwen3, and what gates and packed documents must not change."""
+"""The model, compared with the Qwen3 of transformers.
+
+Also tests what gates and packed documents must not change.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.head_pattern import HeadSelector
 from megaconsa.consa.sampled_gates import SampledGates
 from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
-from megaconsa.model.attention import HeadSelector
 from megaconsa.model.config import PRESETS, ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import Qwen3
@@ -29,7 +32,10 @@ TOKENS = torch.randint(SHAPE.vocab_size, (2, 32), generator=torch.Generator().ma
 
 
 def weights_of(shape: ModelConfig) -> dict[str, Tensor]:
-    """Far from their initial values: attention so uneven that one key too many or too few shows, norms that scale unevenly."""
+    """Weights far from their initial values.
+
+    Attention is so uneven that one key too many or too few shows, and norms scale unevenly.
+    """
     generator = torch.Generator().manual_seed(7)
     noise = {
         name: torch.randn(size, generator=generator)
@@ -60,7 +66,7 @@ def transformers_logits(shape: ModelConfig, tokens: Tensor, **fields: Any) -> Te
 
 
 def difference(logits: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest logit."""
+    """The largest difference, divided by the largest logit."""
     return float((logits.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
@@ -119,7 +125,10 @@ def test_names_shapes_and_order_are_the_canonical_ones(preset: str) -> None:
 
 
 def packed(*lengths: int) -> tuple[Tensor, list[slice]]:
-    """`documents` of two equal sequences, and where each document lies."""
+    """Packs documents of the given lengths into two equal sequences.
+
+    Returns `documents`, and the slice of each document.
+    """
     starts = [sum(lengths[:count]) for count in range(len(lengths))]
     row = [start for start, length in zip(starts, lengths, strict=True) for _ in range(length)]
     parts = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -129,8 +138,10 @@ def packed(*lengths: int) -> tuple[Tensor, list[slice]]:
 @pytest.mark.parametrize("heads", [DENSE, MIXED], ids=["dense", "mixed"])
 def test_a_packed_document_has_the_logits_it_has_alone(heads: Allocation) -> None:
     documents, parts = packed(9, 1, 14, 8)
-    separate, joined = build(SHAPE, heads), build(SHAPE, heads, separate=False)
-    logits, mingled = separate(TOKENS, documents), joined(TOKENS, documents)
+    separate = build(SHAPE, heads)
+    joined = build(SHAPE, heads, separate=False)
+    logits = separate(TOKENS, documents)
+    mingled = joined(TOKENS, documents)
     for part in parts:
         alone = separate(TOKENS[:, part])
         assert difference(logits[:, part], alone) < 1e-5
@@ -140,7 +151,10 @@ def test_a_packed_document_has_the_logits_it_has_alone(heads: Allocation) -> Non
 
 
 def test_positions_restart_without_separation_too() -> None:
-    """Documents that see each other still count their positions from their start; transformers takes the positions as they are."""
+    """Documents that see each other still count positions from their own start.
+
+    transformers uses the positions it is given.
+    """
     documents, _ = packed(12, 20)
     stock = Qwen3ForCausalLM(
         Qwen3Config(**qwen3_config_fields(SHAPE), attn_implementation="eager")
@@ -156,11 +170,12 @@ def test_positions_restart_without_separation_too() -> None:
 
 
 def test_tokens_of_another_document_change_nothing() -> None:
-    """Bitwise."""
+    """The outputs are bitwise equal."""
     documents, parts = packed(9, 15, 8)
     model = build(SHAPE, MIXED)
     other = TOKENS.clone()
-    other[:, parts[0]], other[:, parts[2]] = 3, 5
+    other[:, parts[0]] = 3
+    other[:, parts[2]] = 5
     own = parts[1]
     assert torch.equal(model(TOKENS, documents)[:, own], model(other, documents)[:, own])
     assert not torch.equal(
@@ -169,7 +184,10 @@ def test_tokens_of_another_document_change_nothing() -> None:
 
 
 def bank_of(table: Allocation, saturated: float) -> GateBank:
-    """Gates that say what the table says; saturated at 30 every sample is exactly 0 or 1."""
+    """A bank whose gates follow the table.
+
+    saturated: with 30, every sample is exactly 0 or 1.
+    """
     bank = GateBank(
         GateSettings(
             Constraint(3, 2, table.sparsity, scope="global"), WINDOW, "paper", global_batch=4
@@ -184,9 +202,10 @@ def bank_of(table: Allocation, saturated: float) -> GateBank:
 
 
 def test_saturated_gates_equal_the_allocated_table() -> None:
-    """Invariant 4, through the whole model, with the gradients of all weights."""
+    """Invariant 4 for the whole model, with the gradients of all weights."""
     documents, _ = packed(9, 15, 8)
-    gated, allocated = build(SHAPE, bank_of(MIXED, 30.0)), build(SHAPE, MIXED)
+    gated = build(SHAPE, bank_of(MIXED, 30.0))
+    allocated = build(SHAPE, MIXED)
     results = []
     for model in (gated, allocated):
         logits = model(TOKENS, documents)
@@ -216,7 +235,8 @@ def test_gates_follow_their_sequences_not_their_rows() -> None:
 
 
 def test_initial_weight_depends_on_name_and_seed_alone() -> None:
-    name, size = "model.layers.1.mlp.up_proj.weight", torch.Size((40, 24))
+    name = "model.layers.1.mlp.up_proj.weight"
+    size = torch.Size((40, 24))
     first = initial_weight(name, size, SHAPE, 3)
     torch.manual_seed(123)
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Runs a topology in fresh processes, and says in what a run differs from another."""
+"""Runs a topology in fresh processes, and lists how one run differs from another."""
 
 from __future__ import annotations
 
@@ -23,18 +23,24 @@ from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting.metrics import CLOCK, read_metrics
 
 TOLERANCE = 1e-5
-"""Largest ||a - b|| / ||b|| of a tensor or of a number in the metrics: sums in another order, in fp32."""
+"""Largest allowed ||a - b|| / ||b|| of a tensor or of a number in the metrics.
+
+It leaves room for sums in another order, in fp32.
+"""
 LAUNCH_SECONDS = 300
 UNKNOWN = -2.0
-"""In place of null: a number that no metric takes."""
+"""Replaces null. No metric has this value."""
 DIFFERENCES = {"penalty", "cut_margin"}
-"""Differences of nearly equal numbers: their relative rounding has no bound. What they are made of is compared itself."""
+"""Metrics that are differences of nearly equal numbers, whose relative rounding error has no bound.
+
+The numbers that they are computed from are compared instead.
+"""
 
 
 @dataclass(frozen=True)
 class Difference:
     size: float
-    """||a - b|| / ||b||; inf where names or shapes differ."""
+    """||a - b|| / ||b||, or inf where names or shapes differ."""
     place: str
 
     def __str__(self) -> str:
@@ -42,10 +48,13 @@ class Difference:
 
 
 def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Trains all jobs (see worker.py) in `processes` fresh ranks; AssertionError with the ranks' last words where one fails."""
+    """Trains all jobs (see worker.py) in `processes` fresh ranks.
+
+    Raises AssertionError with the last output of the ranks if a job fails.
+    """
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    # Left behind by tests that train in this process.
+    # Tests that train in this process leave these variables behind.
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [
         sys.executable,
@@ -55,16 +64,15 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
         "--nproc_per_node",
         str(processes),
     ]
-    with (
-        subprocess.Popen(
-            [*command, str(Path(__file__).with_name("worker.py")), str(path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=inherited | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # so that ranks which wait for each other for ever can be ended with their launcher
-        ) as process
-    ):
+    # In a new session, ranks that wait for each other forever can be killed with their launcher.
+    with subprocess.Popen(
+        [*command, str(Path(__file__).with_name("worker.py")), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=inherited | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as process:
         try:
             output, _ = process.communicate(timeout=LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
@@ -78,31 +86,32 @@ def checkpoint(run: Path, step: int) -> Checkpoint:
 
 
 def tensors(saved: Checkpoint) -> dict[str, Tensor]:
-    """Weights, Adam's moments, and the gates' values, multipliers and moments."""
+    """Weights, Adam's moments, and the values, multipliers and moments of the gates."""
     gates = {f"gates/{name}": value for name, value in (saved.gates() or {}).items()}
     return dict(saved.weights()) | dict(saved.moments()) | gates
 
 
 def differences(run: Path, reference: Path, steps: tuple[int, ...]) -> list[Difference]:
-    """Everything in which a run's metrics and its checkpoints of `steps` are farther from the reference than rounding; worst first."""
+    """Lists where a run differs from the reference by more than rounding, worst first.
+
+    Covers all metrics, and the checkpoints of `steps`.
+    """
     found = list(
         _of_metrics(read_metrics(run / "metrics.jsonl"), read_metrics(reference / "metrics.jsonl"))
     )
     for step in steps:
-        own, theirs = checkpoint(run, step), checkpoint(reference, step)
+        own = checkpoint(run, step)
+        theirs = checkpoint(reference, step)
         for name in ("tokens", "sequences", "optimizer_steps"):
             if own.state[name] != theirs.state[name]:
-                found.append(
-                    Difference(
-                        math.inf, f"step {step} {name}: {own.state[name]}, not {theirs.state[name]}"
-                    )
-                )
+                place = f"step {step} {name}: {own.state[name]}, not {theirs.state[name]}"
+                found.append(Difference(math.inf, place))
         if own.allocation != theirs.allocation:
             found.append(Difference(math.inf, f"step {step} allocation.json"))
         found += _of_tensors(tensors(own), tensors(theirs), f"step {step} ")
-    return sorted(
-        (each for each in found if not each.size <= TOLERANCE), key=lambda each: -each.size
-    )
+    # Written with "not" so that NaN counts as a difference.
+    too_large = [each for each in found if not each.size <= TOLERANCE]
+    return sorted(too_large, key=lambda each: -each.size)
 
 
 def _of_tensors(
@@ -111,7 +120,8 @@ def _of_tensors(
     if own.keys() != theirs.keys():
         yield Difference(math.inf, f"{prefix}names {sorted(own.keys() ^ theirs.keys())}")
     for name in own.keys() & theirs.keys():
-        a, b = own[name], theirs[name]
+        a = own[name]
+        b = theirs[name]
         if a.shape != b.shape:
             yield Difference(
                 math.inf, f"{prefix}{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
@@ -131,19 +141,17 @@ def _of_metrics(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iter
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The row's numbers and lists of numbers, nested ones under both names."""
+    """Yields the numbers and lists of numbers of a row. Nested ones are named by both names."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{name}.")
         elif name not in CLOCK | DIFFERENCES:
-            # Before there is evidence its figures are null: in the other run too, then.
-            yield (
-                prefix + name,
-                torch.tensor(UNKNOWN if value is None else value, dtype=torch.float64),
-            )
+            # The figures of the evidence are null at first. They must be null in the other run too.
+            known = UNKNOWN if value is None else value
+            yield prefix + name, torch.tensor(known, dtype=torch.float64)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, and 0 where both are 0."""
+    """||a - b|| / ||b||, or 0 if both are 0."""
     difference = torch.linalg.vector_norm(a.double() - b.double())
     return float(difference / torch.linalg.vector_norm(b.double())) if difference != 0 else 0.0

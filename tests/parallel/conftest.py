@@ -17,7 +17,10 @@ from megaconsa.data.prepare import prepare
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, whose documents are three lines each: a sequence holds several, and micro-batches differ in labels."""
+    """A folder with `data`, whose documents have three lines each.
+
+    A sequence holds several documents, and micro-batches have different numbers of labels.
+    """
     folder = tmp_path_factory.mktemp("topologies")
     lines = [
         line

@@ -1,4 +1,4 @@
-"""The limit of open files, which connections to many ranks would meet."""
+"""The limit on open files. Connections to many ranks would exceed it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def raised(soft: int, hard: int, size: int, rank: int = 0) -> tuple[str, str]:
-    """The limits afterwards, and what was said. In a process of its own: no limit goes up again."""
+    """Raises the limit in a separate process, because a lowered limit cannot be raised again.
+
+    Returns the limits afterwards, and what was printed.
+    """
     arguments = [str(number) for number in (soft, hard, size, rank)]
     command = [sys.executable, "-c", RAISE, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,11 +1,15 @@
-"""Every topology trains as one process does: losses, gradient norm, gradients after clipping, weights, moments, gates, multipliers.
+"""Every topology trains as one process does.
 
-A topology is launched once, in fresh processes, and trains all of `CASES` there, a few steps of each. One process has trained them
-before, once for all topologies. What is compared, to ||a - b|| / ||b|| <= 1e-5 each: every row of metrics, and every tensor of the
-checkpoints after the first and the last step. After one step Adam's first moment is (1 - beta1) times the gradient that it was given:
-so this compares the gradients after clipping, tensor by tensor, which weights cannot do: Adam hardly looks at a gradient's size.
+A topology is launched once, in fresh processes. It trains all of `CASES` there, a few steps each.
+One process has trained them before, once for all topologies.
+Compared are every row of metrics, and every tensor of the checkpoints after the first and the last
+step: losses, gradient norm, weights, moments, gates, multipliers. Each must agree to ||a - b|| /
+||b|| <= 1e-5.
+After one step, Adam's first moment is (1 - beta1) times the gradient that Adam was given. So this
+also compares the gradients after clipping, tensor by tensor. Weights cannot show this, because
+Adam's step hardly depends on the size of a gradient.
 
-`pytest tests/parallel -m slow` runs the topologies that add nothing but combinations.
+`pytest tests/parallel -m slow` also runs topologies that only combine the others.
 """
 
 from __future__ import annotations
@@ -56,7 +60,11 @@ from megaconsa.reporting.metrics import read_metrics
 def check_equal(
     runs: Runs, layout: Layout, faults: Mapping[str, tuple[Case, str]] = MappingProxyType({})
 ) -> dict[str, Path]:
-    """Launches all cases and compares them; `faults` (name: case and fault) run along and are left to the caller."""
+    """Launches all cases and compares them.
+
+    faults: case and fault by name. They run in the same launch, and the caller checks them.
+    Returns the run of each name.
+    """
     jobs = [Job(case.name, case) for case in CASES] + [
         Job(name, case, fault=fault) for name, (case, fault) in faults.items()
     ]
@@ -76,7 +84,11 @@ def check_equal(
 
 
 def check_export(run: Path, out: Path) -> None:
-    """Head-wise: the export's logits are those of transformers' own Qwen3 on the checkpoint's weights, with a mask for each head."""
+    """Checks the logits of a head-wise export.
+
+    The reference is transformers' own Qwen3 with the weights of the checkpoint and a mask for each
+    head.
+    """
     saved = checkpoint(run, STEPS)
     table = saved.allocation
     if table is None:
@@ -92,7 +104,10 @@ def check_export(run: Path, out: Path) -> None:
 
 
 def check_clipping(run: Path) -> None:
-    """The first step's gradient had a larger norm than CLIPPING, and that norm when Adam got it."""
+    """Checks that the gradient of the first step was clipped.
+
+    Its norm was larger than CLIPPING, and it was CLIPPING when Adam got it.
+    """
     saved = checkpoint(run, 1)
     first_moments = [
         value.double() for name, value in saved.moments().items() if name.startswith("exp_avg/")
@@ -104,7 +119,10 @@ def check_clipping(run: Path) -> None:
 
 
 def test_documents_and_clipping_are_in_play(runs: Runs) -> None:
-    """What all topologies are compared with: several documents in a sequence, a clipped gradient, gates of all kinds."""
+    """All topologies are compared with this run.
+
+    It has several documents in a sequence, a clipped gradient, and gates of all kinds.
+    """
     run = runs.reference(LEARN_TIED)
     check_clipping(run)
     stream = BatchStream(runs.folder / "data", seed=0, global_batch=8, micro_batch=2)
@@ -121,12 +139,12 @@ def test_documents_and_clipping_are_in_play(runs: Runs) -> None:
 def test_data_parallel_and_one_process_takes_over(runs: Runs) -> None:
     done = check_equal(runs, DP2)
     run = done[LEARN_TIED.name]
+    # As if the run had been killed after step 2.
     for step in range(3, STEPS + 1):
-        shutil.rmtree(run / "checkpoints" / f"step_{step}")  # as if it had been killed after step 2
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")
     runs.train(runs.values(LEARN_TIED, run))
-    assert not (found := differences(run, runs.reference(LEARN_TIED), (STEPS,))), "\n".join(
-        map(str, found)
-    )
+    found = differences(run, runs.reference(LEARN_TIED), (STEPS,))
+    assert not found, "\n".join(map(str, found))
 
 
 def test_tensor_parallel(runs: Runs) -> None:
@@ -162,12 +180,16 @@ def test_combinations(runs: Runs, layout: Layout) -> None:
 
 
 def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> None:
-    """A run with a broken gradient is told from a sound one, and its worst gradients are the broken ones."""
+    """Checks that a run with a broken gradient is found to differ.
+
+    Its worst gradients must be the broken ones.
+    """
     found = differences(run, runs.reference(case), (1, STEPS))
     assert any("grad_norm" in each.place for each in found)
     gradients = [each for each in found if "step 1 exp_avg/" in each.place]
     wrong = [each for each in gradients if any(name in each.place for name in broken)]
-    # The others differ too, by the factor of clipping alone: the norm is of all gradients.
+    # The other gradients differ too, but only by the factor of clipping, because the norm is that
+    # of all gradients.
     assert wrong
     assert min(each.size for each in wrong) > 10 * max(
         each.size for each in gradients if each not in wrong
@@ -186,7 +208,8 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
 
 def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:
     run = check_bf16(runs, TP2_PP2, [HEAD_ALONE])[HEAD_ALONE.name]
-    # Gradients are summed in fp32, over micro-batches and over data ranks: bf16 could not hold them.
+    # Gradients are summed in fp32, over micro-batches and over data ranks. bf16 could not hold
+    # these sums.
     moments = torch.cat(
         [
             value.flatten()
@@ -202,7 +225,7 @@ def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @IN_BF16
 def test_bf16_on_gpus(runs: Runs, layout: Layout) -> None:
-    kernels = {"head_dim": 32}  # which the Triton kernels serve
+    kernels = {"head_dim": 32}  # the Triton kernels serve this dimension
     check_bf16(
         runs,
         layout,
@@ -214,15 +237,22 @@ def test_bf16_on_gpus(runs: Runs, layout: Layout) -> None:
 
 
 def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> dict[str, Path]:
-    """In bf16 DeepSpeed trains with another optimizer class, which drops the gradients of weights used where it does not look."""
+    """Checks runs in bf16.
+
+    DeepSpeed then trains with another optimizer class. This class drops the gradients of weights
+    that are used where it does not look.
+    """
     done = runs.launch(layout, [Job(case.name, case, precision="bf16") for case in cases])
     for case in cases:
-        run, reference = done[case.name], runs.reference(case, "bf16")
+        run = done[case.name]
+        reference = runs.reference(case, "bf16")
         own, theirs = (read_metrics(path / "metrics.jsonl") for path in (run, reference))
         assert [row["loss"] for row in own] == pytest.approx(
             [row["loss"] for row in theirs], rel=0.01
         )
-        first, last, truth = checkpoint(run, 1), checkpoint(run, STEPS), checkpoint(reference, 1)
+        first = checkpoint(run, 1)
+        last = checkpoint(run, STEPS)
+        truth = checkpoint(reference, 1)
         shape = first.shape
         seed = first.state["config"]["run"]["seed"]
         beginning = {
@@ -230,10 +260,12 @@ def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> dict[str, P
             for name, size in first.weight_shapes().items()
         }
         for name, before in beginning.items():
-            after_one, after_all = first.weights()[name], last.weights()[name]
+            after_one = first.weights()[name]
+            after_all = last.weights()[name]
             assert not torch.equal(before, after_one), name
             assert not torch.equal(after_one, after_all), name
             gradient = f"exp_avg/{name}"
-            # Rounded to 8 bits in other places; a dropped part of a sum would be far beyond this.
+            # The runs round to 8 bits at different places. A dropped part of a sum would make a far
+            # larger difference.
             assert relative(first.moments()[gradient], truth.moments()[gradient]) < 0.1, name
     return done

@@ -1,4 +1,4 @@
-"""What a process takes from the environment of its launcher, and what it refuses there."""
+"""What a process reads from its launcher's environment variables, and what it refuses there."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ TORCHRUN = {
     "MASTER_PORT": "7",
 }
 DAEMON = {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-"""What mpirun's processes have of the srun that started mpirun's daemon on their node."""
+"""The variables that mpirun's processes inherit.
+
+They come from the srun that started mpirun's daemon on the node.
+"""
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What this process has of its launcher's variables: nothing at first."""
+    """The launcher's variables of this process. There are none at first."""
     found: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", found)
     return found
@@ -61,7 +64,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     ids=["nothing", "one", "address", "step", "pmi", "mpi"],
 )
 def test_alone(variables: dict[str, str], environment: dict[str, str]) -> None:
-    """Also in a shell of salloc, which is a step of one task in a job of six."""
+    """Covers a shell of salloc, which is a step of one task in a job of six."""
     environment |= variables
     found = launcher.launch()
     assert (found.rank, found.size, found.local_rank, found.address) == (0, 1, 0, "127.0.0.1")
@@ -131,23 +134,26 @@ guarded(lambda: print(launcher.launch()))'
 
 
 def test_a_command_typed_into_one_of_many_tasks() -> None:
-    """The shell of srun --ntasks=6 --pty bash."""
+    """The shell is that of srun --ntasks=6 --pty bash."""
     said = in_terminal(["bash", "--norc", "--noprofile", "-i"], ASK + "exit\n")
     assert "error: this shell is one of 6 tasks of srun --pty" in said
     assert "run srun --overlap --ntasks=6 COMMAND" in said
 
 
 def test_a_task_in_a_terminal() -> None:
-    """srun --ntasks=6 --pty bash SCRIPT is a launch as any other."""
+    """srun --ntasks=6 --pty bash SCRIPT is a launch like any other."""
     said = in_terminal(["bash", "-c", ASK + "exit"], "")
     assert "Launch(rank=3, size=6, local_rank=1, address='node07'" in said
 
 
 def in_terminal(command: list[str], typed: str) -> str:
-    """What appears in the terminal of a command that leads the terminal's session."""
+    """Runs a command that leads the session of a terminal.
+
+    Returns what appears in the terminal.
+    """
     child, terminal = pty.fork()
     if child == 0:
-        # Not the whole environment: tests before this one leave a launch of their own there.
+        # Do not pass the whole environment. Tests before this one leave a launch in it.
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TERM") if name in os.environ}
         os.execvpe(command[0], command, kept | SRUN)
     os.write(terminal, typed.encode())
@@ -155,7 +161,7 @@ def in_terminal(command: list[str], typed: str) -> str:
     try:
         while part := os.read(terminal, 4096):
             said += part
-    except OSError:  # so a terminal says that everyone has left it
+    except OSError:  # the terminal has no other end any more
         pass
     os.waitpid(child, 0)
     os.close(terminal)

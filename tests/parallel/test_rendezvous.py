@@ -1,4 +1,4 @@
-"""Ranks that look for each other: what they say while one is missing, and how they end."""
+"""Ranks that wait for each other: what they print while one is missing, and how they end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def start(rank: int, size: int, port: str, notice: float, patience: float) -> su
 
 
 def said_by(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    """Exit code and the lines of stderr, without torch's own warnings and their C++ stacks."""
+    """Returns the exit code and the lines of stderr.
+
+    torch's own warnings and their C++ stacks are left out.
+    """
     _, said = process.communicate(timeout=60)
     lines = [line for line in said.splitlines() if re.match("error: |waiting |rank ", line)]
     return process.returncode, lines
@@ -43,12 +46,14 @@ def test_missing_ranks_are_named_at_once_and_end_it() -> None:
     port = free_port()
     here = [start(rank, 5, port, 2, 6) for rank in (0, 2)]
     main, other = map(said_by, here)
-    meeting, awaited = f"127.0.0.1:{port}", "ranks 1, 3, 4 of 5"
+    meeting = f"127.0.0.1:{port}"
+    awaited = "ranks 1, 3, 4 of 5"
     assert main == (
         76,
         [
             f"waiting for {awaited} at {meeting}",
-            f"error: {awaited} did not come to {meeting} within 6 s; look at why they did not start, or cannot reach it",
+            f"error: {awaited} did not come to {meeting} within 6 s; "
+            "look at why they did not start, or cannot reach it",
         ],
     )
     code, (line,) = other
@@ -65,7 +70,10 @@ def test_the_main_rank_is_missing() -> None:
 
 
 def test_a_port_in_use() -> None:
-    """By a program that is no rank: rank 0 ends at once, another says whom it waits for."""
+    """Another program uses the port.
+
+    Rank 0 ends at once. The other rank prints which rank it waits for.
+    """
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -84,7 +92,7 @@ def test_a_port_in_use() -> None:
 
 
 def test_a_lone_process_needs_no_port() -> None:
-    """The one that was free when it was chosen may be taken by the time it is needed."""
+    """A port that was free when it was chosen may be taken when it is needed."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

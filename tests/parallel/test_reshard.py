@@ -1,6 +1,7 @@
-"""A run stops in one topology and goes on in another: its tensors to the last bit, its losses up to rounding.
+"""A run stops in one topology and resumes in another.
 
-worker.py compares what the ranks hold after loading with what was saved.
+Its tensors are equal bit for bit, and its losses up to rounding. worker.py compares what the ranks
+hold after loading with what was saved.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     "layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name
 )
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
-    """20 steps, and 7 steps and 13."""
+    """Compares 20 steps with 7 and then 13 steps."""
     cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
     whole = runs.launch(
         layout, [Job(f"{name}-whole", case, steps=20) for name, case in cases.items()]
@@ -55,20 +56,23 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
         layout, [Job(f"{name}-stopped", case, steps=20) for name, case in cases.items()]
     )
     for name in cases:
-        one, two = whole[f"{name}-whole"], stopped[f"{name}-stopped"]
+        one = whole[f"{name}-whole"]
+        two = stopped[f"{name}-stopped"]
         rows = [computed(read_metrics(run / "metrics.jsonl")) for run in (one, two)]
         assert rows[0] == rows[1]
         assert len(rows[0]) == 20
         assert contents(one, 20) == contents(two, 20)
-        # Where the next batch begins, which is a function of this and the seed.
-        assert (
-            checkpoint(one, 20).state["sequences"] == checkpoint(two, 20).state["sequences"] == 160
-        )
+        # The next batch is a function of this number and the seed.
+        for run in (one, two):
+            assert checkpoint(run, 20).state["sequences"] == 160
 
 
 @pytest.mark.slow
 def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
-    """In bf16 with three data ranks: a checkpoint holds one of the copies, so that a run that goes on would differ."""
+    """Runs in bf16 with three data ranks.
+
+    A checkpoint holds one of the copies, so a resumed run would differ if the copies differed.
+    """
     case = Case("tied-12", LEARN_TIED.sections | {"training": {"global_batch": 12}})
     layout = Layout("pp2-dp3", 6, {"pipeline": 2})
     whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8)])[
@@ -82,7 +86,7 @@ def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
 
 
 def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str, Path]:
-    """Launches jobs that each go on from a copy of a run."""
+    """Launches jobs that each resume from a copy of a run."""
     for job in jobs:
         shutil.copytree(start, runs.run_of(layout, job))
     return runs.launch(layout, jobs)
@@ -94,7 +98,11 @@ def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str,
     ids=lambda case: case.name,
 )
 def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, case: Case) -> None:
-    """5 steps in TP2 x PP2, 5 in the other; and 5 steps, 3 in the other, 2 in TP2 x PP2 again."""
+    """Trains 10 steps in two ways.
+
+    One way is 5 steps in TP2 x PP2 and 5 in the other topology. The other way is 5 steps in TP2 x
+    PP2, 3 in the other topology, and 2 in TP2 x PP2 again.
+    """
     done = runs.launch(
         TP2_PP2,
         [

@@ -1,4 +1,4 @@
-"""Parts of weights and heads: together they are the whole, in the original order."""
+"""Shards of weights and heads join to the whole, in the original order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def test_every_rank_computes_as_many_full_heads() -> None:
 
 
 def test_a_head_moves_with_its_queries() -> None:
-    """Rows of q_proj and columns of o_proj belong to the KV head whose rows of k_proj stand at the same place."""
+    """Query and output weights move with their KV head.
+
+    The rows of q_proj and the columns of o_proj belong to the KV head whose rows of k_proj are at
+    the same place.
+    """
     sharding = Sharding(SHAPE, TABLE, 0, 2)
     own = sharding.own_heads(0)
     heads = torch.arange(SHAPE.num_key_value_heads).repeat_interleave(SHAPE.head_dim)

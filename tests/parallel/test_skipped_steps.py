@@ -1,4 +1,7 @@
-"""A step with a NaN on one rank is skipped on all: what follows equals a run that never computed that step, bit for bit."""
+"""A step with a NaN on one rank is skipped on all ranks.
+
+What follows equals, bit for bit, a run that never computed that step.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,11 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(layout: Layout, runs: Runs) -> 
         assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
         assert rows[2]["grad_norm"] is None
         assert rows[:2] + rows[3:] == expected[:2] + expected[3:], precision
-        own, theirs = checkpoint(skipped, STEPS), checkpoint(passed_over, STEPS)
+        own = checkpoint(skipped, STEPS)
+        theirs = checkpoint(passed_over, STEPS)
         assert own.state["optimizer_steps"] == theirs.state["optimizer_steps"] == STEPS - 1
         assert tensors(own).keys() == tensors(theirs).keys()
         for name, tensor in tensors(own).items():
             assert torch.equal(tensor, tensors(theirs)[name]), f"{precision} {name}"
-        assert not (
-            skipped / "checkpoints" / "step_3"
-        ).exists()  # a checkpoint waits for a step that is applied
+        # A checkpoint waits for a step that is applied.
+        assert not (skipped / "checkpoints" / "step_3").exists()

@@ -1,4 +1,7 @@
-"""The pipeline's cut by cost, against brute force, and the layers' costs against the whole model's FLOPs."""
+"""The pipeline's cut by cost, compared with brute force.
+
+The costs of the layers are compared with the FLOPs of the whole model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def test_costs_are_a_third_of_the_training_flops(allocation: Allocation | None) 
 
 
 def test_costs_layer_by_layer() -> None:
-    """4 tokens: 10 pairs of a full head, 7 of one with window 2; 2 query heads of 8 dimensions share a KV head."""
+    """With 4 tokens, a full head has 10 pairs and a head with window 2 has 7.
+
+    2 query heads of 8 dimensions share a KV head.
+    """
     costs = layer_costs(SMALL, Allocation(2, ((True, True), (False, False), (True, False))), 4)
     linear = 2 * 4 * (2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 24)
     pair = 2 * 2 * 2 * 8
@@ -52,14 +58,16 @@ def parts(costs: list[int], bounds: list[int]) -> list[int]:
 
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Costs of the pipeline's layers, small so that many cuts are equally good, and a number of stages."""
+    """Draws costs for the layers of the pipeline, and a number of stages.
+
+    The costs are small, so that many cuts are equally good.
+    """
     blocks = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
-    return [
-        draw(st.integers(0, 3)),
-        *blocks,
-        draw(st.integers(0, 3)),
-        draw(st.integers(0, 15)),
-    ], draw(st.integers(1, len(blocks) + 1))
+    embedding = draw(st.integers(0, 3))
+    norm = draw(st.integers(0, 3))
+    head = draw(st.integers(0, 15))
+    stages = draw(st.integers(1, len(blocks) + 1))
+    return [embedding, *blocks, norm, head], stages
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -67,7 +75,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], int]:
 def test_cut_is_the_best_of_all(case: tuple[list[int], int]) -> None:
     costs, stages = case
     bounds = cut(costs, stages)
-    # A bound cannot part the embedding from the first block, nor the norm from the head.
+    # A bound cannot separate the embedding from the first block, or the norm from the head.
     possible = [
         [0, *inner, len(costs)] for inner in combinations(range(2, len(costs) - 1), stages - 1)
     ]
@@ -80,13 +88,14 @@ def test_cut_is_the_best_of_all(case: tuple[list[int], int]) -> None:
 def test_equal_blocks_are_shared_equally() -> None:
     assert cut([0, 4, 4, 4, 4, 4, 4, 0, 8], 2) == [0, 5, 9]
     assert cut([0, 4, 4, 4, 4, 4, 4, 0, 8], 4) == [0, 3, 5, 7, 9]
-    # What is left over goes to later stages; the head alone sets the pace here, and the others are still level.
+    # Later stages get the remaining layers. In the second case the head alone sets the pace, and
+    # the other stages are still balanced.
     assert cut([0, 4, 4, 4, 0, 0], 2) == [0, 2, 6]
     assert cut([0, 1, 1, 1, 1, 1, 1, 0, 100], 4) == [0, 3, 5, 7, 9]
 
 
 def test_more_windows_move_the_cut() -> None:
-    """With the lower half windowed the first stage takes more layers."""
+    """If the lower half is windowed, the first stage takes more layers."""
     model = PRESETS["qwen3-0.6b"]
     full = cut(layer_costs(model, None, 32_768), 2)[1]
     assert cut(layer_costs(model, bottom_swa(28, 8, 1024, 0.5), 32_768), 2)[1] > full

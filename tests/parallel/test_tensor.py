@@ -1,4 +1,7 @@
-"""What tensor ranks exchange, and the divided vocabulary, against the whole computation: three gloo processes."""
+"""What tensor ranks exchange, and the sharded vocabulary, compared with the whole computation.
+
+The ranks are three gloo processes.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from megaconsa.parallel import vocabulary
 from megaconsa.parallel.launcher import free_port
 from megaconsa.parallel.tensor import TensorParallel
 
-VOCABULARY, HIDDEN, BATCH, LENGTH = 301, 8, 2, 12
+VOCABULARY = 301
+HIDDEN = 8
+BATCH = 2
+LENGTH = 12
 
 
 def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> None:
-    """Calls check on every rank of a tensor group; a failure there fails here."""
+    """Calls check on every rank of a tensor group. A failure there is a failure here."""
     multiprocessing.spawn(_rank, (check, size, sequence, free_port()), nprocs=size)  # type: ignore[no-untyped-call]
 
 
@@ -41,17 +47,19 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stretch(x: Tensor, tensor: TensorParallel) -> Tensor:
-    """What this rank holds of the residual stream."""
+    """Returns the part of the residual stream that this rank holds."""
     return x.chunk(tensor.size, dim=1)[tensor.rank] if tensor.sequence else x
 
 
 def check_block(tensor: TensorParallel) -> None:
-    """A hidden layer divided by columns and rows; a norm's weight before it meets only this rank's tokens."""
-    x, scale = draw(BATCH, LENGTH, HIDDEN), draw(HIDDEN, seed=1).requires_grad_()
-    up, down = (
-        draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_(),
-        draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_(),
-    )
+    """Checks a hidden layer that is sharded by columns and then by rows.
+
+    The weight of a norm before it gets gradients only from the tokens of this rank.
+    """
+    x = draw(BATCH, LENGTH, HIDDEN)
+    scale = draw(HIDDEN, seed=1).requires_grad_()
+    up = draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_()
+    down = draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_()
     upstream = draw(BATCH, LENGTH, HIDDEN, seed=4)
     whole_x = x.clone().requires_grad_()
     whole = whole_x + torch.tanh((whole_x * scale) @ up) @ down
@@ -73,17 +81,19 @@ def check_block(tensor: TensorParallel) -> None:
 
 
 def check_vocabulary(tensor: TensorParallel) -> None:
-    """Embedding and loss; 301 rows leave two of padding, which hold what must not count."""
-    loss.CHUNK_BYTES = (
-        4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)
-    )  # five tokens: the last chunk is short
+    """Checks embedding and loss.
+
+    301 rows leave two rows of padding. The padding holds values that must not count.
+    """
+    # A chunk holds five tokens, so the last one is shorter.
+    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     labels[0, 3:7] = labels[1, -1] = loss.IGNORED
-    labels[1, :4] = torch.tensor(
-        [1, 102, 100, 201]
-    )  # less 101 or 202, the first rows of ranks 1 and 2: IGNORED and ELSEWHERE
+    # Ranks 1 and 2 subtract their first rows, 101 and 202. This gives the values of IGNORED and
+    # ELSEWHERE, which these labels must not be mistaken for.
+    labels[1, :4] = torch.tensor([1, 102, 100, 201])
     embedded = torch.nn.functional.embedding(tokens, weight)
     whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
     (truth,) = torch.autograd.grad(whole, weight)

@@ -1,4 +1,7 @@
-"""The division of the world: what is refused, and the pipeline's schedules as DeepSpeed's own orders of passes give them."""
+"""The division of the ranks: what is refused, and the schedules of the pipeline.
+
+The schedules are compared with DeepSpeed's own orders of passes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
         (
             config(tensor=2, pipeline=2),
             6,
-            "6 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=2; start a multiple of 4",
+            "6 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=2; "
+            "start a multiple of 4",
         ),
         (
             config(tensor=2),
@@ -58,7 +62,8 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
         (
             config(micro_batch=4),
             3,
-            "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=3 (3 processes)",
+            "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=3 "
+            "(3 processes)",
         ),
         (
             config(micro_batch=4),
@@ -68,13 +73,15 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
         (
             config(pipeline=2, micro_batch=8),
             4,
-            "training.global_batch=16 makes 1 micro-batches on each of 2 data ranks, fewer than the 2 stages of parallel.pipeline=2: "
-            "stages would idle; raise training.global_batch or lower training.micro_batch",
+            "training.global_batch=16 makes 1 micro-batches on each of 2 data ranks, "
+            "fewer than the 2 stages of parallel.pipeline=2: stages would idle; "
+            "raise training.global_batch or lower training.micro_batch",
         ),
         (
             config(pipeline=2, micro_batch=8, schedule="dualpipev"),
             2,
-            "fewer than the 4 stages of parallel.pipeline=2: parallel.schedule=dualpipev cannot run; raise training.global_batch",
+            "fewer than the 4 stages of parallel.pipeline=2: parallel.schedule=dualpipev "
+            "cannot run; raise training.global_batch",
         ),
     ],
 )
@@ -95,22 +102,18 @@ def test_stages_of_the_ranks() -> None:
 
 
 def passes(topology: Topology) -> list[list[Any]]:
-    """Each pipeline rank's instructions in one step, as DeepSpeed gives them."""
+    """Returns the instructions of each pipeline rank in one step, as DeepSpeed gives them."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.pipe import schedule
 
-    made = (
-        schedule.DualPipeVSchedule if topology.schedule == "dualpipev" else schedule.TrainSchedule
-    )
-    ranks = range(topology.pipeline)
-    return [
-        [
-            command
-            for step in made(topology.accumulation, topology.pipeline, rank).steps()
-            for command in step
-        ]
-        for rank in ranks
-    ]
+    made = schedule.TrainSchedule
+    if topology.schedule == "dualpipev":
+        made = schedule.DualPipeVSchedule
+    instructions = []
+    for rank in range(topology.pipeline):
+        steps = made(topology.accumulation, topology.pipeline, rank).steps()
+        instructions.append([command for step in steps for command in step])
+    return instructions
 
 
 TOPOLOGIES = [
@@ -129,9 +132,13 @@ TOPOLOGIES = [
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_micro_batches_in_flight(topology: Topology) -> None:
-    """Counted along the passes of each rank: a forward pass keeps its activations until its backward pass."""
+    """Counts along the passes of each rank.
+
+    A forward pass keeps its activations until its backward pass.
+    """
     for rank, instructions in enumerate(passes(topology)):
-        held, peak = [0] * len(topology.stages_of(rank)), (0,) * len(topology.stages_of(rank))
+        held = [0] * len(topology.stages_of(rank))
+        peak = tuple(held)
         for each in instructions:
             if type(each).__name__ in ("ForwardPass", "BackwardPass"):
                 held[getattr(each, "phase", 0)] += 1 if type(each).__name__ == "ForwardPass" else -1
@@ -141,19 +148,23 @@ def test_micro_batches_in_flight(topology: Topology) -> None:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_bubble(topology: Topology) -> None:
-    """Against DeepSpeed's schedule played through: a forward pass of a stage takes 1, a backward pass 2, exchanges no time."""
+    """Simulates DeepSpeed's schedule.
+
+    A forward pass of a stage takes 1, a backward pass takes 2, and exchanges take no time.
+    """
     busy = 3 * topology.accumulation * len(topology.stages_of(0))
     assert topology.bubble == pytest.approx(1 - busy / duration(topology))
 
 
 Exchange = tuple[str, int, int]
-"""What passes between stages: activation or gradient, micro-batch, receiving stage."""
+"""An exchange between stages: activation or gradient, micro-batch, receiving stage."""
 
 
 def duration(topology: Topology) -> int:
-    """Time of one step. Where a rank exchanges, it goes on when the other side of each exchange has come to its own.
+    """Simulates the time of one step.
 
-    1F1B waits at each exchange, DualPipeV queues some and waits for all of them at CommitP2P.
+    A rank that exchanges continues when the other side of each of its exchanges has arrived. 1F1B
+    waits at each exchange. DualPipeV queues some exchanges and waits for all of them at CommitP2P.
     """
     ranks: list[list[int | list[Exchange]]] = []
     for rank, instructions in enumerate(passes(topology)):
@@ -161,14 +172,13 @@ def duration(topology: Topology) -> int:
         queued: list[Exchange] = []
         counts: Counter[tuple[str, int]] = Counter()
         for each in instructions:
-            kind, phase = type(each).__name__, getattr(each, "phase", 0)
+            kind = type(each).__name__
+            phase = getattr(each, "phase", 0)
             if kind in ("ForwardPass", "BackwardPass"):
                 program.append(1 if kind == "ForwardPass" else 2)
             elif kind.startswith(("Send", "Recv")):
-                receiver = topology.stages_of(rank)[phase] + {
-                    "SendActivation": 1,
-                    "SendGrad": -1,
-                }.get(kind, 0)
+                offset = {"SendActivation": 1, "SendGrad": -1}.get(kind, 0)
+                receiver = topology.stages_of(rank)[phase] + offset
                 queued.append((kind[4:], counts[kind, phase], receiver))
                 counts[kind, phase] += 1
             if queued and (topology.schedule == "1f1b" or kind == "CommitP2P"):
@@ -176,7 +186,8 @@ def duration(topology: Topology) -> int:
                 queued = []
         assert not queued
         ranks.append(program)
-    clock, place = [0] * len(ranks), [0] * len(ranks)
+    clock = [0] * len(ranks)
+    place = [0] * len(ranks)
     reached: dict[Exchange, dict[int, int]] = defaultdict(dict)
     while any(place[rank] < len(program) for rank, program in enumerate(ranks)):
         before = list(place)

@@ -21,7 +21,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_process_that_sees_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of srun --gpus-per-task=1. Under torchrun one GPU is one for all processes."""
+    """srun --gpus-per-task=1 shows each process its own GPU.
+
+    Under torchrun, one visible GPU is one GPU for all processes.
+    """
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert world._gpu(place(hides_gpus=True)) == 0
     with pytest.raises(InputError, match="this process sees 1"):

@@ -1,4 +1,4 @@
-"""What is trained in the tests of topologies, how it is divided, and the runs that come of both."""
+"""What the tests of topologies train, how it is divided, and the resulting runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from megaconsa.consa.allocation import Allocation
 
 STEPS = 5
 CLIPPING = 0.05
-"""Less than any gradient norm of these runs, so that every step is clipped."""
+"""Smaller than any gradient norm of these runs, so that every step is clipped."""
 TABLE = Allocation(
     8,
     (
-        (
-            True,
-            True,
-            False,
-            False,
-        ),  # full heads all on one side: in the model's own order the second tensor rank would have none
+        # All full heads are on one side. In the model's own order, the second tensor rank would
+        # have none.
+        (True, True, False, False),
         (False, False, True, True),
         (True, False, False, False),
         (True, True, False, True),
@@ -32,12 +29,15 @@ TABLE = Allocation(
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, whatever the topology."""
+    """What is trained, in any topology."""
 
     name: str
     sections: dict[str, dict[str, Any]]
     initialised_from: str | None = None
-    """The case whose end, in one process, is where this one begins: weights and moments are loaded instead of made."""
+    """The case whose end, in one process, is the start of this one.
+
+    Weights and moments are loaded instead of initialized.
+    """
 
 
 LEARN = {"allocation": {"source": "learn"}}
@@ -45,14 +45,15 @@ TRAIN = {"allocation": {"source": "file"}}
 RECOMPUTED = {"training": {"activation_checkpointing": True}}
 UNTIED = {"tie_word_embeddings": False}
 PADDED = {"vocab_size": 515}
-"""Not a multiple of two tensor ranks."""
+"""This size is not a multiple of two tensor ranks."""
 LEARN_TIED = Case("learn-tied", LEARN)
 TRAIN_UNTIED = Case("train-untied", TRAIN | {"model": UNTIED})
 HEAD_ALONE = Case(
     "head-alone",
     LEARN
     | {
-        # A vocabulary that outweighs the layers, so that the last stage of two holds the final norm and the head only.
+        # The vocabulary costs more than the layers. The last of two stages then holds only the
+        # final norm and the head.
         "model": {
             "num_hidden_layers": 2,
             "intermediate_size": 16,
@@ -76,7 +77,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a topology: a case, what is broken on purpose, and where it stops (worker.py)."""
+    """A run of a topology: a case, a deliberate fault, and where it stops (see worker.py)."""
 
     name: str
     case: Case
@@ -84,12 +85,12 @@ class Job:
     fault: str | None = None
     steps: int = STEPS
     stop: int | None = None
-    """A job of a name that was stopped goes on when it is launched again."""
+    """The step after which the job stops. It resumes when it is launched again by the same name."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A topology, and how it stands in the configuration."""
+    """A topology and its section of the configuration."""
 
     name: str
     processes: int
@@ -119,7 +120,9 @@ class Runs:
     def __init__(
         self, folder: Path, make_config: Callable[..., dict[str, Any]], train: Callable[..., Any]
     ) -> None:
-        self.folder, self.make_config, self.train = folder, make_config, train
+        self.folder = folder
+        self.make_config = make_config
+        self.train = train
 
     def values(
         self,
@@ -129,10 +132,10 @@ class Runs:
         parallel: dict[str, Any] | None = None,
         steps: int = STEPS,
     ) -> dict[str, Any]:
-        """Plain values of a case's run."""
+        """Returns the plain values of the run of a case."""
         values = self.make_config(
             run={"dir": str(run)},
-            # Weights large enough that attention and gates matter to the loss from the start.
+            # Weights are large enough for attention and gates to affect the loss from the start.
             model={"initializer_range": 0.15},
             gates={"initial": 0.5, "learning_rate": 1.0},
             parallel=parallel or {},
@@ -141,11 +144,13 @@ class Runs:
                 "micro_batch": 2,
                 "global_batch": 8,
                 "gradient_clipping": CLIPPING,
-                # Adam's first step moves every weight by the learning rate, also where the gradient is rounding and nothing else
-                # (1e-10 beside 1e-4): those few weights are all that this adds to the difference, and the next gradients follow.
+                # Adam's first step moves every weight by the learning rate, even where the gradient
+                # is nothing but rounding (1e-10 beside 1e-4). Only these few weights add to the
+                # difference, through this and the next gradients.
                 "learning_rate": 3e-4,
                 "precision": precision,
-                # Where only change is looked at, it must come from gradients.
+                # The runs in other precisions are only checked for change, and this change must
+                # come from gradients.
                 "weight_decay": 0.1 if precision == "fp32" else 0.0,
             },
             data={"path": str(self.folder / "data")},
@@ -163,7 +168,7 @@ class Runs:
         return values
 
     def reference(self, case: Case, precision: str = "fp32") -> Path:
-        """The finished run of one process."""
+        """Returns the finished run of one process."""
         run = self.folder / f"one-{case.name}-{precision}"
         if not run.exists():
             self.train(self.values(case, run, precision))
@@ -173,7 +178,10 @@ class Runs:
         return self.folder / f"{layout.name}-{job.name}-{job.precision}"
 
     def launch(self, layout: Layout, jobs: Sequence[Job]) -> dict[str, Path]:
-        """Trains all jobs in one launch of the layout; returns the run of each name."""
+        """Trains all jobs in one launch of the layout.
+
+        Returns the run of each name.
+        """
         done = {job.name: self.run_of(layout, job) for job in jobs}
         listed = [
             {

@@ -1,8 +1,13 @@
-"""One rank that trains several configurations of one topology, one after the other: torchrun ... worker.py JOBS.json
+"""One rank that trains several configurations of one topology, one after the other.
 
-JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS, "stop": null or the step after which the
-run stops as if by a signal}. All of them have the same numbers of ranks: DeepSpeed keeps the topology in globals, so that another one
-needs fresh processes. A run that goes on from its own checkpoint must hold its tensors to the last bit before it trains.
+torchrun ... worker.py JOBS.json
+
+JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS, "stop":
+null or the step after which the run stops as if by a signal}.
+All configurations have the same numbers of ranks. DeepSpeed keeps the topology in globals, so
+another topology needs fresh processes.
+A run that resumes from its own checkpoint must hold the saved tensors, bit for bit, before it
+trains.
 """
 
 from __future__ import annotations
@@ -30,13 +35,19 @@ from megaconsa.training.trainer import Trainer
 
 
 def without_sums_over_heads() -> Any:
-    """Gradients of the norms of q and k stay those of this rank's heads."""
-    return patch("megaconsa.parallel.engine.sums_over_heads", lambda name: False)
+    """Leaves out a sum over ranks.
+
+    The gradients of the norms of q and k remain those of the heads of this rank.
+    """
+    return patch("megaconsa.parallel.deepspeed.engine.sums_over_heads", lambda name: False)
 
 
 def without_exchange_of_tied_weights() -> Any:
-    """A tied embedding keeps the gradient of the use that its own stage makes of it."""
-    from megaconsa.parallel.pipeline_module import CostCutModule
+    """Leaves out the exchange between stages.
+
+    A tied embedding keeps the gradient of its use in its own stage.
+    """
+    from megaconsa.parallel.deepspeed.pipeline_modules import CostCutModule
 
     return patch.object(
         CostCutModule, "get_tied_weights_and_groups", lambda self: list(self.tensor_sums)
@@ -44,7 +55,10 @@ def without_exchange_of_tied_weights() -> Any:
 
 
 def with_a_nan_in_step_3_of_the_last_rank() -> Any:
-    """The gradient of one parameter of that rank, and no other's."""
+    """Plants a NaN in the gradient of one parameter of that rank.
+
+    The gradients of the other ranks are left alone.
+    """
     step = Trainer.step
 
     def planted(trainer: Trainer) -> Row:
@@ -63,7 +77,10 @@ def with_a_nan_in_step_3_of_the_last_rank() -> Any:
 
 
 def with_step_3_passed_over() -> Any:
-    """What skipping must be the same as: the batch is taken, and nothing is computed."""
+    """Takes the batch of step 3 and computes nothing.
+
+    Skipping a step must have the same result.
+    """
     step = Trainer.step
 
     def passed_over(trainer: Trainer) -> Row:
@@ -102,7 +119,10 @@ class StopAfter(Callback):
 
 
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
-    """What the ranks hold, gathered, is what was saved; over all ranks each tensor is looked at once."""
+    """Checks that what the ranks hold, gathered, is what was saved.
+
+    All ranks together look at each tensor once.
+    """
     own = dict(trainer.engine.weights()) | dict(trainer.engine.moments())
     whole = dict(saved.weights()) | dict(saved.moments())
     for name, tensor in own.items():

@@ -1,4 +1,4 @@
-"""A learning and a training run as the trainer would leave them, with invented but plausible curves."""
+"""A learning run and a training run as the trainer would leave them, with made-up curves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from plans import SETTINGS
 
 from megaconsa import config
 
-LAYERS, HEADS = 12, 8
+LAYERS = 12
+HEADS = 8
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    """The file of a run configuration for the command plan."""
+    path = tmp_path / "config.yaml"
+    path.write_text(SETTINGS)
+    return path
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like runs/quickstart; copy it before changing it."""
+    """A folder like runs/quickstart. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
     write_runs(folder)
     return folder
@@ -32,7 +42,7 @@ def write_runs(folder: Path, steps: int = 300) -> None:
     log_alpha += random.normal(0, 2.5, (LAYERS, HEADS))
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "dataset.json").write_text(json.dumps({"unigram_entropy": 6.9}))
-    learn = _run(folder, "learn", {"source": "learn", "sparsity": 0.5}, steps)
+    learn = _run(folder, "learn", {"source": "learn", "scope": "per_layer", "sparsity": 0.5}, steps)
     _write_rows(
         learn,
         [

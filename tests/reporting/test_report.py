@@ -1,4 +1,4 @@
-"""megaconsa report."""
+"""The command report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_sections_and_figures(page: str) -> None:
     )
     for title in titles:
         assert title in page
-    assert page.count("unigram entropy") == 3  # both runs, and together
+    assert page.count("unigram entropy") == 3  # for each run, and for both together
     assert "training.learning_rate" in page
 
 
@@ -49,7 +49,7 @@ def test_page_is_self_contained(page: str) -> None:
     assert all(
         source.startswith(("data:", "#")) for source in re.findall(r'(?:href|src)="([^"]*)"', page)
     )
-    # Ink and paper come from the page, light or dark.
+    # The page sets the colors of text and background, light or dark.
     assert "#010203" not in page
     assert "#fefdfc" not in page
 

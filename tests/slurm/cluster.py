@@ -1,6 +1,8 @@
-"""A real Slurm of two nodes on this machine, for the length of a test run: its own munged, slurmctld and slurmds, folder and ports.
+"""A real Slurm of two nodes on this machine, for the duration of a test run.
 
-Needs root and the programs of Debian's packages slurm-wlm and munge, no systemd. A Slurm that is there already is not touched.
+It has its own munged, slurmctld, slurmds, folder and ports. A Slurm that is already there is not
+touched.
+Needs root, and the programs of Debian's packages slurm-wlm and munge. Does not need systemd.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SEARCHED = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
-"""Debian puts the daemons where not every user looks."""
+"""Debian puts the daemons into folders that are not in the PATH of every user."""
 NODES = ("node1", "node2")
 GPUS = 2
-"""Pretended ones of each node, so that jobs ask for what they ask for on a real cluster."""
+"""GPUs that each node pretends to have. Jobs then ask for the same as on a real cluster."""
 ENDED = (
     "COMPLETED",
     "FAILED",
@@ -36,10 +38,11 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
-# The jobs' ports follow from their numbers: another such Slurm on this machine is to have others.
+# The ports of jobs follow from their numbers. Another such Slurm on this machine must get others.
 FirstJobId={port}
 AuthType=auth/munge
-# A requeued job waits until its old credential has expired: two minutes by default, and also with less than 5.
+# A requeued job waits until its old credential has expired.
+# This takes two minutes by default, and also with less than 5.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool_%n
@@ -47,7 +50,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd_%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd_%n.log
-# More cores than this machine has: jobs wait for each other's time, not for Slurm.
+# Nodes have more cores than this machine, so that jobs share its time instead of queueing.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ProctrackType=proctrack/linuxproc
@@ -63,24 +66,30 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=30
 MinJobAge=3600
-# Many sites set it; the scripts ask for requeueing themselves.
+# Many sites set this. The scripts ask for requeueing themselves.
 JobRequeue=0
 {nodes}
 PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+    "CPUs=32 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
+)
 
 
 def missing() -> str | None:
-    """Why no Slurm can be started here; None where it can."""
+    """Returns why no Slurm can be started here, or None if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]
     if absent:
-        return f"{', '.join(absent)} not found; apt-get install --no-install-recommends slurm-wlm slurm-client munge"
+        return (
+            f"{', '.join(absent)} not found; "
+            "apt-get install --no-install-recommends slurm-wlm slurm-client munge"
+        )
     return None if os.geteuid() == 0 else "only root can start slurmctld and slurmd"
 
 
 class Cluster:
-    """Context manager: the daemons run, in the empty folder `folder`, while it is entered."""
+    """Context manager that runs the daemons in the empty folder `folder` while it is entered."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +98,8 @@ class Cluster:
             for name, value in os.environ.items()
             if not name.startswith(("SLURM", "SBATCH"))
         }
-        # Slurm's names for this machine are no names of its network, so the jobs are told where to meet.
+        # Slurm's names for this machine are unknown to its network. So the jobs are told where to
+        # meet.
         own = {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": SEARCHED,
@@ -119,7 +129,10 @@ class Cluster:
                 daemon.wait()
 
     def call(self, *command: object, **variables: str) -> str:
-        """Standard output of a command that must succeed, run in the repository's root, with further environment variables."""
+        """Runs a command in the root of the repository, with additional environment variables.
+
+        Returns its standard output. Raises AssertionError if the command fails.
+        """
         ended = self._attempt(*command, **variables)
         assert ended.returncode == 0, (
             f"{command}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}"
@@ -127,12 +140,12 @@ class Cluster:
         return ended.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """Slurm's record of a job: JobState, ExitCode, Restarts, ..."""
+        """Returns Slurm's record of a job: JobState, ExitCode, Restarts, ..."""
         words = self.call("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
-        """The record of a job when it has ended for good."""
+        """Waits for the final end of a job and returns its record."""
         await_until(
             lambda: self.job(job)["JobState"] in ENDED,
             f"end of job {job}",
@@ -142,7 +155,8 @@ class Cluster:
         return self.job(job)
 
     def _attempt(self, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-        words, environment = [str(word) for word in command], self.environment | variables
+        words = [str(word) for word in command]
+        environment = self.environment | variables
         return subprocess.run(
             words,
             env=environment,
@@ -154,7 +168,9 @@ class Cluster:
         )
 
     def _configure(self) -> None:
-        host, folder, ports = socket.gethostname(), self.folder, _free_ports(1 + len(NODES))
+        host = socket.gethostname()
+        folder = self.folder
+        ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
             NODE.format(name=name, host=host, port=port, gpus=GPUS)
             for name, port in zip(NODES, ports[1:], strict=True)
@@ -200,7 +216,8 @@ class Cluster:
         )
 
     def _daemon(self, *command: str) -> None:
-        # They end with the tests, also where these are killed: what they had queued would run on.
+        # The daemons end with the tests, even if these are killed. Otherwise queued jobs would
+        # still run.
         words = ["setpriv", "--pdeathsig", "TERM", *command]
         with (self.folder / f"daemon_{len(self.daemons)}.log").open("wb") as log:
             self.daemons.append(
@@ -222,7 +239,10 @@ class Cluster:
 def await_until(
     reached: Callable[[], bool], what: str, seconds: float, told: Callable[[], str]
 ) -> None:
-    """Polls; fails after so many seconds with what `told` has to say."""
+    """Polls until `reached` is true.
+
+    Raises AssertionError with the text of `told` after `seconds` seconds.
+    """
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end, f"no {what} after {seconds:.0f} s\n{told()}"

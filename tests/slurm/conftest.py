@@ -20,7 +20,7 @@ MEGACONSA = Path(sys.executable).with_name("megaconsa")
 def cluster() -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(reason)
-    # Not below pytest's folders: the name of munged's socket may have 107 characters.
+    # Do not use pytest's folders. The name of munged's socket may have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm_"))
     folder.chmod(0o755)
     with Cluster(folder) as started:
@@ -30,7 +30,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def submit(cluster: Cluster) -> Callable[..., str]:
-    """Runs `megaconsa submit ...`; returns what it printed."""
+    """Runs `megaconsa submit ...` and returns what it printed."""
 
     def run(*arguments: object, **variables: str) -> str:
         return cluster.call(MEGACONSA, "submit", *arguments, **variables)
@@ -40,7 +40,10 @@ def submit(cluster: Cluster) -> Callable[..., str]:
 
 @pytest.fixture
 def write_config(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """A file NAME.yaml of a run in tmp_path/NAME: write_config("a", training={"steps": 3})."""
+    """Writes NAME.yaml for a run in tmp_path/NAME.
+
+    Example: write_config("a", training={"steps": 3}).
+    """
 
     def write(name: str, **sections: dict[str, Any]) -> Path:
         path = tmp_path / f"{name}.yaml"

@@ -1,4 +1,7 @@
-"""The jobs of slurm/ on a real Slurm: stopped, killed, crashing, refused, over two nodes, in a chain and as a sweep."""
+"""The jobs of slurm/ on a real Slurm.
+
+They are stopped, killed, crashing, refused, over two nodes, in a chain, and as a sweep.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ Submit = Callable[..., str]
 WriteConfig = Callable[..., Path]
 ONE_NODE = ("--gpus-per-node", 2)
 LONG = {"training": {"steps": 120}, "checkpoint": {"every": 20}}
-"""Long enough to be met in the middle."""
+"""Long enough to be interrupted in the middle."""
 EIO_SECONDS = float(os.environ.get("MEGACONSA_TEST_EIO_SECONDS", "10"))
-"""For which storage does not answer."""
+"""How long the storage does not answer."""
 
 
 def number(printed: str) -> str:
-    """Slurm's number in the line `train: job 12` that submit prints."""
+    """Extracts Slurm's number from the line `train: job 12` that submit prints."""
     return printed.partition(": job ")[2].split()[0]
 
 
@@ -56,7 +59,11 @@ def weights(run: Path) -> dict[str, bytes]:
 def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Two ranks. The first start gets the signal that announces the time limit, in the second a rank is killed."""
+    """Runs two ranks.
+
+    The first start gets the signal that announces the time limit. In the second start a rank is
+    killed.
+    """
     job = number(submit("learn", write_config("disturbed", **LONG), *ONE_NODE))
     running_at(cluster, tmp_path / "disturbed", 30)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
@@ -90,8 +97,11 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
 def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Two ranks. They are killed, the lock says that a host holds it which is no more, and the newest
-    checkpoint gives EIO for a while."""
+    """Runs two ranks and kills them.
+
+    The lock then names a host that no longer exists, and the newest checkpoint gives EIO for a
+    while.
+    """
     run = tmp_path / "disturbed"
     job = number(submit("learn", write_config("disturbed", **LONG), *ONE_NODE))
     undisturbed = number(submit("learn", write_config("undisturbed", **LONG), *ONE_NODE))
@@ -128,7 +138,10 @@ def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
 def test_the_time_limit_is_foreseen(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Long before Slurm's signal the run sees that what is left of its four minutes would not hold a save of unknown length."""
+    """The run stops long before Slurm's signal.
+
+    It sees that a save of unknown length would not fit into the rest of its four minutes.
+    """
     config = write_config("limited", training={"steps": 100_000}, checkpoint={"every": 0})
     job = number(
         submit("learn", config, "--gpus-per-node", 1, "--time", 4, "--sbatch=--signal=B:USR1@1")
@@ -172,7 +185,7 @@ def test_two_nodes_equal_one_process(
 def test_crash_loop_is_given_up(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """A learning rate that makes the loss infinite in the first steps, again and again."""
+    """The learning rate makes the loss infinite in the first steps, after every restart."""
     config = write_config(
         "diverging", training={"steps": 50, "learning_rate": 1e30}, checkpoint={"every": 0}
     )
@@ -183,16 +196,17 @@ def test_crash_loop_is_given_up(
     assert any(
         "exit code 1, failure 1 of 2 since the start of the run; requeued" in line for line in said
     )
-    assert (
-        "given up: failed 2 times in a row since the start of the run, without a newer checkpoint (exit codes 1, 1)"
-        in said[-1]
+    given_up = (
+        "given up: failed 2 times in a row since the start of the run, "
+        "without a newer checkpoint (exit codes 1, 1)"
     )
+    assert given_up in said[-1]
 
 
 def test_refused_input_is_not_requeued(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Two ranks: neither's code 2 is lost."""
+    """Runs two ranks. Exit code 2 of either rank must not get lost."""
     job = number(
         submit(
             "learn", write_config("refused", data={"path": str(tmp_path / "nowhere")}), *ONE_NODE
@@ -227,7 +241,10 @@ def test_cancelled_job_stays_cancelled(
 
 
 def test_chain(cluster: Cluster, write_config: WriteConfig, tmp_path: Path) -> None:
-    """Submitted by hand, itself as a job, with options that are not the defaults of the files."""
+    """Submits the chain by hand, as a job.
+
+    Its options are not the defaults of the files.
+    """
     learn = write_config("learn")
     train = write_config("train", allocation={"source": "rule", "rule": "dense"})
     options = f"--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --output={tmp_path}/%x.out"

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: cores, whole nodes, a node that failed."""
+"""Jobs on a real Slurm: cores, whole nodes, and a failed node."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WriteConfig = Callable[..., Path]
 
 
 def task(job: str, rank: int) -> int:
-    """Process id of a job's rank."""
+    """Returns the process ID of a rank of a job."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = set((process / "environ").read_bytes().split(b"\0"))
             command = (process / "cmdline").read_bytes()
-        except OSError:  # it has ended, or is a thread of the kernel
+        except OSError:  # the process has ended, or it is a kernel thread
             continue
         if wanted <= variables and b"python" in command and b"train" in command:
             return int(process.name)
@@ -56,7 +56,7 @@ def test_the_node_of_a_lost_rank_is_avoided(
 def test_a_node_that_cannot_be_done_without(
     cluster: Cluster, submit: Submit, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Of two nodes a job on both."""
+    """There are two nodes, and the job needs both."""
     job = number(submit("learn", write_config("run", **LONG), "--nodes", 2, "--gpus-per-node", 1))
     running_at(cluster, tmp_path / "run", 30)
     os.kill(task(job, 1), signal.SIGKILL)

@@ -24,7 +24,10 @@ ARMS: dict[str, Any] = {
 
 @pytest.fixture
 def write_study(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Writes a study of a tiny model and its run configuration; fields are changed by name."""
+    """Writes a study of a tiny model and its run configuration.
+
+    Keyword arguments replace fields of the study.
+    """
 
     def write(**fields: Any) -> Path:
         base = make_config(
@@ -51,7 +54,10 @@ def write_study(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> C
 
 @pytest.fixture
 def make_runs(write_study: Callable[..., Path], tmp_path: Path) -> Callable[..., Runs]:
-    """The runs of a study that is changed by field; `out` is tmp_path/out."""
+    """Returns the runs of a study with changed fields.
+
+    The `out` of the study is tmp_path/out.
+    """
 
     def make(**fields: Any) -> Runs:
         return Runs(settings.load(write_study(**fields)), tmp_path / "out")

@@ -66,8 +66,11 @@ def test_transfer_trains_every_arm_equally_long_from_the_start(
 
 
 def test_arms_of_the_whole_budget_train_the_same_two_legs(make_runs: Callable[..., Runs]) -> None:
-    """A single cosine over both legs would differ from a learning arm's learning rates at every
-    step."""
+    """Arms that do not learn also train in two legs.
+
+    A single cosine over both legs would differ from the learning rates of a learning arm at every
+    step.
+    """
     runs = make_runs(
         arms=PROTOCOLS,
         learn={"training.steps": 24, "training.learning_rate": 0.002},

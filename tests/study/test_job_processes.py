@@ -1,4 +1,4 @@
-"""The processes of jobs: as on a GPU, and those that do not end."""
+"""The processes of jobs: as on a GPU, and processes that do not end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megaconsa.study.runs import Runs
 
 
 def linger(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
-    """In the place of a job's entry: writes the result and sleeps."""
+    """Replaces a job's entry function: writes the result and sleeps."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), process.STDERR)
     faulthandler.enable()
@@ -47,7 +47,10 @@ def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
 
 
 def test_a_job_runs_on_a_device_of_its_own(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
-    """As where there are GPUs; this device's name hides them all."""
+    """The job gets a device, as on a machine with GPUs.
+
+    The name of this device hides all GPUs.
+    """
     runs = make_runs()
     job = start_job(runs)
     running = process.RunningJob(runs, job, tmp_path / "start.log", device="", threads=1)

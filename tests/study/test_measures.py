@@ -1,4 +1,7 @@
-"""What is measured on a checkpoint, against the trainer and against a plain computation."""
+"""What is measured on a checkpoint.
+
+It is compared with the trainer and with a plain computation.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,11 @@ def trained(
     train: Callable[[dict[str, Any]], list[dict[str, Any]]],
     tmp_path: Path,
 ) -> tuple[Checkpoint, float]:
-    """A run on half windows, and the validation loss that its trainer reports over all held-out
-    sequences."""
+    """A run with half of the heads windowed.
+
+    Returns its checkpoint, and the validation loss that the trainer reports over all held-out
+    sequences.
+    """
     allocation = {"source": "rule", "rule": "head-share", "sparsity": 0.5}
     rows = train(make_config(allocation=allocation, validation={"sequences": 100_000}))
     return store.resolve(tmp_path / "run"), rows[-1]["validation_loss"]
@@ -48,7 +54,10 @@ def test_far_losses_are_those_of_late_positions(
     trained: tuple[Checkpoint, float],
     small_data: Path,
 ) -> None:
-    """Position by position, with all logits, counting each document's positions in a loop."""
+    """Computes the losses position by position, with all logits.
+
+    A loop counts the positions in each document.
+    """
     checkpoint, _ = trained
     measures = measure_checkpoint(checkpoint, NO_NEEDLES, CPU)
     allocation = checkpoint.allocation
@@ -75,7 +84,7 @@ def test_far_losses_are_those_of_late_positions(
 
 
 def test_needles_are_those_of_the_evaluation(trained: tuple[Checkpoint, float]) -> None:
-    """An untrained copier finds none, and hardly prefers the stated number."""
+    """An untrained model finds no needle and hardly prefers the stated number."""
     checkpoint, _ = trained
     measures = measure_checkpoint(checkpoint, Needles(lengths=(56,), count=2), CPU)
     assert measures.needle_accuracy == 0

@@ -1,4 +1,4 @@
-"""The arithmetic of the table against numbers worked out by hand."""
+"""The arithmetic of the table, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ import torch
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
-from megaconsa.study.comparison import (
-    T_QUANTILES,
-    agreement,
-    mean_difference,
-    overlap,
-    t_quantile,
-)
+from megaconsa.study.comparison import T_QUANTILES, agreement, mean_difference, overlap, t_quantile
 from megaconsa.study.fields import Trial
 from megaconsa.study.learning import best_units, read_learning, steps_to_target
 from megaconsa.study.measures import Measures, SequenceLosses
@@ -32,7 +26,10 @@ DENSE = SequenceLosses([20.0, 30.0], [10, 10])
 
 
 def test_several_runs_give_a_t_interval() -> None:
-    """Means 2.6, 2.7 and 2.8 beside 2.5: differences 0.1, 0.2, 0.3, standard deviation 0.1."""
+    """The means are 2.6, 2.7 and 2.8, compared with 2.5.
+
+    The differences are 0.1, 0.2 and 0.3, with a standard deviation of 0.1.
+    """
     others = [SequenceLosses([half, half], [10, 10]) for half in (26.0, 27.0, 28.0)]
     interval = mean_difference([(losses, DENSE) for losses in others])
     assert interval is not None
@@ -45,7 +42,10 @@ def test_several_runs_give_a_t_interval() -> None:
 
 
 def test_a_single_pair_has_its_interval_over_sequences() -> None:
-    """Sequences differ by 1 and 3 nats over 10 tokens each: 0.2 a token, standard error 0.1."""
+    """Sequences differ by 1 and 3 nats over 10 tokens each.
+
+    This is 0.2 per token, with a standard error of 0.1.
+    """
     interval = mean_difference([(SequenceLosses([21.0, 33.0], [10, 10]), DENSE)])
     assert interval is not None
     assert interval.over == "sequences"
@@ -64,7 +64,7 @@ def test_nothing_measured_has_no_difference() -> None:
 def test_t_quantiles_fall_to_the_normal_one() -> None:
     assert t_quantile(1) == 12.7062
     assert t_quantile(20) == 2.0860
-    # Of 30 and 100 degrees of freedom, from a printed table.
+    # The values for 30 and 100 degrees of freedom are from a printed table.
     assert t_quantile(30) == pytest.approx(2.0423, abs=5e-3)
     assert t_quantile(100) == pytest.approx(1.9840, abs=5e-3)
     assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
@@ -78,7 +78,9 @@ def test_overlap_is_the_share_of_full_heads_in_common() -> None:
 
 
 def test_agreement_is_the_mean_over_pairs() -> None:
-    first, second, third = [[True, True, False]], [[True, False, True]], [[False, True, True]]
+    first = [[True, True, False]]
+    second = [[True, False, True]]
+    third = [[False, True, True]]
     assert agreement([first, second, third]) == pytest.approx(0.5)
     assert agreement([first, first]) == 1
     assert agreement([first]) is None
@@ -139,7 +141,10 @@ def _write_run(folder: Path, seconds: list[float]) -> None:
 
 
 def save_measures(runs: Runs, trial: Trial, loss: float) -> None:
-    """Two held-out sequences of ten tokens, each at `loss` nats a token."""
+    """Saves measures of two held-out sequences.
+
+    Each sequence has ten tokens with `loss` nats per token.
+    """
     losses = SequenceLosses([10 * loss, 10 * loss], [10, 10])
     table = [[True, True, False, False]] * 2
     measures = Measures(losses, losses, None, None, table, "kv_head", 4)
@@ -167,7 +172,7 @@ def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
             "global": scored("global", seeds=[0, 1]),
             "drawn": drawn | {"scope": "global"},
             "drawn-layers": drawn | {"scope": "per_layer"},
-            # The file says what its scope was.
+            # The file records its scope.
             "found": {"file": str(tmp_path / "found.json")},
         },
     )
@@ -182,7 +187,7 @@ def test_arms_are_paired_with_leave_one_out_of_their_scope_and_seed(
     for trial in runs.study.trials():
         save_measures(runs, trial, bases[trial.arm] + trial.seed)
     found = {row.arm: row.leave_one_out_difference for row in collect(runs)}
-    # Seeds 0 and 1 are in both; seed 2 has nothing to be paired with.
+    # Both arms have seeds 0 and 1. Seed 2 has no partner.
     assert found["drawn"] is not None
     assert found["drawn"].mean == pytest.approx(0.5)
     assert found["drawn"].over == "runs"

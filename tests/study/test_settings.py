@@ -1,4 +1,4 @@
-"""The study's YAML: what it expands to, and what is refused."""
+"""The YAML file of a study: what it expands to, and what is refused."""
 
 from __future__ import annotations
 
@@ -244,7 +244,10 @@ def test_an_arm_that_was_left_out_is_still_on_record(make_runs: Callable[..., Ru
 
 
 def test_a_start_made_by_hand_must_have_the_studys_settings(make_runs: Callable[..., Runs]) -> None:
-    """On several GPUs by torchrun, say: the split into micro-batches changes no result, the learning rate does."""
+    """A start may be made by hand, for example on several GPUs with torchrun.
+
+    The split into micro-batches does not change the result, but the learning rate does.
+    """
     runs = make_runs()
     runs.start.mkdir(parents=True)
     values = runs.start_config.to_dict()

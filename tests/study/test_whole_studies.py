@@ -1,4 +1,4 @@
-"""Whole studies on the CPU, by the command, in processes of their own."""
+"""Whole studies on the CPU, run by the command in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120.0
 ARMS: dict[str, Any] = {"dense": {"rule": "dense"}, "evidence": {"learn": {}, "scope": "global"}}
 LONG_LEARNING = {"training.steps": 400, "gates.warmup_steps": 8, "checkpoint.every": 20}
-"""Long enough to be killed on the way."""
+"""Long enough to be killed halfway."""
 
 
 def begin(study: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -40,14 +40,14 @@ def begin(study: Path, out: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def sweep(study: Path, out: Path, *options: str) -> tuple[int, str]:
-    """Exit code and output."""
+    """Runs a study and returns its exit code and output."""
     process = begin(study, out, *options)
     said, _ = process.communicate(timeout=600)
     return process.returncode, said
 
 
 def await_rows(run: Path, count: int) -> None:
-    """Waits until a run has trained so many steps."""
+    """Waits until a run has trained `count` steps."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
@@ -56,7 +56,7 @@ def await_rows(run: Path, count: int) -> None:
 
 
 def test_the_cpu_study_gives_a_table_and_a_page(small_data: Path, tmp_path: Path) -> None:
-    """The study of the repository on smaller data and with fewer steps."""
+    """Runs the study of the repository on smaller data and with fewer steps."""
     folder = ROOT / "configs"
     base = yaml.safe_load((folder / "study_cpu_base.yaml").read_text())
     base["data"]["path"] = str(small_data)
@@ -82,19 +82,22 @@ def test_the_cpu_study_gives_a_table_and_a_page(small_data: Path, tmp_path: Path
     assert rows["evidence"]["difference"]["over"] == "runs"
     assert rows["evidence"]["sparsity"] == 0.5
     assert rows["evidence"]["cost"] > 0
-    assert rows["evidence"]["common_best"] >= 8  # of 12 units, two sets of ten share that many
+    assert rows["evidence"]["common_best"] >= 8  # two sets of ten out of 12 units share 8 or more
     assert 0 <= rows["evidence"]["leave_one_out_overlap"] <= 1
     assert rows["leave-one-out"]["leave_one_out_overlap"] is None
     page = (out / "study.html").read_text()
     assert page.count("<svg") == 2
     assert "evidence" in page
-    # Only what is read again stays: the start's checkpoint.
+    # Only what is read again is kept: the checkpoint of the start.
     assert [path.parent.name for path in out.rglob("checkpoints")] == ["start"]
     assert list((out / "trials" / "evidence-0.5-seed0" / "learn").glob("gates.json"))
 
 
 def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    """Asked to stop, then its job killed, then finished: nothing that was done is done again."""
+    """The study is asked to stop, then its job is killed, then it finishes.
+
+    Nothing that was done is done again.
+    """
     study = write_study(arms=ARMS, learn=LONG_LEARNING)
     out = tmp_path / "out"
     learn = out / "trials" / "evidence-0.5-seed0" / "learn"
@@ -113,7 +116,7 @@ def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path
     said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1, said
     assert "failed: learn-evidence-0.5-seed0: killed by SIGKILL" in said
-    # What does not depend on it was done.
+    # Jobs that do not depend on the killed one were done.
     dense = out / "trials" / "dense-seed0" / "measures.json"
     written = dense.stat().st_mtime_ns
 
@@ -131,7 +134,7 @@ def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path
 
 
 def test_a_job_that_is_refused_says_why(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    """The run's folder is looked at only when its turn has come."""
+    """A job checks the folder of its run only when its turn has come."""
     study = write_study(arms={"dense": {"rule": "dense"}})
     out = tmp_path / "out"
     folder = out / "trials" / "dense-seed0"
@@ -144,7 +147,7 @@ def test_a_job_that_is_refused_says_why(write_study: Callable[..., Path], tmp_pa
 
 
 def test_the_whole_budget_trains_two_legs(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    """Rule, score and learning arms see the same learning rate at every step."""
+    """Rule, score and learning arms have the same learning rate at every step."""
     options = {"whole_budget": True, "scope": "global"}
     arms: dict[str, Any] = {
         "dense": {"rule": "dense", "whole_budget": True},

@@ -1,7 +1,11 @@
-"""`megaconsa ...` in this process, and tiny finished runs for it to work on, each trained once."""
+"""`megaconsa ...` in this process, and tiny finished runs for it.
+
+Each run is trained once.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +33,39 @@ class Outcome:
 
 
 @pytest.fixture
+def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes commands use the CPU on any machine, except in tests that ask for a GPU."""
+    import torch
+
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def exports(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an export of each kind."""
+    from evaluation import exports
+
+    folder = tmp_path_factory.mktemp("exports")
+    for name, allocation in exports.ALLOCATIONS.items():
+        exports.make_export(folder / name, allocation, small_data / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Callable[[], dict[str, Any]]:
+    """Returns a function that reads the figures of an evaluation in tmp_path/out."""
+    return lambda: json.loads((tmp_path / "out" / "evaluation.json").read_text())
+
+
+@pytest.fixture
 def megaconsa(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
-    """Runs `megaconsa ...` to its end; anything but an exit with a code (a traceback) fails the test."""
+    """Runs `megaconsa ...` to its end.
+
+    Anything except an exit with a code, such as a traceback, fails the test.
+    """
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["megaconsa", *map(str, arguments)])
@@ -47,7 +80,10 @@ def megaconsa(
 
 @pytest.fixture
 def done(megaconsa: Callable[..., Outcome]) -> Callable[..., str]:
-    """Runs a command that must succeed and keep stderr clean; returns its stdout."""
+    """Runs a command that must succeed and print nothing to stderr.
+
+    Returns its stdout.
+    """
 
     def run(*arguments: object) -> str:
         outcome = megaconsa(*arguments)
@@ -59,7 +95,10 @@ def done(megaconsa: Callable[..., Outcome]) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(megaconsa: Callable[..., Outcome]) -> Callable[..., str]:
-    """Runs a command that must be refused; returns its one line on stderr."""
+    """Runs a command that must be refused.
+
+    Returns its one line on stderr.
+    """
 
     def run(*arguments: object) -> str:
         outcome = megaconsa(*arguments)
@@ -83,7 +122,10 @@ def finished(
     train: Callable[[dict[str, Any]], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """The folder of a run by its name in ALLOCATIONS. Shared by all tests: copy it before writing into it."""
+    """Returns the folder of a run by its name in ALLOCATIONS.
+
+    All tests share it. Copy it before writing into it.
+    """
 
     def folder(name: str) -> Path:
         if name not in finished_runs:

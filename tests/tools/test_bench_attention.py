@@ -1,62 +1,29 @@
-"""`megaconsa bench-attention`: what is counted, who is refused, what is written. Small real problems on a CPU."""
+"""bench-attention: what is counted, how contestants are run, and how they are timed.
+
+The problems are small and run on a CPU.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_problems import CPU, NAMES, SHAPE, every_case, inputs_of, results_of
 from torch import Tensor
 
 from megaconsa.benchmarks.attention import peers, timing
 from megaconsa.benchmarks.attention import truth as truth_module
 from megaconsa.benchmarks.attention.benchmark import Quartiles, Row, compare, forward_flops
-from megaconsa.benchmarks.attention.cases import Inputs, Shape, all_cases, draw
-from megaconsa.benchmarks.attention.contestants import Contestant, OurBackend, Peer, Run
+from megaconsa.benchmarks.attention.cases import Shape, all_cases
+from megaconsa.benchmarks.attention.contestants import OurBackend, Peer, Run
 from megaconsa.benchmarks.attention.timing import check, errors, time_in_turns
-from megaconsa.benchmarks.attention.truth import Results, truth
+from megaconsa.benchmarks.attention.truth import truth
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
 
-CPU = torch.device("cpu")
-SHAPE = Shape(2, 37, 6, 3, 8, 5, torch.float32, CPU)
-NAMES = ["dense", "window", "mixed", "gated", "gated-half", "gated-partly"]
-SMALL = (
-    "--batch",
-    2,
-    "--length",
-    40,
-    "--heads",
-    4,
-    "--kv-heads",
-    2,
-    "--head-dim",
-    8,
-    "--window",
-    6,
-)
-
-every_case = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command takes the CPU, on any machine, but in tests that ask for a GPU."""
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def inputs_of(name: str, shape: Shape = SHAPE) -> Inputs:
-    return draw(shape, next(case for case in all_cases(shape) if case.name == name))
-
-
-def results_of(contestant: OurBackend | Peer, inputs: Inputs) -> Results:
-    run = contestant.prepare(inputs)
-    outputs = run.forward()
-    return run.collect(tuple(x.detach() for x in outputs), run.backward(outputs))
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 @every_case
@@ -65,7 +32,8 @@ def test_flops_count_the_visible_pairs(name: str) -> None:
     gate = case.gate or (0.0,) * SHAPE.kv_heads
     pairs = 0
     for head in range(SHAPE.heads):
-        window, z = case.windows[head // SHAPE.group], gate[head // SHAPE.group]
+        window = case.windows[head // SHAPE.group]
+        z = gate[head // SHAPE.group]
         for query in range(SHAPE.length):
             pairs += sum(1 for key in range(query + 1) if z > 0 or query - key < window)
     assert forward_flops(SHAPE, case) == 4 * SHAPE.head_dim * SHAPE.batch * pairs
@@ -86,7 +54,7 @@ def test_truth_is_the_reference_in_fp64(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def bare(heads_first: bool) -> Callable[..., Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """A library that computes windows and no gates, in either layout."""
+    """A library that computes windows but no gates, in either layout."""
 
     def build(shape: Shape, windows: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def attention(*qkv: Tensor) -> Tensor:
@@ -131,7 +99,7 @@ def test_peers_without_windows_serve_the_dense_case_alone() -> None:
 
 @every_case
 def test_sorted_heads_are_the_same_heads(name: str) -> None:
-    """Of five KV heads, so that the order given is not its own inverse."""
+    """With five KV heads, the order of the heads is not its own inverse."""
     inputs = inputs_of(name, Shape(2, 37, 10, 5, 8, 5, torch.float32, CPU))
     seen = []
 
@@ -159,7 +127,8 @@ def runs(*contestants: OurBackend) -> dict[str, Run]:
 
 
 def test_all_are_timed_in_every_round_unless_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants, seen = runs(OurBackend("sdpa"), OurBackend("reference")), []
+    contestants = runs(OurBackend("sdpa"), OurBackend("reference"))
+    seen = []
     monkeypatch.setattr(timing, "SECONDS", 60.0)
     timings = time_in_turns(contestants, CPU, seen.append)
     assert [len(x) for t in timings.values() for x in (t.forward, t.backward)] == [
@@ -204,182 +173,6 @@ def test_quotients_of_what_was_timed() -> None:
     )
 
 
-def test_the_command_writes_what_it_measured(done: Callable[..., str], tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    printed = done("bench-attention", *SMALL, "--out", out)
-    content = json.loads(out.read_text())
-    assert (
-        content["command"]
-        == "megaconsa bench-attention " + " ".join(map(str, SMALL)) + " --dtype fp32"
-    )
-    assert (
-        content["versions"]["torch"] == torch.__version__.split("+")[0]
-        or content["versions"]["torch"] == torch.__version__
-    )
-    assert content["shape"]["dtype"] == "float32"
-    assert [case["name"] for case in content["cases"]] == NAMES
-    assert content["cases"][2]["windows"] == [40, 6]
-    assert content["cases"][4]["gate"] == [1.0, 0.0]
-    results = content["results"]
-    assert [(row["case"], row["contestant"]) for row in results] == [
-        (n, c) for n in NAMES for c in ("sdpa", "reference")
-    ]
-    for row in results:
-        assert 0 < row["forward"]["low"] <= row["forward"]["median"] <= row["forward"]["high"]
-        assert row["total_ms"] == row["forward"]["median"] + row["backward"]["median"]
-        flops = next(
-            case["forward_flops"] for case in content["cases"] if case["name"] == row["case"]
-        )
-        assert row["tflops"] == pytest.approx(3.5 * flops / row["total_ms"] / 1e9)
-        assert row["ratio"] is None
-        assert set(row["errors"]) == {"out", "dq", "dk", "dv"} | (
-            {"dz"} if row["case"].startswith("gated") else set()
-        )
-        assert max(row["errors"].values()) < content["bound"] == 1e-5
-    for said in ("No GPU", "TFLOP/s", "gated-partly", f"wrote {out}"):
-        assert said in printed
-
-
-def test_cases_are_chosen_and_the_dtype_is_kept(done: Callable[..., str], tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    done(
-        "bench-attention",
-        *SMALL,
-        "--case",
-        "mixed",
-        "--case",
-        "dense",
-        "--dtype",
-        "bf16",
-        "--out",
-        out,
-    )
-    content = json.loads(out.read_text())
-    assert content["command"].endswith("--dtype bf16 --case mixed --case dense")
-    assert [case["name"] for case in content["cases"]] == ["dense", "mixed"]
-    assert (
-        1e-5
-        < max(error for row in content["results"] for error in row["errors"].values())
-        < content["bound"]
-        == 5e-3
-    )
-
-
-def narrower(*qkv: Tensor, window: tuple[int, ...], **arguments: Any) -> Tensor:
-    """One key too few in windowed heads."""
-    length = qkv[0].shape[1]
-    return hybrid_attention(
-        *qkv, window=[size if size >= length else size - 1 for size in window], **arguments
-    )
-
-
-def unfinished(*qkv: Tensor, **arguments: Any) -> Tensor:
-    """One value never written."""
-    out = hybrid_attention(*qkv, **arguments).clone()
-    out[0, 0, 0, 0] = float("nan")
-    return out
-
-
-def one_sided(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
-    """Right output, half the gradient of k."""
-    return hybrid_attention(q, (k + k.detach()) / 2, v, **arguments)
-
-
-def crashing(*qkv: Tensor, **arguments: Any) -> Tensor:
-    raise RuntimeError("an illegal memory access was encountered\nlong explanation")
-
-
-WRONG = {
-    narrower: "has the error",
-    unfinished: "out has the error nan",
-    one_sided: "dk has the error",
-    crashing: "an illegal memory access was encountered",
-}
-
-
-@pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__name__)
-def test_no_speed_of_a_wrong_backend(
-    function: Callable[..., Tensor],
-    megaconsa: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setattr(
-        peers, "contestants", lambda device: [OurBackend("reference"), OurBackend("sdpa", function)]
-    )
-    outcome = megaconsa(
-        "bench-attention", *SMALL, "--case", "mixed", "--out", tmp_path / "out.json"
-    )
-    assert outcome.code == 1
-    assert outcome.err.startswith(
-        "error: no speed is reported, because sdpa fails the case mixed at batch 2, length 40, window 6"
-    )
-    assert WRONG[function] in outcome.err
-    assert outcome.err.count("\n") == 1
-    assert "  reference " in outcome.out
-    assert "TFLOP/s" not in outcome.out
-    assert not list(tmp_path.iterdir())
-
-
-class OnCpu(Peer):
-    """A peer that may run here."""
-
-    def refusal(self, inputs: Inputs) -> str | None:
-        return None
-
-
-def peer_by(function: Callable[..., Tensor]) -> Contestant:
-    def build(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
-        return lambda *qkv: function(*qkv, window=windows, backend="reference")
-
-    return OnCpu(function.__name__, build, heads_first=False, windowed=True, launch_per_window=True)
-
-
-def missing(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
-    import package_that_is_not_there  # type: ignore[import-not-found]
-
-    return package_that_is_not_there.attention  # type: ignore[no-any-return]
-
-
-def test_a_peer_that_fails_is_left_out_with_its_reason(
-    done: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    found = [
-        *map(peer_by, (hybrid_attention, narrower, crashing)),
-        OnCpu("absent", missing, False, True, True),
-    ]
-    monkeypatch.setattr(peers, "contestants", lambda device: [OurBackend("sdpa"), *found])
-    printed = done(
-        "bench-attention",
-        *SMALL,
-        "--case",
-        "mixed",
-        "--case",
-        "gated-half",
-        "--out",
-        tmp_path / "out.json",
-    )
-    content = json.loads((tmp_path / "out.json").read_text())
-    timed = [(row["case"], row["contestant"], row["launches"]) for row in content["results"]]
-    assert timed == [
-        (c, n, k)
-        for c in ("mixed", "gated-half")
-        for n, k in (("sdpa", 1), ("hybrid_attention", 2))
-    ]
-    for ours, peer in zip(content["results"][::2], content["results"][1::2], strict=True):
-        assert (ours["ratio"], peer["ratio"]) == (ours["total_ms"] / peer["total_ms"], 1)
-    assert (
-        "not timed: crashing (mixed, gated-half): an illegal memory access was encountered\n"
-        in printed
-    )
-    assert (
-        "not timed: absent (mixed, gated-half): package_that_is_not_there is not installed\n"
-        in printed
-    )
-    assert "not timed: narrower (mixed, gated-half): wrong: " in printed
-    assert "  hybrid_attention x 2 " in printed
-
-
 def test_gates_at_0_and_1_may_have_any_derivative() -> None:
     inputs = inputs_of("gated-partly", Shape(1, 20, 8, 8, 4, 5, torch.float32, CPU))
     expected = truth(inputs)
@@ -395,53 +188,3 @@ def test_a_backend_that_refuses_is_no_failure() -> None:
     (verdict,) = check(inputs_of("dense"), [OurBackend("flash")], lambda note: None)
     assert not verdict.wrong(1e-5)
     assert "flash needs a CUDA GPU" in str(verdict.reason)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--case", "mixd"), "--case mixd is unknown; choose one of dense, window, mixed"),
-        (("--heads", 5), "--heads 5 must be a multiple of --kv-heads 2"),
-        (("--window", 40), "--window 40 must be smaller than --length 40"),
-        (("--dtype", "fp8"), "--dtype fp8 is unknown; choose one of bf16, fp16, fp32"),
-    ],
-)
-def test_refused_input(
-    arguments: tuple[object, ...], said: str, refused: Callable[..., str], tmp_path: Path
-) -> None:
-    assert said in refused("bench-attention", *SMALL, *arguments, "--out", tmp_path / "out.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_in_the_place_of_the_file(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "is a folder" in refused("bench-attention", *SMALL, "--out", tmp_path)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu(done: Callable[..., str], tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    done(
-        "bench-attention",
-        "--batch",
-        1,
-        "--length",
-        1000,
-        "--window",
-        100,
-        "--case",
-        "dense",
-        "--case",
-        "gated",
-        "--out",
-        out,
-    )
-    content = json.loads(out.read_text())
-    timed = {(row["case"], row["contestant"]) for row in content["results"]}
-    assert {
-        ("dense", "triton"),
-        ("dense", "FlexAttention"),
-        ("gated", "triton"),
-        ("gated", "sdpa"),
-    } <= timed
-    assert "gated triton / dense triton" in [ratio["name"] for ratio in content["ratios"]]

@@ -62,7 +62,10 @@ def test_what_cannot_run_is_refused_before_anything_runs(configuration: Path) ->
 def test_the_failing_rank_is_heard(
     configuration: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A rank of the started processes fails: a module that Python imports at its start plants the error."""
+    """One of the started ranks fails.
+
+    A module that Python imports at its start plants the error.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"

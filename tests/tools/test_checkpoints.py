@@ -1,4 +1,4 @@
-"""`megaconsa checkpoints`, `verify` and the mean of several checkpoints."""
+"""`megaconsa checkpoints`, `verify`, and the mean of several checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export-hf from runs as the trainer leaves them, and the folder in transformers."""
+"""export-hf of runs as the trainer leaves them, and the resulting folder in transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megaconsa.data.stream import TokenShards
 from megaconsa.evaluation.export_check import TOLERANCE
 from megaconsa.model.qwen3 import Qwen3
 
-SEQUENCE_LENGTH = 64  # of small_data
+SEQUENCE_LENGTH = 64  # that of small_data
 
 Done = Callable[..., str]
 Finished = Callable[[str], Path]
@@ -30,17 +30,20 @@ Finished = Callable[[str], Path]
 
 @torch.no_grad()
 def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None:
-    """Against megaconsa's own model, by transformers alone; generating tells that the cache works."""
+    """Compares an export with megaconsa's own model.
+
+    The export is loaded by transformers alone. Generation with and without a cache must agree.
+    """
     checkpoint = store.resolve(run)
     model = Qwen3(checkpoint.shape, table, "reference", separate=False)
     model.load_state_dict(dict(checkpoint.weights()), strict=False)
-    tokens = torch.from_numpy(TokenShards(data, "validation")[1][:SEQUENCE_LENGTH].astype("int64"))[
-        None
-    ]
+    sequence = TokenShards(data, "validation")[1][:SEQUENCE_LENGTH]
+    tokens = torch.from_numpy(sequence.astype("int64"))[None]
     exported = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
     )
-    expected, logits = model(tokens), exported(tokens).logits
+    expected = model(tokens)
+    logits = exported(tokens).logits
     assert logits.shape == (1, SEQUENCE_LENGTH, checkpoint.shape.vocab_size)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
@@ -62,7 +65,9 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
 def test_learning_run_with_its_table(
     name: str, kind: str, finished: Finished, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
-    run, table, out = finished(name), tmp_path / "allocation.json", tmp_path / "hf"
+    run = finished(name)
+    table = tmp_path / "allocation.json"
+    out = tmp_path / "hf"
     done("finalize-masks", run, "--out", table)
     text = done(
         "export-hf",
@@ -96,7 +101,8 @@ def test_learning_run_with_its_table(
 def test_training_run_knows_its_table(
     name: str, kind: str, finished: Finished, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
-    run, out = finished(name), tmp_path / "hf"
+    run = finished(name)
+    out = tmp_path / "hf"
     text = done("export-hf", run, "--out", out, "--dtype", "float32")
     assert text.endswith(f"\n{out}: {kind}, float32, sparsity 0.5000, window 8\n")
     assert (out / "allocation.png").read_bytes().startswith(b"\x89PNG")
@@ -109,7 +115,10 @@ def test_training_run_knows_its_table(
 def test_a_checkpoint_in_bfloat16_with_a_tokenizer_of_ones_own(
     finished: Finished, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
-    """Precision and checkpoint reach the folder; --verify compares with the weights as rounded."""
+    """The folder has the given precision and checkpoint.
+
+    --verify compares with the rounded weights.
+    """
     out = tmp_path / "hf"
     checkpoint = finished("trained") / "checkpoints" / "step_4"
     text = done(
@@ -133,7 +142,7 @@ def test_a_checkpoint_in_bfloat16_with_a_tokenizer_of_ones_own(
 def test_verify_says_how_many_tokens_it_compared(
     finished: Finished, done: Done, tmp_path: Path
 ) -> None:
-    """A sequence of the data may be shorter than what was asked for."""
+    """A sequence of the data may be shorter than the number asked for."""
     text = done(
         "export-hf",
         finished("stock"),
@@ -153,7 +162,7 @@ def test_verify_finds_a_wrong_export(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One sentence and exit code 1: the input was not at fault."""
+    """The command prints one sentence and exits with 1, because the input was not at fault."""
     from megaconsa.huggingface import export
 
     real = export.reorder_weight
@@ -186,10 +195,13 @@ def test_another_tokenizer_than_the_runs_is_refused(
     small_data: Path,
     tmp_path: Path,
 ) -> None:
-    """After the data folder was made anew, say. What --verify compares are logits, which do not
-    tell.
+    """The data folder may have been made again, for example.
+
+    --verify compares logits, and these do not show the difference.
     """
-    data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "hf"
+    data = tmp_path / "data"
+    run = tmp_path / "run"
+    out = tmp_path / "hf"
     shutil.copytree(small_data, data)
     train(
         make_config(
@@ -230,7 +242,7 @@ def test_a_run_with_an_earlier_fingerprint_is_exported(
     done: Done,
     tmp_path: Path,
 ) -> None:
-    """It has the first of today's two parts."""
+    """An earlier fingerprint is the first of today's two parts."""
     checkpoint = shutil.copytree(store.resolve(finished("stock")).path, tmp_path / "checkpoint")
     state = json.loads((checkpoint / "state.json").read_text())
     first, second = state["data"]["tokenizer_fingerprint"].split("-")

@@ -1,4 +1,4 @@
-"""Every command explains itself at once, by either of its names."""
+"""Every command explains itself at once, by its name and by its script."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ def test_no_arguments_shows_the_commands(megaconsa: Callable[..., Any]) -> None:
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    """So that --help and a refused argument answer at once."""
-    script = f"import json, sys; import megaconsa.cli; print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    """--help and refusals of arguments must answer at once."""
+    script = (
+        "import json, sys; import megaconsa.cli; "
+        f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -55,7 +58,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None:
-    """From another folder."""
+    """The script runs from another folder."""
     script = ROOT / "tools" / f"{tool.replace('-', '_')}.py"
     ended = subprocess.run(
         [sys.executable, script, "--help"],
@@ -69,7 +72,10 @@ def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None
 
 
 def test_script_of_a_tool_does_the_work(finished: Callable[[str], Path], tmp_path: Path) -> None:
-    """The script's own folder comes first in its path: its neighbours must not hide what libraries import."""
+    """The script's own folder comes first in sys.path.
+
+    Its neighbours must not hide modules that libraries import.
+    """
     script = ROOT / "tools" / "finalize_masks.py"
     command: list[str | Path] = [
         sys.executable,

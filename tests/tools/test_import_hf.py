@@ -19,7 +19,7 @@ from megaconsa.data.stream import BatchStream
 from megaconsa.data.tokenizer_folder import TOKENIZER_FILES, copy_tokenizer
 from megaconsa.huggingface.load import load_exported
 
-VOCABULARY = 512  # of small_data
+VOCABULARY = 512  # that of small_data
 SEQUENCE_LENGTH = 64
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -35,7 +35,7 @@ Refused = Callable[..., str]
 def save_qwen3(
     folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB"
 ) -> Path:
-    """A random model of the preset `tiny` with SHAPE, written by transformers."""
+    """Writes a random model of the preset `tiny` with SHAPE, using transformers."""
     torch.manual_seed(0)
     sizes = SHAPE | {
         "num_hidden_layers": 4,
@@ -69,7 +69,10 @@ def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Of a file, or of a folder's files; nothing where there is neither."""
+    """Returns the contents of a file, or of all files of a folder.
+
+    The result is empty if there is neither.
+    """
     return {
         str(each.relative_to(path)): each.read_bytes()
         for each in (path, *path.rglob("*"))
@@ -117,7 +120,10 @@ def test_round_trip(
     ids=["head-wise", "layer-wise"],
 )
 def test_exports_come_back(full: list[list[bool]], done: Done, tmp_path: Path) -> None:
-    """Heads in their original order, and the table; exported again, the same folder."""
+    """Heads come back in their original order, with the table.
+
+    Exporting again gives the same folder.
+    """
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
     table = {
@@ -151,7 +157,7 @@ def test_a_head_wise_model_that_transformers_saved_again_comes_back(
     done: Done,
     tmp_path: Path,
 ) -> None:
-    """It has no allocation.json: the table is in its configuration."""
+    """It has no allocation.json. The table is in its configuration."""
     folder = save_qwen3(tmp_path / "hf", dtype=torch.float32)
     done("import-hf", folder, "--out", tmp_path / "import")
     table = {
@@ -190,7 +196,10 @@ def test_a_head_wise_model_that_transformers_saved_again_comes_back(
 def test_ids_of_special_tokens_stay_as_they_are(
     words: bool, generation: bool, done: Done, small_data: Path, tmp_path: Path
 ) -> None:
-    """Lists too, and without a generation config transformers generates by the model's."""
+    """Lists stay lists.
+
+    Without a generation config, transformers generates with the ids of the model.
+    """
     folder = save_qwen3(tmp_path / "hf")
     ids = {"bos_token_id": 5, "eos_token_id": [7, 8], "pad_token_id": 9}
     change_config(**ids)(folder)
@@ -211,10 +220,10 @@ def test_ids_of_special_tokens_stay_as_they_are(
     else:
         assert ids.items() <= json.loads(written.read_text()).items()
     assert (tmp_path / "export" / "tokenizer.json").exists() == words
-    if words:  # so that they go on into the data, and into what is trained on it
-        assert (
-            tmp_path / "import" / "tokenizer" / "generation_config.json"
-        ).read_bytes() == written.read_bytes()
+    if words:
+        # The tokenizer folder passes them on to the data, and to models trained on it.
+        passed_on = tmp_path / "import" / "tokenizer" / "generation_config.json"
+        assert passed_on.read_bytes() == written.read_bytes()
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
@@ -222,7 +231,10 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     small_data: Path,
     tmp_path: Path,
 ) -> None:
-    """By the largest id: with a hole in them there are no more ids than embeddings."""
+    """The largest id decides.
+
+    If ids have a hole, there are no more ids than embeddings.
+    """
     folder = save_qwen3(tmp_path / "hf")
     copy_tokenizer(small_data / "tokenizer", folder)
     file = folder / "tokenizer.json"
@@ -259,7 +271,10 @@ def test_the_first_loss_is_that_of_transformers(
     small_data: Path,
     tmp_path: Path,
 ) -> None:
-    """While learning too: where the window reaches over the sequence, gates change nothing."""
+    """This holds for a learning run too.
+
+    If the window covers the sequence, gates change nothing.
+    """
     folder = save_qwen3(tmp_path / "hf")
     copy_tokenizer(small_data / "tokenizer", folder)
     done("import-hf", folder, "--out", tmp_path / "import")

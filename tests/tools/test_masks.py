@@ -23,7 +23,8 @@ Finished = Callable[[str], Path]
 
 @pytest.mark.parametrize("name", ["heads", "layers"])
 def test_finalize_masks(name: str, finished: Finished, done: Done, tmp_path: Path) -> None:
-    run, out = finished(name), tmp_path / "new" / "table.json"
+    run = finished(name)
+    out = tmp_path / "new" / "table.json"
     text = done("finalize-masks", run, "--out", out)
 
     bank = read_gates(store.resolve(run))
@@ -51,7 +52,8 @@ def test_finalize_masks(name: str, finished: Finished, done: Done, tmp_path: Pat
     assert text_map(allocation) in text
     table_line, evidence_line = text.splitlines()[-2:]
     assert table_line.startswith(
-        f"{out}: sparsity {allocation.sparsity:.4f} (target {constraint.sparsity}), window 8, cut margin "
+        f"{out}: sparsity {allocation.sparsity:.4f} (target {constraint.sparsity}), "
+        "window 8, cut margin "
     )
     assert evidence_line.startswith("evidence: split_agreement ")
     assert [path.name for path in out.parent.iterdir()] == ["table.json"]
@@ -65,8 +67,9 @@ def test_the_papers_threshold_is_for_its_own_gates(
     train: Callable[[dict[str, Any]], Any],
     tmp_path: Path,
 ) -> None:
-    run, out = tmp_path / "paper", tmp_path / "table.json"
-    # Gates that learn fast part within the few steps, so that some pass the threshold.
+    run = tmp_path / "paper"
+    out = tmp_path / "table.json"
+    # Gates that learn fast spread within the few steps, so that some pass the threshold.
     train(make_config(run={"dir": str(run)}, gates={"controller": "paper", "learning_rate": 2.0}))
     done("finalize-masks", run, "--out", out, "--method", "threshold")
     gates = store.resolve(run).gates()
@@ -84,8 +87,9 @@ def test_an_allocation_from_noise_is_warned_of_and_refused_on_request(
     train: Callable[[dict[str, Any]], Any],
     tmp_path: Path,
 ) -> None:
-    """Two steps of four sequences say nothing about eight heads."""
-    run, out = tmp_path / "short", tmp_path / "table.json"
+    """Two steps of four sequences are no evidence about eight heads."""
+    run = tmp_path / "short"
+    out = tmp_path / "table.json"
     train(make_config(run={"dir": str(run)}, gates={"warmup_steps": 1}, training={"steps": 2}))
     assert "not supported by evidence" in refused(
         "finalize-masks", run, "--out", out, "--require-evidence"
@@ -112,7 +116,10 @@ def test_the_table_goes_into_the_run_by_default(
 def test_default_place_from_within_the_run(
     where: str, finished: Finished, done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table inside a checkpoint of a learning run would pass for the one it trained on."""
+    """The table must not be written into a checkpoint.
+
+    There, it would be taken for the table that the run trained on.
+    """
     run = tmp_path / "run"
     shutil.copytree(finished("heads"), run)
     before = {path.relative_to(run) for path in run.rglob("*")}
@@ -124,7 +131,7 @@ def test_default_place_from_within_the_run(
 def test_folder_names_with_brackets_are_printed_whole(
     finished: Finished, done: Done, tmp_path: Path
 ) -> None:
-    """Rich takes [a] for markup."""
+    """Rich would read [a] as markup."""
     out = tmp_path / "[a]" / "table.json"
     assert str(out) in done("finalize-masks", finished("heads"), "--out", out)
     assert str(out) in done("rule-masks", "dense", "--preset", "tiny", "--window", 8, "--out", out)

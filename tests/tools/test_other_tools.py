@@ -71,9 +71,9 @@ def test_plan_of_the_shipped_configurations(done: Done) -> None:
         text = config.read_text()
         if "\narms:" in text:
             continue  # a study
-        allocation = (
-            ["allocation.source=rule", "allocation.file=null"] if "source: file" in text else []
-        )
+        allocation = []
+        if "source: file" in text:
+            allocation = ["allocation.source=rule", "allocation.file=null"]
         gpus = json.loads(done("plan", config, *allocation, "--json"))["gpus"]
         assert gpus == 1, config
 
@@ -95,7 +95,10 @@ def test_verify_data(
 
 
 def test_prepared_data_verifies(done: Done, tmp_path: Path) -> None:
-    """A .jsonl file and a folder, through the command line; the same command again changes nothing."""
+    """Prepares a .jsonl file and a folder through the command line.
+
+    The same command again changes nothing.
+    """
     text = Path(argparse.__file__).read_text()
     parts = [text[start : start + 1500] for start in range(0, 60_000, 1500)]
     (tmp_path / "texts").mkdir()

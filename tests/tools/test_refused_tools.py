@@ -1,4 +1,7 @@
-"""What the tools refuse: one sentence, exit code 2, nothing written. What `train` refuses is in tests/training."""
+"""What the tools refuse: one sentence, exit code 2, nothing written.
+
+The refusals of `train` are in tests/training.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Finished = Callable[[str], Path]
 
 @pytest.fixture
 def untouched(refused: Refused, tmp_path: Path) -> Refused:
-    """`refused`, and tmp_path is afterwards as it was before."""
+    """Like `refused`, and also checks that tmp_path has not changed."""
 
     def listing() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -37,7 +40,7 @@ def untouched(refused: Refused, tmp_path: Path) -> Refused:
 
 @pytest.fixture
 def run(finished: Finished, tmp_path: Path) -> Path:
-    """A learning run to be damaged."""
+    """A learning run that the test may damage."""
     shutil.copytree(finished("heads"), tmp_path / "run")
     return tmp_path / "run"
 
@@ -119,10 +122,8 @@ def test_rule_masks(
 def test_export_of_a_learning_run_needs_a_table_that_fits(
     finished: Finished, untouched: Refused, tmp_path: Path
 ) -> None:
-    export, out = (
-        ("export-hf", finished("heads"), "--out", tmp_path / "hf"),
-        tmp_path / "allocation.json",
-    )
+    export = ("export-hf", finished("heads"), "--out", tmp_path / "hf")
+    out = tmp_path / "allocation.json"
     assert "was still learning its allocation; run finalize-masks" in untouched(*export)
     assert "does not exist" in untouched(*export, "--allocation", out)
     rules.dense(2, 4, 8).save(out)
@@ -160,7 +161,7 @@ def test_export_without_its_tokenizer(
 def test_verify_without_held_out_data_writes_nothing(
     finished: Finished, small_data: Path, untouched: Refused, tmp_path: Path
 ) -> None:
-    """What --verify needs is looked at before the export is written."""
+    """What --verify needs is checked before the export is written."""
     moved = moved_data(finished("trained"), tmp_path)
     tokenizer = ("--tokenizer", small_data / "tokenizer")
     assert "no such folder" in untouched(
@@ -169,7 +170,7 @@ def test_verify_without_held_out_data_writes_nothing(
 
 
 def moved_data(run: Path, folder: Path) -> Path:
-    """A copy of the run's newest checkpoint whose data is no longer where it was."""
+    """Copies the run's newest checkpoint, with a data path that no longer exists."""
     checkpoint = folder / "moved"
     shutil.copytree(run / "checkpoints" / "step_6", checkpoint)
     state = json.loads((checkpoint / "state.json").read_text())

@@ -1,4 +1,4 @@
-"""`megaconsa status` and metrics.prom: what a folder says of its run, whoever writes in it just then."""
+"""`megaconsa status` and metrics.prom, also while a run is writing in its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., dict[str, Any]]
 
 
 def listing(run: Path) -> dict[str, tuple[int, int]]:
-    """Every file's size and time of change."""
+    """Size and modification time of every file."""
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in run.rglob("*")}
 
 
@@ -61,11 +61,11 @@ def test_a_run_on_a_table(finished: Callable[[str], Path]) -> None:
 
 def test_while_it_trains_and_after_it_was_killed(make_config: MakeConfig, tmp_path: Path) -> None:
     values = make_config(training={"steps": 100_000}, checkpoint={"every": 20})
-    config, run = tmp_path / "config.yaml", Path(values["run"]["dir"])
+    config = tmp_path / "config.yaml"
+    run = Path(values["run"]["dir"])
     config.write_text(yaml.safe_dump(values))
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
-        "OMP_NUM_THREADS": "1"
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = inherited | {"OMP_NUM_THREADS": "1"}
     training = subprocess.Popen(
         [sys.executable, "-m", "megaconsa.train", config],
         env=environment,
@@ -76,9 +76,8 @@ def test_while_it_trains_and_after_it_was_killed(make_config: MakeConfig, tmp_pa
         while not (run / "checkpoints" / "step_20").exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        found = [
-            status(run) for _ in range(200)
-        ]  # some of them while a row or checkpoint is being written
+        # Some of these calls happen while a row or a checkpoint is being written.
+        found = [status(run) for _ in range(200)]
         assert {each.state for each in found} == {"training"}
         assert all(each.step >= 20 and each.checkpoint is not None for each in found)
         assert f"process {training.pid} on " in str(found[-1].holder)
@@ -86,11 +85,9 @@ def test_while_it_trains_and_after_it_was_killed(make_config: MakeConfig, tmp_pa
         assert 0 <= found[-1].seconds_since_step < 30  # type: ignore[operator]
         training.send_signal(signal.SIGKILL)
         training.wait()
-        assert (status(run).state, status(run).holder, status(run).remaining_seconds) == (
-            "stopped",
-            None,
-            None,
-        )
+        assert status(run).state == "stopped"
+        assert status(run).holder is None
+        assert status(run).remaining_seconds is None
     finally:
         training.kill()
 
@@ -147,7 +144,10 @@ def test_durations() -> None:
 
 
 def test_it_loads_no_torch() -> None:
-    script = "import sys; import megaconsa.reporting.status, megaconsa.reporting.status_lines; assert 'torch' not in sys.modules"
+    script = (
+        "import sys; import megaconsa.reporting.status, megaconsa.reporting.status_lines; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

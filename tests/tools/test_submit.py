@@ -1,4 +1,7 @@
-"""`megaconsa submit` without a Slurm: what it would run, what it refuses, and the files of slurm/ it names."""
+"""`megaconsa submit` without a Slurm.
+
+These tests cover what it would run, what it refuses, and the files of slurm/ that it names.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SCRIPTS = sorted([*FILES.glob("*.sbatch"), *FILES.glob("*.sh")])
 def configs(
     make_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """learn.yaml and train.yaml in the working directory."""
+    """Writes learn.yaml and train.yaml into the working directory."""
     monkeypatch.chdir(tmp_path)
     for name, sections in {"learn": {}, "train": {"allocation": RULE}}.items():
         Path(f"{name}.yaml").write_text(
@@ -61,7 +64,10 @@ def test_train(done: Done) -> None:
 
 @pytest.mark.usefixtures("configs")
 def test_cores_and_whole_nodes(done: Done) -> None:
-    """Eight GPUs of a node are all of it on most clusters; either way a user decides otherwise."""
+    """Eight GPUs per node are the whole node on most clusters.
+
+    The user can override the default in both directions.
+    """
 
     def options(*arguments: object) -> list[str]:
         batch = ("training.global_batch=16", "--dry-run")
@@ -76,7 +82,10 @@ def test_cores_and_whole_nodes(done: Done) -> None:
 
 @pytest.mark.usefixtures("configs")
 def test_paths_are_expanded(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the paths of a configuration are: no shell does it within --out=~/a, or in a script's quotes."""
+    """Paths are expanded like those of a configuration.
+
+    No shell expands them within --out=~/a or in the quotes of a script.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     chain = ("submit", "chain", "~/learn.yaml", "$HOME/train.yaml", "--out=$SCRATCH/a")
@@ -98,10 +107,11 @@ def test_sweep(done: Done) -> None:
         1,
         "--dry-run",
     )
-    assert (
-        "MEGACONSA_SPARSITIES='0.25 0.5' MEGACONSA_GRANULARITIES=layer sbatch --parsable --array=0-1 "
-        in printed
+    expected = (
+        "MEGACONSA_SPARSITIES='0.25 0.5' MEGACONSA_GRANULARITIES=layer "
+        "sbatch --parsable --array=0-1 "
     )
+    assert expected in printed
     assert printed.endswith(f"{FILES}/sweep.sbatch learn.yaml sweep\n")
 
 
@@ -122,10 +132,12 @@ def test_chain_prints_its_four_jobs(done: Done) -> None:
     )
     lines = done(*chain, "--dry-run").partition("# which submits\n")[2].splitlines()
     ends = [
-        f"--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 {FILES}/learn.sbatch learn.yaml run.seed=2 run.dir=out/learn",
-        f"--dependency=afterok:ID_OF_learn {FILES}/command.sbatch finalize-masks out/learn --out out/allocation.json",
-        f"{FILES}/train.sbatch train.yaml run.seed=2 run.dir=out/train model.init_from=out/learn allocation.source=file "
-        "allocation.file=out/allocation.json",
+        "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 "
+        f"{FILES}/learn.sbatch learn.yaml run.seed=2 run.dir=out/learn",
+        f"--dependency=afterok:ID_OF_learn {FILES}/command.sbatch "
+        "finalize-masks out/learn --out out/allocation.json",
+        f"{FILES}/train.sbatch train.yaml run.seed=2 run.dir=out/train model.init_from=out/learn "
+        "allocation.source=file allocation.file=out/allocation.json",
         f"--dependency=afterok:ID_OF_train {FILES}/command.sbatch export-hf out/train --out out/hf",
     ]
     assert len(lines) == len(ends)
@@ -139,7 +151,8 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
     arguments = ("--model", "a=runs/hf", "--data", "data", "--out", "evaluation")
     printed = done("submit", "evaluate", "--time", "60", "--dry-run", "--", *arguments)
     assert printed.endswith(
-        f"--cpus-per-task=8 --time=60 {FILES}/evaluate.sbatch --model a=runs/hf --data data --out evaluation\n"
+        f"--cpus-per-task=8 --time=60 {FILES}/evaluate.sbatch "
+        "--model a=runs/hf --data data --out evaluation\n"
     )
 
 
@@ -150,7 +163,8 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (
             ("train", "learn.yaml"),
-            "learn.yaml has allocation.source=learn, but this job is to train on a finished allocation",
+            "learn.yaml has allocation.source=learn, "
+            "but this job is to train on a finished allocation",
         ),
         (
             ("learn", "train.yaml"),
@@ -199,9 +213,9 @@ def test_evaluate_hands_its_arguments_on(done: Done) -> None:
 )
 def test_refused(arguments: tuple[object, ...], said: str, refused: Done) -> None:
     before = sorted(Path().rglob("*"))
-    assert said in refused(
-        "submit", *arguments, *(() if "--gpus-per-node" in arguments else ("--gpus-per-node", 1))
-    )
+    if "--gpus-per-node" not in arguments:
+        arguments = (*arguments, "--gpus-per-node", 1)
+    assert said in refused("submit", *arguments)
     assert sorted(Path().rglob("*")) == before
 
 
@@ -221,7 +235,7 @@ def test_times() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound_bash(script: Path) -> None:
-    """By bash itself, and by shellcheck where it is installed."""
+    """bash checks the scripts, and so does shellcheck where it is installed."""
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         checked = subprocess.run(
@@ -242,7 +256,7 @@ def test_scripts_say_what_to_edit_and_name_no_site(script: Path) -> None:
 
 
 def test_scripts_started_in_the_wrong_way_say_so() -> None:
-    """Outside a job and without arguments."""
+    """The script is started outside a job and without arguments."""
     ended = subprocess.run(
         ["bash", FILES / "chain.sbatch"],
         env=dict(os.environ),

@@ -1,5 +1,7 @@
-"""megaconsa sweep: the list of trials, single entries, and refusals. Whole studies are in
-tests/study."""
+"""`megaconsa sweep`: the list of trials, single entries, and refusals.
+
+Whole studies are in tests/study.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def test_entries_one_by_one_then_the_table(
     done: Callable[..., str],
     refused: Callable[..., str],
 ) -> None:
-    """As the tasks of a Slurm array would."""
+    """Runs the entries like the tasks of a Slurm array."""
     out = tmp_path / "out"
     assert "needs the start checkpoint" in refused("sweep", study, "--out", out, "--only", "1")
     assert not out.exists()

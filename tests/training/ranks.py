@@ -1,4 +1,7 @@
-"""Two ranks as srun starts them, which a test may signal, stop and kill: nobody ends the others for it."""
+"""Starts two ranks as srun does.
+
+A test may signal, stop and kill them. If one rank ends, nothing else ends the other one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Ended:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Without what tests that trained in this process have left behind."""
+    """Returns the environment without what earlier trainings in this process left behind."""
     return (
         {name: value for name, value in os.environ.items() if name not in VARIABLES}
         | {"OMP_NUM_THREADS": "1"}
@@ -45,7 +48,10 @@ def write(values: dict[str, Any], folder: Path) -> Path:
 def start(
     config: Path, command: Sequence[str] = TRAIN, tasks: int = 2, device: str = "cpu"
 ) -> list[subprocess.Popen[str]]:
-    """Tasks with the variables that srun sets; they see the GPUs there are only where device is cuda."""
+    """Starts tasks with the variables that srun sets.
+
+    They see GPUs only if device is cuda.
+    """
     gpus = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     step = {
         "SLURM_JOB_ID": "7",
@@ -53,9 +59,8 @@ def start(
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": str(tasks),
     }
-    port = {
-        "MASTER_PORT": free_port()
-    }  # the one that a job's number gives may be taken on a machine that has no Slurm
+    # The port that follows from a job's number may be taken on a machine without Slurm.
+    port = {"MASTER_PORT": free_port()}
     return [
         subprocess.Popen(
             [sys.executable, *command, str(config)],
@@ -73,7 +78,10 @@ def start(
 def ended(
     tasks: Sequence[subprocess.Popen[str]], patience: float = PATIENCE_SECONDS
 ) -> list[Ended]:
-    """Waits for all tasks; kills what is left after `patience` seconds and fails."""
+    """Waits for all tasks.
+
+    Kills the remaining ones after `patience` seconds and fails.
+    """
     deadline = time.monotonic() + patience
     try:
         outputs = [task.communicate(timeout=deadline - time.monotonic()) for task in tasks]
@@ -84,12 +92,11 @@ def ended(
 
 
 def await_step(run: Path, step: int) -> None:
-    """Until the run has written that row of metrics."""
+    """Waits until the run has written the metrics of that step."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while (
-        not (run / "metrics.jsonl").exists()
-        or not (rows := read_metrics(run / "metrics.jsonl"))
-        or rows[-1]["step"] < step
-    ):
+    while True:
+        rows = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        if rows and rows[-1]["step"] >= step:
+            return
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.05)

@@ -1,9 +1,11 @@
-"""Makes the archive of runs that later versions must resume (test_stored_runs.py), once for each release:
+"""Makes the archive of runs that later versions must resume (see test_stored_runs.py).
+
+Run once for each release:
 
     python tests/training/stored_runs.py
 
-writes tests/training/stored_runs/VERSION.tar.gz with a data folder, a run of stage 1 and one of stage 2, both
-stopped half-way, and in expected.json the losses of all their steps.
+Writes tests/training/stored_runs/VERSION.tar.gz. It holds a data folder, a run of stage 1 and a run
+of stage 2, both stopped halfway, and expected.json with the losses of all their steps.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from megaconsa.training.trainer import Trainer
 
 FOLDER = Path(__file__).parent / "stored_runs"
 LICENSE = Path(__file__).parents[2] / "LICENSE"
-"""Text that everybody may copy."""
+"""A text that everybody may copy."""
 STEPS = 8
 STOPPED_AFTER = 4
 
@@ -80,7 +82,7 @@ def losses(name: str, allocation: dict[str, Any], *, stop: bool) -> list[float]:
 
 
 def make(out: Path) -> None:
-    # The path is part of the runs' files.
+    # The files of the runs contain this path.
     place = Path(tempfile.gettempdir()) / "megaconsa_stored_runs"
     place.mkdir()
     os.chdir(place)

@@ -1,9 +1,10 @@
-"""A run that keeps more checkpoints than its disk holds is refused before it trains."""
+"""A run that keeps more checkpoints than its disk can hold is refused before it trains."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def inputs_of(values: dict[str, Any]) -> Inputs:
 
 
 def checkpoints(values: dict[str, Any]) -> float:
-    """How many more the run needs room for."""
+    """Returns how many more checkpoints the run needs room for."""
     inputs = inputs_of(values)
     return check_disk(inputs)[1] / (parameter_count(inputs.shape).total * BYTES_A_PARAMETER)
 
@@ -47,7 +48,7 @@ def test_a_disk_without_room_for_one(disk: Path, make_config: MakeConfig) -> Non
 def test_two_fit_but_three_do_not(
     linked: bool, disk: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Checkpoints of 11.4 MiB: the third one would fail, and each one after it."""
+    """A checkpoint takes 11.4 MiB. The third one would fail, and each one after it."""
     run = tmp_path / "run" if linked else disk / "run"
     if linked:
         run.mkdir()
@@ -63,19 +64,28 @@ def test_two_fit_but_three_do_not(
     assert 22 << 20 < needed < free <= 30 << 20
 
 
+def test_checkpoints_that_stay_for_ever_make_no_room(make_config: MakeConfig, train: Any) -> None:
+    """Steps 2 and 4 stay. Step 6 makes room for a later one, so that two more are needed."""
+    checkpoint = {"every": 2, "keep": 2, "keep_every": 4}
+    train(make_config(checkpoint=checkpoint))
+    inputs = inputs_of(make_config(checkpoint=checkpoint))
+    assert [path.name for path in inputs.found] == ["step_6", "step_4"]
+    longer = build(make_config(checkpoint=checkpoint, training={"steps": 40}))
+    _, needed = check_disk(replace(inputs, config=longer))
+    assert needed == 2 * parameter_count(inputs.shape).total * BYTES_A_PARAMETER
+
+
 def test_what_the_run_holds_already_counts(make_config: MakeConfig, train: Any) -> None:
     values = make_config(checkpoint={"every": 2, "keep": 4})
     assert checkpoints(values) == 5
     train(make_config(checkpoint={"every": 2, "keep": 4}))
     assert len(store.committed(Path(values["run"]["dir"]))) == 3
     assert checkpoints(values) == 1  # the run is over
-    rest = [2, 4]
     for path in store.committed(Path(values["run"]["dir"]))[:-2]:
         path.rename(path.with_name("." + path.name + ".tmp"))
-    assert (
-        sorted(int(path.name[5:]) for path in store.committed(Path(values["run"]["dir"]))) == rest
-    )
-    assert checkpoints(values) == 2  # of steps 5 and 6, for the clock may ask at any
+    rest = [int(path.name[5:]) for path in store.committed(Path(values["run"]["dir"]))]
+    assert sorted(rest) == [2, 4]
+    assert checkpoints(values) == 2  # steps 5 and 6, because the clock may ask at any step
     values["checkpoint"]["minutes"] = 0
     assert checkpoints(values) == 1
 

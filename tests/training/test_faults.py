@@ -1,4 +1,7 @@
-"""A rank that is killed or hangs, a disk that is full and data that is damaged or gone end all ranks soon, with the cause on top."""
+"""Faults that end all ranks soon, with the cause on top.
+
+These are a rank that is killed or hangs, a full disk, and data that is damaged or missing.
+"""
 
 from __future__ import annotations
 
@@ -109,15 +112,11 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(
     collectives = [
         json.loads((folder / f"rank_{rank}.json").read_text())["entries"] for rank in (0, 1)
     ]
-    # The one that rank 1 never came to.
+    # The collective that rank 1 never reached.
     latest = [max(entry["record_id"] for entry in entries) for entries in collectives]
     assert latest[0] == latest[1] + 1
-    assert (
-        "all_reduce"
-        in next(entry for entry in collectives[0] if entry["record_id"] == latest[0])[
-            "profiling_name"
-        ]
-    )
+    unmatched = next(entry for entry in collectives[0] if entry["record_id"] == latest[0])
+    assert "all_reduce" in unmatched["profiling_name"]
     (incident,) = incidents.read(run)
     assert incident["kind"] == "hang"
     assert incident["step"] == 6
@@ -144,17 +143,22 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(
 def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     make_config: MakeConfig, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With more shards than are held in memory. When it is back, the run goes on."""
+    """There are more shards than are held in memory.
+
+    The run resumes when the lost shard is back.
+    """
     monkeypatch.setattr(shards, "SHARD_BYTES", 4096)
     library = sysconfig.get_paths()["stdlib"]
-    data, away = tmp_path / "data", tmp_path / "away"
+    data = tmp_path / "data"
+    away = tmp_path / "away"
     sources = [f"{library}/{name}" for name in ("json", "email")]
     prepare(
         sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1
     )
     assert len(list((data / "train").glob("shard.*"))) > LOADED_SHARDS
     values = make_config(training=ENDLESS, data={"path": str(data)}, validation={"every": 0})
-    run, configuration = Path(values["run"]["dir"]), write(values, tmp_path)
+    run = Path(values["run"]["dir"])
+    configuration = write(values, tmp_path)
     tasks = start(configuration)
     await_step(run, 3)
     away.mkdir()
@@ -210,11 +214,14 @@ def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(
 
 
 def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
-    """A validation that takes longer than a step may; as soon as steps have been timed, their own limit holds."""
+    """A validation may take longer than a step.
+
+    Once steps have been timed, they have a shorter limit.
+    """
     watchdog = Watchdog(
         tmp_path, WatchdogSection(factor=2, minimum_seconds=0.01, pause_seconds=500), ALONE
     )
-    nobody: Any = None
+    nobody: Any = None  # the watchdog does not use the trainer
     assert watchdog.step_limit == 500
     for _ in range(3):
         watchdog.before_step(nobody)
@@ -231,12 +238,13 @@ def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
 def test_a_hang_of_one_process_ends_it_too(
     hold: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Also where a C call holds the interpreter, so that no Python thread runs: then by faulthandler's thread, with code 1."""
-    held = (
-        "import ctypes; ctypes.PyDLL(None).sleep(1000)"
-        if hold == "interpreter"
-        else "time.sleep(1000)"
-    )
+    """This works also where a C call holds the interpreter, so that no Python thread runs.
+
+    Then faulthandler's thread ends the process, with code 1.
+    """
+    held = "time.sleep(1000)"
+    if hold == "interpreter":
+        held = "import ctypes; ctypes.PyDLL(None).sleep(1000)"
     script = tmp_path / "script.py"
     patched = (
         "import megaconsa.training.callbacks.watchdog as watchdog\nwatchdog.BACKSTOP_SECONDS = 3\n"

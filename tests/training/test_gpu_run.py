@@ -1,4 +1,4 @@
-"""A run on a GPU: the same code, in bf16, near the CPU's fp32."""
+"""A run on a GPU: the same code in bf16, close to the CPU's fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training under torchrun, DeepSpeed's launcher and srun; what several ranks print when they are refused, and when one fails."""
+"""Training under torchrun, DeepSpeed's launcher, srun and mpirun.
+
+These tests also cover what several ranks print when they are refused and when one of them fails.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,8 @@ def test_two_ranks_equal_one(
     [
         (
             {"parallel": {"tensor": 3}},
-            "error: parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does\n",
+            "error: parallel.tensor=3 does not divide model.num_key_value_heads=4; "
+            "use a number that does\n",
         ),
         ({"data": {"path": "/nowhere/data"}}, "error: data /nowhere/data: no such folder"),
         (
@@ -133,7 +137,7 @@ def test_the_first_rank_to_fail_is_heard(make_config: MakeConfig, tmp_path: Path
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_mpirun(mpi: str, make_config: MakeConfig, tmp_path: Path) -> None:
-    """Two processes with the variables that mpirun sets on one node."""
+    """Starts two processes with the variables that mpirun sets on one node."""
     names = MPIS[mpi]
     values = make_config(training={"steps": 3})
     command = [sys.executable, *TRAIN, str(write(values, tmp_path))]
@@ -162,7 +166,10 @@ def test_mpirun(mpi: str, make_config: MakeConfig, tmp_path: Path) -> None:
 def test_a_launchers_local_rank_is_no_field(
     flag: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """torch.distributed.launch and DeepSpeed put it before the configuration, others behind it."""
+    """torch.distributed.launch and DeepSpeed put the flag before the configuration.
+
+    Other launchers put it after the configuration.
+    """
     config = str(write(make_config(training={"steps": 3}), tmp_path))
     for arguments in ([*flag.split(), config, "run.seed=1"], [config, *flag.split(), "run.seed=1"]):
         assert _main(arguments) == 0

@@ -1,4 +1,7 @@
-"""Loggers end no run. Of W&B: its offline mode and servers that do not answer, both real."""
+"""Loggers never end a run.
+
+W&B is tested in its offline mode and with servers that do not answer. Both are real.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,25 @@ from megaconsa.training.trainer import Trainer
 
 MakeConfig = Callable[..., dict[str, Any]]
 BLOCK = 32768
-"""Bytes of a block in W&B's files, which are logs as LevelDB writes them."""
+"""Bytes of a block in W&B's files. They have the format of LevelDB's logs."""
 
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """The package, without the settings of whoever runs the tests."""
+    """Returns the package, without the settings of the user who runs the tests."""
     package = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     yield package
-    # It keeps settings, key and a service for the process.
+    # The package keeps settings, key and a service for the process.
     with suppress(OSError):  # the service was killed
         package.teardown()
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Ours; W&B logs its own beside them."""
+    """Returns our own errors. W&B logs errors too."""
     ours = [record for record in caplog.records if record.name.startswith("megaconsa")]
     return [record.getMessage() for record in ours if record.levelno >= logging.ERROR]
 
@@ -54,13 +57,16 @@ def logging_run(make_config: MakeConfig, **sections: Any) -> dict[str, Any]:
 
 
 def records(run: Path) -> Iterator[list[Any]]:
-    """What W&B stored offline, for each start of the run."""
+    """Yields what W&B stored offline, once for each start of the run."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-not-found, unused-ignore]
 
     for path in sorted(
         (run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
     ):
-        content, place, found, part = path.read_bytes(), 7, [], b""
+        content = path.read_bytes()
+        place = 7
+        found = []
+        part = b""
         while place + 7 <= len(content):
             if BLOCK - place % BLOCK < 7:
                 place += BLOCK - place % BLOCK
@@ -68,7 +74,7 @@ def records(run: Path) -> Iterator[list[Any]]:
             length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
             part += content[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind in (1, 4):  # whole, or the last part
+            if kind in (1, 4):  # a whole record, or its last part
                 found.append(Record.FromString(part))
                 part = b""
         yield found
@@ -117,7 +123,7 @@ def test_what_keeps_wandb_from_starting_is_one_error(
 
 
 class KillService(Callback):
-    """Ends W&B's own process, through which the run logs."""
+    """Kills W&B's own process, which the run logs through."""
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if row["step"] == 2:
@@ -146,7 +152,10 @@ def test_wandb_that_dies_on_the_way(
 def test_a_resumed_run_is_the_same_at_wandb_and_another_is_not(
     wandb: Any, make_config: MakeConfig, train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Folders whose names W&B would refuse as an ID, and that differ in what it would replace only."""
+    """W&B would refuse the names of these folders as an ID.
+
+    They differ only in characters that it would replace.
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     identities = []
     for name in ("a-b:#?", "a/b:#?"):
@@ -160,20 +169,11 @@ def test_a_resumed_run_is_the_same_at_wandb_and_another_is_not(
             next(record.run for record in found if record.HasField("run"))
             for found in (first, second)
         ]
-        assert (
-            starts[0].run_id
-            == starts[1].run_id
-            == json.loads((tmp_path / name / "wandb.json").read_text())["id"]
-        )
+        kept = json.loads((tmp_path / name / "wandb.json").read_text())
+        assert starts[0].run_id == starts[1].run_id == kept["id"]
         assert starts[0].display_name == str(tmp_path / name)
-        assert [row["step"] for found in (first, second) for row in rows(found)] == [
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-        ]
+        steps = [row["step"] for found in (first, second) for row in rows(found)]
+        assert steps == [1, 2, 3, 4, 5, 6]
         identities.append(starts[0].run_id)
     assert identities[0] != identities[1]
 
@@ -181,7 +181,10 @@ def test_a_resumed_run_is_the_same_at_wandb_and_another_is_not(
 def test_rows_of_steps_that_come_again_are_not_hidden(
     wandb: Any, make_config: MakeConfig, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B drops rows whose own step is not above the last one: that counts rows, and `step` is the x-axis."""
+    """W&B drops rows whose own step is not above the last one.
+
+    So W&B's step counts rows, and `step` is the x-axis.
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     values = logging_run(make_config)
     train(values)

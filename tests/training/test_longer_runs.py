@@ -1,4 +1,7 @@
-"""A run may become longer where it is then the run that it would have been; the context of a new one may."""
+"""Runs that become longer, and new runs with a longer context.
+
+A run may become longer if it is then the run that it would have been.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def run_of(make_config: MakeConfig, tmp_path: Path) -> Callable[..., dict[str, A
 
 @pytest.mark.parametrize("stopped", [3, 7], ids=["constant", "last constant step"])
 def test_a_longer_run_is_the_one_it_would_have_been(stopped: int, run_of: Any, train: Any) -> None:
-    """Of 10 steps the last 3 are below the full rate, which step 7 is the last to have."""
+    """The last 3 of 10 steps are below the full learning rate.
+
+    Step 7 is the last one at the full rate.
+    """
     whole = train(run_of("whole", 14))
     interrupted(run_of("longer", 10), StopAfter(stopped))
     longer = run_of("longer", 14)
@@ -111,9 +117,8 @@ def test_a_new_run_may_extend_the_context(
     train(values)
     assert store.resolve(tmp_path / "long").shape.rope_theta == 5e6
     values["model"]["rope_theta"] = 1e6
-    with pytest.raises(
-        InputError, match="another configuration"
-    ):  # on resume they stay what they are
+    # A resumed run must keep these fields.
+    with pytest.raises(InputError, match="another configuration"):
         check_inputs(build(values))
     wider = make_config(
         run={"dir": str(tmp_path / "wide")},

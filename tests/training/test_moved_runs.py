@@ -1,4 +1,4 @@
-"""A run may be moved and its paths spelled otherwise: what counts is what they hold."""
+"""A run may be moved, and its paths may be spelled differently. Only what they hold counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeConfig = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def project(make_config: MakeConfig, train: Any, small_data: Path, tmp_path: Path) -> Path:
-    """Data, a run of stage 1, its table and a run of stage 2 that was stopped, all in one folder."""
+    """A folder with data, a run of stage 1, its table, and a stopped run of stage 2."""
     folder = tmp_path / "project"
     shutil.copytree(small_data, folder / "data")
     train(make_config(run={"dir": str(folder / "learn")}, data={"path": str(folder / "data")}))
@@ -68,7 +68,7 @@ def test_moved_with_all_it_names(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its own config.yaml is enough, and what reads a checkpoint finds the data."""
+    """The run's own config.yaml is enough, and readers of a checkpoint find the data."""
     expected = whole(make_config, train, project)
     there = tmp_path / "else" / "where"
     there.parent.mkdir()
@@ -122,7 +122,7 @@ def test_relative_paths_are_those_of_the_place_where_they_were_written(
     assert config.data.path == project / "data"
     checkpoint = store.resolve(project / "runs" / "a")
     assert checkpoint.tokenizer == project / "data" / "tokenizer"
-    # What is published with a table or a model names the run as it was named.
+    # Tables and models name the run as it was named when it started.
     assert checkpoint.origin["run"] == "project/runs/a"
     monkeypatch.chdir(project / "data")
     assert checkpoint.origin["run"] == str(project / "runs" / "a")

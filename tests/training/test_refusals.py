@@ -21,7 +21,10 @@ MakeConfig = Callable[..., dict[str, Any]]
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs `megaconsa ...` and returns the one line it printed to stderr on its way to exit code 2."""
+    """Runs `megaconsa ...`, which must exit with code 2.
+
+    Returns the one line that it printed to stderr.
+    """
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["megaconsa", *map(str, arguments)])
@@ -51,8 +54,14 @@ def write(values: dict[str, Any], path: Path) -> Path:
             {"attention": {"window": 65}},
             "attention.window=65 must lie between 1 and training.sequence_length=64",
         ),
-        ({"allocation": {"sparsity": 0.3}}, "possible are 0, 0.25, 0.5, 0.75, 1"),
-        ({"allocation": {"granularity": "layer"}}, "use allocation.scope=global"),
+        (
+            {"allocation": {"scope": "per_layer", "sparsity": 0.3}},
+            "possible are 0, 0.25, 0.5, 0.75, 1",
+        ),
+        (
+            {"allocation": {"scope": "per_layer", "granularity": "layer"}},
+            "use allocation.scope=global",
+        ),
         ({"data": {"path": "/nowhere/data"}}, "no such folder"),
         ({"training": {"sequence_length": 32}}, "was packed into sequences of 64"),
         (
@@ -195,7 +204,10 @@ def test_no_usable_checkpoint_is_not_a_fresh_start(
 def test_the_checkpoints_configuration_counts(
     make_config: MakeConfig, refused: Any, train: Any, tmp_path: Path
 ) -> None:
-    """Without config.yaml, or with a torn one, a run is still not continued as another."""
+    """The configuration may not change even if config.yaml is torn or missing.
+
+    The checkpoint holds it too.
+    """
     values = make_config()
     train(values)
     (Path(values["run"]["dir"]) / "config.yaml").write_text("")

@@ -1,4 +1,7 @@
-"""A run is a function of its configuration: the same twice, and the same whether or not it was interrupted."""
+"""A run is a function of its configuration.
+
+It is the same twice, and the same whether or not it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class StopAfter(Callback):
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if row["step"] == self.step - 1:
-            trainer.request_stop()  # as a signal would, during the step before
+            trainer.request_stop()  # as a signal during the step before would
 
 
 class CrashAfter(StopAfter):
@@ -90,7 +93,7 @@ def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(
     values = make_config()
     interrupted(values, CrashAfter(3))
     metrics = Path(values["run"]["dir"]) / "metrics.jsonl"
-    # A line in the middle is no UTF-8, and the last one is torn: neither takes valid rows with it.
+    # A line in the middle is not UTF-8 and the last one is torn. Neither may damage valid rows.
     first, *others = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(first + b"\xff\xfe\n" + b"".join(others) + b'{"step": 4, "lo')
     train(values)
@@ -99,7 +102,10 @@ def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(
 
 
 def test_checkpoints_by_the_clock(make_config: MakeConfig, train: Train) -> None:
-    """Every step takes longer than this; what the main rank asks for is done after the next step."""
+    """Every step takes longer than the time between checkpoints.
+
+    What the main rank asks for is done after the next step.
+    """
     values = make_config(checkpoint={"every": 0, "minutes": 1e-6, "keep": 9})
     train(values)
     steps = sorted(
@@ -132,7 +138,10 @@ def test_activation_checkpointing_changes_nothing(
 def test_accumulation_changes_nothing_but_rounding(
     make_config: MakeConfig, train: Train, tmp_path: Path
 ) -> None:
-    """Token-weighted: micro-batches hold different numbers of labelled tokens, so a mean of their means would differ."""
+    """The loss is weighted by tokens.
+
+    Micro-batches have different numbers of labelled tokens, so a mean of their means would differ.
+    """
     one = train(make_config(run={"dir": str(tmp_path / "one")}, training={"micro_batch": 4}))
     four = train(make_config(run={"dir": str(tmp_path / "four")}, training={"micro_batch": 1}))
     for a, b in zip(one, four, strict=True):
@@ -152,7 +161,8 @@ def test_train_takes_over_from_learn(make_config: MakeConfig, train: Train, tmp_
     inputs = check_inputs(build(values))
     trainer = build_trainer(inputs, mesh.initialize())
 
-    weights, moments = origin.weights(), origin.moments()
+    weights = origin.weights()
+    moments = origin.moments()
     assert all((value == weights[name]).all() for name, value in trainer.engine.weights())
     assert all((value == moments[name]).all() for name, value in trainer.engine.moments())
     assert trainer.engine.optimizer_steps == origin.state["optimizer_steps"] == 6

@@ -1,4 +1,7 @@
-"""A run goes back for a spike, passes over the batches that led to it, and interruptions change nothing of that."""
+"""A run goes back after a spike and skips the batches that led to it.
+
+Interruptions do not change this.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.errors import InputError, RunError
 from megaconsa.parallel import mesh
-from megaconsa.parallel.engine import Engine
+from megaconsa.parallel.deepspeed.engine import Engine
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.training import bad_steps
 from megaconsa.training.callbacks.rewinds import rewound
@@ -42,14 +45,15 @@ with spike_in(7) if os.environ["SLURM_PROCID"] == "1" else nullcontext():
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spikes count after four steps."""
+    """Makes spikes count after four steps."""
     monkeypatch.setattr(bad_steps, "LEAST", 4)
 
 
 @contextmanager
 def spike_in(call: int) -> Iterator[None]:
-    """In one call of train_step within it, the gradient of a weight is a thousand times too large."""
-    original, calls = Engine.train_step, 0
+    """Multiplies the gradient of one weight by a thousand, in one call of train_step."""
+    original = Engine.train_step
+    calls = 0
 
     def poisoned(engine: Engine, *arguments: Any) -> float:
         nonlocal calls
@@ -73,7 +77,7 @@ def trainer_of(values: dict[str, Any]) -> Trainer:
 
 
 def released(trainer: Trainer) -> Trainer:
-    """Of no use any more: it gives the folder back."""
+    """Makes a trainer that is no longer needed release the run folder."""
     for callback in trainer.callbacks:
         callback.on_finish(trainer)
     return trainer
@@ -91,7 +95,10 @@ def spiky(
 
 
 def test_it_goes_on_behind_the_spike(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
-    """The truth: a run that was stopped after the same checkpoint, its stream moved on by hand."""
+    """The reference is a run that was stopped after the same checkpoint.
+
+    Its stream is advanced by hand.
+    """
     values = spiky(make_config, tmp_path)
     run = tmp_path / "run"
     with spike_in(7):
@@ -154,7 +161,8 @@ def test_it_does_not_go_back_for_ever(make_config: MakeConfig, tmp_path: Path) -
         spike_in(3),
         pytest.raises(
             RunError,
-            match=r"newest checkpoint 2 times \(bad_steps.limit=2\) and met a spike again, in step 7",
+            match=r"newest checkpoint 2 times \(bad_steps.limit=2\) "
+            r"and met a spike again, in step 7",
         ),
     ):
         trainer_of(values).run()

@@ -1,6 +1,7 @@
-"""The lease of a run folder: living holders are refused, dead ones never keep a run from going on.
+"""The lease of a run folder.
 
-Another machine is a process with a host name and process numbers of its own (unshare).
+Another run is refused while the holder lives. A dead holder never keeps a run from resuming.
+Another machine is simulated by a process with its own host name and process numbers (unshare).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 
 @pytest.fixture
 def elsewhere() -> tuple[str, ...]:
-    """What makes a command run on another machine."""
+    """The prefix that makes a command run on another machine."""
     if (
         shutil.which("unshare") is None
         or subprocess.run([*ELSEWHERE, "true"], check=False).returncode
@@ -109,7 +110,7 @@ def seconds_to_take(run: Path) -> float:
 
 
 def leave_behind(run: Path, **changes: object) -> Holder:
-    """The file of a holder that is gone."""
+    """Writes the file of a holder that no longer exists."""
     holder = replace(Holder.of_this_process(), **changes)  # type: ignore[arg-type]
     (run / run_lock.NAME).write_text(json.dumps(asdict(holder)))
     return holder
@@ -123,7 +124,7 @@ def test_a_process_of_this_machine(hold: Hold, tmp_path: Path) -> None:
         match=rf"run.dir={run} is in use: process {holder.pid} on \S+, since .*, trains in it",
     ):
         RunLock(run)
-    holder.kill()  # a killed one is not even reaped
+    holder.kill()  # nobody has reaped the process yet
     time.sleep(0.5)
     assert seconds_to_take(run) < AT_ONCE_SECONDS
     assert list(run.iterdir()) == []
@@ -174,7 +175,7 @@ def test_a_number_that_another_process_has_now(tmp_path: Path) -> None:
 
 
 def test_a_lock_of_the_file_system_does_not_matter(tmp_path: Path) -> None:
-    """Which a file server may hold for a dead client."""
+    """A file server may hold such a lock for a dead client."""
     leave_behind(tmp_path, machine="another")
     with (tmp_path / run_lock.NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -263,7 +264,7 @@ def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path) -> Non
 def test_time_in_which_storage_does_not_answer_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The watcher is answered first, the holder touches its file a second later."""
+    """The watcher gets an answer first. The holder touches its file a second later."""
     leave_behind(tmp_path, machine="another")
     real = run_lock._touched
     looks = []
@@ -281,7 +282,7 @@ def test_time_in_which_storage_does_not_answer_does_not_count(
 
 
 def test_a_lost_answer_is_no_other_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS may make the link and, asked again, say that it is there."""
+    """NFS may make the link and, when asked again, say that it exists."""
     link = os.link
 
     def twice(source: Path, target: Path) -> None:

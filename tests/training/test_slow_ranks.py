@@ -1,4 +1,4 @@
-"""The rank for which the others wait is found, and no other."""
+"""The rank that the others wait for is found, and no other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.exit(_main(sys.argv[1:]))
         ((1.0, 1.2), 2, set()),
         ((1.0, 2.0), 2, {1}),
         ((1.0, 1.0, 1.4, 1.0, 3.0, 1.0), 6, {2, 4}),
-        ((1.0, 1.0, 2.0, 2.0), 2, set()),  # a stage that costs more is not slow
+        ((1.0, 1.0, 2.0, 2.0), 2, set()),  # a more expensive stage is not slow
         ((1.0, 1.0, 2.0, 2.8), 2, {3}),
         ((0.001, 0.009), 2, set()),
     ],
@@ -48,14 +48,14 @@ def test_beside_its_own_stage(seconds: tuple[float, ...], stage_ranks: int, slow
 def test_a_rank_with_slow_layers(
     make_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Both ranks' steps take equally long, for they wait for each other."""
+    """The steps of both ranks take equally long, because the ranks wait for each other."""
     script = tmp_path / "script.py"
     script.write_text(SLOW_RANK)
     values = make_config(training={"micro_batch": 1})
     tasks = ended(start(write(values, tmp_path), [str(script)]))
     assert [task.code for task in tasks] == [0, 0], tasks
     row = read_metrics(Path(values["run"]["dir"]) / "metrics.jsonl")[-1]
-    # Four layers, two micro-batches.
+    # Each step has four layers and two micro-batches.
     assert row["slowest_rank"] == 1
     assert row["slowest_rank_seconds"] > 8 * 0.05
     assert row["slowest_rank_seconds"] - row["rank_seconds"] == pytest.approx(8 * 0.05, rel=0.5)

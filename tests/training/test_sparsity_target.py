@@ -1,4 +1,7 @@
-"""Learning ends at the target and never passes it by much, on a small model and real text."""
+"""Learning ends at the target and never passes it by much.
+
+This runs a small model on real text.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,6 @@ def test_expected_sparsity_follows_the_target(
     table = bank.constraint.top_k(bank.gates.scores)
     assert bank.constraint.sparsities(table.float()).tolist() == [sparsity] * bank.constraint.count
     assert rows[-1]["binarized_sparsity"] == sparsity
-    # The gates themselves are the table before anybody binarises them.
+    # The gates themselves equal the table before anything binarizes them.
     assert rows[-1]["decided_share"] == 1
     assert rows[-1]["sampled_sparsity"] == pytest.approx(sparsity)

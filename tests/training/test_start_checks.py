@@ -32,9 +32,12 @@ def main():
     leave()
 guarded(main)
 """
-"""What one rank does before training. FAULT: statements that make the other rank's machine a bad one."""
+"""What one rank does before training.
+
+FAULT is replaced by statements that break the machine of the other rank.
+"""
 ELSEWHERE = "start_checks._appears = lambda path: False"
-"""As on a node that does not share the folder."""
+"""Simulates a node that does not share the folder."""
 NO_DATA = """
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.errors import InputError
@@ -43,7 +46,7 @@ def missing(folder):
 if other:
     DatasetInfo.load = missing
 """
-"""As on a node without the mount."""
+"""Simulates a node without the mount."""
 WRONG_SUM = """
 all_reduce = dist.all_reduce
 def wrong(tensor, *arguments, **named):
@@ -79,12 +82,14 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
     [
         (
             ELSEWHERE,
-            "is not the folder that rank 0 writes in; put it on a file system that all nodes share (on rank 1 of 2)\n",
+            "is not the folder that rank 0 writes in; "
+            "put it on a file system that all nodes share (on rank 1 of 2)\n",
         ),
         (NO_DATA, ": no such folder (on rank 1 of 2)\n"),
         (
             WRONG_SUM,
-            "error: a sum over all ranks by gloo gave 4 instead of 3; look at the network between the nodes\n",
+            "error: a sum over all ranks by gloo gave 4 instead of 3; "
+            "look at the network between the nodes\n",
         ),
         pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.slow),
     ],

@@ -1,4 +1,7 @@
-"""What stops a run: signals, the file RUN/stop, the end of the job's time. It saves first, and the same command goes on."""
+"""What stops a run: signals, the file RUN/stop, the end of the job's time.
+
+The run saves first, and the same command resumes it.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +54,8 @@ def test_the_end_of_the_jobs_time_stops_the_run_early_enough(
     monkeypatch.setenv(stop_requests.END_TIME, f"{end:.0f}")
     assert train(write(values, tmp_path), []) == 75
     left = end - time.time()
-    assert (
-        needed - 5 < left < needed + 6
-    )  # it had trained for a while, and did not cut into what it keeps
+    # The run trained for a while, and it stopped before the time that it reserves for saving.
+    assert needed - 5 < left < needed + 6
     rows = read_metrics(Path(values["run"]["dir"]) / "metrics.jsonl")
     assert saved_step(Path(values["run"]["dir"])) == rows[-1]["step"] > 2
 
@@ -89,7 +91,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 ) -> None:
     values = make_config(training=ENDLESS, checkpoint={"every": 0})
     run = Path(values["run"]["dir"])
-    # Under nohup the tests would hand on a SIGHUP that is ignored.
+    # Under nohup, the tests would pass on an ignored SIGHUP.
     inherited = signal.signal(number, signal.SIG_DFL)
     tasks = start(write(values, tmp_path))
     signal.signal(number, inherited)

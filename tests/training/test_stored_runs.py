@@ -1,4 +1,7 @@
-"""Runs of earlier versions are resumed by this one. stored_runs.py makes the archives, one a release."""
+"""This version resumes runs of earlier versions.
+
+stored_runs.py makes the archives, one per release.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def newest(tmp_path: Path) -> Path:
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes state.json of the run's checkpoint and the configuration beside it, as another version had them."""
+    """Changes state.json of the run's checkpoint, and the configuration that goes with it.
+
+    They become what another version would have written.
+    """
     checkpoint = store.committed(run)[0]
     state = json.loads((checkpoint / "state.json").read_text())
     change(state)
@@ -71,7 +77,10 @@ def test_a_run_of_each_version_goes_on(archive: Path, kind: str, tmp_path: Path)
 
 
 def test_a_field_that_a_version_did_not_have_is_its_default() -> None:
-    """Each field that a later version could have added, and each section, missing alone."""
+    """Removes, one at a time, each field that a later version could have added.
+
+    Also removes each such section.
+    """
     required = {
         "run": {"dir": "run"},
         "attention": {"window": 8},

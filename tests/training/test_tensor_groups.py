@@ -1,4 +1,4 @@
-"""The ranks of a tensor group on one node, as far as that can be."""
+"""The ranks of a tensor group are on one node wherever this is possible."""
 
 from __future__ import annotations
 

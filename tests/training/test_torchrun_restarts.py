@@ -1,4 +1,7 @@
-"""torchrun starts all ranks again after one was killed, and the run ends as if nothing had been."""
+"""torchrun restarts all ranks after one was killed.
+
+The run then ends as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ LAUNCHES = {
     "c10d": [["--nproc-per-node", "2", *C10D]],
     "nodes": [["--nproc-per-node", "1", "--nnodes", "2", *C10D]] * 2,
 }
-"""Options of torchrun, for each torchrun of a launch. Of two nodes each counts its own restarts."""
+"""Options of torchrun, for each torchrun of a launch.
+
+With two nodes, each node counts its own restarts.
+"""
 
 
 def torchruns(kind: str, config: Path) -> list[subprocess.Popen[str]]:
@@ -45,7 +51,7 @@ def torchruns(kind: str, config: Path) -> list[subprocess.Popen[str]]:
 
 
 def processes(launchers: list[subprocess.Popen[str]]) -> dict[str, int]:
-    """Process ids of the launchers' ranks."""
+    """Process IDs of the ranks of the launchers."""
     found = {}
     for launcher in launchers:
         for task in Path(f"/proc/{launcher.pid}/task").iterdir():

@@ -1,4 +1,4 @@
-"""Watching a run costs less than a hundredth of its steps, small as these are."""
+"""Watching a run costs less than a hundredth of its steps, although these steps are small."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""`megaconsa bench-attention`: every backend and peer is checked against fp64, then all are timed in turns."""
+"""`megaconsa bench-attention`: checks backends and peers against fp64, then times them in turns.
+
+A peer is another library's attention.
+"""

@@ -1,7 +1,11 @@
-"""`megaconsa bench-attention` from check to JSON: who is right, who is timed, and what the times mean."""
+"""`megaconsa bench-attention` from the check to JSON.
+
+It decides which contestants are right and which are timed, and turns times into figures.
+"""
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 
 from megaconsa.benchmarks.attention.cases import Case, Shape, all_cases, draw
-from megaconsa.benchmarks.attention.contestants import Contestant
+from megaconsa.benchmarks.attention.contestants import Contestant, Run
 from megaconsa.benchmarks.attention.peers import FLASH_ATTENTION_4, FLEX_ATTENTION
 from megaconsa.benchmarks.attention.timing import (
     BOUNDS,
@@ -28,7 +32,7 @@ from megaconsa.errors import InputError, RunError
 from megaconsa.model.flops import visible_pairs
 
 BACKWARD_FLOPS = 2.5
-"""Of the forward pass: five matrix products instead of two."""
+"""FLOPs of the backward pass over those of the forward pass: five matrix products over two."""
 
 PACKAGES = ("megaconsa", "torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "flash-attn")
 
@@ -39,12 +43,15 @@ COMPARED = [
     ("gated-half", "triton", "mixed", "triton", 1.05),
     ("mixed", "flash", "mixed", FLASH_ATTENTION_4, 1.03),
 ]
-"""Case and contestant over case and contestant, and the largest quotient of their times that is the project's goal."""
+"""Pairs of times to compare: case and contestant over case and contestant.
+
+The last entry is the project's goal, the largest quotient that meets it. None: there is no goal.
+"""
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Milliseconds, over `rounds` measurements."""
+    """The quartiles of `rounds` measurements, in milliseconds."""
 
     median: float
     low: float
@@ -59,25 +66,29 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Row:
+    """The figures of one contestant in one case."""
+
     case: str
     contestant: str
     ours: bool
     launches: int
-    """Calls of the attention that make up one pass."""
+    """Calls of the attention function that make up one pass."""
     forward: Quartiles
     backward: Quartiles
     total_ms: float
-    """Median forward and median backward."""
+    """Median of the forward pass plus median of the backward pass."""
     tflops: float
-    """TFLOP/s of both passes, by the case's visible pairs."""
+    """TFLOP/s of both passes together. Only the case's visible pairs count."""
     ratio: float | None
-    """Total over that of the case's fastest peer; below 1 is faster."""
+    """Total time over that of the case's fastest peer. Below 1 is faster."""
     errors_small: dict[str, float]
+    """Errors by result on the small problem."""
     errors: dict[str, float]
-    """At the size that is timed."""
+    """Errors by result at the size that is timed."""
 
     @property
     def error(self) -> float:
+        """The largest error of any result at either size."""
         return max(*self.errors_small.values(), *self.errors.values())
 
 
@@ -92,6 +103,8 @@ class Left:
 
 @dataclass(frozen=True)
 class Ratio:
+    """A quotient of two times from COMPARED, and its goal."""
+
     name: str
     value: float
     goal: float | None
@@ -99,6 +112,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Benchmark:
+    """All results of one `megaconsa bench-attention`."""
+
     shape: Shape
     cases: list[Case]
     rows: list[Row]
@@ -106,8 +121,11 @@ class Benchmark:
     ratios: list[Ratio]
 
     def to_dict(self, command: str) -> dict[str, Any]:
-        """For JSON: figures unrounded, with what is needed to make them again."""
+        """Returns the content of the JSON file: unrounded figures and what reproduces them."""
         shape = self.shape
+        cases = [
+            {**asdict(case), "forward_flops": forward_flops(shape, case)} for case in self.cases
+        ]
         return {
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,9 +137,7 @@ class Benchmark:
                 "device": str(shape.device),
             },
             "bound": BOUNDS[shape.dtype],
-            "cases": [
-                {**asdict(case), "forward_flops": forward_flops(shape, case)} for case in self.cases
-            ],
+            "cases": cases,
             "results": [asdict(row) for row in self.rows],
             "not_timed": [asdict(left) for left in self.left],
             "ratios": [asdict(ratio) for ratio in self.ratios],
@@ -129,7 +145,10 @@ class Benchmark:
 
 
 def select_cases(shape: Shape, names: Sequence[str]) -> list[Case]:
-    """The cases of these names in their usual order, all if there are none; InputError for a name that is unknown."""
+    """Returns the cases with these names in their usual order, or all cases if there are no names.
+
+    Raises InputError for an unknown name.
+    """
     cases = all_cases(shape)
     known = [case.name for case in cases]
     for name in names:
@@ -144,21 +163,22 @@ def run_benchmark(
     contestants: list[Contestant],
     show: Callable[[dict[str, list[Verdict]]], None],
 ) -> Benchmark:
-    """Checks everybody on a small problem and shows the errors; then checks and times everybody at `shape`, case by case.
+    """Checks all contestants on a small problem, then checks and times them at `shape`.
 
-    show: called with the verdicts of every case before a wrong one of our backends ends the benchmark by RunError. Raises
-    InputError for an unknown name of a case.
+    names: cases to run. None given means all.
+    show: called with the verdicts on the small problem by case, before any of them ends the run.
+
+    Raises InputError for an unknown case name. Raises RunError if one of our backends is wrong.
     """
-    cases, bound = select_cases(shape, names), BOUNDS[shape.dtype]
+    cases = select_cases(shape, names)
+    bound = BOUNDS[shape.dtype]
     small = shape.small()
     checked: dict[str, list[Verdict]] = {}
-    with progress(
-        "checking", sum(c.serves(case) for case in cases for c in contestants), "contestants"
-    ) as task:
+    checks = sum(contestant.serves(case) for case in cases for contestant in contestants)
+    with progress("checking", checks, "contestants") as task:
         for case in select_cases(small, names):
-            checked[case.name] = check(
-                draw(small, case), contestants, _noting(task, f"{case.name}: ")
-            )
+            inputs = draw(small, case)
+            checked[case.name] = check(inputs, contestants, _noting(task, f"{case.name}: "))
     show(checked)
     for name, verdicts in checked.items():
         _refuse_wrong(name, verdicts, bound, small)
@@ -175,57 +195,68 @@ def run_benchmark(
 def _time_case(
     shape: Shape, case: Case, small: list[Verdict], bound: float, task: Task
 ) -> tuple[list[Row], list[Left]]:
+    """Checks and times one case. Returns the rows, and who is not timed.
+
+    small: the verdicts on the small problem.
+    """
     sound = {
         verdict.contestant.name: verdict for verdict in small if _reason(verdict, bound) is None
     }
-    verdicts = check(
-        draw(shape, case), [verdict.contestant for verdict in sound.values()], _noting(task)
-    )
+    contestants = [verdict.contestant for verdict in sound.values()]
+    verdicts = check(draw(shape, case), contestants, _noting(task))
     _refuse_wrong(case.name, verdicts, bound, shape)
-    left = [
-        Left(case.name, verdict.contestant.name, reason)
-        for verdict in [*small, *verdicts]
-        if (reason := _reason(verdict, bound)) is not None
-    ]
-    ready = {
-        v.contestant.name: v for v in verdicts if v.run is not None and _reason(v, bound) is None
-    }
-    runs = {name: verdict.run for name, verdict in ready.items() if verdict.run is not None}
+    left: list[Left] = []
+    for verdict in [*small, *verdicts]:
+        reason = _reason(verdict, bound)
+        if reason is not None:
+            left.append(Left(case.name, verdict.contestant.name, reason))
+    ready: dict[str, Verdict] = {}
+    runs: dict[str, Run] = {}
+    for verdict in verdicts:
+        if verdict.run is not None and _reason(verdict, bound) is None:
+            ready[verdict.contestant.name] = verdict
+            runs[verdict.contestant.name] = verdict.run
     timings = time_in_turns(runs, shape.device, _noting(task))
     peers = [_total(timing) for name, timing in timings.items() if not ready[name].contestant.ours]
     flops = (1 + BACKWARD_FLOPS) * forward_flops(shape, case)
-    rows = [
-        Row(
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        total_ms = _total(timing)
+        row = Row(
             case=case.name,
             contestant=name,
             ours=ready[name].contestant.ours,
             launches=timing.launches,
             forward=Quartiles.of(timing.forward),
             backward=Quartiles.of(timing.backward),
-            total_ms=_total(timing),
-            tflops=flops / _total(timing) / 1e9,
-            ratio=_total(timing) / min(peers) if peers else None,
+            total_ms=total_ms,
+            tflops=flops / total_ms / 1e9,
+            ratio=total_ms / min(peers) if peers else None,
             errors_small=sound[name].errors,
             errors=ready[name].errors,
         )
-        for name, timing in timings.items()
-    ]
+        rows.append(row)
     return rows, left
 
 
 def forward_flops(shape: Shape, case: Case) -> int:
-    """Of the visible pairs alone: Q K^T and P V cost 2 * head_dim each, for every query head of every sequence."""
+    """Returns the FLOPs of a forward pass, counting visible pairs only.
+
+    Q K^T and P V cost 2 * head_dim each per pair, for every query head of every sequence.
+    """
+    # `pairs` counts one query head of every KV head.
     return 4 * shape.head_dim * shape.batch * shape.group * case.pairs(visible_pairs, shape.length)
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the GPU's name, or the CPU's architecture and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _reason(verdict: Verdict, bound: float) -> str | None:
-    """Why the contestant is not timed."""
+    """Returns why the contestant is not timed, or None if it is."""
     if verdict.reason is not None or not verdict.wrong(bound):
         return verdict.reason
     worst = _worst(verdict)
@@ -233,24 +264,28 @@ def _reason(verdict: Verdict, bound: float) -> str | None:
 
 
 def _refuse_wrong(case: str, verdicts: list[Verdict], bound: float, shape: Shape) -> None:
+    """Raises RunError if one of our backends is wrong."""
     for verdict in verdicts:
         if verdict.contestant.ours and verdict.wrong(bound):
             raise RunError(
-                f"no speed is reported, because {verdict.contestant.name} fails the case {case} at batch {shape.batch}, "
+                f"no speed is reported, because {verdict.contestant.name} "
+                f"fails the case {case} at batch {shape.batch}, "
                 f"length {shape.length}, window {shape.window}: {_reason(verdict, bound)}"
             )
 
 
 def _worst(verdict: Verdict) -> str:
-    """The result with the largest error; NaN is larger than any."""
-    return max(
-        verdict.errors,
-        key=lambda name: (verdict.errors[name] != verdict.errors[name], verdict.errors[name]),
-    )
+    """Returns the name of the result with the largest error. NaN is larger than any number."""
+
+    def badness(name: str) -> tuple[bool, float]:
+        error = verdict.errors[name]
+        return math.isnan(error), error
+
+    return max(verdict.errors, key=badness)
 
 
 def compare(rows: list[Row]) -> list[Ratio]:
-    """The quotients of COMPARED whose both sides were timed."""
+    """Returns the quotients of COMPARED for which both sides were timed."""
     totals = {(row.case, row.contestant): row.total_ms for row in rows}
     ratios = []
     for case, name, other_case, other, goal in COMPARED:
@@ -261,7 +296,10 @@ def compare(rows: list[Row]) -> list[Ratio]:
 
 
 def _total(timing: Timing) -> float:
-    return quartiles(timing.forward)[1] + quartiles(timing.backward)[1]
+    """Returns the median of the forward pass plus that of the backward pass, in milliseconds."""
+    _, forward, _ = quartiles(timing.forward)
+    _, backward, _ = quartiles(timing.backward)
+    return forward + backward
 
 
 def _noting(task: Task, before: str = "") -> Notify:

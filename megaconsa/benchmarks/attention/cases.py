@@ -1,4 +1,7 @@
-"""What `bench-attention` times: the cases, which differ in windows and gates alone, and the tensors that all of them share."""
+"""The cases of `bench-attention` and their tensors.
+
+Cases differ only in windows and gates. All of them share the other tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHECKED_LENGTH = 1024
-"""Longest sequence of the small problem on which everybody is checked before anything is timed."""
+"""Longest sequence of the small problem on which all are checked before anything is timed."""
 
 PARTLY_CLOSED = (0.0, 0.5, 1.0, 0.0, 0.7, 0.0, 0.2, 0.9)
 """Gates on the way to a finished allocation: 3 of 8 closed, one fully open."""
@@ -17,7 +20,10 @@ PARTLY_CLOSED = (0.0, 0.5, 1.0, 0.0, 0.7, 0.0, 0.2, 0.9)
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention problem; `window` is that of the windowed heads, in keys with the query's own."""
+    """The shape of one attention problem.
+
+    window: keys that a windowed head sees, including the query's own.
+    """
 
     batch: int
     length: int
@@ -30,7 +36,7 @@ class Shape:
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Query heads per KV head."""
         return self.heads // self.kv_heads
 
     @property
@@ -38,68 +44,80 @@ class Shape:
         return self.head_dim**-0.5
 
     def small(self) -> Shape:
-        """A problem of the same kind that is quickly checked: same heads, at most two sequences of about 1024 tokens.
+        """Returns a problem of the same kind that is quick to check.
 
-        The window shrinks too, since one key too many weighs little in a long one.
+        It has the same heads and at most two sequences of about 1024 tokens. The window shrinks
+        too, because one wrong key changes the result little in a long window.
         """
-        length, window = (
-            _shrunk(self.length, CHECKED_LENGTH),
-            _shrunk(self.window, CHECKED_LENGTH // 4),
+        return replace(
+            self,
+            batch=min(self.batch, 2),
+            length=_shrunk(self.length, CHECKED_LENGTH),
+            window=_shrunk(self.window, CHECKED_LENGTH // 4),
         )
-        return replace(self, batch=min(self.batch, 2), length=length, window=window)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Windows (one per KV head; the length or more is full attention) and, while masks are learned, gates."""
+    """The windows and gates of one case."""
 
     name: str
     description: str
     windows: tuple[int, ...]
+    """One per KV head. A window of the sequence length or more is full attention."""
     gate: tuple[float, ...] | None
+    """One per KV head, as while masks are learned. None: heads have no gates."""
 
     def pairs(self, visible_pairs: Callable[[int, int], int], length: int) -> int:
-        """(query, key) pairs of one query head of every KV head, by `visible_pairs(length, window)`.
+        """Returns the visible (query, key) pairs of one query head of every KV head.
 
-        A head counts as full where its gate is above 0: the windowed output is a part of that pass.
+        visible_pairs: gives the pairs of one head for a length and a window.
+
+        A head with a gate above 0 counts as full, because the full pass already includes the
+        windowed output.
         """
         gate = (0.0,) * len(self.windows) if self.gate is None else self.gate
-        return sum(
-            visible_pairs(length, length if z > 0 else window)
-            for window, z in zip(self.windows, gate, strict=True)
-        )
+        total = 0
+        for window, z in zip(self.windows, gate, strict=True):
+            total += visible_pairs(length, length if z > 0 else window)
+        return total
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case: q and the gradient of the output (B, S, heads, D), k and v (B, S, kv_heads, D), gate fp32 (kv_heads,)."""
+    """The tensors of a case."""
 
     shape: Shape
     case: Case
     q: Tensor
+    """(B, S, heads, D)."""
     k: Tensor
+    """(B, S, kv_heads, D), as for v."""
     v: Tensor
     gradient: Tensor
+    """Gradient of the output, (B, S, heads, D)."""
     gate: Tensor | None
+    """fp32 (kv_heads,)."""
 
 
 def all_cases(shape: Shape) -> list[Case]:
-    """The cases by name. Windowed heads alternate with full ones, beginning with a full one."""
-    count, length, window = shape.kv_heads, shape.length, shape.window
+    """Returns all cases of a shape.
+
+    Where both kinds of heads occur, they alternate, and the first head is full.
+    """
+    count = shape.kv_heads
+    length = shape.length
+    window = shape.window
     windowed = (window,) * count
     mixed = tuple((length, window)[head % 2] for head in range(count))
+    in_turn = tuple((1.0, 0.0)[head % 2] for head in range(count))
     partly = tuple(PARTLY_CLOSED[head % len(PARTLY_CLOSED)] for head in range(count))
     return [
         Case("dense", "every head full", (length,) * count, None),
         Case("window", f"every head W={window}", windowed, None),
         Case("mixed", f"full and W={window} heads in turn", mixed, None),
         Case("gated", "every z = 0.5", windowed, (0.5,) * count),
-        Case(
-            "gated-half",
-            "z = 1 and 0 in turn: the heads of mixed",
-            windowed,
-            tuple((1.0, 0.0)[h % 2] for h in range(count)),
-        ),
+        Case("gated-half", "z = 1 and 0 in turn: the heads of mixed", windowed, in_turn),
         Case(
             "gated-partly",
             "3 of 8 gates at 0: z = " + ", ".join(f"{z:g}" for z in partly),
@@ -110,27 +128,28 @@ def all_cases(shape: Shape) -> list[Case]:
 
 
 def _shrunk(size: int, largest: int) -> int:
-    """At most `largest`, with the remainder by 128 kept: blocks divide it, or not, as they do `size`."""
-    return size if size <= largest else largest - (-size) % 128
+    """Returns a size of at most `largest`.
+
+    It keeps the remainder by 128, so that kernel blocks divide it exactly if they divide `size`.
+    """
+    if size <= largest:
+        return size
+    return largest - (-size) % 128
 
 
 def draw(shape: Shape, case: Case) -> Inputs:
-    """Standard normal q, k, v and gradient, the same ones for every case of a shape."""
+    """Draws standard normal q, k, v and gradient. They are the same for every case of a shape."""
     generator = torch.Generator(shape.device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
         size = (shape.batch, shape.length, heads, shape.head_dim)
         return torch.randn(size, generator=generator, device=shape.device, dtype=shape.dtype)
 
-    q, k, v, gradient = (
-        normal(shape.heads),
-        normal(shape.kv_heads),
-        normal(shape.kv_heads),
-        normal(shape.heads),
-    )
-    gate = (
-        None
-        if case.gate is None
-        else torch.tensor(case.gate, device=shape.device, dtype=torch.float32)
-    )
+    q = normal(shape.heads)
+    k = normal(shape.kv_heads)
+    v = normal(shape.kv_heads)
+    gradient = normal(shape.heads)
+    gate = None
+    if case.gate is not None:
+        gate = torch.tensor(case.gate, device=shape.device, dtype=torch.float32)
     return Inputs(shape, case, q, k, v, gradient, gate)

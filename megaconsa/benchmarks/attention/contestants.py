@@ -1,4 +1,7 @@
-"""Whom `bench-attention` times: our backends behind `hybrid_attention`, and other libraries' kernels called bare."""
+"""The contestants of `bench-attention`: our backends, and peers from other libraries.
+
+Our backends run through `hybrid_attention`. The peers' kernels are called directly.
+"""
 
 from __future__ import annotations
 
@@ -20,44 +23,54 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant made ready for one case: tensors in its own layout, masks built."""
+    """One contestant, ready for one case: tensors in its own layout, masks built."""
 
     launches: int
-    """Calls of the attention that make up one pass."""
+    """Calls of the attention function that make up one pass."""
     leaves: Tensors
+    """Inputs whose gradients are computed."""
     forward: Callable[[], Tensors]
     gradients: Tensors
-    """Of the outputs of `forward`."""
+    """Gradients of the outputs of `forward`."""
     collect: Callable[[Tensors, Tensors], Results]
-    """Outputs, and gradients of the leaves, as the results that `truth` gives."""
+    """Turns outputs and gradients of the leaves into the results that `truth` returns."""
 
     def backward(self, outputs: Tensors) -> Tensors:
-        # autograd.grad leaves no .grad behind, so that nothing is accumulated inside the time measured.
+        """Returns the gradients of the leaves."""
+        # autograd.grad leaves no .grad behind, so the time measured includes no accumulation.
         return torch.autograd.grad(outputs, self.leaves, self.gradients)
 
 
 class Contestant(Protocol):
+    """An attention implementation that is checked and timed."""
+
     @property
     def name(self) -> str: ...
 
     @property
     def ours(self) -> bool:
-        """Whether a wrong result forbids to report any speed; a peer that is wrong is only left out."""
+        """Whether it is our backend. If one of ours is wrong, no speed is reported at all.
+
+        A peer that is wrong is only left out.
+        """
 
     def serves(self, case: Case) -> bool:
-        """Whether the case is of the kind that it computes at all."""
+        """Whether it can compute this kind of case at all."""
 
     def refusal(self, inputs: Inputs) -> str | None:
-        """Why it will not run here, in one sentence."""
+        """Returns why it will not run here, in one sentence, or None."""
 
-    def prepare(self, inputs: Inputs) -> Run: ...
+    def prepare(self, inputs: Inputs) -> Run:
+        """Returns the contestant ready for the case."""
 
 
 @dataclass(frozen=True)
 class OurBackend:
-    """One of our backends, through the function that models call: any with the arguments of `hybrid_attention`.
+    """One of our backends, called through the function that models call.
 
-    sorted_heads: heads are given by falling window, so that those of a kind are neighbours.
+    function: any function with the arguments of `hybrid_attention`.
+    sorted_heads: heads come in order of falling window, so that heads with the same window are
+    neighbours.
     """
 
     name: str
@@ -91,45 +104,57 @@ class OurBackend:
         if self.sorted_heads:
             heads.sort(key=lambda head: -windows[head])
         queries = query_heads(heads, inputs.shape.group)
-        given = tuple(windows[head] for head in heads)
-        q, k, v = leaves = tuple(
-            x[:, :, order].contiguous().requires_grad_()
-            for x, order in ((inputs.q, queries), (inputs.k, heads), (inputs.v, heads))
-        )
+        ordered_windows = tuple(windows[head] for head in heads)
+        q = inputs.q[:, :, queries].contiguous().requires_grad_()
+        k = inputs.k[:, :, heads].contiguous().requires_grad_()
+        v = inputs.v[:, :, heads].contiguous().requires_grad_()
+        leaves: Tensors = (q, k, v)
         gate = None
         if inputs.gate is not None:
             gate = inputs.gate[heads].requires_grad_()
             leaves = (*leaves, gate)
 
         def forward() -> Tensors:
-            return (self.function(q, k, v, window=given, gate=gate, backend=self.name),)
+            out = self.function(q, k, v, window=ordered_windows, gate=gate, backend=self.name)
+            return (out,)
 
         def collect(outputs: Tensors, gradients: Tensors) -> Results:
-            out, (dq, dk, dv, *dz) = outputs[0], gradients
-            restored = {"out": _restored(out, queries), "dq": _restored(dq, queries)}
-            restored |= {"dk": _restored(dk, heads), "dv": _restored(dv, heads)}
-            return restored | ({"dz": _restored(dz[0], heads, dim=0)} if dz else {})
+            dq, dk, dv, *dz = gradients
+            results = {
+                "out": _restored(outputs[0], queries),
+                "dq": _restored(dq, queries),
+                "dk": _restored(dk, heads),
+                "dv": _restored(dv, heads),
+            }
+            if dz:
+                results["dz"] = _restored(dz[0], heads, dim=0)
+            return results
 
-        return Run(1, leaves, forward, (inputs.gradient[:, :, queries].contiguous(),), collect)
+        gradient = inputs.gradient[:, :, queries].contiguous()
+        return Run(1, leaves, forward, (gradient,), collect)
 
 
 def query_heads(heads: list[int], group: int) -> list[int]:
-    """The query heads of these KV heads."""
+    """Returns the query heads of these KV heads, in their order."""
     return [head * group + member for head in heads for member in range(group)]
 
 
 def _restored(x: Tensor, order: list[int], dim: int = 2) -> Tensor:
-    """Undoes the choice of `order` along `dim`."""
+    """Undoes a permutation by `order` along `dim`."""
     return x.index_select(dim, torch.tensor(order, device=x.device).argsort())
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's attention, on contiguous tensors of the layout and the heads that it wants, split beforehand.
+    """Another library's attention, called on contiguous tensors in the layout that it wants.
 
-    heads_first: (B, heads, S, D) instead of (B, S, heads, D).
-    windowed: it has windows. launch_per_window: one launch for the heads of each window; else one for all, with a mask per head.
+    Heads are split into its launches beforehand, outside the time measured.
+
     build: makes its function of (q, k, v) for a shape and the windows of the KV heads it gets.
+    heads_first: tensors are (B, heads, S, D) instead of (B, S, heads, D).
+    windowed: it supports windows.
+    launch_per_window: it takes one launch for the heads of each window. Otherwise one launch takes
+    all heads, with a mask per head.
     """
 
     name: str
@@ -140,10 +165,14 @@ class Peer:
     ours: bool = False
 
     def serves(self, case: Case) -> bool:
-        """Gates are served by two launches, full and windowed: what a gate costs without a kernel for it."""
-        return case.name == "dense" or (
-            self.windowed and (case.gate is None or self.launch_per_window)
-        )
+        """Whether it can compute this kind of case at all.
+
+        Gated cases take two launches, full and windowed. This is what a gate costs without a
+        kernel for it.
+        """
+        if case.name == "dense":
+            return True
+        return self.windowed and (case.gate is None or self.launch_per_window)
 
     def refusal(self, inputs: Inputs) -> str | None:
         return None if inputs.shape.device.type == "cuda" else f"{self.name} needs a CUDA GPU"
@@ -156,50 +185,58 @@ class Peer:
         functions = [self.build(inputs.shape, launch.windows) for launch in launches]
 
         def forward() -> Tensors:
-            return tuple(
-                function(*launch.leaves)
-                for function, launch in zip(functions, launches, strict=True)
-            )
+            pairs = zip(functions, launches, strict=True)
+            return tuple(function(*launch.leaves) for function, launch in pairs)
 
         def collect(outputs: Tensors, gradients: Tensors) -> Results:
             return _collect(inputs, launches, self._canonical(outputs), self._canonical(gradients))
 
         leaves = tuple(leaf for launch in launches for leaf in launch.leaves)
-        return Run(
-            len(launches), leaves, forward, tuple(launch.gradient for launch in launches), collect
-        )
+        gradients = tuple(launch.gradient for launch in launches)
+        return Run(len(launches), leaves, forward, gradients, collect)
 
     def _split(self, inputs: Inputs) -> list[tuple[list[int], tuple[int, ...], Tensor | None]]:
-        """KV heads, windows and weight of the output (one per KV head) of each launch."""
-        windows, length = inputs.case.windows, inputs.shape.length
+        """Returns each launch's KV heads, their windows, and the weight of its output.
+
+        The weight is a tensor with one value per KV head, or None where outputs are not weighted.
+        """
+        windows = inputs.case.windows
         every = list(range(len(windows)))
         if inputs.gate is not None:
-            return [(every, (length,) * len(every), inputs.gate), (every, windows, 1 - inputs.gate)]
+            full_windows = (inputs.shape.length,) * len(every)
+            return [(every, full_windows, inputs.gate), (every, windows, 1 - inputs.gate)]
         if not self.launch_per_window:
             return [(every, windows, None)]
-        kinds = sorted(set(windows), reverse=True)
-        return [
-            ([head for head in every if windows[head] == kind], (kind,) * windows.count(kind), None)
-            for kind in kinds
-        ]
+        launches: list[tuple[list[int], tuple[int, ...], Tensor | None]] = []
+        for window in sorted(set(windows), reverse=True):
+            heads = [head for head in every if windows[head] == window]
+            launches.append((heads, (window,) * len(heads), None))
+        return launches
 
     def _native(self, x: Tensor) -> Tensor:
-        """(B, S, heads, D) in the peer's layout, contiguous."""
-        return (x.transpose(1, 2) if self.heads_first else x).contiguous()
+        """Returns a (B, S, heads, D) tensor in the peer's layout, contiguous."""
+        if self.heads_first:
+            x = x.transpose(1, 2)
+        return x.contiguous()
 
     def _canonical(self, tensors: Tensors) -> Tensors:
-        return tuple(x.transpose(1, 2) for x in tensors) if self.heads_first else tensors
+        """Returns tensors in the peer's layout as (B, S, heads, D)."""
+        if not self.heads_first:
+            return tensors
+        return tuple(x.transpose(1, 2) for x in tensors)
 
 
 @dataclass(frozen=True)
 class _Launch:
+    """One call of a peer's attention function, and its tensors."""
+
     heads: list[int]
     """KV heads."""
     queries: list[int]
     """Query heads."""
     windows: tuple[int, ...]
     weight: Tensor | None
-    """Of the output, fp32 (query heads, 1), where it is a part of a gated output."""
+    """Weight of the output, fp32 (query heads, 1), if it is a part of a gated output."""
     leaves: Tensors
     gradient: Tensor
 
@@ -213,9 +250,9 @@ class _Launch:
     ) -> _Launch:
         group = inputs.shape.group
         queries = query_heads(heads, group)
-        weight = None if weight is None else weight.repeat_interleave(group)[:, None]
         gradient = inputs.gradient[:, :, queries]
         if weight is not None:
+            weight = weight.repeat_interleave(group)[:, None]
             gradient = (weight * gradient).to(gradient.dtype)
         parts = (inputs.q[:, :, queries], inputs.k[:, :, heads], inputs.v[:, :, heads])
         leaves = tuple(peer._native(x).requires_grad_() for x in parts)
@@ -225,20 +262,22 @@ class _Launch:
 def _collect(
     inputs: Inputs, launches: list[_Launch], outputs: Tensors, gradients: Tensors
 ) -> Results:
-    """The launches' results put together in fp32, outside the time measured."""
-    wide = [
-        torch.zeros_like(x, dtype=torch.float32) for x in (inputs.q, inputs.q, inputs.k, inputs.v)
-    ]
-    results = dict(zip(("out", "dq", "dk", "dv"), wide, strict=True))
+    """Combines the results of the launches in fp32, outside the time measured."""
+    results = {
+        "out": torch.zeros_like(inputs.q, dtype=torch.float32),
+        "dq": torch.zeros_like(inputs.q, dtype=torch.float32),
+        "dk": torch.zeros_like(inputs.k, dtype=torch.float32),
+        "dv": torch.zeros_like(inputs.v, dtype=torch.float32),
+    }
     for index, (launch, out) in enumerate(zip(launches, outputs, strict=True)):
         dq, dk, dv = gradients[3 * index : 3 * index + 3]
-        results["out"][:, :, launch.queries] += (
-            out if launch.weight is None else launch.weight * out
-        )
+        weighted = out if launch.weight is None else launch.weight * out
+        results["out"][:, :, launch.queries] += weighted
         results["dq"][:, :, launch.queries] += dq
         results["dk"][:, :, launch.heads] += dk
         results["dv"][:, :, launch.heads] += dv
     if inputs.gate is not None:
+        # The output is z full + (1 - z) windowed, so its derivative by z is their difference.
         full, windowed = outputs
         difference = (full.double() - windowed.double()) * inputs.gradient.double()
         results["dz"] = difference.sum(dim=(0, 1, 3)).view(-1, inputs.shape.group).sum(dim=1)

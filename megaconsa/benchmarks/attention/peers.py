@@ -1,4 +1,7 @@
-"""Other libraries' attention: FlashAttention 4, cuDNN and FlashAttention through torch's SDPA, FlexAttention."""
+"""The peers of `bench-attention`, which are other libraries' attention.
+
+They are FlashAttention 4, cuDNN and FlashAttention 2 through torch's SDPA, and FlexAttention.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,13 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def contestants(device: torch.device) -> list[Contestant]:
-    """Our backends and the peers, fused kernels that exist on a GPU only; on a CPU the reference takes their place.
+    """Returns the contestants for a device.
 
-    flash gets its heads sorted, as the peers do: it calls its library once for every run of neighbours of a kind.
+    A GPU gets our backends and the peers, which are fused kernels. A CPU has none of these kernels
+    and gets the reference instead.
+
+    The backend flash gets its heads sorted, as the peers do. It calls its library once for each
+    stretch of neighbouring heads with the same window.
     """
     if device.type != "cuda":
         return [OurBackend("sdpa"), OurBackend("reference")]
@@ -34,6 +41,7 @@ def contestants(device: torch.device) -> list[Contestant]:
 def _flash_attention_4(shape: Shape, windows: tuple[int, ...]) -> Attention:
     flash_attn_func = import_module("flash_attn.cute").flash_attn_func
     window = windows[0]
+    # The library counts keys to the left of the query. Our windows include the query's own key.
     limits = (None, None) if window >= shape.length else (window - 1, 0)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +69,8 @@ def _sdpa(backend: SDPBackend) -> Callable[[Shape, tuple[int, ...]], Attention]:
 def _flex_attention(shape: Shape, windows: tuple[int, ...]) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Otherwise each case and length counts as one more recompilation of the same function, of which torch allows few.
+    # Without a reset, torch counts each case and length as one more recompilation of the same
+    # function, and it allows few.
     torch.compiler.reset()
     window = windows[0]
     per_head = torch.tensor(windows, device=shape.device).repeat_interleave(shape.group)
@@ -76,9 +85,14 @@ def _flex_attention(shape: Shape, windows: tuple[int, ...]) -> Attention:
         return (query >= key) & (query - key < per_head[head])
 
     same = len(set(windows)) == 1
-    mask_mod = mixed if not same else causal if window >= shape.length else windowed
     heads = None if same else shape.heads
-    # Uncompiled, it would hold a boolean for every pair of every head.
+    if not same:
+        mask_mod = mixed
+    elif window >= shape.length:
+        mask_mod = causal
+    else:
+        mask_mod = windowed
+    # Without compilation it would store a boolean for every pair of every head.
     mask = create_block_mask(
         mask_mod, None, heads, shape.length, shape.length, shape.device, _compile=True
     )

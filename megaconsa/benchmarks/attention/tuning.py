@@ -1,4 +1,7 @@
-"""Finding the fastest launches of the portable Triton kernels for a shape, on the GPU at hand: first right, then fast."""
+"""Finds the fastest launches of the portable Triton kernels for a shape, on the current GPU.
+
+A candidate must first give the right result. The fastest of those wins.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from megaconsa.kernels.attention.launch import (
     is_fixed,
     shape_key,
 )
-from megaconsa.kernels.attention.triton.operators import backward, forward
+from megaconsa.kernels.attention.triton.backward_operator import backward
+from megaconsa.kernels.attention.triton.forward_operator import forward
 
 CANDIDATES = {
     ("forward", "16-bit"): (
@@ -78,64 +82,75 @@ CANDIDATES = {
         Launch(16, 16, 8, 1),
     ),
 }
-"""What is tried, by pass and width of an element: the packaged launches, and others near them."""
+"""Launches to try, by pass and element width: the packaged launches and others near them."""
 
 CASES = {"mixed": "", "gated": "/gated"}
-"""What is measured for the entries of a shape: full and windowed heads in turn; heads that compute both softmaxes."""
+"""Cases that are measured, and the suffix of the table entry that each one tunes.
+
+Full and windowed heads alternate in the case mixed. Heads compute both softmaxes in the case gated.
+"""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one candidate."""
+    """The result of one candidate."""
 
     case: str
     step: str
     launch: Launch
     milliseconds: float | None
-    """Median of the pass, or None for a candidate that is left out."""
+    """Median time of the pass, or None for a candidate that was rejected."""
     reason: str = ""
-    """Why it is left out."""
+    """Why it was rejected."""
 
 
 def refusal(shape: Shape) -> str | None:
-    """Why there is nothing to tune for the shape on its GPU, in one sentence, or None."""
+    """Returns why there is nothing to tune for the shape on its GPU, in one sentence, or None."""
     capability = torch.cuda.get_device_capability(shape.device)
     if is_fixed(architecture_key(capability), shape_key(shape.dtype, shape.head_dim)):
-        return f"the Hopper kernels serve head_dim {shape.head_dim} in 16 bits on this GPU, and their launches are fixed"
+        return (
+            f"the Hopper kernels serve head_dim {shape.head_dim} in 16 bits on this GPU, "
+            "and their launches are fixed"
+        )
     return None
 
 
 def tune(shape: Shape, notify: Callable[[Trial], None]) -> Table:
-    """The fastest right candidate of both passes, for allocated and for gated heads, as a table with these entries alone.
+    """Finds the fastest right candidate of both passes, for allocated and for gated heads.
 
-    Raises RuntimeError where no candidate is right.
+    notify: called with the result of every candidate.
+
+    Returns a launch table that has only these entries. Raises RuntimeError if no candidate is
+    right.
     """
     key = shape_key(shape.dtype, shape.head_dim)
+    width = key.split("/")[0]
     steps: dict[str, dict[str, Launch]] = {"forward": {}, "backward": {}}
     for case in all_cases(shape):
-        if case.name in CASES:
-            small, large = _Passes(draw(shape.small(), case)), _Passes(draw(shape, case))
-            for step, entries in steps.items():
-                candidates = CANDIDATES[step, key.split("/")[0]]
-                best = entries[key + CASES[case.name]] = _fastest(
-                    step, candidates, small, large, notify
-                )
-                if (
-                    step == "forward"
-                ):  # the last candidate may have left wrong results to the backward pass, or none
-                    with forced(forward=best, backward=best):
-                        small.forward(), large.forward()
+        if case.name not in CASES:
+            continue
+        small = _Passes(draw(shape.small(), case))
+        large = _Passes(draw(shape, case))
+        for step, entries in steps.items():
+            best = _fastest(step, CANDIDATES[step, width], small, large, notify)
+            entries[key + CASES[case.name]] = best
+            if step == "forward":
+                # The backward pass needs the right results of a forward pass. The last candidate
+                # may have left wrong ones, or none.
+                with forced(forward=best, backward=best):
+                    small.forward()
+                    large.forward()
     return {architecture_key(torch.cuda.get_device_capability(shape.device)): steps}
 
 
 class _Passes:
-    """Both passes of a problem. The backward pass takes what the last forward pass left."""
+    """Both passes of a problem. The backward pass uses what the last forward pass saved."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.gate = (
-            None if inputs.gate is None else inputs.gate.expand(inputs.shape.batch, -1).contiguous()
-        )
+        self.gate: Tensor | None = None
+        if inputs.gate is not None:
+            self.gate = inputs.gate.expand(inputs.shape.batch, -1).contiguous()
         self.saved: tuple[Tensor, ...] = ()
 
     def forward(self) -> Results:
@@ -166,7 +181,9 @@ class _Passes:
             *self.saved,
         )
         results = dict(zip(("dq", "dk", "dv"), gradients, strict=False))
-        return results if self.gate is None else results | {"dz": gradients[3].sum(0)}
+        if self.gate is not None:
+            results["dz"] = gradients[3].sum(0)
+        return results
 
 
 def _fastest(
@@ -176,24 +193,25 @@ def _fastest(
     large: _Passes,
     notify: Callable[[Trial], None],
 ) -> Launch:
-    """The candidate with the shortest median among those that give the truth on the small problem."""
-    expected, bound = truth(small.inputs), BOUNDS[small.inputs.shape.dtype]
+    """Returns the candidate with the shortest median among those that are right.
+
+    A candidate is right if it agrees with the truth on the small problem.
+    """
+    expected = truth(small.inputs)
+    bound = BOUNDS[small.inputs.shape.dtype]
     timed: dict[Launch, float] = {}
     for launch in candidates:
-        milliseconds, reason = None, ""
+        milliseconds = None
+        reason = ""
         try:
             with forced(forward=launch, backward=launch):
                 results = getattr(small, step)()
-                # Written so that NaN is wrong.
-                if all(
-                    error <= bound
-                    for error in errors(
-                        results, {n: expected[n] for n in results}, small.inputs
-                    ).values()
-                ):
-                    milliseconds = timed[launch] = do_bench(
-                        getattr(large, step), return_mode="median"
-                    )
+                expected_here = {name: expected[name] for name in results}
+                found = errors(results, expected_here, small.inputs)
+                # Written so that NaN counts as wrong.
+                if all(error <= bound for error in found.values()):
+                    milliseconds = do_bench(getattr(large, step), return_mode="median")
+                    timed[launch] = milliseconds
                 else:
                     reason = "wrong"
         except OutOfResources:

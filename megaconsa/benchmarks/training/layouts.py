@@ -1,4 +1,8 @@
-"""What `megaconsa bench-training` measured: speed of each topology beside one process on the same batches, and how far losses part."""
+"""The results of `megaconsa bench-training`, and their table.
+
+Each topology is compared with one process on the same batches: its speed, and how far its losses
+deviate.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,14 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """`tensor=2,data=2`; InputError where it is not of that form."""
+        """Reads a layout such as `tensor=2,data=2`. Raises InputError for any other form."""
         sizes: dict[str, int] = {}
         for part in text.split(","):
             axis, _, size = part.strip().partition("=")
             if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
                 raise InputError(
-                    f"--topology {text} is not of the form tensor=2,pipeline=2,data=2; leave out what is 1"
+                    f"--topology {text} is not of the form tensor=2,pipeline=2,data=2; "
+                    "leave out what is 1"
                 )
             sizes[axis] = int(size)
         return cls(**sizes)
@@ -45,15 +50,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Measurement:
+    """The speed, the memory and the losses of one layout."""
+
     layout: Layout
     tokens_per_second: float
-    """From the median of the steps after the first `skip`."""
+    """From the median duration of the steps after the first `skip`."""
     step_seconds: float
     mfu: float | None
     memory_gib: float
-    """Of the rank with most."""
+    """Peak memory of the rank that uses most."""
     speedup: float
-    """Tokens per second over those of the first layout."""
+    """Tokens per second divided by those of the first layout."""
     loss_deviation: float
     """Largest relative distance from the first layout's loss at the same step."""
     losses: list[float]
@@ -65,29 +72,37 @@ class Measurement:
 def measure(
     layout: Layout, result: dict[str, Any], skip: int, first: dict[str, Any]
 ) -> Measurement:
-    """result, first: what megaconsa.benchmarks.training.rank wrote for this layout and for the one to compare with."""
+    """Compares a layout with the first one.
+
+    result: what megaconsa.benchmarks.training.rank wrote for this layout.
+    skip: steps at the beginning that are not timed.
+    first: what it wrote for the layout to compare with.
+    """
 
     def seconds(rows: list[dict[str, Any]]) -> float:
         return median(row["step_seconds"] for row in rows[skip:])
 
-    rows, own = result["rows"], seconds(result["rows"])
+    rows = result["rows"]
+    first_rows = first["rows"]
+    own_seconds = seconds(rows)
     shares = [row["mfu"] for row in rows[skip:] if row["mfu"] is not None]
+    deviations = [
+        abs(row["loss"] / other["loss"] - 1) for row, other in zip(rows, first_rows, strict=True)
+    ]
     return Measurement(
-        layout,
-        rows[0]["tokens"] / own,
-        own,
-        median(shares) if shares else None,
-        result["memory_gib"],
-        seconds(first["rows"]) / own,
-        max(
-            abs(row["loss"] / other["loss"] - 1)
-            for row, other in zip(rows, first["rows"], strict=True)
-        ),
-        [row["loss"] for row in rows],
+        layout=layout,
+        tokens_per_second=rows[0]["tokens"] / own_seconds,
+        step_seconds=own_seconds,
+        mfu=median(shares) if shares else None,
+        memory_gib=result["memory_gib"],
+        speedup=seconds(first_rows) / own_seconds,
+        loss_deviation=max(deviations),
+        losses=[row["loss"] for row in rows],
     )
 
 
 def training_table(measurements: list[Measurement]) -> Table:
+    """The measurements as a table for the terminal, one row per layout."""
     table = Table("topology", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("processes", "tokens/s", "speed-up", "MFU", "memory", "loss differs by"):
         table.add_column(name, justify="right")

@@ -1,6 +1,10 @@
 """One rank of `megaconsa bench-training`: a run's steps, without validation, checkpoints or logs.
 
-Started by the tool as python -m megaconsa.benchmarks.training.rank CONFIG OUT [section.field=value ...]; OUT gets the rows of metrics.
+The tool starts it as
+
+    python -m megaconsa.benchmarks.training.rank CONFIG OUT [section.field=value ...]
+
+It writes the rows of metrics to OUT.
 """
 
 from __future__ import annotations
@@ -35,14 +39,13 @@ def main(config_path: Path, out: Path, overrides: list[str]) -> None:
         memory = torch.tensor(rows[-1]["memory_gib"], device=mesh.device)
         torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
     except InputError:
-        raise  # agreed by all ranks
+        raise  # All ranks agreed on this refusal.
     except Exception as error:
         sys.exit(failures.end(error, out.parent, world, None))
     leave()
     if mesh.is_main:
-        replace_text(
-            out, json.dumps({"rows": rows, "memory_gib": float(memory), "device": mesh.device.type})
-        )
+        result = {"rows": rows, "memory_gib": float(memory), "device": mesh.device.type}
+        replace_text(out, json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""What happens around a training step, one concern a file. The trainer calls them in order; each may add fields to the step's row."""
+"""What happens around a training step, one concern per file.
+
+The trainer calls the callbacks in order. Each may add fields to the step's row.
+"""

@@ -1,4 +1,4 @@
-"""The moments at which the trainer calls a callback."""
+"""The base class of callbacks, with the moments at which the trainer calls them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ Row = dict[str, Any]
 
 class Callback:
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, on every rank."""
+        """Called before the first step, on every rank."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Before each step, on every rank."""
+        """Called before each step, on every rank."""
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        """After each step, on every rank; `row` is complete as far as the callbacks before this one made it."""
+        """Called after each step, on every rank.
+
+        row: the step's metrics, including those that earlier callbacks added.
+        """
 
     def on_finish(self, trainer: Trainer) -> None:
-        """After the last step, also when an error ends the run: then the trainer is not `completed`."""
+        """Called after the last step, and after an error.
+
+        After an error the trainer is not `completed`.
+        """

@@ -1,4 +1,7 @@
-"""Checkpoints every so many steps or minutes, at the end, and before a run stops on a signal; written while training goes on."""
+"""Saving checkpoints every n steps or minutes, at the end, and before a run stops on a signal.
+
+Checkpoints are written in the background while training continues.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,27 @@ from megaconsa.training.trainer import Stop, Trainer
 logger = logging.getLogger(__name__)
 
 LAST_WAIT_SECONDS = 60.0
-"""For a write under way when an error ends the run: the others may be gone, and then it never ends."""
+"""Time limit for a pending write when an error ends the run.
+
+The other ranks may be gone, and then the write never ends."""
 LONG_WAIT_SECONDS = 1.0
-"""A wait for the write before that is worth a line in the log."""
+"""A wait for the previous write is logged if it takes longer than this."""
 FAILED_SAVES = 2
-"""In a row, after which the run ends: what it trains from there on would be lost."""
+"""Failed saves in a row after which the run ends, because further training would be lost."""
 
 
 class Checkpointing(Callback):
     def __init__(
         self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]
     ) -> None:
-        """description: what state.json says beside the trainer's progress (configuration, shape, data)."""
-        self.run, self.every, self.description = run, section.every, description
+        """Every rank makes one.
+
+        description: what state.json holds besides the trainer's progress (configuration, shape,
+            data).
+        """
+        self.run = run
+        self.every = section.every
+        self.description = description
         self.seconds = 60 * section.minutes
         self.writer = Writer(
             run,
@@ -49,13 +60,13 @@ class Checkpointing(Callback):
         )
         self.staging = Staging()
         self.longest_save: float | None = None
-        """Seconds from the beginning of a save to its commit; None before the first has ended."""
+        """Seconds from the start of the longest save to its end. None before a save has ended."""
         self.due = False
-        """A save waits for a step that is applied."""
+        """Whether a save is due but waits for a step that is applied."""
         self.failed = 0
-        """Saves in a row that failed, of those whose end is known."""
+        """Failed saves in a row, among those that have ended."""
         self.error: str | None = None
-        """Of the last of them."""
+        """Error of the last save that has ended. None if it succeeded."""
         self._stall = 0.0
         self._saved_at = time.monotonic()
 
@@ -63,7 +74,8 @@ class Checkpointing(Callback):
         self._saved_at = time.monotonic()
         if not (self.every or self.seconds):
             logger.warning(
-                "no checkpoint before the last step: a lost node would lose the whole run; set checkpoint.minutes"
+                "no checkpoint before the last step: a lost node would lose the whole run; "
+                "set checkpoint.minutes"
             )
         if trainer.mesh.is_main:
             self.writer.clean()
@@ -76,7 +88,8 @@ class Checkpointing(Callback):
         last = self._is_last(trainer)
         by_steps = self.every > 0 and step % self.every == 0
         self.due = self.due or by_steps or trainer.saving
-        # While steps are skipped the weights may be what is wrong: the checkpoints there are may be the last good ones.
+        # While steps are skipped, the weights themselves may be bad. Then the existing checkpoints
+        # may be the last good ones, and a save could replace them.
         if last or (self.due and not trainer.progress.bad_steps.in_row):
             self.due = False
             self.save(trainer, row)
@@ -85,7 +98,8 @@ class Checkpointing(Callback):
             and self.seconds
             and time.monotonic() - self._saved_at > self.seconds
         ):
-            # Clocks of ranks differ: the main rank's decides, and the others hear of it with the next step.
+            # The clocks of the ranks differ, so the main rank decides. The other ranks hear of it
+            # with the next step.
             trainer.request_save()
         if last:
             result = self.writer.wait()
@@ -94,32 +108,40 @@ class Checkpointing(Callback):
                 if self.failed >= FAILED_SAVES:
                     raise self._unsaved()
                 raise RunError(
-                    f"the checkpoint of step {step} could not be written: {result.error}; older ones in {self.run} are whole"
+                    f"the checkpoint of step {step} could not be written: {result.error}; "
+                    f"older ones in {self.run} are whole"
                 )
 
     def on_finish(self, trainer: Trainer) -> None:
         self._report(trainer, self.writer.wait(LAST_WAIT_SECONDS))
 
     def save(self, trainer: Trainer, row: Row) -> None:
-        """Copies the training state to host memory and begins to write it."""
+        """Copies the training state to host memory and starts to write it.
+
+        Raises UnreachableError if too many earlier saves have failed.
+        """
         started = time.monotonic()
         self._saved_at = started
-        if (before := self.writer.wait()) is not None:
+        before = self.writer.wait()
+        if before is not None:
             self._report(trainer, before)
-            if (waited := time.monotonic() - started) > LONG_WAIT_SECONDS:
+            waited = time.monotonic() - started
+            if waited > LONG_WAIT_SECONDS:
                 logger.warning(
-                    "step %d waited %.0f s until the checkpoint of step %d was written, which took %.0f s; raise checkpoint.every",
+                    "step %d waited %.0f s until the checkpoint of step %d was written, "
+                    "which took %.0f s; raise checkpoint.every",
                     trainer.progress.step,
                     waited,
                     before.step,
                     before.seconds,
                 )
-        # All ranks have heard of the same saves here. The last one is tried even so.
+        # All ranks know of the same saves at this point, so they all raise or none does. The last
+        # save is tried in any case.
         if self.failed >= FAILED_SAVES and not self._is_last(trainer):
             raise self._unsaved()
-        engine, main = trainer.engine, trainer.mesh.is_main
-        gates = trainer.gates if main else None
-        weights, moments = self.staging.copy(engine.weights()), self.staging.copy(engine.moments())
+        engine = trainer.engine
+        weights = self.staging.copy(engine.weights())
+        moments = self.staging.copy(engine.moments())
         losses: Row = {name: row[name] for name in ("loss", "validation_loss") if name in row}
         state: dict[str, Any] = {
             **asdict(trainer.progress),
@@ -127,39 +149,48 @@ class Checkpointing(Callback):
             "optimizer_steps": engine.optimizer_steps,
             **self.description,
         }
+        # The main rank alone saves what is the same on all ranks.
+        is_main = trainer.mesh.is_main
+        gates = trainer.gates if is_main else None
+        gate_state = None
+        if gates:
+            gate_state = {
+                name: value.detach().cpu().clone() for name, value in gates.state().items()
+            }
         snapshot = Snapshot(
             trainer.progress.step,
             weights,
             moments,
             _random_states(trainer.mesh.device),
-            state if main else None,
-            {name: value.detach().cpu().clone() for name, value in gates.state().items()}
-            if gates
-            else None,
-            trainer.allocation if main else None,
+            state if is_main else None,
+            gate_state,
+            trainer.allocation if is_main else None,
         )
         self._stall = time.monotonic() - started
         self.writer.begin(snapshot, self._stall)
         if gates:
+            path = self.run / run_folder.GATES
             try:
-                _write_gates(self.run / run_folder.GATES, trainer.progress.step, gates)
+                _write_gates(path, trainer.progress.step, gates)
             except OSError as error:
-                logger.error(
-                    "%s could not be written: %s", self.run / run_folder.GATES, error.strerror
-                )
+                logger.error("%s could not be written: %s", path, error.strerror)
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Whether this step is the last of the process, and is saved."""
+        """Whether this step is the last one of the process, and is saved."""
         ends = trainer.progress.step == trainer.training.steps or trainer.stopping
+        # A rewind returns to an earlier checkpoint, so it must not write a new one.
         return ends and trainer.stop is not Stop.REWIND
 
     def _report(self, trainer: Trainer, result: Result | None) -> None:
+        """Counts and logs the end of a save, if there is one."""
         if result is None:
             return
         self._count(result)
         self.longest_save = max(self.longest_save or 0.0, self._stall + result.seconds)
-        if self.failed >= FAILED_SAVES:
-            # Ranks hear of the end of a write at different steps: they end together after the next.
+        gives_up = self.failed >= FAILED_SAVES
+        if gives_up:
+            # Ranks hear of the end of a write at different steps. This request makes them end
+            # together after the next step.
             trainer.request_stop(Stop.UNSAVED)
         if result.error is not None and trainer.mesh.is_main:
             incidents.record(
@@ -169,13 +200,16 @@ class Checkpointing(Callback):
                 step=result.step,
                 rank=0,
             )
+            if gives_up:
+                outcome = "the run ends"
+            else:
+                outcome = "training goes on, and ends if the next one fails too"
             logger.error(
-                "the checkpoint of step %d could not be written: %s; older checkpoints are whole; %s",
+                "the checkpoint of step %d could not be written: %s; "
+                "older checkpoints are whole; %s",
                 result.step,
                 result.error,
-                "training goes on, and ends if the next one fails too"
-                if self.failed < FAILED_SAVES
-                else "the run ends",
+                outcome,
             )
 
     def _count(self, result: Result) -> None:
@@ -184,17 +218,21 @@ class Checkpointing(Callback):
 
     def _unsaved(self) -> UnreachableError:
         return UnreachableError(
-            f"{FAILED_SAVES} checkpoints in a row could not be written ({self.error}); make room or mend "
-            f"the disk of {self.run}, then run the same command: it goes on from the newest checkpoint"
+            f"{FAILED_SAVES} checkpoints in a row could not be written ({self.error}); "
+            "make room or mend "
+            f"the disk of {self.run}, then run the same command: "
+            "it goes on from the newest checkpoint"
         )
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def _write_gates(path: Path, step: int, gates: GateBank) -> None:
-    """The newest gates and their evidence, for people and plots."""
+    """Writes the newest gates and their evidence, for people and plots."""
     content = {"step": step} | gates.describe()
     replace_text(path, json.dumps(content))

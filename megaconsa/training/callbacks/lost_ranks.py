@@ -1,4 +1,4 @@
-"""Ends a rank as soon as another one is gone, whatever the launcher and the backend."""
+"""Ends a rank as soon as another rank is gone, with any launcher and backend."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ FOR_EVER = timedelta(days=365)
 
 
 class LostRanks(Callback):
-    """The ranks form a ring on gloo. A thread of each waits for a word that the next one says only when it has ended well.
+    """Connects the ranks in a ring on gloo.
 
-    The kernel closes the connections of a process that dies. So its neighbour hears of it at once, ends in turn, and is heard by its own
-    neighbour. Nothing is sent while a run trains. NCCL alone would wait for ten minutes, and a launcher may not end the others.
+    A thread of each rank waits for a message from the next rank, which sends it only at a
+    successful end. The kernel closes the connections of a process that dies. So its neighbour
+    learns of it at once and ends too, and the end travels around the ring.
+
+    Nothing is sent during training. NCCL alone would wait for ten minutes, and a launcher may not
+    end the other ranks.
     """
 
     def __init__(self, run: Path, world: World) -> None:
-        """Every rank makes one at the same time."""
-        self.run, self.world = run, world
-        self.next, self.before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        """Creates the ring. All ranks must do so at the same time."""
+        self.run = run
+        self.world = world
+        self.next = (world.rank + 1) % world.size
+        self.before = (world.rank - 1) % world.size
         self.host = world.exchange(node())[self.next]
         self.ring: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.thread = threading.Thread(target=self._wait, name="lost_ranks", daemon=True)
@@ -40,7 +46,7 @@ class LostRanks(Callback):
         self.thread.start()
 
     def on_finish(self, trainer: Trainer) -> None:
-        # A rank that an error ends says nothing: it is gone for the others.
+        # A rank that ends with an error sends nothing, so the other ranks see it as lost.
         if trainer.completed:
             dist.send(torch.ones(1), self.before, group=self.ring)
             self.thread.join()

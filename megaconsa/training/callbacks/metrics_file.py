@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step."""
+"""Writes metrics.jsonl: one JSON object per step."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from megaconsa.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.2
-"""Of a step for its row to be written."""
+"""Time that a step waits for its row to be written."""
 LAST_WAIT_SECONDS = 60.0
-"""For the last rows to be written at the end of a run."""
+"""Time limit for writing the last rows at the end of a run."""
 
 
 class MetricsFile(Callback):
-    """Rows are written in a thread of their own, so that a file system that does not answer holds
-    up no step. Rows that cannot be written, on a full disk say, wait in memory for a later step."""
+    """Writes rows in a separate thread, so that an unresponsive file system does not block a step.
+
+    Rows that cannot be written, for example because the disk is full, stay in memory. A later step
+    tries to write them again.
+    """
 
     def __init__(self, run: Path) -> None:
         self.path = run / run_folder.METRICS
         self.waiting: list[bytes] = []
-        """Rows that are not in the file yet. Steps append to it, the thread takes from its front."""
+        """Rows not in the file yet. Steps append to it, and the thread removes from its front."""
         self.written = 0
-        """Bytes of the file that are whole rows."""
+        """Size in bytes of the complete rows in the file."""
         self.failing = False
         self.thread = ThreadPoolExecutor(1, "metrics")
         self.writing: Future[None] | None = None
@@ -44,8 +47,8 @@ class MetricsFile(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.waiting.append(json.dumps(row).encode() + b"\n")
         if not self._is_writing():
-            # A step waits for its own row, so that no checkpoint is older than its metrics, but it
-            # does not wait long.
+            # A step waits for its own row, so that no checkpoint is older than its metrics. It does
+            # not wait long.
             self._write(PATIENCE_SECONDS)
 
     def on_finish(self, trainer: Trainer) -> None:
@@ -61,11 +64,11 @@ class MetricsFile(Callback):
         return self.writing is not None and not self.writing.done()
 
     def _write(self, seconds: float) -> None:
-        """Has the thread write what waits, and gives it so long."""
+        """Lets the thread write the waiting rows, and waits at most `seconds` for it."""
         self.writing = self.thread.submit(self._append_waiting)
         wait([self.writing], seconds)
         if self.writing.done():
-            self.writing.result()  # raises what was no fault of the disk
+            self.writing.result()  # Raises errors that the disk did not cause.
 
     def _append_waiting(self) -> None:
         count = len(self.waiting)
@@ -83,9 +86,12 @@ class MetricsFile(Callback):
         del self.waiting[:count]
 
     def _append(self, rows: bytes) -> int:
-        """Returns the size of the file."""
+        """Appends the rows to the file. Returns its new size in bytes.
+
+        Raises OSError if not all of them fit.
+        """
         with self.path.open("ab", buffering=0) as file:
-            file.truncate(self.written)  # a row of which only a part found room
+            file.truncate(self.written)  # Removes a row that an earlier attempt wrote in part.
             file.write(rows)
             size = file.tell()
         if size != self.written + len(rows):
@@ -94,7 +100,7 @@ class MetricsFile(Callback):
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Drops rows past `last_step` and lines that are no rows, so that each step stands once."""
+    """Removes rows after `last_step` and invalid lines, so that each step appears once."""
     if not path.exists():
         return
     kept = [line + b"\n" for line, row in read_lines(path) if row["step"] <= last_step]

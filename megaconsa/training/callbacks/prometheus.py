@@ -1,4 +1,7 @@
-"""metrics.prom: the newest numbers of the run in Prometheus' text format, for the textfile collector of its node exporter."""
+"""Writes metrics.prom: the run's newest numbers in Prometheus' text format.
+
+The textfile collector of Prometheus' node exporter reads the file.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +18,45 @@ from megaconsa.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
-"""Prometheus asks every 15 s or more seldom."""
+"""Time between two writes. Prometheus polls every 15 s or less often."""
 COUNTERS = ("step", "tokens", "skipped")
-"""Fields that only grow, but for a return to a checkpoint."""
+"""Fields that only grow, except after a rewind."""
 
 
 class Prometheus(Callback):
-    """Every number of the row as megaconsa_FIELD{run="..."}; the time of the newest step too, for an alarm when there is none."""
+    """Exports every number of the row as megaconsa_FIELD{run="..."}.
+
+    It also exports the time of the newest step, so that an alarm can detect a stalled run.
+    """
 
     def __init__(self, run: Path, steps: int) -> None:
-        self.path, self.steps = run / run_folder.PROMETHEUS, steps
+        self.path = run / run_folder.PROMETHEUS
+        self.steps = steps
         self.labels = f'{{run="{_escaped(str(run))}"}}'
         self.held: dict[str, float] = {}
-        """Newest value of each field: one that only some rows have, as validation_loss, stays."""
+        """Newest value of each field.
+
+        A field that only some rows have, such as validation_loss, keeps its last value."""
         self.written = -EVERY_SECONDS
         self.failed = False
-        # A shared file system may take its time for a rename, while a checkpoint is being written for instance.
+        # A thread writes the file, because a rename on a shared file system may take long, for
+        # example while a checkpoint is being written.
         self.writer = ThreadPoolExecutor(1, "prometheus")
         self.writing: Future[None] | None = None
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.held |= {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.held |= {"steps": self.steps, "last_step_timestamp_seconds": time.time()}
-        if time.monotonic() - self.written >= EVERY_SECONDS and (
-            self.writing is None or self.writing.done()
-        ):
+        is_due = time.monotonic() - self.written >= EVERY_SECONDS
+        is_writing = self.writing is not None and not self.writing.done()
+        if is_due and not is_writing:
             if self.writing is not None:
-                self.writing.result()  # raises what was no fault of the disk
+                self.writing.result()  # Raises errors that the disk did not cause.
             self.written = time.monotonic()
             self.writing = self.writer.submit(self._write, "".join(self._lines()))
 
     def on_finish(self, trainer: Trainer) -> None:
-        self.writer.shutdown()  # the text that it holds is older
+        self.writer.shutdown()  # Waits for the pending write, whose numbers are older.
         if self.held:
             self._write("".join(self._lines()))
 
@@ -60,12 +70,15 @@ class Prometheus(Callback):
             self.failed = True
 
     def _lines(self) -> list[str]:
-        return [
-            f"# TYPE megaconsa_{name} {'counter' if name in COUNTERS else 'gauge'}\nmegaconsa_{name}{self.labels} {float(value)!r}\n"
-            for name, value in sorted(self.held.items())
-        ]
+        lines = []
+        for name, value in sorted(self.held.items()):
+            kind = "counter" if name in COUNTERS else "gauge"
+            lines.append(
+                f"# TYPE megaconsa_{name} {kind}\nmegaconsa_{name}{self.labels} {float(value)!r}\n"
+            )
+        return lines
 
 
 def _escaped(text: str) -> str:
-    """As the format wants the value of a label."""
+    """Escapes a label value as the text format requires."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,8 +1,9 @@
-"""Which batches a run passes over after a spike: RUN/rewinds.json.
+"""Which batches a run skips after a spike, as recorded in RUN/rewinds.json.
 
-A list of {"step", "sequences"}: in this step there was a spike, and its batch ended at this place in the data order. A run that goes
-on from a checkpoint before that step goes on from that place, every time it does: its data order is a function of seed, step and this
-list.
+The file is a list of {"step", "sequences"}. An entry says that this step had a spike, and that its
+batch ended at this position in the data order. A run that resumes from a checkpoint before that
+step continues at that position, every time it resumes. So its data order is a function of the seed,
+the step and this list.
 """
 
 from __future__ import annotations
@@ -19,23 +20,27 @@ from megaconsa.training.trainer import Stop, Trainer
 
 
 class Rewinds(Callback):
-    """Notes the spike for which the run goes back. On the main rank."""
+    """Records the spike that makes the run rewind. Runs on the main rank only."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if trainer.stop is Stop.REWIND:
-            found = [
-                *_read(self.run),
-                {"step": row["step"], "sequences": trainer.progress.sequences},
-            ]
+            entry = {"step": row["step"], "sequences": trainer.progress.sequences}
+            found = [*_read(self.run), entry]
             replace_text(self.run / run_folder.REWINDS, json.dumps(found, indent=1) + "\n")
 
 
 def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
-    """Where in the data order a run goes on that has done `step` steps and taken `sequences` sequences, and how often it went back for a
-    later spike. InputError where the list is damaged: the run would train on what it was to pass over."""
+    """Where in the data order a run resumes, given the spikes it has rewound for.
+
+    step: steps done at the checkpoint.
+    sequences: sequences taken at the checkpoint.
+    Returns the position in the data order, in sequences, and the number of rewinds for later
+    spikes.
+    Raises InputError if the list is damaged, because the run would train on what it must skip.
+    """
     ahead = [entry["sequences"] for entry in _read(run) if entry["step"] > step]
     return max([sequences, *ahead]), len(ahead)
 
@@ -51,5 +56,6 @@ def _read(run: Path) -> list[dict[str, int]]:
         return []
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{path} cannot be read as a list of steps and sequences; restore it, or remove it to pass over nothing"
+            f"{path} cannot be read as a list of steps and sequences; "
+            "restore it, or remove it to pass over nothing"
         ) from None

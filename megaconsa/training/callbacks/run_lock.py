@@ -1,15 +1,15 @@
-"""One process at a time trains in a run folder: a lease, RUN/.lock, that its holder renews.
+"""A lease, RUN/.lock, that lets only one process at a time train in a run folder.
 
-Locks of the file system are not used. When a node loses power, NFS, Lustre and GPFS may hold a dead
-client's lock for ever, and some mounts lock within one machine only. Here the holder touches its
-file every BEAT_SECONDS. Another start watches that file for WATCH_SECONDS. It measures them by its
-own clock, so clocks need not agree:
+File system locks are not used. When a node loses power, NFS, Lustre and GPFS may keep a dead
+client's lock forever, and some mounts lock within one machine only. Instead, the holder touches its
+file every BEAT_SECONDS. Another start watches that file for WATCH_SECONDS. It measures this time by
+its own clock, so clocks need not agree:
 
     touched meanwhile      the holder lives, and the start is refused
     not touched            the holder is gone, and the start takes the lease over
 
-It takes over at once if the holder was an earlier start of the same Slurm job, or a process of this
-machine that is gone.
+It takes the lease over at once if the holder was an earlier start of the same Slurm job, or a
+process on this machine that is gone.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from megaconsa.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-"""Between two touches of the file."""
+"""Time between two touches of the file."""
 WATCH_SECONDS = 60.0
-"""For a holder to touch its file. NFS may show a touch up to a minute late."""
+"""Time limit for a holder to touch its file. NFS may show a touch up to a minute late."""
 LOOK_SECONDS = 0.5
+"""Pause before each look at a holder's file."""
 SLOW_LOOK_SECONDS = 1.0
-"""A look that takes longer says that the storage had stopped answering."""
+"""A look that takes longer than this shows that the storage did not respond."""
 SETTLE_SECONDS = 1.0
-"""For another start that takes the lease over in the same moment to have written."""
+"""Time for a competing start, which takes the lease over at the same moment, to write its file."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,27 @@ class Holder:
     """The content of the file."""
 
     token: str
-    """Another one for each start."""
+    """Unique to each start."""
     host: str
     pid: int
     since: str
     started: int = 0
-    """When the process began, in the kernel's ticks: numbers of processes are used again."""
+    """Start time of the process, in kernel ticks. It is needed because process IDs are reused."""
     machine: str = ""
-    """The kernel that runs now, and the name space of its process numbers."""
+    """Identifies the running kernel and its PID namespace."""
     job: str = ""
-    """Slurm's number of the job, of an array with the task's; empty outside of Slurm."""
+    """Slurm's job ID, with the task ID for an array. Empty outside of Slurm."""
     start: int = 0
-    """How often Slurm has started the job again."""
+    """Number of times that Slurm has restarted the job."""
 
     @classmethod
     def of_this_process(cls) -> Holder:
         environment = os.environ
         job = environment.get("SLURM_JOB_ID", "")
         if "SLURM_ARRAY_JOB_ID" in environment:
-            job = (
-                f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
-            )
+            array = environment["SLURM_ARRAY_JOB_ID"]
+            task = environment.get("SLURM_ARRAY_TASK_ID", "")
+            job = f"{array}_{task}"
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -90,14 +91,17 @@ class Holder:
 
 
 UNKNOWN = Holder(token="", host="an unknown host", pid=0, since="an unknown time")
-"""Of a file that cannot be read or understood."""
+"""Placeholder for the holder of a file that cannot be read or parsed."""
 
 
 class RunLock(Callback):
-    """Makes the folder, and holds its lease from construction to the end of the run or of the object."""
+    """Makes the run folder and holds its lease.
+
+    It holds the lease from construction until the run ends or the object is deleted.
+    """
 
     def __init__(self, run: Path) -> None:
-        """Raises InputError where another process holds the lease, or the folder cannot be written."""
+        """Raises InputError if another process holds the lease, or the folder cannot be written."""
         self.run = run
         self.path = run / run_folder.LOCK
         self.own = Holder.of_this_process()
@@ -123,23 +127,28 @@ class RunLock(Callback):
     def release(self) -> None:
         self._released.set()
         _held.pop(self.own.token, None)
-        # Without patience, and whatever comes: the run's own end decides the exit code.
+        # No retries, and errors are ignored: the way the run itself ended decides the exit code.
         with self._guard, suppress(OSError):
             if _parse(self.path.read_text()) == self.own:
                 self.path.unlink()
 
     def _take_with_room(self, before: Holder | None) -> None:
+        """Takes the lease. Frees disk space first if there is not enough."""
         try:
             patiently(lambda: self._take(before), self.path)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            # A killed process may have filled the disk with its last save. Every start removes that.
+            # A killed process may have filled the disk with its last save. Every start removes that
+            # save in any case.
             Writer(self.run, keep=1).clean()
             self._take(before)
 
     def _take(self, before: Holder | None) -> None:
-        """Writes the file. Raises InputError where another start does so in the same moment."""
+        """Writes the file.
+
+        Raises InputError if another start takes the lease at the same moment.
+        """
         self.run.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f"{run_folder.LOCK}.{self.own.token}")
         try:
@@ -148,9 +157,9 @@ class RunLock(Callback):
                 return
             mine.replace(self.path)
         except FileNotFoundError:
-            if (
-                _read(self.path) != self.own
-            ):  # otherwise the answer to the first of two tries was lost
+            # If the file is ours, the first attempt did succeed, but its answer was lost and a
+            # second attempt followed.
+            if _read(self.path) != self.own:
                 raise
         finally:
             mine.unlink(missing_ok=True)
@@ -160,13 +169,17 @@ class RunLock(Callback):
             raise _in_use(self.run, now)
 
     def _linked(self, mine: Path) -> bool:
-        """Gives the file its name in one step, in which only one of several starts succeeds; False
-        where the file system has no links."""
+        """Creates the lock file as a hard link to `mine`. Only one of several starts succeeds.
+
+        Returns False if the file system has no links.
+        Raises InputError if another start has succeeded.
+        """
         try:
             os.link(mine, self.path)
         except FileExistsError:
             now = _read(self.path)
-            if now != self.own:  # otherwise the answer to the first of two tries was lost
+            # If the file is ours, the first of two attempts succeeded, but its answer was lost.
+            if now != self.own:
                 raise _in_use(self.run, now) from None
         except OSError:
             return False
@@ -176,7 +189,10 @@ class RunLock(Callback):
         path.write_text(json.dumps(asdict(self.own)) + "\n")
 
     def touch(self) -> None:
-        """Renews the lease. If it was taken over the process ends, for another one trains here."""
+        """Renews the lease.
+
+        Ends the process if the lease was taken over, because another process trains here.
+        """
         with self._guard:
             if not self._released.is_set():
                 self._touch()
@@ -189,14 +205,17 @@ class RunLock(Callback):
         if now == self.own:
             os.utime(self.path)
         elif now == UNKNOWN:
-            return  # that tells of no other start
+            return  # An unreadable file is no sign of another start.
         elif now is None:
-            # Somebody removed it, by hand perhaps.
+            # The file was removed, perhaps by hand.
             mine = self.path.with_name(f"{run_folder.LOCK}.{self.own.token}")
             self._write(mine)
             mine.replace(self.path)
         else:
-            text = f"run.dir={self.run} was taken over by {now} while this process stood still; it ends"
+            text = (
+                f"run.dir={self.run} was taken over by {now} while this process stood still; "
+                "it ends"
+            )
             logger.error("%s", text)
             incidents.record(self.run, "error", text, step=None, rank=0)
             os._exit(FAILED)
@@ -207,7 +226,7 @@ _held: weakref.WeakValueDictionary[str, RunLock] = weakref.WeakValueDictionary()
 
 
 def _renew(reference: weakref.ref[RunLock], released: threading.Event) -> None:
-    """Touches the file of a lease until that is released or gone."""
+    """Touches the file of a lease until the lease is released or its object is deleted."""
     warned = False
     while not released.wait(BEAT_SECONDS):
         lock = reference()
@@ -216,16 +235,20 @@ def _renew(reference: weakref.ref[RunLock], released: threading.Event) -> None:
         try:
             lock.touch()
         except OSError as error:
-            # Storage that does not answer shows nobody a touch, but nobody can write there either.
+            # On storage that does not respond, nobody sees a touch, but nobody can write either.
             if not warned:
                 logger.warning("%s cannot be touched: %s", lock.path, error)
             warned = True
+        # A reference that is kept while waiting would keep the lease alive.
         del lock
 
 
 def refuse_if_held(run: Path, own: Holder | None = None) -> None:
-    """Raises InputError where another process trains in the folder; writes nothing, so that it can be
-    asked before all else. It may watch the folder for WATCH_SECONDS."""
+    """Raises InputError if another process trains in the folder.
+
+    Writes nothing, so it can be called before anything else. It may watch the folder for
+    WATCH_SECONDS.
+    """
     path = run / run_folder.LOCK
     holder = _read(path)
     if holder is None or _is_gone(path, holder, own or Holder.of_this_process()):
@@ -234,9 +257,12 @@ def refuse_if_held(run: Path, own: Holder | None = None) -> None:
 
 
 def _is_gone(path: Path, holder: Holder, own: Holder) -> bool:
+    """Whether the holder no longer trains."""
     if holder.job and holder.job == own.job and holder.start < own.start:
+        # The holder was an earlier start of this Slurm job.
         return True
     if not holder.machine or holder.machine != own.machine:
+        # Process IDs of another machine say nothing here.
         return _is_silent(path, holder)
     if holder.pid == os.getpid():
         return holder.token not in _held
@@ -247,9 +273,10 @@ def _is_gone(path: Path, holder: Holder, own: Holder) -> bool:
 
 
 def _is_silent(path: Path, holder: Holder) -> bool:
-    """Whether a holder's file is not touched for WATCH_SECONDS."""
+    """Whether a holder's file remains untouched for WATCH_SECONDS."""
     seen = _touched(path)
-    # A start asks twice: before it builds anything, and when it takes the lease.
+    # A start checks twice: before it builds anything, and when it takes the lease. The second check
+    # need not watch again.
     if holder.token in _silent and _silent[holder.token] == seen:
         return True
     logger.info(
@@ -263,8 +290,10 @@ def _is_silent(path: Path, holder: Holder) -> bool:
         time.sleep(LOOK_SECONDS)
         began = time.monotonic()
         if _touched(path) != seen:
-            return _read(path) is None  # released meanwhile, or alive
-        # While storage answers nobody, the holder cannot touch either: such time does not count.
+            # The holder has released the lease, or it is alive.
+            return _read(path) is None
+        # While the storage does not respond, the holder cannot touch its file either. Such time
+        # does not count.
         quick = time.monotonic() - began < SLOW_LOOK_SECONDS
         watched = watched + LOOK_SECONDS if quick else 0.0
     _silent[holder.token] = seen
@@ -276,10 +305,11 @@ _silent: dict[str, int | None] = {}
 
 
 def _touched(path: Path) -> int | None:
-    """When the file was last touched, by whatever clock; None where it is gone."""
+    """The file's modification time in nanoseconds, by any clock. None if the file is gone."""
 
     def look() -> int:
-        # Opening asks a file server; a mere stat may be answered from this machine's memory.
+        # Opening the file asks the file server. A stat alone may be answered from this machine's
+        # cache.
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
@@ -290,7 +320,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who wrote the file; None where there is none, or it is empty."""
+    """The holder that wrote the file. None if there is no file, or if it is empty."""
     try:
         return _parse(read_text(path))
     except FileNotFoundError:
@@ -300,7 +330,11 @@ def _read(path: Path) -> Holder | None:
 
 
 def _parse(text: str) -> Holder | None:
-    """Text of another version has other fields, and text of nobody is a holder to be watched."""
+    """The holder that a file's text describes. None for an empty text.
+
+    A text of another version may have other fields. A text that is not a holder's gives UNKNOWN, so
+    that its file is watched.
+    """
     if not text:
         return None
     try:
@@ -314,7 +348,10 @@ def _parse(text: str) -> Holder | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks; None where there is none, or it is hidden."""
+    """Start time of a process, in kernel ticks.
+
+    None if there is no such process, or if it is dead or hidden.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -324,9 +361,12 @@ def _started(pid: int) -> int | None:
 
 
 def _is_number_free(pid: int) -> bool:
-    """Whether no process has the number; one that is dead and not yet reaped still has it."""
+    """Whether no live process has this ID.
+
+    A dead process that is not yet reaped still occupies its ID, but counts as free.
+    """
     try:
-        os.kill(pid, 0)  # asks only whether it is there
+        os.kill(pid, 0)  # Sends no signal, only checks whether the process exists.
     except ProcessLookupError:
         return True
     except PermissionError:
@@ -335,8 +375,10 @@ def _is_number_free(pid: int) -> bool:
 
 
 def _machine() -> str:
-    """Names the running kernel and the name space of its process numbers; empty where neither is
-    known. Containers on one machine see other processes under the same numbers."""
+    """Identifies the running kernel and its PID namespace. Empty if they are unknown.
+
+    Containers on one machine see different processes under the same IDs.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -346,5 +388,6 @@ def _machine() -> str:
 
 def _in_use(run: Path, holder: Holder | None) -> InputError:
     return InputError(
-        f"run.dir={run} is in use: {holder or 'another process'} trains in it; wait for it or choose another run.dir"
+        f"run.dir={run} is in use: {holder or 'another process'} trains in it; "
+        "wait for it or choose another run.dir"
     )

@@ -1,4 +1,7 @@
-"""Finds the rank for which all others wait: a GPU that is too hot, a node with a slow disk."""
+"""Finds a rank that all other ranks wait for.
+
+Its GPU may be too hot, for example, or its node may have a slow disk.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,25 @@ from megaconsa.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 EVERY = 50
-"""Steps between two comparisons, for which one small tensor is gathered."""
+"""Steps between two comparisons. Each comparison is an all-gather of one small tensor."""
 SLOW = 1.3
-"""Times the median of its stage's ranks."""
+"""A rank is slow if it takes this multiple of the median time of its stage's ranks."""
 SMALLEST_SECONDS = 0.01
-"""By which a rank must be slower at least: below, it is the machine's noise."""
+"""Smallest difference to the median that counts, per step. Smaller ones are the machine's noise."""
 
 
 class SlowRanks(Callback):
-    """Compares the ranks' own work a step, which is waiting for data and the forward and backward passes, within each pipeline stage:
-    stages may differ. Every rank has one; the main one reports a rank when it becomes slow."""
+    """Compares the ranks' own work per step within each pipeline stage, because stages may differ.
+
+    A rank's own work is waiting for data, and the forward and backward passes. Every rank has this
+    callback. The main rank reports a rank when it becomes slow.
+    """
 
     def __init__(self, run: Path, mesh: Mesh) -> None:
-        """All ranks make one at the same time."""
-        self.run, self.mesh = run, mesh
+        """All ranks must make one at the same time."""
+        self.run = run
+        self.mesh = mesh
+        self.stage_ranks = mesh.world.size // mesh.pipeline_ranks
         self.hosts = mesh.world.exchange(node())
         self.steps = 0
         self.seconds = 0.0
@@ -37,14 +45,14 @@ class SlowRanks(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.steps += 1
         if self.steps == 1:
-            return  # it compiled
+            return  # The first step compiles.
         self.seconds += trainer.work_seconds
         if row["step"] % EVERY and row["step"] != trainer.training.steps:
             return
-        done, self.steps = self.steps - 1, 1
-        seconds, memory = zip(
-            *self.mesh.gather(self.seconds / done, row["memory_gib"]), strict=True
-        )
+        done = self.steps - 1
+        self.steps = 1
+        gathered = self.mesh.gather(self.seconds / done, row["memory_gib"])
+        seconds, memory = zip(*gathered, strict=True)
         self.seconds = 0.0
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         row |= {
@@ -57,11 +65,18 @@ class SlowRanks(Callback):
             self._report(seconds, row["step"], done)
 
     def _report(self, seconds: tuple[float, ...], step: int, steps: int) -> None:
-        found = slow_ranks(seconds, self.mesh.world.size // self.mesh.pipeline_ranks)
+        """Logs the ranks that have become slow.
+
+        seconds: each rank's own work per step.
+        steps: number of steps that `seconds` is the mean of.
+        """
+        found = slow_ranks(seconds, self.stage_ranks)
         for rank in sorted(found - self.slow):
+            usual = median_of_stage(seconds, rank, self.stage_ranks)
             text = (
-                f"rank {rank} on {self.hosts[rank]} is slow: its own work took {seconds[rank]:.3g} s a step over the last {steps}, that of "
-                f"its stage's median rank {median_of_stage(seconds, rank, self.mesh.world.size // self.mesh.pipeline_ranks):.3g} s"
+                f"rank {rank} on {self.hosts[rank]} is slow: its own work took "
+                f"{seconds[rank]:.3g} s a step over the last {steps}, that of "
+                f"its stage's median rank {usual:.3g} s"
             )
             logger.warning("%s", text)
             incidents.record(self.run, "slow_rank", text, step=step, rank=rank)
@@ -69,7 +84,11 @@ class SlowRanks(Callback):
 
 
 def slow_ranks(seconds: tuple[float, ...], stage_ranks: int) -> set[int]:
-    """The ranks that are slow beside those of their stage. stage_ranks: ranks of one stage, which follow one another."""
+    """The ranks that are slow compared with the other ranks of their stage.
+
+    seconds: each rank's own work per step.
+    stage_ranks: ranks per stage. The ranks of a stage are consecutive.
+    """
     found = set()
     for rank, own in enumerate(seconds):
         usual = median_of_stage(seconds, rank, stage_ranks)
@@ -79,6 +98,6 @@ def slow_ranks(seconds: tuple[float, ...], stage_ranks: int) -> set[int]:
 
 
 def median_of_stage(seconds: tuple[float, ...], rank: int, stage_ranks: int) -> float:
-    """Of the ranks of one rank's stage; of two the faster one."""
+    """Median time in the stage of `rank`. For an even number of ranks, the lower middle value."""
     first = rank // stage_ranks * stage_ranks
     return median_low(seconds[first : first + stage_ranks])

@@ -1,4 +1,7 @@
-"""What ends a run after the present step, with a checkpoint: signals, a file in the run folder, the end of the job's time."""
+"""What stops a run after the current step, with a checkpoint.
+
+These are signals, a file in the run folder, and the job's time limit.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,30 @@ logger = logging.getLogger(__name__)
 SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
-    signal.SIGHUP,  # a terminal that closes, which torchrun passes on
+    signal.SIGHUP,  # A terminal closes. torchrun passes this on.
     signal.SIGUSR1,
     signal.SIGUSR2,
-    signal.SIGXCPU,  # a limit on CPU time
+    signal.SIGXCPU,  # A limit on CPU time is reached.
 )
 STOP_FILE = "stop"
 LOOK_SECONDS = 1.0
-"""Between two looks for it: on a shared file system one may take a millisecond."""
+"""Time between two looks for the file. A look may take a millisecond on a shared file system."""
 END_TIME = "SLURM_JOB_END_TIME"
 """Seconds since the epoch at which Slurm will end the job."""
 MARGIN_SECONDS = 60.0
-"""For what nobody has measured: the end of all processes, a file system that is slow just then."""
+"""Margin for what is not measured: the end of all processes, or a temporarily slow file system."""
 UNKNOWN_SAVE_SECONDS = 120.0
-"""For a save before the first has been timed."""
+"""Assumed duration of a save before the first one has been timed."""
 RECENT_STEPS = 50
 
 
 class StopSignals(Callback):
-    """Ctrl-C, SIGTERM, the SIGUSR1 that `sbatch --signal` sends, and whatever else would end the process without a checkpoint.
+    """Stops the run on signals that would otherwise end the process without a checkpoint.
 
-    What was ignored stays ignored: nohup has it so that the run outlives its terminal.
+    They include Ctrl-C, SIGTERM and the SIGUSR1 that `sbatch --signal` sends.
+
+    A signal that was ignored stays ignored. nohup relies on this so that a run outlives its
+    terminal.
     """
 
     def __init__(self) -> None:
@@ -51,8 +57,9 @@ class StopSignals(Callback):
         self._install(trainer)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        # Again after every step. On a GPU, a run that had just compiled its kernels died of a SIGTERM sent twice (as `timeout` does)
-        # in spite of the handler; most likely the LLVM inside Triton had put its one-shot handlers in place. This mends it.
+        # Install the handlers again after every step. On a GPU, a run that had just compiled its
+        # kernels died of a SIGTERM sent twice (as `timeout` does) in spite of the handler. Most
+        # likely the LLVM inside Triton had installed its one-shot handlers. This fixes it.
         self._install(trainer)
 
     def on_finish(self, trainer: Trainer) -> None:
@@ -66,32 +73,40 @@ class StopSignals(Callback):
 
 
 class StopFile(Callback):
-    """RUN/stop, which a person makes who wants the run to end and not to be queued again. On the main rank."""
+    """Stops the run if RUN/stop exists. Runs on the main rank only.
+
+    A person creates this file to end the run without having the job requeued.
+    """
 
     def __init__(self, run: Path) -> None:
         self.path = run / STOP_FILE
         self.looked = -LOOK_SECONDS
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        if (now := time.monotonic()) - self.looked >= LOOK_SECONDS:
+        now = time.monotonic()
+        if now - self.looked >= LOOK_SECONDS:
             self.looked = now
             if self.path.exists():
                 trainer.request_stop(Stop.ASKED)
 
     def on_finish(self, trainer: Trainer) -> None:
         if trainer.stop is Stop.ASKED:
-            self.path.unlink(missing_ok=True)  # the next start is to run
+            self.path.unlink(missing_ok=True)  # The next start must not stop again.
             logger.info("stopped because %s was there; it is removed", self.path)
 
 
 class TimeLimit(Callback):
-    """Stops while there is still time for two more steps, a save and a margin before the job ends. On the main rank."""
+    """Stops the run before the job's time ends. Runs on the main rank only.
+
+    It leaves enough time for two more steps, a save and a margin.
+    """
 
     def __init__(self, end: float, checkpointing: Checkpointing) -> None:
-        """end: seconds since the epoch."""
-        self.end, self.checkpointing = end, checkpointing
+        """end: when the job ends, in seconds since the epoch."""
+        self.end = end
+        self.checkpointing = checkpointing
         self.intervals: deque[float] = deque(maxlen=RECENT_STEPS)
-        """Seconds from one step's end to the next: with validation and waits for checkpoints."""
+        """Seconds between the ends of recent steps, including validation and checkpoint waits."""
         self.last = 0.0
         self.said = False
 
@@ -102,13 +117,17 @@ class TimeLimit(Callback):
         now = time.monotonic()
         self.intervals.append(now - self.last)
         self.last = now
-        slowest, save = max(self.intervals), self.checkpointing.longest_save or UNKNOWN_SAVE_SECONDS
-        # The step in which all ranks hear of it, and one that is as slow as the slowest.
+        slowest = max(self.intervals)
+        save = self.checkpointing.longest_save or UNKNOWN_SAVE_SECONDS
+        # One step in which all ranks learn of the stop, and one more. Each may be as slow as the
+        # slowest.
         needed = 2 * slowest + save + MARGIN_SECONDS
-        if (left := self.end - time.time()) < needed and not self.said:
+        left = self.end - time.time()
+        if left < needed and not self.said:
             self.said = True
             logger.warning(
-                "the job ends in %.0f s: the run saves and stops, for two steps of up to %.1f s, a save of %.0f s and a margin of %.0f s "
+                "the job ends in %.0f s: the run saves and stops, for two steps of up to %.1f s, "
+                "a save of %.0f s and a margin of %.0f s "
                 "need %.0f s",
                 left,
                 slowest,
@@ -120,7 +139,11 @@ class TimeLimit(Callback):
 
 
 def job_end() -> float | None:
-    """When Slurm will end the job, in seconds since the epoch; None outside of a job, or where it has no time limit."""
+    """When Slurm will end the job, in seconds since the epoch.
+
+    None outside of a job, or if the job has no time limit.
+    Raises InputError if the environment variable is not a number.
+    """
     text = os.environ.get(END_TIME, "")
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""TensorBoard: every number of a step's row as a scalar, the gates as a picture."""
+"""Logs to TensorBoard: every number of a step's row as a scalar, and the gates as a picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TensorBoard(Callback):
         self.writer: SummaryWriter | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        # purge_step hides what an interrupted run wrote past the checkpoint it resumes from.
+        # purge_step hides what an interrupted run wrote after the checkpoint that it resumes from.
         try:
             self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
         except OSError as error:
@@ -37,7 +37,7 @@ class TensorBoard(Callback):
             return
         try:
             self._write(self.writer, trainer, row)
-        except OSError as error:  # raised by its thread, some steps ago
+        except OSError as error:  # The writer's thread met it some steps ago.
             logger.error(
                 "TensorBoard's events cannot be written: %s; there are none from here on",
                 error.strerror,
@@ -50,7 +50,7 @@ class TensorBoard(Callback):
                 writer.add_scalar(name, value, row["step"])
         if trainer.gates and row["step"] % PICTURE_EVERY == 0:
             table = trainer.gates.gates.open_probability.float().cpu()
-            # Layer 0 at the bottom, as in the report.
+            # Layer 0 is at the bottom, as in the report.
             picture = table.flip(0).repeat_interleave(16, 0).repeat_interleave(16, 1)
             writer.add_image("probability_full", picture, row["step"], dataformats="HW")
 

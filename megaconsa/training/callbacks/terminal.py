@@ -1,4 +1,4 @@
-"""Progress of the run on the terminal."""
+"""Shows the progress of the run on the terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ class Terminal(Callback):
         self.task: Task | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        self.task = self.stack.enter_context(
-            progress(self.description, trainer.training.steps, "steps")
-        )
+        bar = progress(self.description, trainer.training.steps, "steps")
+        self.task = self.stack.enter_context(bar)
         self.task.advance(trainer.progress.step)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:

@@ -1,4 +1,7 @@
-"""Loss on held-out data; while learning, with the table that the gates would give now."""
+"""Measures the loss on held-out data.
+
+While learning, it uses the allocation table that the gates would give now.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,15 @@ from megaconsa.training.trainer import Trainer
 
 class Validation(Callback):
     def __init__(self, batches: list[Batch], count: int, every: int) -> None:
-        """batches: this data rank's `count` held-out micro-batches, always the same; none where the pipeline does not begin."""
-        self.batches, self.count, self.every = batches, count, every
+        """Evaluates every `every` steps and after the last step. 0 evaluates only after the last.
+
+        batches: this data rank's held-out micro-batches, always the same. Empty on ranks that are
+            not in the first pipeline stage.
+        count: the number of these micro-batches, on every rank.
+        """
+        self.batches = batches
+        self.count = count
+        self.every = every
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         due = self.every and trainer.progress.step % self.every == 0
@@ -23,9 +33,8 @@ class Validation(Callback):
             row["validation_loss"] = loss if math.isfinite(loss) else None
 
     def evaluate(self, trainer: Trainer) -> float:
-        """Mean loss in nats per labelled token of the held-out sequences."""
+        """Returns the mean loss in nats per labelled token of the held-out sequences."""
         labelled = labelled_tokens(self.batches, trainer.mesh)
         with trainer.gates.binarized() if trainer.gates else nullcontext():
-            return trainer.engine.evaluate(
-                carries(self.batches, labelled, trainer.mesh), self.count
-            )
+            micro_batches = carries(self.batches, labelled, trainer.mesh)
+            return trainer.engine.evaluate(micro_batches, self.count)

@@ -1,6 +1,7 @@
-"""Weights & Biases, where it is installed and logging.wandb names a project. WANDB_MODE=offline works.
+"""Logs to Weights & Biases, if it is installed and logging.wandb names a project.
 
-Whatever goes wrong there ends no run: it is one error in the log, and nothing is logged there from then on.
+WANDB_MODE=offline works. An error in W&B never ends a run. It is logged once, and nothing more is
+sent to W&B until the next start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class WandB(Callback):
         self.run = run
         self.config = config
         self.logged: Any = None
-        """W&B's run; None before it began and after an error."""
+        """W&B's run. None before it starts and after an error."""
 
     def on_start(self, trainer: Trainer) -> None:
         self._guarded(self._begin)
@@ -41,8 +42,9 @@ class WandB(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if self.logged is not None:
             numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-            # W&B's own step only grows, and rows of an earlier one are dropped: a run that goes back to a
-            # checkpoint would lose its new rows. So it counts for itself, and `step` is the x-axis.
+            # W&B's own step can only grow, and rows for an earlier step are dropped. A run that
+            # rewinds to a checkpoint would lose its new rows. So W&B counts steps by itself, and
+            # `step` is the x-axis.
             self._guarded(lambda: self.logged.log(numbers))
 
     def on_finish(self, trainer: Trainer) -> None:
@@ -52,7 +54,7 @@ class WandB(Callback):
     def _begin(self) -> None:
         import wandb
 
-        known = wandb.Settings.model_fields  # older versions lack some
+        known = wandb.Settings.model_fields  # Older versions lack some of these settings.
         limits = {
             name: seconds
             for name, seconds in LIMITS.items()
@@ -71,23 +73,30 @@ class WandB(Callback):
         self.logged.define_metric("*", step_metric="step")
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        """Does `work`. Stops logging to W&B if it fails."""
         try:
             work()
-        except Exception as error:  # its own kinds, those of its connection, a broken installation
+        # W&B raises its own exceptions and those of its connection. Its installation may be broken.
+        except Exception as error:
             self.logged = None
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.error(
-                "logging.wandb=%s: W&B failed (%s); training goes on, and nothing is logged there until the next start",
+                "logging.wandb=%s: W&B failed (%s); training goes on, "
+                "and nothing is logged there until the next start",
                 self.project,
                 reason,
             )
 
 
 def _run_id(path: Path) -> str:
-    """The ID in `path`, which is made where there is none. Raises OSError and ValueError."""
+    """The ID in the file `path`, which is created if it does not exist.
+
+    Raises OSError or ValueError if the file cannot be read, written or parsed.
+    """
     if path.exists():
         return str(json.loads(path.read_text())["id"])
-    # A name made from the folder's would be that of another run elsewhere, and hold what W&B refuses.
+    # An ID made from the folder's name could be that of another run elsewhere, and could contain
+    # characters that W&B refuses.
     chosen = uuid.uuid4().hex
     replace_text(path, json.dumps({"id": chosen}) + "\n")
     return chosen
@@ -95,7 +104,10 @@ def _run_id(path: Path) -> str:
 
 @contextmanager
 def _without_questions() -> Iterator[None]:
-    """Without a key W&B asks a terminal for it, and all ranks would wait for the answer."""
+    """Hides the terminal from W&B.
+
+    Without an API key, W&B asks for one on a terminal, and all ranks would wait for the answer.
+    """
     terminal = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing

@@ -1,4 +1,7 @@
-"""Gives up a run that hangs: leaves the stacks and collectives of every rank, and ends the process with exit code LOST."""
+"""Ends a run that hangs, with exit code LOST.
+
+It first writes the stacks and collectives of every rank.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +29,40 @@ from megaconsa.training.trainer import Trainer
 
 RECENT_STEPS = 50
 LOOK_SECONDS = 1.0
-"""Between two looks at the clock."""
+"""Time between two looks at the clock."""
 STANDSTILL_SECONDS = 10.0
-"""A look that comes so much too late means that the whole process stood still (Slurm suspends jobs): that is no hang."""
+"""A look this much too late means that the whole process was stopped, which is not a hang.
+
+Slurm, for example, suspends jobs."""
 GRACE_SECONDS = 5.0
-"""For the other ranks to write their stacks, before the first to end takes them with it."""
+"""Time for other ranks to write their stacks, before the first rank to end takes them with it."""
 BACKSTOP_SECONDS = 60.0
-"""After which faulthandler's own thread ends a process in which no Python runs at all: a C call that hangs and holds the interpreter."""
+"""Time after the longest limit at which faulthandler's own thread ends the process.
+
+It is needed if no Python code can run, because a C call hangs and holds the interpreter."""
 
 
 class Watchdog(Callback):
-    """Comes first among the callbacks: between `before_step` and `on_step` a step is done, from there on what lies between steps."""
+    """Must come before the callbacks whose work it watches.
+
+    A step is done between its `before_step` and `on_step`. After that comes the work between steps.
+    """
 
     def __init__(self, run: Path, section: WatchdogSection, world: World) -> None:
-        self.run, self.section, self.world = run, section, world
+        self.run = run
+        self.section = section
+        self.world = world
         self.seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-        """Of the last steps, without the first, which compiles."""
+        """Durations of recent steps, without the first step, which compiles."""
         self.steps = 0
-        self.begun = self.deadline = 0.0
+        self.begun = 0.0
+        """Start of the current step or pause, by time.monotonic."""
+        self.deadline = 0.0
+        """When it is given up, by time.monotonic."""
         self.armed = -math.inf
-        """When faulthandler's thread was last told to wait."""
+        """When faulthandler's thread was last restarted."""
         self.main = threading.get_ident()
+        """ID of the thread that trains."""
         self.over = threading.Event()
         self.trainer: Trainer | None = None
 
@@ -58,7 +74,8 @@ class Watchdog(Callback):
         return max(self.section.minimum_seconds, self.section.factor * median(self.seconds))
 
     def on_start(self, trainer: Trainer) -> None:
-        self.trainer, self.main = trainer, threading.get_ident()
+        self.trainer = trainer
+        self.main = threading.get_ident()
         self._allow(self.section.pause_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -76,9 +93,10 @@ class Watchdog(Callback):
         faulthandler.cancel_dump_traceback_later()
 
     def _allow(self, seconds: float) -> None:
+        """Starts a new time limit."""
         self.begun = time.monotonic()
         self.deadline = self.begun + seconds
-        # Each call starts a thread anew, so not at every short step.
+        # Each call of faulthandler starts a new thread, which is too much for every short step.
         if self.begun - self.armed > BACKSTOP_SECONDS / 2:
             longest = max(self.section.pause_seconds, self.step_limit)
             faulthandler.dump_traceback_later(longest + BACKSTOP_SECONDS, exit=True, file=2)
@@ -89,25 +107,35 @@ class Watchdog(Callback):
         while not self.over.wait(LOOK_SECONDS):
             now = time.monotonic()
             if now - looked > LOOK_SECONDS + STANDSTILL_SECONDS:
+                # The process was stopped. That time does not count.
                 self.deadline += now - looked
             looked = now
             if now > self.deadline:
                 self._give_up(now - self.begun)
 
     def _give_up(self, seconds: float) -> None:
+        """Reports the hang and ends the process.
+
+        seconds: time since the step or pause started.
+        """
         assert self.trainer is not None
         where = traceback.extract_stack(sys._current_frames()[self.main])[-1]
-        usual = (
-            f"a step usually takes {median(self.seconds):.3g} s"
-            if self.seconds
-            else "no step was timed yet"
+        if self.seconds:
+            usual = f"a step usually takes {median(self.seconds):.3g} s"
+        else:
+            usual = "no step was timed yet"
+        found = (
+            f"nothing has moved for {seconds:.0f} s ({usual}): the main thread is in "
+            f"{where.name} ({where.filename}:{where.lineno})"
         )
-        found = f"nothing has moved for {seconds:.0f} s ({usual}): the main thread is in {where.name} ({where.filename}:{where.lineno})"
         try:
             found += f"; stacks and collectives lie in {self._leave_evidence(found)}"
         except OSError as error:
             faulthandler.dump_traceback(2)
-            found += f"; its stacks are printed above, for {self.run} cannot be written: {error.strerror}"
+            found += (
+                f"; its stacks are printed above, for {self.run} cannot be written: "
+                f"{error.strerror}"
+            )
         time.sleep(GRACE_SECONDS)
         failures.end(
             RunError(found),
@@ -120,22 +148,24 @@ class Watchdog(Callback):
         )
 
     def _leave_evidence(self, found: str) -> Path:
-        """Writes RUN/incidents/LAUNCH/rank_N.txt, the stacks of all threads, and rank_N.json, the collectives that are not done."""
+        """Writes two files to RUN/incidents/LAUNCH and returns that folder.
+
+        rank_N.txt holds the stacks of all threads. rank_N.json holds the unfinished collectives.
+        """
         folder = self.run / run_folder.INCIDENT_STACKS / self.world.launch
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank_{self.world.rank}.txt"
         with path.open("w") as file:
-            file.write(
-                f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  rank {self.world.rank} of {self.world.size}: {found}\n\n"
-            )
+            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            file.write(f"{now}  rank {self.world.rank} of {self.world.size}: {found}\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        # torch's flight recorder; for what each field says, see its documentation.
-        recorder: Any = c10d  # of which torch's stubs say nothing
-        dump = (
-            recorder._dump_nccl_trace_json
-            if self.world.device.type == "cuda"
-            else recorder._dump_fr_trace_json
-        )
+        # This is torch's flight recorder. Its documentation explains the fields. Its functions are
+        # missing from torch's type stubs, so it is Any here.
+        recorder: Any = c10d
+        if self.world.device.type == "cuda":
+            dump = recorder._dump_nccl_trace_json
+        else:
+            dump = recorder._dump_fr_trace_json
         path.with_suffix(".json").write_bytes(dump(True, False))
         return path.parent

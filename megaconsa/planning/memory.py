@@ -1,0 +1,170 @@
+"""Memory of one GPU, from shapes alone: weights, gradients, optimizer, activations and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaconsa.config import Config
+from megaconsa.model.config import ModelConfig
+from megaconsa.model.flops import block_parameters
+from megaconsa.model.loss import CHUNK_BYTES
+from megaconsa.parallel.topology import Topology
+from megaconsa.parallel.vocabulary import rows
+
+Stages = Sequence[tuple[int, int]]
+"""Each stage of a pipeline rank: its first layer, and the layer after its last one.
+
+Layers are numbered along the pipeline: 0 is the embedding, 1 to L are the model's layers, L + 1 is
+the final norm, and L + 2 is the output head.
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU when it keeps the most activations, which is about the peak.
+
+    They are the same on every tensor rank and every data rank.
+    """
+
+    weights: int
+    gradients: int
+    """Gradients in fp32, accumulated over micro-batches, and in bf16 those of the current one too.
+
+    Every data rank holds the gradients of all its weights.
+    """
+    optimizer: int
+    """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
+    activations: int
+    activations_kept: int
+    """Activations without checkpointing."""
+    activations_checkpointed: int
+    """Activations with checkpointing."""
+    logits: int
+    """What the fused cross-entropy needs at the end of the pipeline.
+
+    This is a chunk of logits, and the gradients of the head and of its input.
+    """
+    total: int
+
+
+def activation_values(
+    model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False
+) -> int:
+    """Counts the values that one layer keeps of one token for the backward pass.
+
+    The count is for each of `tensor` ranks. A layer keeps:
+
+    - the inputs of the two norms and their outputs: 4 hidden,
+    - q before its norm and after rotation, and the attention's output: 3 of the queries' width,
+    - k before its norm and after rotation, and v: 3 of the keys' width,
+    - the gate before and after silu, up, and the product: 4 intermediate.
+
+    The gated kernel also keeps the difference of its two outputs, which is one queries' width.
+
+    Tensor ranks divide all but the residual stream and the outputs of the norms. With `sequence`
+    they also divide the inputs of the norms. The outputs are gathered before they are kept.
+    """
+    queries = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    query_sized = 4 if learning else 3
+    divided = query_sized * queries + 3 * keys + 4 * model.intermediate_size
+    norm_inputs = 2 * residual_values(model, tensor, sequence)
+    norm_outputs = 2 * model.hidden_size
+    return norm_inputs + norm_outputs + divided // tensor
+
+
+def residual_values(model: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
+    """Counts the values of one token's residual stream on each of `tensor` ranks.
+
+    With `sequence` each rank holds a part of the tokens.
+    """
+    if not sequence:
+        return model.hidden_size
+    # Rounded up.
+    return -(-model.hidden_size // tensor)
+
+
+def rank_memory(
+    config: Config,
+    shape: ModelConfig,
+    topology: Topology,
+    stages: Stages,
+    in_flight: Sequence[int],
+) -> Memory:
+    """Returns the memory of the pipeline rank that holds these stages.
+
+    in_flight: for each stage, the micro-batches whose activations are in memory at the peak.
+    """
+    training = config.training
+    tensor = topology.tensor
+    sequence = config.parallel.sequence and tensor > 1
+    value = 4 if training.precision == "fp32" else 2  # bytes
+    weights = _weights(shape, stages, tensor)
+    tokens = training.micro_batch * training.sequence_length
+    of_block = value * tokens * activation_values(shape, config.learning, tensor, sequence)
+    block_input = value * tokens * residual_values(shape, tensor, sequence)
+    # Blocks times micro-batches whose activations are in memory.
+    held = 0
+    for (start, stop), passes in zip(stages, in_flight, strict=True):
+        blocks = range(max(start, 1), min(stop, shape.num_hidden_layers + 1))
+        held += len(blocks) * passes
+    kept = held * of_block
+    # Checkpointing keeps the inputs of all blocks, and recomputes the rest of one block at a time.
+    checkpointed = held * block_input
+    if held:
+        checkpointed += of_block
+    # fp32 sums, and for bf16 weights the gradients of the current micro-batch.
+    gradient_bytes = 4 + (value if value == 2 else 0)
+    has_head = stages[-1][1] == shape.num_hidden_layers + 3
+    parts = {
+        "weights": value * weights,
+        "gradients": gradient_bytes * weights,
+        # Three fp32 values for each weight, rounded up.
+        "optimizer": -(-12 * weights // topology.data),
+        "activations": checkpointed if training.activation_checkpointing else kept,
+        "logits": _logit_bytes(shape, tokens, value, tensor) if has_head else 0,
+    }
+    return Memory(
+        **parts,
+        activations_kept=kept,
+        activations_checkpointed=checkpointed,
+        total=sum(parts.values()),
+    )
+
+
+def _weights(shape: ModelConfig, stages: Stages, tensor: int) -> int:
+    """Counts the weights of these stages on one tensor rank.
+
+    A tied embedding counts once if the rank holds both the embedding and the output head.
+    """
+    linear, norms = block_parameters(shape)
+    embedding = rows(shape.vocab_size, tensor) * shape.hidden_size
+    of_layer = [
+        embedding,
+        *[linear // tensor + norms] * shape.num_hidden_layers,
+        shape.hidden_size,
+        embedding,
+    ]
+    held = [layer for start, stop in stages for layer in range(start, stop)]
+    total = sum(of_layer[layer] for layer in held)
+    both = held[0] == 0 and held[-1] == len(of_layer) - 1
+    if shape.tie_word_embeddings and both:
+        total -= embedding
+    return total
+
+
+def _logit_bytes(shape: ModelConfig, tokens: int, value: int, tensor: int) -> int:
+    """Returns the bytes that the fused cross-entropy needs on one tensor rank.
+
+    They are a chunk of logits, the head's gradient in fp32 and again in the precision of the
+    weights, and the gradient of the hidden states.
+
+    tokens: tokens of a micro-batch. value: bytes of a weight.
+    """
+    vocabulary = rows(shape.vocab_size, tensor)
+    chunk_tokens = min(tokens, max(1, CHUNK_BYTES // (value * vocabulary)))
+    chunk = value * chunk_tokens * vocabulary
+    head_gradient = (4 + value) * vocabulary * shape.hidden_size
+    hidden_gradient = value * tokens * shape.hidden_size
+    return chunk + head_gradient + hidden_gradient

@@ -1,0 +1,259 @@
+"""Figures about gates: allocations, sparsity, multipliers, and the evidence for each unit.
+
+Draw and save them inside `with style():` of megaconsa.reporting.plot_style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from megaconsa.consa.allocation import Allocation
+from megaconsa.reporting.metrics import Row
+from megaconsa.reporting.plot_style import (
+    FOURTH,
+    FULL,
+    GATES,
+    HALF,
+    INK,
+    PAPER,
+    TABLE,
+    THIRD,
+    WINDOW,
+    draw_band,
+    draw_curve,
+    new_figure,
+    style,
+    with_legend,
+)
+
+HISTORY_POINTS = 160
+"""Largest number of steps in the history of the layers."""
+
+
+def allocation_maps(
+    probability: Sequence[Sequence[float]] | None,
+    step: int | None,
+    full: Sequence[Sequence[bool]] | None,
+    origin: str,
+    window: int | None,
+) -> Figure:
+    """Draws maps of layers x KV heads, with layer 0 at the bottom.
+
+    The learned P(z > 0) is beside the table. Either of them may be None.
+
+    probability: (layers, kv_heads), or (layers, 1) if a layer is one unit.
+    step: the step of `probability`.
+    full: (layers, kv_heads), the table.
+    origin: the title of the table.
+    window: keys that a windowed head sees.
+    """
+    tables: list[tuple[str, NDArray[np.float64]]] = []
+    if probability is not None:
+        title = "P(z > 0)"
+        if step is not None:
+            title += f" at step {step:,}"
+        tables.append((title, np.array(probability, dtype=np.float64)))
+    if full is not None:
+        tables.append((origin, np.array(full, dtype=np.float64)))
+    layers = len(tables[0][1])
+    figure, axes = new_figure(HALF, _map_height(layers), len(tables))
+    colours = TABLE if probability is None else GATES
+    for axis, (title, table) in zip(axes, tables, strict=True):
+        heads = table.shape[1]
+        mesh = axis.pcolormesh(table, cmap=colours, vmin=0, vmax=1, edgecolors="none")
+        _draw_gaps(axis, layers, heads)
+        axis.set(title=title, xlabel="KV head" if heads > 1 else "all KV heads", ylabel="layer")
+        _name_cells(axis.set_xticks, heads)
+        _name_cells(axis.set_yticks, layers)
+        axis.grid(False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    narrow = "window" if window is None else f"window {window:,}"
+    middle = "" if probability is None else "undecided"
+    _draw_colour_bar(figure, mesh, axes, [narrow, middle, "full"])
+    return figure
+
+
+def save_allocation(allocation: Allocation, path: Path) -> None:
+    """Saves the map of a table as a separate image."""
+    with style():
+        title = f"sparsity {allocation.sparsity:.3g}"
+        figure = allocation_maps(None, None, allocation.full, title, allocation.window)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def layer_history(rows: Sequence[Row]) -> Figure | None:
+    """Draws the expected sparsity of each layer over the steps. Returns None for fewer than two."""
+    held = [row for row in rows if isinstance(row.get("layer_expected_sparsity"), list)]
+    if len(held) < 2:
+        return None
+    count = min(len(held), HISTORY_POINTS)
+    chosen = np.unique(np.linspace(0, len(held) - 1, count).astype(int))
+    held = [held[index] for index in chosen]
+    sparsities = np.array([row["layer_expected_sparsity"] for row in held], dtype=np.float64)
+    full_share = 1 - sparsities.T  # (layers, steps)
+    layers = len(full_share)
+    figure, (axis,) = new_figure(HALF, _map_height(layers))
+    image = axis.imshow(
+        full_share,
+        cmap=GATES,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=(held[0]["step"], held[-1]["step"], 0, layers),
+        interpolation="none",
+    )
+    axis.set(title="Share of full attention expected in each layer", xlabel="step", ylabel="layer")
+    _name_cells(axis.set_yticks, layers)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    _draw_colour_bar(figure, image, [axis], ["all windows", "half", "all full"])
+    return figure
+
+
+def sparsity(rows: Sequence[Row]) -> Figure:
+    """Draws the target sparsity and the sparsities of the gates by several measures."""
+    figure, (axis,) = new_figure(HALF, 3.1)
+    draw_curve(axis, rows, "sampled_sparsity", "sampled", THIRD, width=0.8, alpha=0.65)
+    if any("threshold_sparsity" in row for row in rows):
+        draw_curve(axis, rows, "threshold_sparsity", "threshold", FOURTH, style=":")
+    draw_curve(axis, rows, "binarized_sparsity", "binarised, top-k", WINDOW)
+    draw_curve(axis, rows, "expected_sparsity", "expected", FULL, width=2)
+    draw_curve(axis, rows, "target_sparsity", "target", INK, style="--", width=1)
+    axis.set(title="Sparsity", xlabel="step", ylim=(-0.02, 1.02))
+    return with_legend(figure, axis)
+
+
+def multipliers(rows: Sequence[Row]) -> Figure | None:
+    """Draws lambda and phi. With one constraint per layer it draws their mean and range."""
+    held = [row for row in rows if isinstance(row.get("multipliers"), dict)]
+    if not held:
+        return None
+    figure, axes = new_figure(HALF, 3.1, 2)
+    steps = np.array([row["step"] for row in held], dtype=np.float64)
+    kinds = (("lambda", "λ", FULL), ("phi", "φ", WINDOW))
+    for axis, (name, symbol, colour) in zip(axes, kinds, strict=True):
+        found = [np.atleast_1d(row["multipliers"].get(name, np.nan)) for row in held]
+        values = np.array(found, dtype=np.float64)  # (steps, constraints)
+        draw_band(axis, steps, values, colour)
+        constraints = values.shape[1]
+        title = f"Multiplier {symbol}"
+        if constraints > 1:
+            title += f", {constraints} constraints"
+        axis.set(title=title, xlabel="step")
+    return figure
+
+
+def decided(rows: Sequence[Row]) -> Figure:
+    """Draws the share of units that are decided, and the gap between scores at the cut."""
+    figure, axes = new_figure(HALF, 3.1, 2)
+    draw_curve(axes[0], rows, "decided_share", "", FULL, width=2)
+    axes[0].set(title="Decided share of units (no evidence)", xlabel="step", ylim=(-0.02, 1.02))
+    draw_curve(axes[1], rows, "cut_margin", "", WINDOW, width=2)
+    axes[1].set(title="Gap between scores at the cut", xlabel="step")
+    return figure
+
+
+def evidence(rows: Sequence[Row]) -> Figure:
+    """Draws whether the order of the units would be found again, and how many it separates."""
+    figure, (axis,) = new_figure(HALF, 3.1)
+    draw_curve(axis, rows, "split_agreement", "split agreement", FULL, width=2)
+    draw_curve(axis, rows, "time_agreement", "time agreement", THIRD)
+    draw_curve(axis, rows, "separated_share", "separated share", WINDOW, width=2)
+    axis.axhline(0, color=INK, linewidth=0.6)
+    axis.set(title="Evidence: 0 is noise, 1 is certain", xlabel="step", ylim=(-0.3, 1.02))
+    return with_legend(figure, axis)
+
+
+def unit_evidence(
+    scores: Sequence[Sequence[float]],
+    errors: Sequence[Sequence[float | None]],
+    full: Sequence[Sequence[bool]] | None,
+) -> Figure:
+    """Draws every unit's score with two standard errors, in order.
+
+    Units whose bars overlap cannot be told apart.
+
+    scores, errors: (layers, units).
+    full: (layers, KV heads), which colours the units if given.
+    """
+    values = np.array(scores, dtype=np.float64)
+    if full is None:
+        kept = np.ones(values.shape, dtype=bool)
+    else:
+        # If a layer is one unit, all its heads are alike and the first one is enough.
+        kept = np.array(full)[:, : values.shape[1]]
+    order = np.argsort(-values.ravel())
+    sorted_values = values.ravel()[order]
+    sorted_bars = 2 * np.array(errors, dtype=np.float64).ravel()[order]
+    is_full = kept.ravel()[order]
+    places = np.arange(values.size)
+    figure, (axis,) = new_figure(HALF, 3.1)
+    for colour, label, chosen in ((FULL, "full", is_full), (WINDOW, "window", ~is_full)):
+        axis.errorbar(
+            places[chosen],
+            sorted_values[chosen],
+            sorted_bars[chosen],
+            color=colour,
+            label=label,
+            fmt=".",
+            markersize=4,
+            elinewidth=0.8,
+        )
+    scale = float(np.median(np.abs(values))) or 1.0
+    axis.set_yscale("symlog", linthresh=scale)
+    axis.set(
+        title="Loss that opening a unit saves, nats a token (2 standard errors)",
+        xlabel="units in order",
+    )
+    return with_legend(figure, axis)
+
+
+def _map_height(layers: int) -> float:
+    """Height in inches of a map with this number of layers."""
+    return max(3.4, 1.4 + 0.11 * layers)
+
+
+def _draw_gaps(axis: Axes, layers: int, heads: int) -> None:
+    """Draws lines in the background colour between the cells."""
+    axis.hlines(np.arange(layers + 1), 0, heads, color=PAPER, linewidth=1.2)
+    axis.vlines(np.arange(heads + 1), 0, layers, color=PAPER, linewidth=1.2)
+
+
+def _name_cells(set_ticks: Any, count: int) -> None:
+    """Puts numbers at the middles of the cells, about a dozen at most."""
+    stride = max(1, -(-count // 14))
+    set_ticks(np.arange(0, count, stride) + 0.5, [str(cell) for cell in range(0, count, stride)])
+
+
+def _draw_colour_bar(
+    figure: Figure,
+    image: ScalarMappable,
+    axes: Sequence[Axes],
+    names: Sequence[str],
+) -> None:
+    """Draws a colour bar below the axes.
+
+    names: labels of 0, 1/2 and 1.
+    """
+    bar = figure.colorbar(
+        image,
+        ax=list(axes),
+        location="bottom",
+        aspect=45,
+        fraction=0.05,
+        pad=0.03,
+        shrink=0.7,
+    )
+    bar.set_ticks([0.0, 0.5, 1.0], labels=list(names))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
