@@ -5,21 +5,10 @@ The functions serve whole rows, and rows whose columns are sharded over ranks.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-LOWEST = -1e30
-"""A number below every logit. Not -inf, because -inf minus itself is NaN."""
-
-
-class Softmax(NamedTuple):
-    """What a row's softmax needs besides the row itself, fp32 (N,) each."""
-
-    maximum: Tensor
-    total: Tensor
-    """Sum of exp(x - maximum)."""
+from megaconsa.kernels.cross_entropy.softmax import LOWEST, Softmax
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bool) -> Tensor:

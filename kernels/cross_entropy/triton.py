@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megaconsa.kernels.cross_entropy import cross_entropy
-from megaconsa.kernels.cross_entropy.cross_entropy import Softmax
+from megaconsa.kernels.cross_entropy import softmax as plain
+from megaconsa.kernels.cross_entropy.softmax import Softmax
 
-LOWEST: tl.constexpr = tl.constexpr(cross_entropy.LOWEST)
+LOWEST: tl.constexpr = tl.constexpr(plain.LOWEST)
 BLOCK = 4096
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.cross_entropy.cross_entropy import (
-    Softmax,
     cross_entropy_,
     gradient_,
     softmax_and_target,
 )
+from megaconsa.kernels.cross_entropy.softmax import Softmax
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""

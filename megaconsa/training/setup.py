@@ -25,18 +25,12 @@ from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
 from megaconsa.run_paths import absolute
 from megaconsa.training.bad_steps import BadSteps
-from megaconsa.training.callbacks.base import Callback
+from megaconsa.training.callback_list import build_callbacks
 from megaconsa.training.callbacks.checkpointing import Checkpointing
-from megaconsa.training.callbacks.incident_log import IncidentLog
-from megaconsa.training.callbacks.lost_ranks import LostRanks
-from megaconsa.training.callbacks.metrics_file import MetricsFile
-from megaconsa.training.callbacks.prometheus import Prometheus
-from megaconsa.training.callbacks.rewinds import Rewinds, rewound
+from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.callbacks.run_lock import RunLock
-from megaconsa.training.callbacks.slow_ranks import SlowRanks
-from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit, job_end
+from megaconsa.training.callbacks.stop_requests import job_end
 from megaconsa.training.callbacks.validation import Validation
-from megaconsa.training.callbacks.watchdog import Watchdog
 from megaconsa.training.inputs import Inputs, describe_data, same_data
 from megaconsa.training.trainer import Progress, Trainer
 
@@ -57,7 +51,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     training, topology = config.training, inputs.topology
     stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh), alike=True)
     validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
-    lock = mesh.world.agreed(lambda: [_lock(inputs)] if mesh.is_main else [])
+    lock = mesh.world.agreed(lambda: _lock(inputs) if mesh.is_main else None)
     # Our code draws nothing from torch's own generators in a step. A library might.
     torch.manual_seed(config.run.seed)
     gates = GateBank(config.gate_settings(), mesh.device) if config.learning else None
@@ -103,24 +97,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     }
     end = mesh.world.agreed(job_end)
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
-    callbacks: list[Callback] = [
-        *lock,
-        *([LostRanks(config.run.dir, mesh.world)] if mesh.world.size > 1 else []),
-        *(
-            [Watchdog(config.run.dir, config.watchdog, mesh.world)]
-            if config.watchdog.factor
-            else []
-        ),
-        StopSignals(),
-        validation,
-        SlowRanks(config.run.dir, mesh),
-        *(_reporters(config) if mesh.is_main else []),
-        *([IncidentLog(config.run.dir)] if mesh.is_main else []),
-        *([Rewinds(config.run.dir)] if mesh.is_main else []),
-        *([StopFile(config.run.dir)] if mesh.is_main else []),
-        *([TimeLimit(end, checkpointing)] if mesh.is_main and end is not None else []),
-        checkpointing,
-    ]
+    callbacks = build_callbacks(config, mesh, lock, validation, checkpointing, end)
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(
         training,
@@ -162,25 +139,6 @@ def _validation(
     least = topology.stages if topology.schedule == "dualpipev" else 1
     batches = held_out.fixed_batches(wanted, least) if mesh.reads_data else NOTHING
     return Validation(batches, held_out.fixed_count(wanted, least), config.validation.every)
-
-
-def _reporters(config: Config) -> list[Callback]:
-    """What the main rank writes and prints."""
-    from megaconsa.training.callbacks.terminal import Terminal
-
-    found: list[Callback] = [
-        MetricsFile(config.run.dir),
-        Prometheus(config.run.dir, config.training.steps),
-    ]
-    if config.logging.tensorboard:
-        from megaconsa.training.callbacks.tensorboard import TensorBoard
-
-        found.append(TensorBoard(config.run.dir))
-    if config.logging.wandb:
-        from megaconsa.training.callbacks.wandb import WandB
-
-        found.append(WandB(config.logging.wandb, config.run.dir, config.to_dict()))
-    return [*found, Terminal("learn" if config.learning else "train")]
 
 
 def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,10 +27,54 @@ from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.batches import carries, document_lengths, labelled_tokens
 from megaconsa.training.schedule import learning_rate
 
-if TYPE_CHECKING:
-    from megaconsa.training.callbacks.base import Callback
-
 logger = logging.getLogger(__name__)
+
+
+Row = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+
+class Order(IntEnum):
+    """When a callback is called, relative to the others."""
+
+    LEASE = 0
+    """Holds the run folder. Its `on_finish` comes last."""
+    WATCH = 1
+    """Notices lost ranks, hangs and signals."""
+    MEASURE = 2
+    """Adds to the row of metrics."""
+    REPORT = 3
+    """Writes or prints the row."""
+    REQUEST = 4
+    """Asks for a stop or a save."""
+    SAVE = 5
+    """Saves, so that no checkpoint is newer than its metrics."""
+
+
+class Callback:
+    """Something that happens around a step. One concern per subclass."""
+
+    order: ClassVar[Order] = Order.REPORT
+    main_rank_only: ClassVar[bool] = False
+    """Whether it exists on the main rank only. It must not call collectives then."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Called before the first step."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before each step."""
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        """Called after each step.
+
+        row: the step's metrics, including those that earlier callbacks added.
+        """
+
+    def on_finish(self, trainer: Trainer) -> None:
+        """Called after the last step, and after an error, in reverse order.
+
+        After an error the trainer is not `completed`.
+        """
 
 
 class Stop(IntEnum):

@@ -20,12 +20,11 @@ from megaconsa.config import build
 from megaconsa.errors import InputError, RunError, UnreachableError
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Row, Trainer
 
 MakeConfig = Callable[..., dict[str, Any]]
 

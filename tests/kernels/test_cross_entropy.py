@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megaconsa.kernels import limits
 from megaconsa.kernels.cross_entropy import cross_entropy, triton
-from megaconsa.kernels.cross_entropy.cross_entropy import Softmax, cross_entropy_
+from megaconsa.kernels.cross_entropy.cross_entropy import cross_entropy_
+from megaconsa.kernels.cross_entropy.softmax import Softmax
 
 IGNORED = -100
 CASES = pytest.mark.parametrize(

@@ -28,10 +28,9 @@ import torch
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.parallel import mesh, world
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Row, Trainer
 
 
 def without_sums_over_heads() -> Any:

@@ -25,10 +25,9 @@ from megaconsa.consa.rules import head_share
 from megaconsa.data.prepare import prepare
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Row, Trainer
 
 FOLDER = Path(__file__).parent / "stored_runs"
 LICENSE = Path(__file__).parents[2] / "LICENSE"

@@ -22,10 +22,9 @@ import pytest
 from megaconsa.config import build
 from megaconsa.parallel import mesh
 from megaconsa.training.callbacks import wandb as logger_module
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Row, Trainer
 
 MakeConfig = Callable[..., dict[str, Any]]
 BLOCK = 32768

@@ -16,10 +16,9 @@ from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import computed, read_metrics
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Row, Trainer
 
 RULE = {"source": "rule", "rule": "head-share", "sparsity": 0.5}
 

@@ -21,8 +21,7 @@ from megaconsa.consa.gates import GateBank
 from megaconsa.errors import RunError, UnreachableError
 from megaconsa.files import replace_text
 from megaconsa.parallel.world import World
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Stop, Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Stop, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,8 @@ FAILED_SAVES = 2
 
 
 class Checkpointing(Callback):
+    order = Order.SAVE
+
     def __init__(
         self, run: Path, section: CheckpointSection, world: World, description: dict[str, Any]
     ) -> None:

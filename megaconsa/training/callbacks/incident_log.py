@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaconsa import incidents
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Stop, Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Stop, Trainer
 
 STOPS = {
     Stop.REWIND: (
@@ -23,6 +22,9 @@ class IncidentLog(Callback):
     Other incidents are recorded elsewhere. The rank that first meets an error, a hang or a lost
     rank records it, and Checkpointing records failed saves.
     """
+
+    order = Order.REPORT
+    main_rank_only = True
 
     def __init__(self, run: Path) -> None:
         self.run = run

@@ -13,8 +13,7 @@ from torch import distributed as dist
 from megaconsa.parallel.launcher import node
 from megaconsa.parallel.world import World
 from megaconsa.training import failures
-from megaconsa.training.callbacks.base import Callback
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Trainer
 
 FOR_EVER = timedelta(days=365)
 
@@ -29,6 +28,8 @@ class LostRanks(Callback):
     Nothing is sent during training. NCCL alone would wait for ten minutes, and a launcher may not
     end the other ranks.
     """
+
+    order = Order.WATCH
 
     def __init__(self, run: Path, world: World) -> None:
         """Creates the ring. All ranks must do so at the same time."""

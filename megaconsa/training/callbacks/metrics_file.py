@@ -12,8 +12,7 @@ from pathlib import Path
 from megaconsa import run_folder
 from megaconsa.files import replace_bytes
 from megaconsa.reporting.metrics import read_lines
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,9 @@ class MetricsFile(Callback):
     Rows that cannot be written, for example because the disk is full, stay in memory. A later step
     tries to write them again.
     """
+
+    order = Order.REPORT
+    main_rank_only = True
 
     def __init__(self, run: Path) -> None:
         self.path = run / run_folder.METRICS

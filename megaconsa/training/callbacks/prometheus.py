@@ -12,8 +12,7 @@ from pathlib import Path
 
 from megaconsa import run_folder
 from megaconsa.files import replace_text
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,9 @@ class Prometheus(Callback):
 
     It also exports the time of the newest step, so that an alarm can detect a stalled run.
     """
+
+    order = Order.REPORT
+    main_rank_only = True
 
     def __init__(self, run: Path, steps: int) -> None:
         self.path = run / run_folder.PROMETHEUS

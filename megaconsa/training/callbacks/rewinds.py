@@ -15,12 +15,14 @@ from megaconsa import run_folder
 from megaconsa.errors import InputError
 from megaconsa.files import replace_text
 from megaconsa.reading import read_text
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Stop, Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Stop, Trainer
 
 
 class Rewinds(Callback):
     """Records the spike that makes the run rewind. Runs on the main rank only."""
+
+    order = Order.REPORT
+    main_rank_only = True
 
     def __init__(self, run: Path) -> None:
         self.run = run

@@ -32,8 +32,7 @@ from megaconsa.checkpoint.writer import Writer
 from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
 from megaconsa.reading import patiently, read_text
-from megaconsa.training.callbacks.base import Callback
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +98,9 @@ class RunLock(Callback):
 
     It holds the lease from construction until the run ends or the object is deleted.
     """
+
+    order = Order.LEASE
+    main_rank_only = True
 
     def __init__(self, run: Path) -> None:
         """Raises InputError if another process holds the lease, or the folder cannot be written."""

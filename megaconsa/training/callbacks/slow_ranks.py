@@ -12,8 +12,7 @@ from statistics import median_low
 from megaconsa import incidents
 from megaconsa.parallel.launcher import node
 from megaconsa.parallel.mesh import Mesh
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ class SlowRanks(Callback):
     A rank's own work is waiting for data, and the forward and backward passes. Every rank has this
     callback. The main rank reports a rank when it becomes slow.
     """
+
+    order = Order.MEASURE
 
     def __init__(self, run: Path, mesh: Mesh) -> None:
         """All ranks must make one at the same time."""

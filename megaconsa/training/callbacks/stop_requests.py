@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megaconsa.errors import InputError
-from megaconsa.training.callbacks.base import Callback, Row
 from megaconsa.training.callbacks.checkpointing import Checkpointing
-from megaconsa.training.trainer import Stop, Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Stop, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,8 @@ class StopSignals(Callback):
     terminal.
     """
 
+    order = Order.WATCH
+
     def __init__(self) -> None:
         self.before: dict[signal.Signals, Any] = {}
 
@@ -78,6 +79,9 @@ class StopFile(Callback):
     A person creates this file to end the run without having the job requeued.
     """
 
+    order = Order.REQUEST
+    main_rank_only = True
+
     def __init__(self, run: Path) -> None:
         self.path = run / STOP_FILE
         self.looked = -LOOK_SECONDS
@@ -100,6 +104,9 @@ class TimeLimit(Callback):
 
     It leaves enough time for two more steps, a save and a margin.
     """
+
+    order = Order.REQUEST
+    main_rank_only = True
 
     def __init__(self, end: float, checkpointing: Checkpointing) -> None:
         """end: when the job ends, in seconds since the epoch."""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +16,9 @@ PICTURE_EVERY = 50
 
 
 class TensorBoard(Callback):
+    order = Order.REPORT
+    main_rank_only = True
+
     def __init__(self, run: Path) -> None:
         self.folder = run / "tensorboard"
         self.writer: SummaryWriter | None = None

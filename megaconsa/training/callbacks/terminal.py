@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from megaconsa.console import Task, progress
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 
 class Terminal(Callback):
+    order = Order.REPORT
+    main_rank_only = True
+
     def __init__(self, description: str) -> None:
         self.description = description
         self.stack = ExitStack()

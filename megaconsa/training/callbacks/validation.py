@@ -10,11 +10,12 @@ from contextlib import nullcontext
 
 from megaconsa.data.stream import Batch
 from megaconsa.training.batches import carries, labelled_tokens
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 
 class Validation(Callback):
+    order = Order.MEASURE
+
     def __init__(self, batches: list[Batch], count: int, every: int) -> None:
         """Evaluates every `every` steps and after the last step. 0 evaluates only after the last.
 

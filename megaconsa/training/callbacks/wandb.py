@@ -18,8 +18,7 @@ from typing import Any
 
 from megaconsa import run_folder
 from megaconsa.files import replace_text
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,9 @@ WANDB_INIT_TIMEOUT override them."""
 
 
 class WandB(Callback):
+    order = Order.REPORT
+    main_rank_only = True
+
     def __init__(self, project: str, run: Path, config: dict[str, Any]) -> None:
         self.project = project
         self.run = run

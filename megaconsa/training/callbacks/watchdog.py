@@ -24,8 +24,7 @@ from megaconsa.errors import RunError
 from megaconsa.exit_codes import LOST
 from megaconsa.parallel.world import World
 from megaconsa.training import failures
-from megaconsa.training.callbacks.base import Callback, Row
-from megaconsa.training.trainer import Trainer
+from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 RECENT_STEPS = 50
 LOOK_SECONDS = 1.0
@@ -47,6 +46,8 @@ class Watchdog(Callback):
 
     A step is done between its `before_step` and `on_step`. After that comes the work between steps.
     """
+
+    order = Order.WATCH
 
     def __init__(self, run: Path, section: WatchdogSection, world: World) -> None:
         self.run = run
