@@ -68,7 +68,7 @@ def patiently(read: Callable[[], Result], what: object, within: Path | None = No
             if time.monotonic() + pause > deadline:
                 raise UnreachableError(
                     f"{what} could not be read for {PATIENCE_SECONDS:.0f} s ({error.strerror}); "
-                    "the same command goes on once its storage answers again"
+                    "the same command continues once its storage answers again"
                 ) from None
             logger.warning("%s cannot be read (%s), trying again", what, error.strerror)
         time.sleep(pause)

@@ -126,7 +126,7 @@ requeue() {
         echo "requeue $job"
         [[ -z $avoided ]] || echo "update JobId=$job ExcNodeList=$avoided"
     } | scontrol --quiet; then
-        end "$1" "$2, but scontrol could not requeue the job; submit it again to go on"
+        end "$1" "$2, but scontrol could not requeue the job; submit it again to continue"
     fi
     exit "$1"
 }

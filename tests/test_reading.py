@@ -37,7 +37,7 @@ def test_one_that_stays_away_ends_with_the_code_that_requeues(
     said = capsys.readouterr().err
     assert said == (
         f"error: {file} could not be read for 1 s (Input/output error); "
-        "the same command goes on once its storage answers again\n"
+        "the same command continues once its storage answers again\n"
     )
 
 

@@ -82,7 +82,7 @@ def main(
 ) -> None:
     """Compare exported models: perplexity by position in the document, needle retrieval, tasks of lm-eval.
 
-    Each figure is written as soon as it is there; the same command goes on where it was stopped.
+    Each figure is written as soon as it is there; the same command continues where it was stopped.
 
     Example:
 

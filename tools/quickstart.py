@@ -21,7 +21,7 @@ def main(
 ) -> None:
     """Text in, a learned allocation, a Hugging Face model out: a few minutes on two CPU cores.
 
-    An interrupted quickstart goes on where it stopped when it is run again.
+    An interrupted quickstart continues where it stopped when it is run again.
 
     Example: megaconsa quickstart
     """
@@ -94,7 +94,7 @@ def _run(*arguments: object) -> None:
         )
     elif code:
         console.print(
-            "the quickstart stopped; run it again to go on where it stopped", markup=False
+            "the quickstart stopped; run it again to continue where it stopped", markup=False
         )
     if code:
         sys.exit(code)

@@ -109,7 +109,7 @@ def _read_lines(file: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f'{file}, line {number}: expected a JSON object with a field "text", '
-                    "mend the line"
+                    "fix the line"
                 ) from error
             if not isinstance(text, str):
                 raise InputError(
@@ -121,7 +121,7 @@ def _read_lines(file: Path) -> Iterator[str]:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise InputError(
-                    f'{file}, line {number}: field "text" has half a surrogate pair, mend the line'
+                    f'{file}, line {number}: field "text" has half a surrogate pair, fix the line'
                 ) from error
             if text:
                 yield text

@@ -62,7 +62,7 @@ def evaluate(request: Request) -> Evaluation:
         except torch.OutOfMemoryError:
             raise RunError(
                 f"{model.label}: out of GPU memory; "
-                "the same command goes on with a smaller --batch-tokens"
+                "the same command continues with a smaller --batch-tokens"
             ) from None
     return record
 

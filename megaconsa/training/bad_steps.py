@@ -76,7 +76,7 @@ class BadSteps:
             raise RunError(
                 f"{self.in_row} steps in a row, up to step {step}, were not applied "
                 f"(bad_steps.limit={section.limit}): of the last one {fault}; lower "
-                "training.learning_rate, or go on from an earlier checkpoint"
+                "training.learning_rate, or continue from an earlier checkpoint"
             )
 
 

@@ -130,7 +130,7 @@ def _table(config: Config) -> Allocation | None:
         held = path / "allocation.json"
         if held.exists():
             logger.info(
-                "allocation.file=%s is gone; the run goes on with its own table, %s", file, held
+                "allocation.file=%s is gone; the run continues with its own table, %s", file, held
             )
             section = config.allocation.model_copy(update={"file": held})
             return config.model_copy(update={"allocation": section}).fixed_allocation()
@@ -239,7 +239,7 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
     config = inputs.config
     allocation = inputs.allocation
     if harmless := check_same_run(config, resume.state["config"], resume.step):
-        logger.info("goes on with %s", "; ".join(harmless))
+        logger.info("continues with %s", "; ".join(harmless))
     if changed := differences(_DEFAULT_SHAPE | resume.state["shape"], asdict(inputs.shape)):
         raise InputError(
             f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): "
@@ -264,7 +264,7 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
         raise InputError(
             f"run {config.run.dir} was trained in {resume.state['precision']}, but "
             f"training.precision={config.training.precision} means "
-            f"{precision} on this device; go on where it began, or use another run.dir"
+            f"{precision} on this device; continue where it began, or use another run.dir"
         )
     return resume
 
@@ -284,7 +284,7 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
             f"({'; '.join(changed)})"
         )
     if extensions:
-        logger.info("the weights of %s go on with %s", origin.path, "; ".join(extensions))
+        logger.info("the weights of %s continue with %s", origin.path, "; ".join(extensions))
     theirs = origin.state["data"]["tokenizer_fingerprint"]
     if theirs is None:
         logger.warning(

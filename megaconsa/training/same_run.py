@@ -68,7 +68,7 @@ def check_same_run(
         raise InputError(
             f"run.dir={config.run.dir} was made with another configuration "
             f"({'; '.join(changed)}){because}; choose another run.dir, "
-            f"with model.init_from={config.run.dir} to go on from its newest checkpoint"
+            f"with model.init_from={config.run.dir} to continue from its newest checkpoint"
         )
     return harmless
 

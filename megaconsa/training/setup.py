@@ -203,7 +203,7 @@ def _resume(source: Checkpoint, gates: GateBank | None, world: World) -> Progres
         assert state is not None
         gates.load_state(state)
     random = source.random_states()
-    # Of another number of ranks there is no state to go on from.
+    # Of another number of ranks there is no state to continue from.
     if {name.partition("/")[0] for name in random} == {str(rank) for rank in range(world.size)}:
         torch.set_rng_state(random[f"{world.rank}/cpu"])
         if world.device.type == "cuda" and f"{world.rank}/cuda" in random:

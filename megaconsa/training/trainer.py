@@ -284,7 +284,7 @@ class Trainer:
                 raise RunError(
                     f"the run went back to its newest checkpoint {self.rewinds} times "
                     f"(bad_steps.limit={self.bad_steps.limit}) and met a spike again, in step "
-                    f"{step}; lower training.learning_rate, or go on from an earlier checkpoint"
+                    f"{step}; lower training.learning_rate, or continue from an earlier checkpoint"
                 )
             self.request_stop(Stop.REWIND)
 

@@ -144,7 +144,7 @@ def finish(config: Path) -> None:
     _, status = os.waitpid(start(config), 0)
     if status != 0:
         raise Killed(
-            f"the run did not go on (status {status}): "
+            f"the run did not continue (status {status}): "
             f"{config.with_suffix('.log').read_text()[-2000:]}"
         )
 

@@ -246,6 +246,7 @@ def test_out_of_gpu_memory(
         *SMALL,
     )
     said = (
-        "error: dense: out of GPU memory; the same command goes on with a smaller --batch-tokens\n"
+        "error: dense: out of GPU memory; "
+        "the same command continues with a smaller --batch-tokens\n"
     )
     assert (outcome.code, outcome.err) == (1, said)

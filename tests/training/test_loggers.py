@@ -118,7 +118,7 @@ def test_what_keeps_wandb_from_starting_is_one_error(
     assert [row["step"] for row in train(values)] == [1, 2, 3, 4, 5, 6]
     (error,) = errors(caplog)
     assert said in error
-    assert "training goes on" in error
+    assert "training continues" in error
 
 
 class KillService(Callback):

@@ -137,7 +137,7 @@ def test_what_the_run_began_with_may_be_gone(
     (project / "table.json").unlink()
     with caplog.at_level(logging.INFO, "megaconsa"):
         check_inputs(build(values))
-    assert "table.json is gone; the run goes on with its own table" in caplog.text
+    assert "table.json is gone; the run continues with its own table" in caplog.text
     assert computed(train(values)) == computed(expected)
 
 

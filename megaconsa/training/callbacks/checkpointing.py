@@ -204,7 +204,7 @@ class Checkpointing(Callback):
             if gives_up:
                 outcome = "the run ends"
             else:
-                outcome = "training goes on, and ends if the next one fails too"
+                outcome = "training continues, and ends if the next one fails too"
             logger.error(
                 "the checkpoint of step %d could not be written: %s; "
                 "older checkpoints are whole; %s",
@@ -220,9 +220,9 @@ class Checkpointing(Callback):
     def _unsaved(self) -> UnreachableError:
         return UnreachableError(
             f"{FAILED_SAVES} checkpoints in a row could not be written ({self.error}); "
-            "make room or mend "
+            "make room or repair "
             f"the disk of {self.run}, then run the same command: "
-            "it goes on from the newest checkpoint"
+            "it resumes from the newest checkpoint"
         )
 
 

@@ -29,7 +29,7 @@ class TensorBoard(Callback):
             self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
         except OSError as error:
             logger.error(
-                "TensorBoard cannot write to %s: %s; training goes on without it",
+                "TensorBoard cannot write to %s: %s; training continues without it",
                 self.folder,
                 error.strerror,
             )

@@ -83,7 +83,7 @@ class WandB(Callback):
             self.logged = None
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.error(
-                "logging.wandb=%s: W&B failed (%s); training goes on, "
+                "logging.wandb=%s: W&B failed (%s); training continues, "
                 "and nothing is logged there until the next start",
                 self.project,
                 reason,
