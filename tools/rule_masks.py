@@ -35,7 +35,7 @@ def main(
     granularity: Annotated[
         Literal["kv_head", "layer"], typer.Option(help="What random draws.")
     ] = "kv_head",
-    scope: Annotated[Literal["per_layer", "global"], typer.Option(help=SCOPE_HELP)] = "per_layer",
+    scope: Annotated[Literal["per_layer", "global"], typer.Option(help=SCOPE_HELP)] = "global",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help=SEED_HELP)] = None,
 ) -> None:
     """Write allocation.json by a rule and print it.

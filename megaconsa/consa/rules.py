@@ -109,7 +109,7 @@ def build(
     *,
     sparsity: float = 0.5,
     granularity: Granularity = "kv_head",
-    scope: Scope = "per_layer",
+    scope: Scope = "global",
     floor: int = 0,
     ratio: int = 3,
     seed: int | None = None,

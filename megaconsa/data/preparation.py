@@ -45,7 +45,7 @@ def preparation(folder: Path) -> Iterator[None]:
             ) from error
         # The other process may have finished between our first look and the lock.
         if (folder / INFO).exists():
-            (folder / UNFINISHED).unlink()
+            (folder / UNFINISHED).unlink(missing_ok=True)
             raise InputError(
                 f"--out {folder}: another process has just finished it, nothing is left to do"
             )

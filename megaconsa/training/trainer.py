@@ -48,7 +48,7 @@ class Order(IntEnum):
     REQUEST = 4
     """Asks for a stop or a save."""
     SAVE = 5
-    """Saves, so that no checkpoint is newer than its metrics."""
+    """Saves, after the row of the step was written."""
 
 
 class Callback:

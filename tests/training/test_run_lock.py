@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from disks import OUT_OF_REACH, fill
 
-from megaconsa import incidents
+from megaconsa import incidents, run_folder
 from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
 from megaconsa.training.callbacks import run_lock
@@ -112,7 +112,7 @@ def seconds_to_take(run: Path) -> float:
 def leave_behind(run: Path, **changes: object) -> Holder:
     """Writes the file of a holder that no longer exists."""
     holder = replace(Holder.of_this_process(), **changes)  # type: ignore[arg-type]
-    (run / run_lock.NAME).write_text(json.dumps(asdict(holder)))
+    (run / run_folder.LOCK).write_text(json.dumps(asdict(holder)))
     return holder
 
 
@@ -158,7 +158,7 @@ def test_a_later_start_of_the_same_job_takes_over_and_the_earlier_one_ends(
     assert time.monotonic() - began < AT_ONCE_SECONDS
     assert holder.wait(30) == FAILED
     assert "was taken over by process" in incidents.read(run)[-1]["text"]
-    assert json.loads((run / run_lock.NAME).read_text())["token"] == lock.own.token
+    assert json.loads((run / run_folder.LOCK).read_text())["token"] == lock.own.token
     lock.release()
 
 
@@ -177,7 +177,7 @@ def test_a_number_that_another_process_has_now(tmp_path: Path) -> None:
 def test_a_lock_of_the_file_system_does_not_matter(tmp_path: Path) -> None:
     """A file server may hold such a lock for a dead client."""
     leave_behind(tmp_path, machine="another")
-    with (tmp_path / run_lock.NAME).open() as file:
+    with (tmp_path / run_folder.LOCK).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         seconds_to_take(tmp_path)
 
@@ -190,7 +190,7 @@ def test_clocks_that_differ(apart: int, tmp_path: Path) -> None:
     def touch() -> None:
         while not stop.wait(0.2):
             now = time.time() + apart
-            os.utime(tmp_path / run_lock.NAME, (now, now))
+            os.utime(tmp_path / run_folder.LOCK, (now, now))
 
     thread = threading.Thread(target=touch)
     thread.start()
@@ -204,7 +204,7 @@ def test_clocks_that_differ(apart: int, tmp_path: Path) -> None:
 
 def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path) -> None:
     leave_behind(tmp_path, machine="another")
-    threading.Timer(0.7, (tmp_path / run_lock.NAME).unlink).start()
+    threading.Timer(0.7, (tmp_path / run_folder.LOCK).unlink).start()
     assert seconds_to_take(tmp_path) < run_lock.WATCH_SECONDS
 
 
@@ -226,19 +226,19 @@ def test_of_several_starts_at_once_one_goes_on(
     "text", ["{", "[]", '{"host": "node7", "pid": 12, "since": "2026-11-24 10:00:00"}']
 )
 def test_text_that_is_no_lease_is_watched(text: str, tmp_path: Path) -> None:
-    (tmp_path / run_lock.NAME).write_text(text)
+    (tmp_path / run_folder.LOCK).write_text(text)
     assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
 
 
 def test_an_empty_file_is_nobodys(tmp_path: Path) -> None:
-    (tmp_path / run_lock.NAME).touch()
+    (tmp_path / run_folder.LOCK).touch()
     assert seconds_to_take(tmp_path) < AT_ONCE_SECONDS
 
 
 def test_a_field_of_a_later_version_hides_no_living_holder(hold: Hold, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hold(run)
-    lock = run / run_lock.NAME
+    lock = run / run_folder.LOCK
     lock.write_text(json.dumps(json.loads(lock.read_text()) | {"later": 1}))
     with pytest.raises(InputError, match="is in use"):
         RunLock(run)
@@ -247,7 +247,7 @@ def test_a_field_of_a_later_version_hides_no_living_holder(hold: Hold, tmp_path:
 def test_a_file_that_was_removed_is_written_again(hold: Hold, tmp_path: Path) -> None:
     run = tmp_path / "run"
     holder = hold(run)
-    (run / run_lock.NAME).unlink()
+    (run / run_folder.LOCK).unlink()
     time.sleep(1)
     with pytest.raises(InputError, match="is in use"):
         RunLock(run)
@@ -257,7 +257,7 @@ def test_a_file_that_was_removed_is_written_again(hold: Hold, tmp_path: Path) ->
 def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path) -> None:
     leave_behind(tmp_path, machine="another")
     run_lock.refuse_if_held(tmp_path)
-    os.utime(tmp_path / run_lock.NAME)
+    os.utime(tmp_path / run_folder.LOCK)
     assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
 
 

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
 from pathlib import Path
 
 from megaconsa import run_folder
@@ -23,10 +23,10 @@ LAST_WAIT_SECONDS = 60.0
 
 
 class MetricsFile(Callback):
-    """Writes rows in a separate thread, so that an unresponsive file system does not block a step.
+    """Writes the rows in a thread, so that a file system that hangs does not hold up the training.
 
-    Rows that cannot be written, for example because the disk is full, stay in memory. A later step
-    tries to write them again.
+    Rows that cannot be written, for example because the disk is full, wait in memory for a later
+    step.
     """
 
     order = Order.REPORT
@@ -35,12 +35,16 @@ class MetricsFile(Callback):
     def __init__(self, run: Path) -> None:
         self.path = run / run_folder.METRICS
         self.waiting: list[bytes] = []
-        """Rows not in the file yet. Steps append to it, and the thread removes from its front."""
+        """Rows that are not in the file yet. Steps append, the thread removes from the front."""
         self.written = 0
-        """Size in bytes of the complete rows in the file."""
-        self.failing = False
-        self.thread = ThreadPoolExecutor(1, "metrics")
-        self.writing: Future[None] | None = None
+        """Bytes of the file that are whole rows."""
+        self.failure: str | None = None
+        """Why the last write failed."""
+        self.thread: threading.Thread | None = None
+        self.bug: Exception | None = None
+        """An error that is not the disk's."""
+        self.abandoned = False
+        """The run has ended. A write that still hangs must not touch the file any more."""
 
     def on_start(self, trainer: Trainer) -> None:
         truncate(self.path, trainer.progress.step)
@@ -49,28 +53,30 @@ class MetricsFile(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         self.waiting.append(json.dumps(row).encode() + b"\n")
         if not self._is_writing():
-            # A step waits for its own row, so that no checkpoint is older than its metrics. It does
-            # not wait long.
+            # Usually the row is in the file before a checkpoint of its step is saved.
             self._write(PATIENCE_SECONDS)
 
     def on_finish(self, trainer: Trainer) -> None:
-        if self.writing is not None:
-            wait([self.writing], LAST_WAIT_SECONDS)
+        if self.thread is not None:
+            self.thread.join(LAST_WAIT_SECONDS)
         if self.waiting and not self._is_writing():
             self._write(LAST_WAIT_SECONDS)
+        self.abandoned = True
         if self.waiting:
-            logger.error("the last rows of %s are lost", self.path)
-        self.thread.shutdown(wait=False)
+            reason = self.failure or "no answer"
+            logger.error("the last rows of %s are lost: %s", self.path, reason)
 
     def _is_writing(self) -> bool:
-        return self.writing is not None and not self.writing.done()
+        return self.thread is not None and self.thread.is_alive()
 
     def _write(self, seconds: float) -> None:
-        """Lets the thread write the waiting rows, and waits at most `seconds` for it."""
-        self.writing = self.thread.submit(self._append_waiting)
-        wait([self.writing], seconds)
-        if self.writing.done():
-            self.writing.result()  # Raises errors that the disk did not cause.
+        """Has a thread write the waiting rows. Waits for it, but not longer than `seconds`."""
+        if self.bug is not None:
+            raise self.bug
+        # A daemon, because a process must be able to exit while its file system hangs.
+        self.thread = threading.Thread(target=self._append_waiting, name="metrics", daemon=True)
+        self.thread.start()
+        self.thread.join(seconds)
 
     def _append_waiting(self) -> None:
         count = len(self.waiting)
@@ -78,22 +84,26 @@ class MetricsFile(Callback):
         try:
             self.written = self._append(rows)
         except OSError as error:
-            if not self.failing:
+            if self.failure is None:
                 logger.error(
                     "%s cannot be written: %s; its rows wait in memory", self.path, error.strerror
                 )
-            self.failing = True
+            self.failure = error.strerror
             return
-        self.failing = False
+        except Exception as error:
+            self.bug = error
+            return
+        self.failure = None
         del self.waiting[:count]
 
     def _append(self, rows: bytes) -> int:
-        """Appends the rows to the file. Returns its new size in bytes.
-
-        Raises OSError if not all of them fit.
-        """
+        """Appends the rows and returns the size of the file."""
         with self.path.open("ab", buffering=0) as file:
-            file.truncate(self.written)  # Removes a row that an earlier attempt wrote in part.
+            if self.abandoned:
+                # Another process may be writing the file by now.
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            # An earlier write may have appended only a part of a row.
+            file.truncate(self.written)
             file.write(rows)
             size = file.tell()
         if size != self.written + len(rows):
