@@ -36,7 +36,13 @@ def test_rule_masks(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
             "rule random needs a seed; give one, for example --seed 0",
         ),
         (
-            {"rule": "random", "preset": "tiny", "seed": 0, "granularity": "layer"},
+            {
+                "rule": "random",
+                "preset": "tiny",
+                "seed": 0,
+                "granularity": "layer",
+                "scope": "per_layer",
+            },
             "allocation.scope=per_layer cannot hold with allocation.granularity=layer",
         ),
         ({"rule": "dense", "preset": "qwen9"}, "--preset qwen9"),
