@@ -5,6 +5,7 @@ Each topology is compared with one process on the same batches.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def main(
 
     from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
     from megaconsa.config import load
+    from megaconsa.consa.evidence_gates import CLOSING_SHARE
     from megaconsa.errors import InputError
     from megaconsa.files import replace_text
     from megaconsa.parallel.topology import Topology
@@ -57,7 +59,9 @@ def main(
         "training.decay_steps=0",
         "training.schedule=cosine",
         # The run's own warm-up may be longer than these steps.
-        f"gates.warmup_steps={steps - 1}",
+        f"gates.warmup_steps={math.floor((1 - CLOSING_SHARE) * steps)}",
+        # The controller `paper` could not reach its target in so few steps at the usual rate.
+        "gates.learning_rate=2",
     ]
     fields = {
         layout: [

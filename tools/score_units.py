@@ -46,7 +46,7 @@ def main(
     scope: Annotated[
         Literal["per_layer", "global"],
         typer.Option(help="Whether every layer meets the sparsity, or all layers together."),
-    ] = "per_layer",
+    ] = "global",
     granularity: Annotated[
         Literal["kv_head", "layer"],
         typer.Option(help="What a unit is."),

@@ -44,6 +44,24 @@ def test_each_topology_stands_beside_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "config.yaml"]
 
 
+@pytest.mark.parametrize("controller", ["evidence", "paper"])
+def test_a_learning_run_of_twenty_steps_is_measured(
+    controller: str, make_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The run's own warm-up of the gates is longer."""
+    path = tmp_path / "config.yaml"
+    values = make_config(
+        allocation={"source": "learn"},
+        gates={"controller": controller, "warmup_steps": 50},
+        training={"steps": 200},
+    )
+    path.write_text(yaml.safe_dump(values))
+    out = tmp_path / "bench.json"
+    bench_training.main(path, out=out)
+    (measured,) = json.loads(out.read_text())["measurements"]
+    assert len(measured["losses"]) == 20
+
+
 @pytest.mark.parametrize(
     "text", ["tensor", "tensor=0", "tensor=x", "model=2", "tensor=2,tensor=2", ""]
 )
