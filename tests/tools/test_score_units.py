@@ -50,9 +50,9 @@ def test_table_scores_and_text(method: str, finished: Finished, done: Done, tmp_
     written = json.loads(saved.read_text())
     scores = torch.tensor(written["scores"], dtype=torch.float64)
     allocation = Allocation.load(out)
-    assert allocation.full == as_rows(Constraint(4, 4, 0.75).top_k(scores))
+    assert allocation.full == as_rows(Constraint(4, 4, 0.75, scope="global").top_k(scores))
     assert (allocation.window, allocation.target_sparsity, allocation.sparsity) == (8, 0.75, 0.75)
-    assert (allocation.granularity, allocation.scope) == ("kv_head", "per_layer")
+    assert (allocation.granularity, allocation.scope) == ("kv_head", "global")
     tokens = store.resolve(run).state["tokens"]
     origin = {"run": str(run), "step": 6, "tokens": tokens, "sequences": 4, "seed": 0}
     assert allocation.origin == {"method": method, **origin}
@@ -126,8 +126,16 @@ def test_file(finished: Finished, done: Done, tmp_path: Path) -> None:
         ("file", (), "--method file needs --scores FILE"),
         ("file", ("--scores", "SCORES"), "line 2 holds 'x', which is not a finite number"),
         ("gradient", ("--sparsity", 0.3), "allocation.sparsity=0.3 cannot be met"),
-        ("gradient", ("--granularity", "layer"), "use allocation.scope=global"),
-        ("gradient", ("--floor", 1), "allocation.floor=1 needs allocation.scope=global"),
+        (
+            "gradient",
+            ("--scope", "per_layer", "--granularity", "layer"),
+            "use allocation.scope=global",
+        ),
+        (
+            "gradient",
+            ("--scope", "per_layer", "--floor", 1),
+            "allocation.floor=1 needs allocation.scope=global",
+        ),
         ("gradient", ("--save-scores", "FOLDER"), "is a folder; name a file in it"),
     ],
 )
