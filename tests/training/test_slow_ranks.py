@@ -22,7 +22,7 @@ from torch import distributed as dist
 forward = BlockLayer.forward
 def slow(layer, *arguments):
     if dist.get_rank() == 1:
-        time.sleep(0.05)
+        time.sleep(0.15)
     return forward(layer, *arguments)
 BlockLayer.forward = slow
 sys.exit(_main(sys.argv[1:]))
@@ -55,10 +55,11 @@ def test_a_rank_with_slow_layers(
     tasks = ended(start(write(values, tmp_path), [str(script)]))
     assert [task.code for task in tasks] == [0, 0], tasks
     row = read_metrics(Path(values["run"]["dir"]) / "metrics.jsonl")[-1]
-    # Each step has four layers and two micro-batches.
+    # Each step has four layers and two micro-batches. The delay is well above what a busy machine
+    # adds to the other rank's work.
     assert row["slowest_rank"] == 1
-    assert row["slowest_rank_seconds"] > 8 * 0.05
-    assert row["slowest_rank_seconds"] - row["rank_seconds"] == pytest.approx(8 * 0.05, rel=0.5)
+    assert row["slowest_rank_seconds"] > 8 * 0.15
+    assert row["slowest_rank_seconds"] - row["rank_seconds"] == pytest.approx(8 * 0.15, rel=0.5)
     assert row["rank_seconds"] < row["step_seconds"] / 2
     assert row["largest_memory_gib"] >= row["memory_gib"]
     (found,) = incidents.read(Path(values["run"]["dir"]))
