@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ PRELOADED = [
     "megaconsa.parallel.deepspeed.pipeline_modules",
 ]
 """Modules that take seconds to import."""
+CPP_LOG = re.compile(r"\[rank\d+\]:\[[IWEF]\d")
+"""Start of a line that torch's C++ code logs."""
 LINGER_SECONDS = 60.0
 """Time that a process gets to end once its job is done."""
 
@@ -92,13 +95,14 @@ class RunningJob:
     def failure(self) -> str:
         """Returns why it failed: the signal that killed it, or the last line of its log.
 
-        Empty lines of the log are skipped.
+        Empty lines are skipped, and so are lines of torch's C++ log. NCCL warns there about a
+        process group that an error left open.
         """
         code = self.process.exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         lines = self.log.read_text(errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
+        said = [line.strip() for line in lines if line.strip() and not CPP_LOG.match(line)]
         return said[-1] if said else f"exit code {code}"
 
 

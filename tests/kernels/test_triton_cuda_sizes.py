@@ -70,7 +70,9 @@ def test_more_than_2_31_elements() -> None:
             return x[0, :, head].reshape(length // document, document, 1, DIM)
 
         only = slice(head, head + 1)
-        part = replace(inputs.map(of_head), windows=(20,), gate=inputs.gate[only], documents=None)  # type: ignore[index]
+        assert inputs.gate is not None
+        gate = inputs.gate[only]
+        part = replace(inputs.map(of_head), windows=(20,), gate=gate, documents=None)
         part_results = {
             name: x[only] if name == "gate" else of_head(x) for name, x in results.items()
         }

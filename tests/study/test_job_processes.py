@@ -25,6 +25,16 @@ def linger(runs: Runs, job: Job, log: Path, device: str | None, threads: int) ->
     time.sleep(600)
 
 
+def leave_a_log(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
+    """Replaces a job's entry. Fails as a job on a GPU did that ran out of memory."""
+    log.write_text(
+        "torch.OutOfMemoryError: CUDA out of memory\n"
+        "[rank0]:[W1127 19:17:32.522147596 ProcessGroupNCCL.cpp:1575] Warning: WARNING: "
+        "destroy_process_group() was not called before program exit\n"
+    )
+    os._exit(1)
+
+
 def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
     make_runs: Callable[..., Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +54,16 @@ def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
     running.abort_if_stuck()
     assert running.process.exitcode == -signal.SIGABRT
     assert "in linger" in log.read_text()
+
+
+def test_the_reason_is_not_what_nccl_warns_of_afterwards(
+    make_runs: Callable[..., Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_main", leave_a_log)
+    log = tmp_path / "start.log"
+    running = process.RunningJob(make_runs(), start_job(make_runs()), log, device=None, threads=1)
+    running.process.join()
+    assert running.failure() == "torch.OutOfMemoryError: CUDA out of memory"
 
 
 def test_a_job_runs_on_a_device_of_its_own(make_runs: Callable[..., Runs], tmp_path: Path) -> None:
