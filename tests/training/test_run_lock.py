@@ -222,6 +222,26 @@ def test_of_several_starts_at_once_one_goes_on(
     assert sorted(said) == ["", "", "held\n"]
 
 
+@pytest.mark.parametrize("left", [None, "stale"])
+def test_a_start_that_looked_before_another_took_the_lease(
+    left: str | None, hold: Hold, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    before = None
+    if left is not None:
+        before = leave_behind(run, pid=os.getppid(), started=1)
+    late = RunLock.__new__(RunLock)
+    late.run = run
+    late.path = run / run_folder.LOCK
+    late.own = Holder.of_this_process()
+    holder = hold(run)
+    with pytest.raises(InputError, match=rf"is in use: process {holder.pid} on"):
+        late._take(before)
+    time.sleep(1.0)
+    assert holder.poll() is None
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"host": "node7", "pid": 12, "since": "2026-11-24 10:00:00"}']
 )

@@ -155,8 +155,12 @@ class RunLock(Callback):
         mine = self.path.with_name(f"{run_folder.LOCK}.{self.own.token}")
         try:
             self._write(mine)
-            if before is None and not self.path.exists() and self._linked(mine):
+            if before is None and self._linked(mine):
                 return
+            now = _read(self.path)
+            if now not in (before, self.own):
+                # Another start took the lease after `before` was read.
+                raise _in_use(self.run, now)
             mine.replace(self.path)
         except FileNotFoundError:
             # If the file is ours, the first attempt did succeed, but its answer was lost and a
@@ -173,13 +177,15 @@ class RunLock(Callback):
     def _linked(self, mine: Path) -> bool:
         """Creates the lock file as a hard link to `mine`. Only one of several starts succeeds.
 
-        Returns False if the file system has no links.
+        Returns False if the lock file is empty, or if the file system has no links.
         Raises InputError if another start has succeeded.
         """
         try:
             os.link(mine, self.path)
         except FileExistsError:
             now = _read(self.path)
+            if now is None:
+                return False
             # If the file is ours, the first of two attempts succeeded, but its answer was lost.
             if now != self.own:
                 raise _in_use(self.run, now) from None
