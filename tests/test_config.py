@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from config_cases import BASE, changed
 
 from megaconsa.config import build, differences, load
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.model.config import PRESETS, ModelConfig
+from tests.support.config_cases import BASE, changed
 
 STUDIES = {"study.yaml", "study_cpu.yaml"}
 """These files name a run configuration, but they are not one."""

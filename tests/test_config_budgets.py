@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_cases import PER_LAYER, changed, refusal
 
 from megaconsa.config import build, load
 from megaconsa.consa.constraint import Constraint
 from megaconsa.errors import InputError
+from tests.support.config_cases import PER_LAYER, changed, refusal
 
 
 @pytest.mark.parametrize("quantity", ["cache_bytes", "cache_share", "attention_share"])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_cases import BASE, changed
 
 from megaconsa.config import Config, build, differences, load
 from megaconsa.errors import InputError
+from tests.support.config_cases import BASE, changed
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from config_cases import BASE, PER_LAYER, changed, refusal
 
 from megaconsa.config import build
+from tests.support.config_cases import BASE, PER_LAYER, changed, refusal
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from megaconsa.cli import app
 from megaconsa.config import Config
 from megaconsa.model.config import PRESETS
 from megaconsa.training import same_run
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.console import guarded
 from megaconsa.errors import UnreachableError
 from megaconsa.exit_codes import LOST
+from tests.support.disks import OUT_OF_REACH
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

@@ -1,6 +1,6 @@
 """SIGKILL loses nothing and changes nothing.
 
-This is a tenth of what `python tests/checkpoint/kill_trials.py` runs.
+This is a tenth of what `python -m tests.support.kill_trials` runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kill_trials import forced_moments, random_trials
+from tests.support.kill_trials import forced_moments, random_trials
 
 
 def test_killed_at_random_moments(

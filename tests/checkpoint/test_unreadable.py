@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import OUT_OF_REACH
 
 from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.errors import InputError, UnreachableError
+from tests.support.disks import OUT_OF_REACH
 
 MakeConfig = Callable[..., dict[str, Any]]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from disks import fill
 
 from megaconsa.checkpoint import store, writer
 from megaconsa.checkpoint.writer import Snapshot, Staging, Writer
@@ -25,6 +24,7 @@ from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Callback, Row, Trainer
+from tests.support.disks import fill
 
 MakeConfig = Callable[..., dict[str, Any]]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.cluster.restarts import NAME, record
 from megaconsa.errors import InputError
+from tests.support.disks import OUT_OF_REACH
 
 
 def saved(run: Path, step: int) -> None:

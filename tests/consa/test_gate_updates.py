@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gate_banks import (
+from torch import Tensor
+
+from megaconsa.consa import hard_concrete, philox
+from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.sampled_gates import GRADIENT_CLIPPING
+from tests.support.gate_banks import (
     HEADS,
     KINDS,
     LAYERS,
@@ -21,11 +26,6 @@ from gate_banks import (
     sampler,
     spread,
 )
-from torch import Tensor
-
-from megaconsa.consa import hard_concrete, philox
-from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.consa.sampled_gates import GRADIENT_CLIPPING
 
 Descent = tuple[Tensor, Tensor, float]
 Spied = Callable[[GateBank], list[Descent]]

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from gate_banks import (
+
+from megaconsa.consa import hard_concrete, philox
+from megaconsa.consa.allocation import FULL_WINDOW
+from megaconsa.consa.constraint import Constraint
+from megaconsa.consa.gates import GateBank, GateSettings
+from megaconsa.consa.sampled_gates import DECAY_SHARE
+from tests.support.gate_banks import (
     HEADS,
     KINDS,
     LAYERS,
@@ -23,12 +29,6 @@ from gate_banks import (
     spread,
     variants,
 )
-
-from megaconsa.consa import hard_concrete, philox
-from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.consa.sampled_gates import DECAY_SHARE
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=name)

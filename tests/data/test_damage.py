@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from disks import OUT_OF_REACH
 
 from megaconsa import reading
 from megaconsa.data import shards
@@ -23,6 +22,7 @@ from megaconsa.data.shards import INFO, DataError, DatasetInfo, verify
 from megaconsa.data.stream import BatchStream, TokenShards
 from megaconsa.errors import InputError, UnreachableError
 from megaconsa.tools import verify_data
+from tests.support.disks import OUT_OF_REACH
 
 NAME = "shard.00003.mds.zstd"
 

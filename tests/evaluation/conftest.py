@@ -12,8 +12,7 @@ from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.needle import Needles
 from megaconsa.huggingface.load import load_exported
-
-from .exports import ALLOCATIONS, make_export
+from tests.support.exports import ALLOCATIONS, make_export
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import pytest
 
 from megaconsa.data.shards import DatasetInfo
 from megaconsa.evaluation.models import digest, open_models
-
-from .exports import ALLOCATIONS, SHAPE, make_export
+from tests.support.exports import ALLOCATIONS, SHAPE, make_export
 
 
 def test_labels(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ from megaconsa.evaluation.held_out import HeldOut
 from megaconsa.evaluation.needle import END, NAMES, PROMPT, Example, Needles, measure
 from megaconsa.evaluation.record import NeedleSettings
 from megaconsa.huggingface.load import load_exported
-
-from .exports import make_export, one_layer
+from tests.support.exports import make_export, one_layer
 
 SETTINGS = NeedleSettings(lengths=[100, 140], depths=[0, 0.3, 1], needles=3, seed=0)
 

@@ -25,8 +25,7 @@ from megaconsa.evaluation.perplexity import (
 )
 from megaconsa.evaluation.scoring import score
 from megaconsa.huggingface.decoding import use_kernels
-
-from .exports import ALLOCATIONS, WINDOW
+from tests.support.exports import ALLOCATIONS, WINDOW
 
 LENGTH = 24
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface.reference import random_weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -33,8 +32,8 @@ from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
 from megaconsa.model.rope import rotary_angles
-
-from .exports import SHAPE as FOUR_LAYERS
+from tests.support.exports import SHAPE as FOUR_LAYERS
+from tests.support.transformers_reference import random_weights
 
 SHAPE = replace(FOUR_LAYERS, num_hidden_layers=2)
 HEADS = SHAPE.num_key_value_heads

@@ -1,4 +1,4 @@
-"""Exports of the tiny model of reference.py, each made once."""
+"""Exports of the tiny model of tests/support/transformers_reference.py, each made once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.export import export
-
-from .reference import MODEL, random_weights
+from tests.support.transformers_reference import MODEL, random_weights
 
 
 @pytest.fixture(scope="package", autouse=True)

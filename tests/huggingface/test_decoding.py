@@ -18,8 +18,14 @@ from transformers import DynamicCache
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.decoding import KernelCache, use_kernels
 from megaconsa.huggingface.load import load_exported
-
-from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits
+from tests.support.transformers_reference import (
+    DENSE,
+    HEAD_WISE,
+    LAYER_WISE,
+    MODEL,
+    WINDOW,
+    masked_logits,
+)
 
 Export = Callable[[Allocation], Path]
 KINDS = pytest.mark.parametrize(

@@ -25,11 +25,18 @@ from megaconsa.errors import InputError, RunError
 from megaconsa.huggingface.export import export, export_bytes, reorder_weight
 from megaconsa.huggingface.load import compare_logits, generate_line, load_exported, register
 from megaconsa.huggingface.modeling_megaconsa import MegaconsaForCausalLM
-
-from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits, random_weights
+from tests.support import ROOT
+from tests.support.transformers_reference import (
+    DENSE,
+    HEAD_WISE,
+    LAYER_WISE,
+    MODEL,
+    WINDOW,
+    masked_logits,
+    random_weights,
+)
 
 Export = Callable[[Allocation], Path]
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def export_fp32(weights: Mapping[str, Tensor], out: Path, **changed: Any) -> None:
@@ -360,7 +367,7 @@ def test_loads_and_generates_in_a_process_of_its_own(
     folder = exported(HEAD_WISE)
     if place == "in the checkout":
         before = CHECKOUT
-        where = REPOSITORY
+        where = ROOT
     else:
         before = NO_MEGACONSA
         where = tmp_path

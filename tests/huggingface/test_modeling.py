@@ -16,8 +16,15 @@ from transformers import DynamicCache, StaticCache
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.load import compare_logits, generate_line, load_exported
-
-from .reference import DENSE, HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits, stock
+from tests.support.transformers_reference import (
+    DENSE,
+    HEAD_WISE,
+    LAYER_WISE,
+    MODEL,
+    WINDOW,
+    masked_logits,
+    stock,
+)
 
 TOLERANCE = 1e-5  # relative to the largest logit
 Export = Callable[[Allocation], Path]

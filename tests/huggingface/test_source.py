@@ -21,8 +21,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.huggingface.load import load_exported
 from megaconsa.huggingface.source import INDEX, WEIGHTS, open_source
-
-from .reference import HEAD_WISE, LAYER_WISE, MODEL, WINDOW, stock
+from tests.support.transformers_reference import HEAD_WISE, LAYER_WISE, MODEL, WINDOW, stock
 
 Export = Callable[[Allocation], Path]
 THETA = MODEL.rope_theta

@@ -19,10 +19,9 @@ from torch import Tensor
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.load import load_exported
 from megaconsa.huggingface.source import open_source
+from tests.support import ROOT
+from tests.support.transformers_reference import HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits
 
-from .reference import HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 RELEASES = ["transformers==4.57.0", "transformers>=5"]
 TESTS = ["tests/huggingface", "tests/data/test_tokenizer_folder.py"]
 
@@ -89,7 +88,7 @@ def test_other_releases_of_transformers(release: dict[str, str]) -> None:
         "no:cacheprovider",
     ]
     result = subprocess.run(
-        command, cwd=REPOSITORY, env=release, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=release, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:]
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from attention_cases import FULL, Case, check, draw
 
 from megaconsa import cli
 from megaconsa.benchmarks.attention import tuning
@@ -33,6 +32,7 @@ from megaconsa.kernels.attention.launch import (
 )
 from megaconsa.kernels.attention.triton.operators import attention
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS
+from tests.support.attention_cases import FULL, Case, check, draw
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton compiles for the GPU here"

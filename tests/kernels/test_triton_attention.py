@@ -9,11 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-import attention_properties as properties
 import pytest
 import torch
 import triton
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.launch import Launch
+from megaconsa.kernels.attention.triton import backward_operator, forward_operator
+from megaconsa.kernels.attention.triton.operators import attention, document_bounds
+from tests.support import attention_properties as properties
+from tests.support.attention_cases import (
     BLOCK_EDGES,
     FULL,
     HEAD_DIMS,
@@ -27,14 +34,7 @@ from attention_cases import (
     random_gate,
     run,
 )
-from attention_properties import LAYOUTS
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from megaconsa.kernels.attention import reference
-from megaconsa.kernels.attention.launch import Launch
-from megaconsa.kernels.attention.triton import backward_operator, forward_operator
-from megaconsa.kernels.attention.triton.operators import attention, document_bounds
+from tests.support.attention_properties import LAYOUTS
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,

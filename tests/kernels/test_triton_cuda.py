@@ -12,7 +12,9 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from attention_cases import (
+
+from megaconsa.kernels.attention.triton.operators import attention
+from tests.support.attention_cases import (
     BLOCK_EDGES,
     FULL,
     HEAD_DIMS,
@@ -24,10 +26,14 @@ from attention_cases import (
     random_gate,
     run,
 )
-from attention_properties import LAYOUTS
-from cuda_cases import DIM, TOLERANCES, check_on_gpu, every_dtype, widest_and_narrowest
-
-from megaconsa.kernels.attention.triton.operators import attention
+from tests.support.attention_properties import LAYOUTS
+from tests.support.cuda_cases import (
+    DIM,
+    TOLERANCES,
+    check_on_gpu,
+    every_dtype,
+    widest_and_narrowest,
+)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import attention_properties as properties
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megaconsa.kernels import hybrid_attention
+from megaconsa.kernels.attention.triton.operators import attention
+from tests.support import attention_properties as properties
+from tests.support.attention_cases import (
     FULL,
     Case,
     assert_same_bits,
@@ -18,12 +23,7 @@ from attention_cases import (
     random_gate,
     run,
 )
-from cuda_cases import DIM, TOLERANCES
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from megaconsa.kernels import hybrid_attention
-from megaconsa.kernels.attention.triton.operators import attention
+from tests.support.cuda_cases import DIM, TOLERANCES
 
 pytestmark = [
     pytest.mark.gpu,

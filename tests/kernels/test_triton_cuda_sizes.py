@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import FULL, Case, Inputs, check, draw, errors, random_gate, run
-from cuda_cases import DIM, TOLERANCES, check_on_gpu
 from torch import Tensor
 
 from megaconsa.kernels.attention.triton.operators import attention
+from tests.support.attention_cases import FULL, Case, Inputs, check, draw, errors, random_gate, run
+from tests.support.cuda_cases import DIM, TOLERANCES, check_on_gpu
 
 pytestmark = [
     pytest.mark.gpu,

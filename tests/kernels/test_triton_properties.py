@@ -5,17 +5,25 @@ They cover equal bits, isolation of rows and documents, operators, and compiling
 
 from __future__ import annotations
 
-import attention_properties as properties
 import pytest
 import torch
 import triton
-from attention_cases import FULL, Case, Inputs, assert_same_bits, draw, random_documents, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
 from megaconsa.kernels.attention.triton.operators import attention, document_bounds
+from tests.support import attention_properties as properties
+from tests.support.attention_cases import (
+    FULL,
+    Case,
+    Inputs,
+    assert_same_bits,
+    draw,
+    random_documents,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import triton
-from attention_cases import HEAD_DIMS
 
 from megaconsa.kernels.attention.backends import Problem
 from megaconsa.kernels.attention.triton.operators import refusal
+from tests.support.attention_cases import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from topologies import Runs
 
 from megaconsa.data.prepare import prepare
+from tests.support.topologies import Runs
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,16 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from comparison import checkpoint, differences, relative
-from huggingface.reference import masked_logits
-from topologies import (
+
+from megaconsa.checkpoint.gates import read_gates
+from megaconsa.data.packing import IGNORED
+from megaconsa.data.stream import BatchStream
+from megaconsa.huggingface.export import export
+from megaconsa.huggingface.load import compare_logits
+from megaconsa.model.initialize import initial_weight
+from megaconsa.reporting.metrics import read_metrics
+from tests.support.comparison import checkpoint, differences, relative
+from tests.support.topologies import (
     CASES,
     CLIPPING,
     COMBINATIONS,
@@ -47,14 +54,7 @@ from topologies import (
     Layout,
     Runs,
 )
-
-from megaconsa.checkpoint.gates import read_gates
-from megaconsa.data.packing import IGNORED
-from megaconsa.data.stream import BatchStream
-from megaconsa.huggingface.export import export
-from megaconsa.huggingface.load import compare_logits
-from megaconsa.model.initialize import initial_weight
-from megaconsa.reporting.metrics import read_metrics
+from tests.support.transformers_reference import masked_logits
 
 
 def check_equal(

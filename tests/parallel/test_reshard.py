@@ -1,7 +1,7 @@
 """A run stops in one topology and resumes in another.
 
-Its tensors are equal bit for bit, and its losses up to rounding. worker.py compares what the ranks
-hold after loading with what was saved.
+Its tensors are equal bit for bit, and its losses up to rounding. tests/support/topology_worker.py
+compares what the ranks hold after loading with what was saved.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comparison import checkpoint
-from topologies import (
+
+from megaconsa.reporting.metrics import computed, read_metrics
+from tests.support.comparison import checkpoint
+from tests.support.topologies import (
     DP2,
     LEARN_TIED,
     ONE,
@@ -26,8 +28,6 @@ from topologies import (
     Layout,
     Runs,
 )
-
-from megaconsa.reporting.metrics import computed, read_metrics
 
 OTHERS = (ONE, TP2_SEQUENCE, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
 

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import checkpoint, tensors
-from topologies import DP2, LEARN_TIED, PP2, PP2_DUALPIPEV, STEPS, TP2_SEQUENCE, Job, Layout, Runs
 
 from megaconsa.reporting.metrics import computed, read_metrics
+from tests.support.comparison import checkpoint, tensors
+from tests.support.topologies import (
+    DP2,
+    LEARN_TIED,
+    PP2,
+    PP2_DUALPIPEV,
+    STEPS,
+    TP2_SEQUENCE,
+    Job,
+    Layout,
+    Runs,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from plans import SETTINGS
 
 from megaconsa import config
+from tests.support.plans import SETTINGS
 
 LAYERS = 12
 HEADS = 8

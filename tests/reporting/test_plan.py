@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import SETTINGS, planned
 
 from megaconsa import config
 from megaconsa.consa import rules
@@ -17,6 +16,7 @@ from megaconsa.model.flops import training_flops
 from megaconsa.planning.plan import make_plan
 from megaconsa.planning.table import plan_table
 from megaconsa.tools import plan as plan_tool
+from tests.support.plans import SETTINGS, planned
 
 
 def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from plans import planned
 
 from megaconsa import config
 from megaconsa.consa import rules
@@ -16,6 +15,7 @@ from megaconsa.model.flops import visible_pairs
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.planning.plan import Plan
 from megaconsa.planning.table import plan_table
+from tests.support.plans import planned
 
 
 def on_ranks(settings: Path, gpus: int, *overrides: str) -> Plan:

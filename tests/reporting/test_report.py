@@ -15,8 +15,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.reporting.metrics import last, read_metrics, series
 from megaconsa.reporting.report import find_runs, write_report
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")

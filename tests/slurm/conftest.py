@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import Cluster, missing
+
+from tests.support.slurm_cluster import Cluster, missing
 
 MEGACONSA = Path(sys.executable).with_name("megaconsa")
 

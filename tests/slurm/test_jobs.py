@@ -13,41 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ROOT, Cluster, await_until
-from disks import OUT_OF_REACH
 
 from megaconsa.checkpoint import store
 from megaconsa.consa.allocation import Allocation
 from megaconsa.reporting.metrics import computed, read_metrics
+from tests.support import ROOT
+from tests.support.disks import OUT_OF_REACH
+from tests.support.slurm_cluster import Cluster, await_until
+from tests.support.slurm_jobs import LONG, log, number, running_at, steps
 
 pytestmark = pytest.mark.slurm
 
 Submit = Callable[..., str]
 WriteConfig = Callable[..., Path]
 ONE_NODE = ("--gpus-per-node", 2)
-LONG = {"training": {"steps": 120}, "checkpoint": {"every": 20}}
-"""Long enough to be interrupted in the middle."""
 EIO_SECONDS = float(os.environ.get("MEGACONSA_TEST_EIO_SECONDS", "10"))
 """How long the storage does not answer."""
-
-
-def number(printed: str) -> str:
-    """Extracts Slurm's number from the line `train: job 12` that submit prints."""
-    return printed.partition(": job ")[2].split()[0]
-
-
-def log(run: Path) -> str:
-    (path,) = (run / "slurm").glob("*.out")
-    return path.read_text()
-
-
-def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def running_at(cluster: Cluster, run: Path, step: int) -> None:
-    await_until(lambda: steps(run) >= step, f"step {step} of {run}", 120, lambda: log(run))
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from test_jobs import LONG, log, number, running_at
 
 from megaconsa.checkpoint import store
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import LONG, log, number, running_at
 
 pytestmark = pytest.mark.slurm
 

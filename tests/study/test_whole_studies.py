@@ -16,8 +16,8 @@ import yaml
 
 from megaconsa import run_folder
 from megaconsa.reporting.metrics import read_metrics
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120.0
 ARMS: dict[str, Any] = {"dense": {"rule": "dense"}, "evidence": {"learn": {}, "scope": "global"}}
 LONG_LEARNING = {"training.steps": 400, "gates.warmup_steps": 8, "checkpoint.every": 20}

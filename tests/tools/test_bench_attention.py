@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from bench_problems import CPU, NAMES, SHAPE, every_case, inputs_of, results_of
 from torch import Tensor
 
 from megaconsa.benchmarks.attention import peers, timing
@@ -22,6 +21,7 @@ from megaconsa.benchmarks.attention.timing import check, errors, time_in_turns
 from megaconsa.benchmarks.attention.truth import truth
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
+from tests.support.bench_problems import CPU, NAMES, SHAPE, every_case, inputs_of, results_of
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench_problems import NAMES
 from torch import Tensor
 
 from megaconsa.benchmarks.attention import peers
 from megaconsa.benchmarks.attention.cases import Inputs, Shape
 from megaconsa.benchmarks.attention.contestants import Contestant, OurBackend, Peer
 from megaconsa.kernels import hybrid_attention
+from tests.support.bench_problems import NAMES
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import SMALL, Done
 from PIL import Image
 
 from megaconsa.evaluation import perplexity
+from tests.support.evaluations import SMALL, Done
 
 
 def test_models_side_by_side(

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation.exports import ALLOCATIONS, SHAPE, make_export
-from evaluations import SMALL, Done, Refused
-from huggingface.reference import random_weights
 
 from megaconsa.data.prepare import prepare
 from megaconsa.huggingface.export import export
+from tests.support.evaluations import SMALL, Done, Refused
+from tests.support.exports import ALLOCATIONS, SHAPE, make_export
+from tests.support.transformers_reference import random_weights
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation.exports import ALLOCATIONS, make_export
-from evaluations import Refused
 
 from megaconsa.huggingface.load import load_exported
+from tests.support import ROOT
+from tests.support.evaluations import Refused
+from tests.support.exports import ALLOCATIONS, make_export
 
-ROOT = Path(__file__).parents[2]
 TASK = """
 task: colours
 dataset_path: json

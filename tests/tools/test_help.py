@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from megaconsa import cli
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(str(name) for name in typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 TOOLS = sorted(name for name in COMMANDS if name != "train")
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "streaming", "matplotlib", "pydantic")

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import await_step, ended, start, write
 
 from megaconsa import incidents
 from megaconsa.checkpoint import store
@@ -28,6 +27,8 @@ from megaconsa.parallel.world import ALONE
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
 from megaconsa.training.callbacks.watchdog import Watchdog
+from tests.support import ROOT
+from tests.support.ranks import await_step, ended, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
 ENDLESS = {"steps": 100_000}
@@ -54,8 +55,8 @@ RANK_1_WAITS_FOR_DATA = RANK_1_SLEEPS.replace("METHOD", "_fetch").replace("SECON
 DISK_FILLS = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from disks import fill
+sys.path.insert(0, {str(ROOT)!r})
+from tests.support.disks import fill
 from megaconsa.train import _main
 from megaconsa.training.trainer import Trainer
 
@@ -85,8 +86,10 @@ def test_a_killed_rank_brings_the_other_down_at_once(
     assert "\nerror: rank 1 of 2 on " in main.err
     assert "died without a word" in main.err
     assert "Traceback" not in main.err
-    (incident,) = incidents.read(run)
-    assert (incident["kind"], incident["rank"]) == ("lost_rank", 0)
+    # On a loaded machine the ranks may also be recorded as slow.
+    found = [(each["kind"], each["rank"]) for each in incidents.read(run)]
+    assert found.count(("lost_rank", 0)) == 1, found
+    assert {kind for kind, _ in found} <= {"lost_rank", "slow_rank"}, found
 
 
 @DEVICES

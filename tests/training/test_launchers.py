@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import TRAIN, ended, environment, start, write
 
 from megaconsa.errors import InputError
 from megaconsa.parallel.launcher import HYDRA, OPEN_MPI, free_port
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import _main
+from tests.support.ranks import TRAIN, ended, environment, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
 MPIS = {"openmpi": OPEN_MPI, "hydra": HYDRA}

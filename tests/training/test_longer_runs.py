@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import RULE, StopAfter, contents, interrupted
 
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.errors import InputError
 from megaconsa.reporting.metrics import computed
 from megaconsa.training.inputs import check_inputs
+from tests.support.interruptions import RULE, StopAfter, contents, interrupted
 
 MakeConfig = Callable[..., dict[str, Any]]
 WSD = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4}

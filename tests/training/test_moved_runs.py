@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from test_resume import StopAfter, interrupted
 
 from megaconsa import config as configuration
 from megaconsa.checkpoint import store
@@ -22,6 +21,7 @@ from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.run_paths import PATHS
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
+from tests.support.interruptions import StopAfter, interrupted
 
 MakeConfig = Callable[..., dict[str, Any]]
 

@@ -18,43 +18,10 @@ from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Callback, Row, Trainer
-
-RULE = {"source": "rule", "rule": "head-share", "sparsity": 0.5}
+from tests.support.interruptions import RULE, CrashAfter, StopAfter, contents, interrupted
 
 MakeConfig = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
-
-
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, row: Row) -> None:
-        if row["step"] == self.step - 1:
-            trainer.request_stop()  # as a signal during the step before would
-
-
-class CrashAfter(StopAfter):
-    def on_step(self, trainer: Trainer, row: Row) -> None:
-        if row["step"] == self.step:
-            raise KeyboardInterrupt
-
-
-def interrupted(values: dict[str, Any], callback: Callback) -> None:
-    trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
-    trainer.callbacks = [*trainer.callbacks, callback]
-    if isinstance(callback, CrashAfter):
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
-    else:
-        assert not trainer.run()
-
-
-def contents(run: str) -> dict[str, bytes]:
-    newest = store.newest(Path(run))
-    assert newest is not None
-    return {path.name: path.read_bytes() for path in newest.path.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("allocation", [{"source": "learn"}, RULE], ids=["learn", "train"])

@@ -6,36 +6,35 @@ Interruptions do not change this.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
-from ranks import ended, start, write
 
 from megaconsa import incidents, run_folder
 from megaconsa.checkpoint import store
 from megaconsa.config import build
 from megaconsa.errors import InputError, RunError
 from megaconsa.parallel import mesh
-from megaconsa.parallel.deepspeed.engine import Engine
 from megaconsa.reporting.metrics import computed, read_metrics
 from megaconsa.training import bad_steps
 from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
+from tests.support import ROOT
+from tests.support.ranks import ended, start, write
+from tests.support.spikes import spike_in
 
 MakeConfig = Callable[..., dict[str, Any]]
 SPIKE_ON_RANK_1 = f"""
 import os, sys
 from contextlib import nullcontext
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(ROOT)!r})
 from megaconsa.train import _main
 from megaconsa.training import bad_steps
-from test_rewinds import spike_in
+from tests.support.spikes import spike_in
 
 bad_steps.LEAST = 4
 with spike_in(7) if os.environ["SLURM_PROCID"] == "1" else nullcontext():
@@ -47,29 +46,6 @@ with spike_in(7) if os.environ["SLURM_PROCID"] == "1" else nullcontext():
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes spikes count after four steps."""
     monkeypatch.setattr(bad_steps, "LEAST", 4)
-
-
-@contextmanager
-def spike_in(call: int) -> Iterator[None]:
-    """Multiplies the gradient of one weight by a thousand, in one call of train_step."""
-    original = Engine.train_step
-    calls = 0
-
-    def poisoned(engine: Engine, *arguments: Any) -> float:
-        nonlocal calls
-        calls += 1
-        if calls != call:
-            return original(engine, *arguments)
-        hook = next(iter(engine.distributed.parameters.values())).register_hook(
-            lambda gradient: gradient * 1000
-        )
-        try:
-            return original(engine, *arguments)
-        finally:
-            hook.remove()
-
-    with patch.object(Engine, "train_step", poisoned):
-        yield
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:

@@ -19,13 +19,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from disks import OUT_OF_REACH, fill
 
 from megaconsa import incidents, run_folder
 from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
 from megaconsa.training.callbacks import run_lock
 from megaconsa.training.callbacks.run_lock import Holder, RunLock
+from tests.support.disks import OUT_OF_REACH, fill
 
 HOLD = """
 import sys, time

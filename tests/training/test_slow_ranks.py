@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ended, start, write
 
 from megaconsa import incidents
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.callbacks.slow_ranks import slow_ranks
+from tests.support.ranks import ended, start, write
 
 SLOW_RANK = """
 import sys, time

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ended, start, write
 
 from megaconsa.exit_codes import LOST
 from megaconsa.training import start_checks
+from tests.support.ranks import ended, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
 CHECK = """

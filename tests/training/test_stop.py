@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import await_step, ended, start, write
 
 from megaconsa.checkpoint import store
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
 from megaconsa.training.callbacks import stop_requests
+from tests.support.ranks import await_step, ended, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
 ENDLESS = {"steps": 100_000}

@@ -1,6 +1,6 @@
 """This version resumes runs of earlier versions.
 
-stored_runs.py makes the archives, one per release.
+tests/support/stored_runs.py makes the archives, one per release.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_runs import FOLDER, STOPPED_AFTER
 
 from megaconsa import config as configuration
 from megaconsa.checkpoint import store
@@ -26,6 +25,7 @@ from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training import inputs as inputs_module
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
+from tests.support.stored_runs import FOLDER, STOPPED_AFTER
 
 ARCHIVES = sorted(FOLDER.glob("*.tar.gz"))
 

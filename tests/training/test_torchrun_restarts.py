@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import TRAIN, await_step, ended, environment, write
 
 from megaconsa.checkpoint import store
 from megaconsa.parallel.launcher import free_port
 from megaconsa.reporting.metrics import read_metrics
+from tests.support.ranks import TRAIN, await_step, ended, environment, write
 
 MakeConfig = Callable[..., dict[str, Any]]
 STEPS = 40

@@ -2,7 +2,7 @@
 
 Run once for each release:
 
-    python tests/training/stored_runs.py
+    python -m tests.support.stored_runs
 
 Writes tests/training/stored_runs/VERSION.tar.gz. It holds a data folder, a run of stage 1 and a run
 of stage 2, both stopped halfway, and expected.json with the losses of all their steps.
@@ -28,9 +28,10 @@ from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Callback, Row, Trainer
+from tests.support import ROOT
 
-FOLDER = Path(__file__).parent / "stored_runs"
-LICENSE = Path(__file__).parents[2] / "LICENSE"
+FOLDER = ROOT / "tests/training/stored_runs"
+LICENSE = ROOT / "LICENSE"
 """A text that everybody may copy."""
 STEPS = 8
 STOPPED_AFTER = 4

@@ -1,6 +1,6 @@
 """Kills training with SIGKILL, resumes it, and compares it with a run that was never killed.
 
-python tests/checkpoint/kill_trials.py --trials 100
+python -m tests.support.kill_trials --trials 100
 
 A random trial is a run of 40 steps that saves after every second step. It is killed one to three
 times, at random moments from start-up to the end.

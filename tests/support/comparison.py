@@ -48,7 +48,7 @@ class Difference:
 
 
 def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Trains all jobs (see worker.py) in `processes` fresh ranks.
+    """Trains all jobs (see topology_worker.py) in `processes` fresh ranks.
 
     Raises AssertionError with the last output of the ranks if a job fails.
     """
@@ -66,7 +66,7 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     ]
     # In a new session, ranks that wait for each other forever can be killed with their launcher.
     with subprocess.Popen(
-        [*command, str(Path(__file__).with_name("worker.py")), str(path)],
+        [*command, str(Path(__file__).with_name("topology_worker.py")), str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

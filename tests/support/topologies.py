@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comparison import launch
-
 from megaconsa.consa.allocation import Allocation
+from tests.support.comparison import launch
 
 STEPS = 5
 CLIPPING = 0.05
@@ -77,7 +76,10 @@ CASES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a topology: a case, a deliberate fault, and where it stops (see worker.py)."""
+    """A run of a topology: a case, a deliberate fault, and where it stops.
+
+    See topology_worker.py.
+    """
 
     name: str
     case: Case

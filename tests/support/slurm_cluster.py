@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SEARCHED = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
 """Debian puts the daemons into folders that are not in the PATH of every user."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, check, draw
 
 from megaconsa.kernels.attention.triton.operators import attention
+from tests.support.attention_cases import Case, check, draw
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -1,6 +1,6 @@
 """One rank that trains several configurations of one topology, one after the other.
 
-torchrun ... worker.py JOBS.json
+torchrun ... topology_worker.py JOBS.json
 
 JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS, "stop":
 null or the step after which the run stops as if by a signal}.

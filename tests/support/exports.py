@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface.reference import HEAD_WISE, LAYER_WISE, MODEL, random_weights
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.huggingface.export import export
 from megaconsa.model.config import ModelConfig
+from tests.support.transformers_reference import HEAD_WISE, LAYER_WISE, MODEL, random_weights
 
 VOCABULARY = 512  # that of small_data
 POSITIONS = 160  # the smallest number that all tests need

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from attention_cases import FULL, Attention, Inputs, errors, run
 from torch import Tensor
+
+from tests.support.attention_cases import FULL, Attention, Inputs, errors, run
 
 
 def _inside_nan(x: Tensor, before: int) -> Tensor:
