@@ -151,7 +151,7 @@ class BatchStream:
     The stream of sequences is the concatenation of the epochs' orders. Each step takes the next
     global_batch sequences. Sequence g of the step belongs to micro-step m, data rank r and row b:
 
-        g = m * data_ranks * micro_batch + r * micro_batch + b
+        g = m * dp_size * micro_batch + r * micro_batch + b
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class BatchStream:
         seed: int,
         global_batch: int,
         micro_batch: int,
-        data_rank: int = 0,
-        data_ranks: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
         workers: int = 0,
         separate_documents: bool = True,
         shuffle: bool = True,
@@ -179,14 +179,14 @@ class BatchStream:
 
         Raises InputError for settings that cannot work.
         """
-        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * data_ranks):
+        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * dp_size):
             raise InputError(
                 f"global batch {global_batch} is not a multiple of micro batch {micro_batch} "
-                f"times {data_ranks} data ranks, change one of them"
+                f"times {dp_size} data ranks, change one of them"
             )
-        if not 0 <= data_rank < data_ranks:
+        if not 0 <= dp_rank < dp_size:
             raise InputError(
-                f"data rank {data_rank} is outside 0..{data_ranks - 1}, count data ranks from 0"
+                f"data rank {dp_rank} is outside 0..{dp_size - 1}, count data ranks from 0"
             )
         if seed < 0:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
@@ -195,8 +195,8 @@ class BatchStream:
         self.seed = seed
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self.data_rank = data_rank
-        self.data_ranks = data_ranks
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
         self.workers = workers
         self.separate_documents = separate_documents
         self.shuffle = shuffle
@@ -245,7 +245,7 @@ class BatchStream:
         for every topology. All sequences are read immediately, in this process.
         """
         count = min(count, len(self.shards))
-        padded = self.fixed_count(count, least) * self.micro_batch * self.data_ranks
+        padded = self.fixed_count(count, least) * self.micro_batch * self.dp_size
         batches = []
         for place in self._places(padded):
             rows = self.shards.rows(np.where(place < count, place, 0))
@@ -262,7 +262,7 @@ class BatchStream:
                 f"{count} sequences for evaluation are less than one micro batch of "
                 f"{self.micro_batch}, use more"
             )
-        rounded_up = -(-count // (self.micro_batch * self.data_ranks))
+        rounded_up = -(-count // (self.micro_batch * self.dp_size))
         return max(least, rounded_up)
 
     def _places(self, sequences: int) -> list[np.ndarray]:
@@ -270,8 +270,8 @@ class BatchStream:
 
         sequences: the number of sequences that the ranks share.
         """
-        grid = np.arange(sequences).reshape(-1, self.data_ranks, self.micro_batch)
-        return list(grid[:, self.data_rank])
+        grid = np.arange(sequences).reshape(-1, self.dp_size, self.micro_batch)
+        return list(grid[:, self.dp_rank])
 
     def _sampler(self, taken: int) -> Iterator[np.ndarray]:
         """The (B,) sequence ids of this rank's micro-batches, endlessly.

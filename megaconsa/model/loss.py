@@ -26,8 +26,8 @@ CHUNK_BYTES = 2**30
 class Ranks(Protocol):
     """All-reduces over ranks, in place and without gradients."""
 
-    def sum(self, x: Tensor) -> Tensor: ...
-    def maximum(self, x: Tensor) -> Tensor: ...
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+    def all_reduce_max(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ def _losses_(
     own = own.masked_fill(labels == IGNORED, IGNORED)
     softmax, target = softmax_and_target(logits, own, IGNORED, part.rows)
     # Combine the parts' softmaxes, relative to the maximum over all ranks.
-    maximum = part.ranks.maximum(softmax.maximum.clone())
+    maximum = part.ranks.all_reduce_max(softmax.maximum.clone())
     total = softmax.total * (softmax.maximum - maximum).exp()
     # Only the rank that has the label's row contributes its logit.
     target = (target - maximum).masked_fill(own < 0, 0.0)
     # One all-reduce for both.
-    total, target = part.ranks.sum(torch.stack((total, target)))
+    total, target = part.ranks.all_reduce(torch.stack((total, target)))
     if gradient:
         gradient_(logits, own, IGNORED, Softmax(maximum, total), part.rows)
     return (total.log() - target).masked_fill(labels == IGNORED, 0.0)

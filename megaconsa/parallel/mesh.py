@@ -14,9 +14,9 @@ from megaconsa.parallel.world import World, join
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands: its rank in the world and on each axis.
+    """This process's place: its rank in the world and on each axis.
 
-    rank = (pipeline_rank * data_ranks + data_rank) * tensor_ranks + tensor_rank
+    rank = (pp_rank * dp_size + dp_rank) * tp.size + tp.rank
 
     The ranks of a tensor group are neighbours because they communicate most. The ranks of a
     pipeline are farthest apart because they communicate least.
@@ -25,11 +25,11 @@ class Mesh:
     world: World
     grid: Any
     """The same as DeepSpeed's ProcessTopology. Its axes are called pipe, data and model."""
-    pipeline_rank: int
-    pipeline_ranks: int
-    data_rank: int
-    data_ranks: int
-    tensor: TensorParallel
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp: TensorParallel
 
     @property
     def device(self) -> torch.device:
@@ -43,21 +43,21 @@ class Mesh:
     def reads_data(self) -> bool:
         """Whether batches enter the pipeline here. All ranks of a tensor group read the same
         ones."""
-        return self.pipeline_rank == 0
+        return self.pp_rank == 0
 
     @property
     def counts_data(self) -> bool:
         """Whether this rank counts its batches. Among the ranks that read the same ones, one
         does."""
-        return self.reads_data and self.tensor.rank == 0
+        return self.reads_data and self.tp.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
         if self.world.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, *values: float) -> list[list[float]]:
+    def all_gather(self, *values: float) -> list[list[float]]:
         """Every rank's values, in the order of ranks, on every rank."""
         if self.world.size == 1:
             return [list(values)]
@@ -67,7 +67,7 @@ class Mesh:
         found: list[list[float]] = torch.stack(every).tolist()
         return found
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest value of any rank, on every rank."""
         if self.world.size == 1:
             return value
@@ -88,8 +88,8 @@ def initialize(
     """
     world = world or join()
     start_deepspeed(world)
-    data_ranks = world.size // (tensor * pipeline)
-    grid = process_grid(tensor, pipeline, data_ranks)
+    dp_size = world.size // (tensor * pipeline)
+    grid = process_grid(tensor, pipeline, dp_size)
     place = grid.get_coord(world.rank)
     group = None
     if tensor > 1:
@@ -100,7 +100,7 @@ def initialize(
         place.pipe,
         pipeline,
         place.data,
-        data_ranks,
+        dp_size,
         TensorParallel(place.model, tensor, group, sequence and tensor > 1),
     )
 

@@ -27,12 +27,12 @@ normaliser (2,))"""
 
 
 class EmbeddingLayer(nn.Embedding):
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
-        super().__init__(vocabulary.rows(config.vocab_size, tensor.size), config.hidden_size)
-        self.tensor = tensor
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__(vocabulary.rows(config.vocab_size, tp.size), config.hidden_size)
+        self.tp = tp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        return self.tensor.leave(vocabulary.lookup(carry[0], self.weight, self.tensor)), *carry[1:]
+        return self.tp.leave(vocabulary.lookup(carry[0], self.weight, self.tp)), *carry[1:]
 
 
 class BlockLayer(Block):
@@ -45,12 +45,12 @@ class BlockLayer(Block):
         heads: HeadSelector,
         backend: str,
         separate: bool,
-        tensor: TensorParallel,
+        tp: TensorParallel,
     ) -> None:
         super().__init__(
             sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate
         )
-        self.tensor = tensor
+        self.tp = tp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry
@@ -65,12 +65,10 @@ class BlockLayer(Block):
     def attend(
         self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
     ) -> Tensor:
-        return self.tensor.leave(
-            super().attend(self.tensor.enter(x), positions, documents, sequences)
-        )
+        return self.tp.leave(super().attend(self.tp.enter(x), positions, documents, sequences))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.tensor.leave(super().feed_forward(self.tensor.enter(x)))
+        return self.tp.leave(super().feed_forward(self.tp.enter(x)))
 
 
 class NormLayer(RMSNorm):
@@ -78,18 +76,18 @@ class NormLayer(RMSNorm):
         return super().forward(carry[0]), *carry[1:]
 
 
-class HeadLayer(nn.Linear):
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+class LMHeadLayer(nn.Linear):
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(
-            config.hidden_size, vocabulary.rows(config.vocab_size, tensor.size), bias=False
+            config.hidden_size, vocabulary.rows(config.vocab_size, tp.size), bias=False
         )
-        self.loss = partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)
+        self.loss = partial(head_loss, vocab_size=config.vocab_size, tp=tp)
 
     def forward(self, carry: Carry) -> Tensor:  # type: ignore[override]
         return self.loss(self, carry)
 
 
-def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorParallel) -> Tensor:
+def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tp: TensorParallel) -> Tensor:
     """Cross-entropy of a micro-batch.
 
     It is scaled so that DeepSpeed's mean over micro-batches is the mean over all labelled tokens.
@@ -101,7 +99,7 @@ def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tensor: TensorPara
     labelled_tokens, micro_batches = normalizer.unbind()
     assert isinstance(head.weight, Tensor)
     total = loss.summed_cross_entropy(
-        tensor.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tensor, vocab_size)
+        tp.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tp, vocab_size)
     )
     return total * (micro_batches / labelled_tokens)
 

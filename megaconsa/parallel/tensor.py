@@ -43,19 +43,19 @@ class TensorParallel:
             return x
         return _Scatter.apply(x, self) if self.sequence else _Reduce.apply(x, self)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place. Not differentiable."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def maximum(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """The maximum over the ranks, in place. Not differentiable."""
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
-    def parts(self, x: Tensor) -> list[Tensor]:
+    def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's tensor of this shape, in the order of ranks."""
         if self.size == 1:
             return [x]
@@ -63,13 +63,13 @@ class TensorParallel:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
-    def gather_sequence(self, x: Tensor) -> Tensor:
+    def all_gather_sequence(self, x: Tensor) -> Tensor:
         """(B, S / size, ...) to (B, S, ...)."""
         gathered = x.new_empty(self.size * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
         return gathered.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
 
-    def scatter_sequence(self, x: Tensor) -> Tensor:
+    def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
         """(B, S, ...) to (B, S / size, ...): this rank's part of the sum over the ranks."""
         stretches = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
         own = torch.empty_like(stretches[0])
@@ -80,19 +80,19 @@ class TensorParallel:
 # Each collective and its transpose. Tensors are made contiguous: a collective ignores strides.
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
-        ctx.tensor = tensor
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tensor.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+        return ctx.tp.all_reduce(gradient.clone(memory_format=torch.contiguous_format)), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
-        return tensor.sum(x.clone(memory_format=torch.contiguous_format))
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        return tp.all_reduce(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -101,21 +101,21 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
-        ctx.tensor = tensor
-        return tensor.gather_sequence(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.all_gather_sequence(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tensor.scatter_sequence(gradient), None
+        return ctx.tp.reduce_scatter_sequence(gradient), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
-        ctx.tensor = tensor
-        return tensor.scatter_sequence(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.reduce_scatter_sequence(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tensor.gather_sequence(gradient), None
+        return ctx.tp.all_gather_sequence(gradient), None

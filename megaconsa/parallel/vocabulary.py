@@ -14,20 +14,20 @@ def rows(vocab_size: int, size: int) -> int:
     return -(-vocab_size // size)
 
 
-def lookup(tokens: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
+def lookup(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     """This rank's part of the embeddings, (B, S, hidden). The sum over ranks is the embedding.
 
     tokens: (B, S). Tokens of other ranks give zeros.
     """
-    own = tokens - tensor.rank * weight.shape[0]
+    own = tokens - tp.rank * weight.shape[0]
     absent = (own < 0) | (own >= weight.shape[0])
     found = torch.nn.functional.embedding(own.masked_fill(absent, 0), weight)
     return found.masked_fill(absent[..., None], 0.0)
 
 
-def part(weight: Tensor, tensor: TensorParallel, vocab_size: int) -> VocabularyPart | None:
+def part(weight: Tensor, tp: TensorParallel, vocab_size: int) -> VocabularyPart | None:
     """Which rows of the head this rank holds, None if it holds all. weight: (rows, hidden)."""
-    if tensor.size == 1:
+    if tp.size == 1:
         return None
-    first = tensor.rank * weight.shape[0]
-    return VocabularyPart(first, max(0, min(weight.shape[0], vocab_size - first)), tensor)
+    first = tp.rank * weight.shape[0]
+    return VocabularyPart(first, max(0, min(weight.shape[0], vocab_size - first)), tp)

@@ -32,10 +32,10 @@ class DistributedWeights:
         """The (data, tensor) rank that gathers each weight. Ranks are chosen to balance bytes."""
         ranks = [
             (data, tensor)
-            for data in range(self.mesh.data_ranks)
-            for tensor in range(self.mesh.tensor.size)
+            for data in range(self.mesh.dp_size)
+            for tensor in range(self.mesh.tp.size)
         ]
-        load = {(stage, rank): 0 for stage in range(self.mesh.pipeline_ranks) for rank in ranks}
+        load = {(stage, rank): 0 for stage in range(self.mesh.pp_size) for rank in ranks}
         keepers = {}
         for name in sorted(self.shapes, key=lambda name: (-self.shapes[name].numel(), name)):
             lightest = min(ranks, key=lambda rank: load[self.owners[name], rank])
@@ -55,10 +55,10 @@ class DistributedWeights:
         """
         mesh = self.mesh
         for name, owner in self.owners.items():
-            if mesh.pipeline_rank != owner:
+            if mesh.pp_rank != owner:
                 continue
-            parts = mesh.tensor.parts(read(self.parameters[name]))
-            if self.keepers[name] == (mesh.data_rank, mesh.tensor.rank):
+            parts = mesh.tp.all_gather(read(self.parameters[name]))
+            if self.keepers[name] == (mesh.dp_rank, mesh.tp.rank):
                 yield name, self.sharding.join(name, parts)
 
     def part(self, name: str, whole: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def labelled_tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
     own = 0
     if mesh.counts_data:
         own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    return int(mesh.sum(torch.tensor(own, device=mesh.device)))
+    return int(mesh.all_reduce(torch.tensor(own, device=mesh.device)))
 
 
 def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
@@ -30,7 +30,7 @@ def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
 
     labelled: labelled tokens of the global batch.
     """
-    count = normalizer(labelled, len(batches) * mesh.data_ranks)
+    count = normalizer(labelled, len(batches) * mesh.dp_size)
     return [
         (batch.tokens, batch.labels, batch.documents, batch.sequences, count) for batch in batches
     ]

@@ -152,8 +152,8 @@ def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:
             seed=config.run.seed,
             global_batch=training.global_batch,
             micro_batch=training.micro_batch,
-            data_rank=mesh.data_rank,
-            data_ranks=mesh.data_ranks,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
             workers=workers,
             separate_documents=config.attention.separate_documents,
         )

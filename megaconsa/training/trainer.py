@@ -199,7 +199,7 @@ class Trainer:
         If some rank asks to stop, a save request of another rank may be lost. That does no harm,
         because a run saves before it stops.
         """
-        agreed = self.mesh.largest(2 * self._requested + self._save_requested)
+        agreed = self.mesh.all_reduce_max(2 * self._requested + self._save_requested)
         self.stop = Stop(agreed // 2)
         self.saving = bool(agreed % 2)
         if self.saving:
@@ -262,7 +262,7 @@ class Trainer:
             gradient = self.gates.gradient(self._reduce).sum(dim=0)
             numbers["gate_grad_norm"] = float(torch.linalg.vector_norm(gradient))
         own_fault = self.progress.bad_steps.fault(self.bad_steps, numbers)
-        any_fault = self.mesh.largest(int(own_fault is not None))
+        any_fault = self.mesh.all_reduce_max(int(own_fault is not None))
         if any_fault and own_fault is None:
             return Fault("another rank found a fault in it")
         return own_fault
@@ -300,7 +300,7 @@ class Trainer:
     def _reduce(self, gradient: torch.Tensor) -> None:
         # Each rank has the part of its own layers, heads and sequences. DeepSpeed's loss is a mean
         # over data ranks.
-        self.mesh.sum(gradient).div_(self.mesh.data_ranks)
+        self.mesh.all_reduce(gradient).div_(self.mesh.dp_size)
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
         """Model FLOPs utilisation: share of the dense bf16 peak of the ranks that share a batch.
@@ -314,7 +314,7 @@ class Trainer:
             return None
         lengths = document_lengths(batches)
         flops = training_flops(self.engine.shape, self.allocation, int(lengths.sum()), lengths)
-        return flops / seconds / (peak * self.mesh.tensor.size * self.mesh.pipeline_ranks)
+        return flops / seconds / (peak * self.mesh.tp.size * self.mesh.pp_size)
 
     def _memory(self) -> float:
         """Peak memory so far in GiB: allocated on a GPU, resident on a CPU."""

@@ -81,7 +81,7 @@ def test_resume_equals_never_stopping(prepared: Path, start: int) -> None:
 def test_ranks_share_the_same_global_batch(prepared: Path, ranks: int, micro: int) -> None:
     whole = take(open_stream(prepared), 5, 20)
     parts = [
-        take(open_stream(prepared, micro_batch=micro, data_rank=rank, data_ranks=ranks), 5, 20)
+        take(open_stream(prepared, micro_batch=micro, dp_rank=rank, dp_size=ranks), 5, 20)
         for rank in range(ranks)
     ]
     for step in range(20):
@@ -195,8 +195,8 @@ def test_fixed_batches_are_the_same_for_every_topology(prepared: Path) -> None:
                 options = {
                     "global_batch": 12,
                     "micro_batch": micro,
-                    "data_rank": rank,
-                    "data_ranks": ranks,
+                    "dp_rank": rank,
+                    "dp_size": ranks,
                     "shuffle": False,
                 }
                 batches = open_stream(prepared, split="validation", **options).fixed_batches(count)
@@ -218,7 +218,7 @@ def test_bad_batches_are_refused(prepared: Path) -> None:
     with pytest.raises(InputError, match="global batch 12 is not a multiple of micro batch 5"):
         open_stream(prepared, micro_batch=5)
     with pytest.raises(InputError, match="data rank 2 is outside"):
-        open_stream(prepared, data_rank=2, data_ranks=2)
+        open_stream(prepared, dp_rank=2, dp_size=2)
     with pytest.raises(InputError, match="seed -1"):
         open_stream(prepared, seed=-1)
     with pytest.raises(InputError, match="less than one micro batch"):

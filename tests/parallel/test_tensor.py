@@ -46,47 +46,47 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stretch(x: Tensor, tensor: TensorParallel) -> Tensor:
+def stretch(x: Tensor, tp: TensorParallel) -> Tensor:
     """Returns the part of the residual stream that this rank holds."""
-    return x.chunk(tensor.size, dim=1)[tensor.rank] if tensor.sequence else x
+    return x.chunk(tp.size, dim=1)[tp.rank] if tp.sequence else x
 
 
-def check_block(tensor: TensorParallel) -> None:
+def check_block(tp: TensorParallel) -> None:
     """Checks a hidden layer that is sharded by columns and then by rows.
 
     The weight of a norm before it gets gradients only from the tokens of this rank.
     """
     x = draw(BATCH, LENGTH, HIDDEN)
     scale = draw(HIDDEN, seed=1).requires_grad_()
-    up = draw(HIDDEN, 3 * tensor.size, seed=2).requires_grad_()
-    down = draw(3 * tensor.size, HIDDEN, seed=3).requires_grad_()
+    up = draw(HIDDEN, 3 * tp.size, seed=2).requires_grad_()
+    down = draw(3 * tp.size, HIDDEN, seed=3).requires_grad_()
     upstream = draw(BATCH, LENGTH, HIDDEN, seed=4)
     whole_x = x.clone().requires_grad_()
     whole = whole_x + torch.tanh((whole_x * scale) @ up) @ down
     truth = torch.autograd.grad((whole * upstream).sum(), (whole_x, scale, up, down))
 
-    own_x = stretch(x, tensor).clone().requires_grad_()
+    own_x = stretch(x, tp).clone().requires_grad_()
     own_scale = scale.detach().clone().requires_grad_()
-    own_up = up.detach().chunk(tensor.size, 1)[tensor.rank].clone().requires_grad_()
-    own_down = down.detach().chunk(tensor.size, 0)[tensor.rank].clone().requires_grad_()
-    out = own_x + tensor.leave(torch.tanh(tensor.enter(own_x * own_scale) @ own_up) @ own_down)
-    torch.testing.assert_close(out, stretch(whole, tensor))
+    own_up = up.detach().chunk(tp.size, 1)[tp.rank].clone().requires_grad_()
+    own_down = down.detach().chunk(tp.size, 0)[tp.rank].clone().requires_grad_()
+    out = own_x + tp.leave(torch.tanh(tp.enter(own_x * own_scale) @ own_up) @ own_down)
+    torch.testing.assert_close(out, stretch(whole, tp))
     d_x, d_scale, d_up, d_down = torch.autograd.grad(
-        (out * stretch(upstream, tensor)).sum(), (own_x, own_scale, own_up, own_down)
+        (out * stretch(upstream, tp)).sum(), (own_x, own_scale, own_up, own_down)
     )
-    torch.testing.assert_close(d_x, stretch(truth[0], tensor))
-    torch.testing.assert_close(tensor.sum(d_scale) if tensor.sequence else d_scale, truth[1])
-    torch.testing.assert_close(d_up, truth[2].chunk(tensor.size, 1)[tensor.rank])
-    torch.testing.assert_close(d_down, truth[3].chunk(tensor.size, 0)[tensor.rank])
+    torch.testing.assert_close(d_x, stretch(truth[0], tp))
+    torch.testing.assert_close(tp.all_reduce(d_scale) if tp.sequence else d_scale, truth[1])
+    torch.testing.assert_close(d_up, truth[2].chunk(tp.size, 1)[tp.rank])
+    torch.testing.assert_close(d_down, truth[3].chunk(tp.size, 0)[tp.rank])
 
 
-def check_vocabulary(tensor: TensorParallel) -> None:
+def check_vocabulary(tp: TensorParallel) -> None:
     """Checks embedding and loss.
 
     301 rows leave two rows of padding. The padding holds values that must not count.
     """
     # A chunk holds five tokens, so the last one is shorter.
-    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tensor.size)
+    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tp.size)
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
@@ -98,23 +98,21 @@ def check_vocabulary(tensor: TensorParallel) -> None:
     whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
     (truth,) = torch.autograd.grad(whole, weight)
 
-    rows = vocabulary.rows(VOCABULARY, tensor.size)
-    padded = torch.cat(
-        (weight.detach(), torch.full((rows * tensor.size - VOCABULARY, HIDDEN), 3.0))
-    )
-    own = padded[tensor.rank * rows : (tensor.rank + 1) * rows].clone().requires_grad_()
-    hidden = tensor.leave(vocabulary.lookup(tokens, own, tensor))
-    torch.testing.assert_close(hidden, stretch(embedded, tensor))
-    part = vocabulary.part(own, tensor, VOCABULARY)
-    total = 0.1 * loss.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, part)
+    rows = vocabulary.rows(VOCABULARY, tp.size)
+    padded = torch.cat((weight.detach(), torch.full((rows * tp.size - VOCABULARY, HIDDEN), 3.0)))
+    own = padded[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_()
+    hidden = tp.leave(vocabulary.lookup(tokens, own, tp))
+    torch.testing.assert_close(hidden, stretch(embedded, tp))
+    part = vocabulary.part(own, tp, VOCABULARY)
+    total = 0.1 * loss.summed_cross_entropy(tp.enter(torch.tanh(hidden)), own, labels, part)
     torch.testing.assert_close(total, whole)
     (gradient,) = torch.autograd.grad(total, own)
-    expected = torch.cat((truth, torch.zeros(rows * tensor.size - VOCABULARY, HIDDEN)))
+    expected = torch.cat((truth, torch.zeros(rows * tp.size - VOCABULARY, HIDDEN)))
     torch.testing.assert_close(
-        gradient, expected[tensor.rank * rows : (tensor.rank + 1) * rows], rtol=1e-5, atol=1e-6
+        gradient, expected[tp.rank * rows : (tp.rank + 1) * rows], rtol=1e-5, atol=1e-6
     )
     with torch.no_grad():
-        again = 0.1 * loss.summed_cross_entropy(tensor.enter(torch.tanh(hidden)), own, labels, part)
+        again = 0.1 * loss.summed_cross_entropy(tp.enter(torch.tanh(hidden)), own, labels, part)
     torch.testing.assert_close(again, whole)
 
 

@@ -126,7 +126,7 @@ def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
     whole = dict(saved.weights()) | dict(saved.moments())
     for name, tensor in own.items():
         assert torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)), name
-    seen = trainer.mesh.sum(torch.tensor(len(own)))
+    seen = trainer.mesh.all_reduce(torch.tensor(len(own)))
     assert int(seen) == len(whole)
 
 

@@ -294,8 +294,8 @@ def test_the_first_loss_is_that_of_transformers(
         seed=config.run.seed,
         global_batch=config.training.global_batch,
         micro_batch=config.training.global_batch,
-        data_rank=0,
-        data_ranks=1,
+        dp_rank=0,
+        dp_size=1,
         workers=0,
         separate_documents=False,
     )

@@ -67,13 +67,13 @@ class Engine:
         bf16 = training.in_bf16(mesh.device.type)
         self.precision = "bf16" if bf16 else "fp32"
         allocation = heads if isinstance(heads, Allocation) else None
-        sharding = Sharding(shape, allocation, mesh.tensor.rank, mesh.tensor.size)
+        sharding = Sharding(shape, allocation, mesh.tp.rank, mesh.tp.size)
         # DeepSpeed prints its settings and the table of layers.
         is_dualpipe = topology.schedule == "dualpipev"
         module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
         with contextlib.redirect_stdout(io.StringIO()):
             module = module_type(
-                layers=layer_specs(sharding, mesh.tensor, heads, backend, separate_documents),
+                layers=layer_specs(sharding, mesh.tp, heads, backend, separate_documents),
                 bounds=cut(
                     layer_costs(shape, allocation, training.sequence_length), topology.stages
                 ),
@@ -229,7 +229,7 @@ def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tens
     for name, parameter in parameters.items():
         if is_divided(name):
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        elif mesh.tensor.size > 1 and (mesh.tensor.sequence or sums_over_heads(name)):
+        elif mesh.tp.size > 1 and (mesh.tp.sequence or sums_over_heads(name)):
             # With sequence parallelism a norm's gradient comes from this rank's tokens only.
-            sums.append((parameter, mesh.tensor.group))
+            sums.append((parameter, mesh.tp.group))
     return sums

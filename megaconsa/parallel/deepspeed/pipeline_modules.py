@@ -13,7 +13,13 @@ from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayer
 from torch import Tensor
 
 from megaconsa.consa.head_pattern import HeadSelector
-from megaconsa.parallel.pipeline import BlockLayer, EmbeddingLayer, HeadLayer, NormLayer, head_loss
+from megaconsa.parallel.pipeline import (
+    BlockLayer,
+    EmbeddingLayer,
+    LMHeadLayer,
+    NormLayer,
+    head_loss,
+)
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.tensor import TensorParallel
 
@@ -50,7 +56,7 @@ class DualPipeCostCutModule(DualPipeVModule, CostCutModule):
 
 def layer_specs(
     sharding: Sharding,
-    tensor: TensorParallel,
+    tp: TensorParallel,
     heads: HeadSelector,
     backend: str,
     separate_documents: bool,
@@ -58,21 +64,21 @@ def layer_specs(
     """Embedding, blocks, final norm, head with loss."""
     config = sharding.config
     blocks = [
-        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tensor)
+        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tp)
         for layer in range(config.num_hidden_layers)
     ]
     norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
     if config.tie_word_embeddings:
-        tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tensor)
+        tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tp)
         return [
             tied(),
             *blocks,
             norm,
-            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tensor=tensor)),
+            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tp=tp)),
         ]
     return [
-        LayerSpec(EmbeddingLayer, config, tensor),
+        LayerSpec(EmbeddingLayer, config, tp),
         *blocks,
         norm,
-        LayerSpec(HeadLayer, config, tensor),
+        LayerSpec(LMHeadLayer, config, tp),
     ]

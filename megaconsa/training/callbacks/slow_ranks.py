@@ -37,7 +37,7 @@ class SlowRanks(Callback):
         """All ranks must make one at the same time."""
         self.run = run
         self.mesh = mesh
-        self.stage_ranks = mesh.world.size // mesh.pipeline_ranks
+        self.stage_ranks = mesh.world.size // mesh.pp_size
         self.hosts = mesh.world.exchange(node())
         self.steps = 0
         self.seconds = 0.0
@@ -52,7 +52,7 @@ class SlowRanks(Callback):
             return
         done = self.steps - 1
         self.steps = 1
-        gathered = self.mesh.gather(self.seconds / done, row["memory_gib"])
+        gathered = self.mesh.all_gather(self.seconds / done, row["memory_gib"])
         seconds, memory = zip(*gathered, strict=True)
         self.seconds = 0.0
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
