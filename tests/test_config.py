@@ -37,7 +37,7 @@ def test_there_are_configurations() -> None:
 def test_the_smallest_configuration() -> None:
     config = build(changed(allocation={"source": "learn"}))
     assert config.learning
-    assert config.shape() == PRESETS["tiny"]
+    assert config.to_model_config() == PRESETS["tiny"]
     assert (config.allocation.sparsity, config.allocation.granularity, config.allocation.scope) == (
         0.5,
         "kv_head",
@@ -54,7 +54,7 @@ def test_shape_fields_override_the_preset() -> None:
         "rope_theta": 5e3,
         "num_hidden_layers": 3,
     }
-    shape = build(changed(model={"preset": "small", **fields})).shape()
+    shape = build(changed(model={"preset": "small", **fields})).to_model_config()
     assert shape == ModelConfig(
         99, 512, 1408, 3, 16, 8, 6, False, 5e3, max_position_embeddings=32_768
     )

@@ -38,7 +38,7 @@ def test_overrides_apply_typed_values(file: Path) -> None:
     assert config.training.learning_rate == 3e-4
     assert config.training.betas == (0.8, 0.9)
     assert config.training.activation_checkpointing is True
-    assert config.shape().tie_word_embeddings is False
+    assert config.to_model_config().tie_word_embeddings is False
     assert config.model.init_from == Path("runs/b=c")
     assert config.logging.wandb is None
     assert config.checkpoint.every == 5

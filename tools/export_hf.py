@@ -81,10 +81,12 @@ def main(
     checkpoint = checkpoints[0]
     table = Allocation.load(allocation) if allocation else checkpoint.allocation
     if table is None and checkpoint.imported:
-        shape = checkpoint.shape
+        model_config = checkpoint.model_config
         # An import without an allocation has full attention everywhere.
         table = dense(
-            shape.num_hidden_layers, shape.num_key_value_heads, shape.max_position_embeddings
+            model_config.num_hidden_layers,
+            model_config.num_key_value_heads,
+            model_config.max_position_embeddings,
         )
     if table is None:
         raise InputError(
@@ -121,10 +123,12 @@ def main(
             reading.enter_context(each.in_use())
         all_weights = [each.weights() for each in checkpoints]
         weights = MeanTensors(all_weights) if average > 1 else all_weights[0]
-        with progress("exporting", export_bytes(checkpoint.shape, precision), "bytes") as task:
+        with progress(
+            "exporting", export_bytes(checkpoint.model_config, precision), "bytes"
+        ) as task:
             export(
                 weights,
-                checkpoint.shape,
+                checkpoint.model_config,
                 table,
                 out,
                 tokenizer=words,
@@ -144,7 +148,7 @@ def main(
         )
         if tokens is not None:
             try:
-                difference = logit_difference(out, checkpoint.shape, weights, table, tokens)
+                difference = logit_difference(out, checkpoint.model_config, weights, table, tokens)
             except RunError:
                 # Nobody may load a wrong export.
                 shutil.rmtree(out)

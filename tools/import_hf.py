@@ -41,10 +41,10 @@ def main(
     check_new_folder(out)
     source = open_source(folder)
     tokenizer = Tokenizer.load(folder) if source.has_tokenizer else None
-    if tokenizer and tokenizer.vocab_size > source.shape.vocab_size:
+    if tokenizer and tokenizer.vocab_size > source.model_config.vocab_size:
         raise InputError(
             f"{folder}: its tokenizer has a token {tokenizer.vocab_size - 1}, "
-            f"but vocab_size={source.shape.vocab_size} in config.json"
+            f"but vocab_size={source.model_config.vocab_size} in config.json"
         )
     check_space(out, source.bytes)
 
@@ -56,7 +56,7 @@ def main(
     with progress("importing", source.bytes, "bytes") as task:
         imported.write(
             out,
-            source.shape,
+            source.model_config,
             source.dtype,
             source.shapes,
             source.read,

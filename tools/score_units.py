@@ -138,8 +138,8 @@ def main(
     from megaconsa.reporting.terminal import text_map
 
     found = store.resolve(checkpoint)
-    layers = found.shape.num_hidden_layers
-    kv_heads = found.shape.num_key_value_heads
+    layers = found.model_config.num_hidden_layers
+    kv_heads = found.model_config.num_key_value_heads
     # Made before the scores, so that a target that cannot be met does not cost their time.
     constraint = Constraint(layers, kv_heads, sparsity, granularity, scope, floor)
     request = ScoreRequest(method, find_device(device), granularity, window, **given)

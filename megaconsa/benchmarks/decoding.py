@@ -47,13 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    model = replace(PRESETS["qwen3-0.6b"], max_position_embeddings=131_072 + NEW_TOKENS)
+    model_config = replace(PRESETS["qwen3-0.6b"], max_position_embeddings=131_072 + NEW_TOKENS)
     weights = {
-        name: initial_weight(name, torch.Size(shape), model, 0)
-        for name, shape in parameter_shapes(model).items()
+        name: initial_weight(name, torch.Size(shape), model_config, 0)
+        for name, shape in parameter_shapes(model_config).items()
     }
-    layers = model.num_hidden_layers
-    heads = model.num_key_value_heads
+    layers = model_config.num_hidden_layers
+    heads = model_config.num_key_value_heads
     tables = {
         "dense": rules.build("dense", layers, heads, WINDOW),
         "rho 0.5": rules.build("head-share", layers, heads, WINDOW, sparsity=0.5),
@@ -64,7 +64,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, table in tables.items():
             path = Path(folder) / name.replace(" ", "_")
-            export(weights, model, table, path, tokenizer=None, dtype=torch.bfloat16, origin=None)
+            export(
+                weights,
+                model_config,
+                table,
+                path,
+                tokenizer=None,
+                dtype=torch.bfloat16,
+                origin=None,
+            )
             # Only the dense model runs in the library too, as the baseline.
             ways = ("library", "kernels") if name == "dense" else ("kernels",)
             for way in ways:
@@ -78,7 +86,9 @@ def main() -> None:
                         "batch": batch,
                         "context": context,
                     }
-                    row["formula_gib"] = batch * kv_cache_bytes(model, table, context) / 2**30
+                    row["formula_gib"] = (
+                        batch * kv_cache_bytes(model_config, table, context) / 2**30
+                    )
                     try:
                         # The first run compiles and is not recorded.
                         measure(loaded, way, batch, context, SETTLED + 2)

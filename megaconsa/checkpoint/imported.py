@@ -25,7 +25,7 @@ from megaconsa.tensor_files import write_tensors
 
 def write(
     out: Path,
-    shape: ModelConfig,
+    model_config: ModelConfig,
     dtype: torch.dtype,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
@@ -59,7 +59,7 @@ def write(
             "step": 0,
             "tokens": 0,
             "sequences": 0,
-            "shape": asdict(shape),
+            "shape": asdict(model_config),
             "data": {"tokenizer_fingerprint": fingerprint},
             "imported": {**origin, "dtype": str(dtype).removeprefix("torch.")},
         }

@@ -86,7 +86,7 @@ class Checkpoint:
         return imported
 
     @property
-    def shape(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig:
         return ModelConfig(**self.state["shape"])
 
     @property

@@ -18,30 +18,30 @@ def check(config: Config) -> None:
         raise InputError(
             f"model.preset={config.model.preset} is unknown; choose one of {', '.join(PRESETS)}"
         )
-    shape = config.shape()
+    model_config = config.to_model_config()
     training = config.training
-    heads = shape.num_attention_heads
-    kv_heads = shape.num_key_value_heads
+    heads = model_config.num_attention_heads
+    kv_heads = model_config.num_key_value_heads
     if heads % kv_heads:
         raise InputError(
             f"model.num_attention_heads={heads} must be a multiple of "
             f"model.num_key_value_heads={kv_heads}"
         )
-    if shape.head_dim % 2:
+    if model_config.head_dim % 2:
         raise InputError(
-            f"model.head_dim={shape.head_dim} must be even: rotary embeddings turn pairs"
+            f"model.head_dim={model_config.head_dim} must be even: rotary embeddings turn pairs"
         )
     if not 1 <= config.attention.window <= training.sequence_length:
         raise InputError(
             f"attention.window={config.attention.window} must lie between 1 and "
             f"training.sequence_length={training.sequence_length}"
         )
-    if training.sequence_length > shape.max_position_embeddings:
+    if training.sequence_length > model_config.max_position_embeddings:
         raise InputError(
             f"training.sequence_length={training.sequence_length} exceeds "
-            f"model.max_position_embeddings={shape.max_position_embeddings}"
+            f"model.max_position_embeddings={model_config.max_position_embeddings}"
         )
-    _check_parallel(config.parallel, shape, training.sequence_length)
+    _check_parallel(config.parallel, model_config, training.sequence_length)
     if training.global_batch % training.micro_batch:
         raise InputError(
             f"training.global_batch={training.global_batch} must be a multiple of "
@@ -69,17 +69,19 @@ def check(config: Config) -> None:
         raise InputError(f"training.betas={list(training.betas)} must lie in [0, 1)")
 
 
-def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_length: int) -> None:
+def _check_parallel(
+    parallel: ParallelSection, model_config: ModelConfig, sequence_length: int
+) -> None:
     """Raises InputError if the model cannot be sharded over tensor and pipeline ranks this way."""
     tensor = parallel.tensor
     pipeline = parallel.pipeline
-    kv_heads = shape.num_key_value_heads
+    kv_heads = model_config.num_key_value_heads
     if tensor > kv_heads:
         raise InputError(
             f"parallel.tensor={tensor} exceeds the model's {kv_heads} KV heads, "
             f"which are not split further; use {kv_heads} or less"
         )
-    sizes = {"num_key_value_heads": kv_heads, "intermediate_size": shape.intermediate_size}
+    sizes = {"num_key_value_heads": kv_heads, "intermediate_size": model_config.intermediate_size}
     for name, size in sizes.items():
         if size % tensor:
             raise InputError(
@@ -99,12 +101,12 @@ def _check_parallel(parallel: ParallelSection, shape: ModelConfig, sequence_leng
     stages_per_rank = 2 if parallel.schedule == "dualpipev" else 1
     stages = stages_per_rank * pipeline
     # The embedding stays with the first layer, and the final norm stays with the output head.
-    pieces = shape.num_hidden_layers + 1
+    pieces = model_config.num_hidden_layers + 1
     if stages > pieces:
         raise InputError(
             f"parallel.pipeline={pipeline} with parallel.schedule={parallel.schedule} needs "
             f"{stages} stages, but "
-            f"{shape.num_hidden_layers} layers and the output head make at most {pieces}; "
+            f"{model_config.num_hidden_layers} layers and the output head make at most {pieces}; "
             f"use {pieces // stages_per_rank} or less"
         )
 
@@ -127,7 +129,9 @@ def resolve_budget(config: Config) -> Config:
         )
     # The default sparsity may be impossible for this model. Sparsity 0 never is.
     dense = _with_sparsity(config, 0.0)
-    sparsity = budget.lowest_sparsity(config.shape(), config.attention.window, dense.constraint())
+    sparsity = budget.lowest_sparsity(
+        config.to_model_config(), config.attention.window, dense.constraint()
+    )
     # A run's config.yaml holds both the budget and the sparsity, and must load again.
     explicit = "sparsity" in section.model_fields_set
     if explicit and abs(section.sparsity - sparsity) > 1e-6:

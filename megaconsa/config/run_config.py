@@ -49,7 +49,7 @@ class Config(Section):
         """Whether this run learns its allocation (stage 1)."""
         return self.allocation.source == "learn"
 
-    def shape(self) -> ModelConfig:
+    def to_model_config(self) -> ModelConfig:
         """The preset with the overrides of the section `model` applied."""
         overrides = {}
         for field in dataclass_fields(ModelConfig):
@@ -64,7 +64,7 @@ class Config(Section):
         Raises InputError if it cannot be met.
         """
         section = self.allocation
-        shape = self.shape()
+        model_config = self.to_model_config()
         granularity = section.granularity
         scope = section.scope
         floor = section.floor
@@ -73,8 +73,8 @@ class Config(Section):
             granularity, scope = rules.OWN_UNITS[section.rule]
             floor = 0
         return Constraint(
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
+            num_layers=model_config.num_hidden_layers,
+            num_kv_heads=model_config.num_key_value_heads,
             sparsity=section.sparsity,
             granularity=granularity,
             scope=scope,
@@ -89,9 +89,9 @@ class Config(Section):
         section = self.allocation
         if section.source == "learn":
             return None
-        shape = self.shape()
-        layers = shape.num_hidden_layers
-        kv_heads = shape.num_key_value_heads
+        model_config = self.to_model_config()
+        layers = model_config.num_hidden_layers
+        kv_heads = model_config.num_key_value_heads
         if section.source == "rule":
             seed = section.seed
             if seed is None and section.rule == "random":

@@ -45,7 +45,7 @@ def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
 @torch.no_grad()
 def logit_difference(
     folder: Path,
-    shape: ModelConfig,
+    model_config: ModelConfig,
     weights: Mapping[str, Tensor],
     allocation: Allocation,
     tokens: Tensor,
@@ -63,9 +63,9 @@ def logit_difference(
     """
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")))
-    model = Qwen3(shape, allocation, "reference", separate=False)
+    model = Qwen3(model_config, allocation, "reference", separate=False)
     rounded = {name: value.to(dtype).float() for name, value in weights.items()}
-    model.load_state_dict(rounded, strict=not shape.tie_word_embeddings)
+    model.load_state_dict(rounded, strict=not model_config.tie_word_embeddings)
     difference = compare_logits(folder, tokens, model(tokens))
     if not difference <= TOLERANCE:  # not `>`, which would accept NaN
         raise RunError(

@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def max_positions(self) -> int:
-        return self.source.shape.max_position_embeddings
+        return self.source.model_config.max_position_embeddings
 
     @property
     def window(self) -> int | None:
@@ -122,9 +122,9 @@ def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInf
 
     Without a tokenizer in the folder, only the sizes of the vocabularies can be compared.
     """
-    if source.shape.vocab_size < info.vocab_size:
+    if source.model_config.vocab_size < info.vocab_size:
         raise InputError(
-            f"{folder} has a vocabulary of {source.shape.vocab_size} tokens, "
+            f"{folder} has a vocabulary of {source.model_config.vocab_size} tokens, "
             f"but the data {data} one of {info.vocab_size}; give the data that it was trained on"
         )
     if not source.has_tokenizer:

@@ -56,13 +56,13 @@ class NativeModel:
         device: torch.device,
     ) -> None:
         """units: says which units exist. Its target is not used."""
-        shape = checkpoint.shape
+        model_config = checkpoint.model_config
         self.device = device
         self.layers = units.num_layers
         self.units = units.units_per_layer
-        self.selector = UnitSelector(self.table(True), window, shape.num_key_value_heads)
+        self.selector = UnitSelector(self.table(True), window, model_config.num_key_value_heads)
         with device:
-            model = Qwen3(shape, self.selector, "auto", separate_documents)
+            model = Qwen3(model_config, self.selector, "auto", separate_documents)
         weights = checkpoint.weights()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -125,11 +125,11 @@ class NativeModel:
         block = self.model.model.layers[layer]
         assert isinstance(block, Block)
         attention = block.self_attn
-        config = attention.config
+        model_config = attention.model_config
         normed = block.input_layernorm(x)
         positions = torch.arange(x.shape[1], device=x.device) - batch.documents
-        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
-        by_head = (*x.shape[:2], -1, config.head_dim)
+        cos, sin = rotary_angles(positions, model_config.head_dim, model_config.rope_theta)
+        by_head = (*x.shape[:2], -1, model_config.head_dim)
         q = attention.q_norm(attention.q_proj(normed).view(by_head))
         k = attention.k_norm(attention.k_proj(normed).view(by_head))
         return rotate(q, cos, sin), rotate(k, cos, sin)

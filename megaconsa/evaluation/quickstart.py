@@ -26,7 +26,7 @@ def try_export(exported: Path, train: Path) -> tuple[float, str]:
     assert allocation is not None
     weights = checkpoint.weights()
     tokens = held_out_tokens(checkpoint, 256)
-    difference = logit_difference(exported, checkpoint.shape, weights, allocation, tokens)
+    difference = logit_difference(exported, checkpoint.model_config, weights, allocation, tokens)
     continuation = generate_line(exported, PROMPT, 24).split("\n")[0]
     return difference, PROMPT + continuation
 

@@ -103,11 +103,11 @@ def score_units(checkpoint: Checkpoint, request: ScoreRequest) -> UnitScores:
     data. Raises InputError if the request cannot work, and RunError if the GPU runs out of memory
     or if scores are not finite.
     """
-    shape = checkpoint.shape
+    model_config = checkpoint.model_config
     # The constraint only says which units exist. It sets no target here.
     units = Constraint(
-        num_layers=shape.num_hidden_layers,
-        num_kv_heads=shape.num_key_value_heads,
+        num_layers=model_config.num_hidden_layers,
+        num_kv_heads=model_config.num_key_value_heads,
         sparsity=0.0,
         granularity=request.granularity,
         scope="global",
@@ -195,10 +195,10 @@ def _open_sample(checkpoint: Checkpoint, request: ScoreRequest, window: int) -> 
 def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
     """Raises InputError if the model cannot read the data, or if the window hides nothing in it."""
     info = DatasetInfo.load(data)
-    shape = checkpoint.shape
+    model_config = checkpoint.model_config
     length = info.sequence_length
-    if info.vocab_size > shape.vocab_size:
-        counts = f"{info.vocab_size} token ids, but the model {shape.vocab_size}"
+    if info.vocab_size > model_config.vocab_size:
+        counts = f"{info.vocab_size} token ids, but the model {model_config.vocab_size}"
         raise InputError(f"data {data} has {counts}; give the data it was trained on")
     fingerprint = checkpoint.state["data"]["tokenizer_fingerprint"]
     # An import without a tokenizer has no fingerprint, so nothing can be compared.
@@ -207,8 +207,8 @@ def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
             f"data {data} has tokenizer fingerprint {info.tokenizer_fingerprint}, but "
             f"{checkpoint.path} was trained with {fingerprint}; give the data it was trained on"
         )
-    if length > shape.max_position_embeddings:
-        limit = f"the model has {shape.max_position_embeddings} positions"
+    if length > model_config.max_position_embeddings:
+        limit = f"the model has {model_config.max_position_embeddings} positions"
         raise InputError(f"data {data} has sequences of {length} tokens, but {limit}")
     if window >= length:
         where = f"sequences of {length} tokens (data {data})"

@@ -48,7 +48,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def read_shape(path: Path, config: dict[str, Any]) -> ModelConfig:
+def read_model_config(path: Path, config: dict[str, Any]) -> ModelConfig:
     """Reads the model's shape.
 
     Raises InputError unless the model is a dense Qwen3 or an export of one.
@@ -136,7 +136,9 @@ def _unsupported(path: Path, config: dict[str, Any], field: str) -> InputError:
     )
 
 
-def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
+def read_allocation(
+    path: Path, config: dict[str, Any], model_config: ModelConfig
+) -> Allocation | None:
     """Reads the table of windows, in the model's original head order.
 
     export-hf writes the table to allocation.json and config.json. A model that transformers saved
@@ -145,14 +147,16 @@ def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> A
     Returns None if every layer has full attention. Raises InputError if the two files disagree or
     if config.json contradicts itself.
     """
-    table = _table(path, config, shape)
+    table = _table(path, config, model_config)
     file = path / "allocation.json"
     if not file.exists():
         return table
     allocation = Allocation.load(file)
-    allocation.check_shape(shape.num_hidden_layers, shape.num_key_value_heads, str(file))
+    allocation.check_shape(
+        model_config.num_hidden_layers, model_config.num_key_value_heads, str(file)
+    )
     if table is None:
-        full = ((True,) * shape.num_key_value_heads,) * shape.num_hidden_layers
+        full = ((True,) * model_config.num_key_value_heads,) * model_config.num_hidden_layers
     else:
         full = table.full
     other_window = allocation.sparsity > 0 and config.get("sliding_window") != allocation.window
@@ -164,10 +168,10 @@ def read_allocation(path: Path, config: dict[str, Any], shape: ModelConfig) -> A
     return allocation
 
 
-def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation | None:
+def _table(path: Path, config: dict[str, Any], model_config: ModelConfig) -> Allocation | None:
     """Reads the table from config.json. Returns None if every layer of a plain Qwen3 is full."""
-    layers = shape.num_hidden_layers
-    heads = shape.num_key_value_heads
+    layers = model_config.num_hidden_layers
+    heads = model_config.num_key_value_heads
     types = config.get("layer_types")
     if types is None:
         types = [FULL] * layers
@@ -181,7 +185,7 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
     if config["model_type"] == HEAD_WISE:
         full = config.get("full_attention")
         counts = config.get("num_full_kv_heads")
-        table = _checked(path, "full_attention", full, config, shape, "kv_head")
+        table = _checked(path, "full_attention", full, config, model_config, "kv_head")
         unused = table.sparsity > 0 and not config.get("use_sliding_window", True)
         if unused or SLIDING in types or counts != [sum(row) for row in table.full]:
             raise InputError(
@@ -199,7 +203,7 @@ def _table(path: Path, config: dict[str, Any], shape: ModelConfig) -> Allocation
     if not windowed:
         return None
     full = [[kind == FULL] * heads for kind in types]
-    return _checked(path, "layer_types", full, config, shape, "layer")
+    return _checked(path, "layer_types", full, config, model_config, "layer")
 
 
 def _checked(
@@ -207,7 +211,7 @@ def _checked(
     field: str,
     full: Any,
     config: dict[str, Any],
-    shape: ModelConfig,
+    model_config: ModelConfig,
     granularity: str,
 ) -> Allocation:
     """Builds the table from `full`, the content of `field`, and checks it against the shape."""
@@ -215,11 +219,11 @@ def _checked(
     all_full = isinstance(full, list) and all(isinstance(row, list) and all(row) for row in full)
     if all_full and window is None:
         # Any window will do, because no head uses it.
-        window = shape.max_position_embeddings
+        window = model_config.max_position_embeddings
     data = {
         "version": FORMAT_VERSION,
-        "num_layers": shape.num_hidden_layers,
-        "num_kv_heads": shape.num_key_value_heads,
+        "num_layers": model_config.num_hidden_layers,
+        "num_kv_heads": model_config.num_key_value_heads,
         "window": window,
         "granularity": granularity,
         "scope": "per_layer",

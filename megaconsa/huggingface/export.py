@@ -43,7 +43,7 @@ MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
 @torch.no_grad()
 def export(
     weights: Mapping[str, Tensor],
-    model: ModelConfig,
+    model_config: ModelConfig,
     allocation: Allocation,
     out: Path,
     *,
@@ -81,27 +81,29 @@ def export(
     check_new_folder(out)
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype} cannot be exported; use {', '.join(map(str, DTYPES))}")
-    allocation.check_shape(model.num_hidden_layers, model.num_key_value_heads, "the allocation")
+    allocation.check_shape(
+        model_config.num_hidden_layers, model_config.num_key_value_heads, "the allocation"
+    )
     if allocation.sparsity > 0 and allocation.window < 2:
         raise InputError(
             f"the allocation's window={allocation.window} cannot be exported: "
             "transformers' sliding cache needs 2 or more"
         )
-    split = _split(model, dtype, max_shard_size)
-    check_space(out, export_bytes(model, dtype))
-    _check_weights(weights, model, dtype)
-    special_tokens = _special_tokens(tokenizer, model, fingerprint) if tokenizer else {}
+    split = _split(model_config, dtype, max_shard_size)
+    check_space(out, export_bytes(model_config, dtype))
+    _check_weights(weights, model_config, dtype)
+    special_tokens = _special_tokens(tokenizer, model_config, fingerprint) if tokenizer else {}
     if generation_config is None and tokenizer and (tokenizer / GENERATION_CONFIG).is_file():
         generation_config = tokenizer / GENERATION_CONFIG
     if generation_config is not None:
-        check_generation_config(generation_config, model.vocab_size)
+        check_generation_config(generation_config, model_config.vocab_size)
 
     def read(name: str) -> Tensor:
         tensor = weights[name]
         is_projection = ".self_attn." in name and name.endswith("_proj.weight")
         if is_projection and not allocation.is_layer_wise:
             layer = int(name.split(".")[2])
-            tensor = reorder_weight(name, tensor, model, allocation.full_heads_first(layer))
+            tensor = reorder_weight(name, tensor, model_config, allocation.full_heads_first(layer))
         return tensor.detach().to("cpu", dtype)
 
     with new_folder(out) as folder:
@@ -111,7 +113,7 @@ def export(
         # fine-tuning would not train that token's embedding.
         without_padding = special_tokens.copy()
         without_padding.pop("pad_token_id", None)
-        config = _config(model, allocation, dtype, token_ids or without_padding)
+        config = _config(model_config, allocation, dtype, token_ids or without_padding)
         _write_json(folder / "config.json", config)
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
@@ -125,7 +127,7 @@ def export(
         if heat_map is not None:
             heat_map(folder / HEAT_MAP)
         card = model_card(
-            model,
+            model_config,
             allocation,
             dtype,
             has_tokenizer=tokenizer is not None,
@@ -133,7 +135,7 @@ def export(
             origin=origin,
         )
         (folder / "README.md").write_text(card)
-        shapes = parameter_shapes(model)
+        shapes = parameter_shapes(model_config)
         for filename, names in split.filename_to_tensors.items():
             in_file = {name: shapes[name] for name in names}
             write_tensors(folder / filename, in_file, dtype, read, advance)
@@ -142,12 +144,16 @@ def export(
             _write_json(folder / "model.safetensors.index.json", index)
 
 
-def export_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+def export_bytes(model_config: ModelConfig, dtype: torch.dtype) -> int:
     """Returns the bytes of all weights in `dtype`."""
-    return sum(math.prod(shape) for shape in parameter_shapes(model).values()) * dtype.itemsize
+    return (
+        sum(math.prod(shape) for shape in parameter_shapes(model_config).values()) * dtype.itemsize
+    )
 
 
-def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequence[int]) -> Tensor:
+def reorder_weight(
+    name: str, tensor: Tensor, model_config: ModelConfig, order: Sequence[int]
+) -> Tensor:
     """Copies an attention projection with its KV heads, or their query heads, in another order.
 
     order: order[i] is the present index of the KV head that moves to place i.
@@ -155,9 +161,9 @@ def reorder_weight(name: str, tensor: Tensor, model: ModelConfig, order: Sequenc
     Rows of q, k and v and columns of o are reordered. The model computes the same if all four
     projections of a layer are reordered alike.
     """
-    heads = 1 if ".k_proj." in name or ".v_proj." in name else model.queries_per_kv_head
+    heads = 1 if ".k_proj." in name or ".v_proj." in name else model_config.queries_per_kv_head
     dim = 1 if ".o_proj." in name else 0
-    rows = _rows(order, model.head_dim * heads).to(tensor.device)
+    rows = _rows(order, model_config.head_dim * heads).to(tensor.device)
     return tensor.index_select(dim, rows)
 
 
@@ -166,10 +172,12 @@ def _rows(order: Sequence[int], size: int) -> Tensor:
     return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
 
 
-def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
+def _check_weights(
+    weights: Mapping[str, Tensor], model_config: ModelConfig, dtype: torch.dtype
+) -> None:
     """Raises InputError unless the weights belong to the model, are finite and fit into `dtype`."""
-    shapes = parameter_shapes(model)
-    if difference := name_difference(weights.keys(), model):
+    shapes = parameter_shapes(model_config)
+    if difference := name_difference(weights.keys(), model_config):
         raise InputError(
             f"the weights {difference}; they do not belong to this model configuration"
         )
@@ -190,7 +198,9 @@ def _check_weights(weights: Mapping[str, Tensor], model: ModelConfig, dtype: tor
             )
 
 
-def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None) -> dict[str, int]:
+def _special_tokens(
+    tokenizer: Path, model_config: ModelConfig, fingerprint: str | None
+) -> dict[str, int]:
     """Returns the ids that generation needs: bos_token_id, eos_token_id and pad_token_id.
 
     Ids that the tokenizer lacks are left out. Raises InputError if the tokenizer does not fit the
@@ -201,7 +211,7 @@ def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None
             f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json"
         )
     loaded = load_pretrained(tokenizer)
-    check_vocabulary(tokenizer, loaded, model.vocab_size)
+    check_vocabulary(tokenizer, loaded, model_config.vocab_size)
     if fingerprint is not None:
         found = Tokenizer.load(tokenizer).fingerprint
         if not same_tokenizer(fingerprint, found):
@@ -215,13 +225,13 @@ def _special_tokens(tokenizer: Path, model: ModelConfig, fingerprint: str | None
 
 
 def _config(
-    model: ModelConfig,
+    model_config: ModelConfig,
     allocation: Allocation,
     dtype: torch.dtype,
     token_ids: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the content of config.json."""
-    fields = qwen3_config_fields(model)
+    fields = qwen3_config_fields(model_config)
     if allocation.sparsity > 0:
         fields |= {"use_sliding_window": True, "sliding_window": allocation.window}
     if not allocation.is_layer_wise:
@@ -253,13 +263,13 @@ def _config(
     }
 
 
-def _split(model: ModelConfig, dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
+def _split(model_config: ModelConfig, dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
     """Decides which weight goes into which file. Raises InputError for a malformed size."""
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise InputError(f"max_shard_size={max_shard_size} is not a size; write it as 5GB or 500MB")
     sizes = {
         name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in parameter_shapes(model).items()
+        for name, shape in parameter_shapes(model_config).items()
     }
     return split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
 

@@ -95,7 +95,7 @@ ORIGIN = """
 
 
 def model_card(
-    model: ModelConfig,
+    model_config: ModelConfig,
     allocation: Allocation,
     dtype: torch.dtype,
     *,
@@ -123,10 +123,10 @@ def model_card(
     if not allocation.is_layer_wise:
         text += HEAD_WISE
     shape = (
-        model.num_hidden_layers,
-        model.num_attention_heads,
-        model.num_key_value_heads,
-        model.head_dim,
+        model_config.num_hidden_layers,
+        model_config.num_attention_heads,
+        model_config.num_key_value_heads,
+        model_config.head_dim,
     )
     text += SHAPE.format(shape=", ".join(map(str, shape)), dtype=precision)
     if origin and origin.get("tokens"):
@@ -143,7 +143,10 @@ def model_card(
         separated = allocation.origin.get("separated_share")
         if agreement is not None and separated is not None:
             text += EVIDENCE.format(agreement=agreement, separated=separated)
-        cache_rows = [_cache_row(model, allocation, dtype, context) for context in _contexts(model)]
+        cache_rows = [
+            _cache_row(model_config, allocation, dtype, context)
+            for context in _contexts(model_config)
+        ]
         digits = len(str(allocation.num_layers - 1))
         lines = []
         for layer, row in enumerate(allocation.full):
@@ -159,21 +162,23 @@ def model_card(
         if has_heat_map:
             text += f"\n![The allocation, layer by KV head]({HEAT_MAP})\n"
     else:
-        token_bytes = kv_cache_bytes(model, None, 1, dtype.itemsize)
+        token_bytes = kv_cache_bytes(model_config, None, 1, dtype.itemsize)
         text += DENSE.format(dense_token=binary_size(token_bytes))
     if origin:
         text += ORIGIN.format(origin=json.dumps(origin, indent=2, default=str))
     return text
 
 
-def _contexts(model: ModelConfig) -> list[int]:
+def _contexts(model_config: ModelConfig) -> list[int]:
     """Returns the contexts of the cache table, in tokens. The last one is the model's longest."""
-    longest = model.max_position_embeddings
+    longest = model_config.max_position_embeddings
     shorter = [context for context in (2048, 8192, 32_768, 131_072) if context < longest]
     return [*shorter, longest]
 
 
-def _cache_row(model: ModelConfig, allocation: Allocation, dtype: torch.dtype, context: int) -> str:
-    hybrid = kv_cache_bytes(model, allocation, context, dtype.itemsize)
-    dense = kv_cache_bytes(model, None, context, dtype.itemsize)
+def _cache_row(
+    model_config: ModelConfig, allocation: Allocation, dtype: torch.dtype, context: int
+) -> str:
+    hybrid = kv_cache_bytes(model_config, allocation, context, dtype.itemsize)
+    dense = kv_cache_bytes(model_config, None, context, dtype.itemsize)
     return f"| {context:,} | {binary_size(hybrid)} | {binary_size(dense)} | {hybrid / dense:.1%} |"

@@ -8,17 +8,17 @@ from typing import Any
 from megaconsa.model.config import ModelConfig
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns canonical name -> unsharded shape of every parameter, in the order of the model.
 
     Linear weights are (out, in). With tied embeddings there is no `lm_head.weight`, and the output
     layer is `model.embed_tokens.weight`.
     """
-    hidden = config.hidden_size
-    intermediate = config.intermediate_size
-    head_dim = config.head_dim
-    queries = config.num_attention_heads * head_dim
-    keys = config.num_key_value_heads * head_dim
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    head_dim = model_config.head_dim
+    queries = model_config.num_attention_heads * head_dim
+    keys = model_config.num_key_value_heads * head_dim
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -32,21 +32,23 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (model_config.vocab_size, hidden)
+    }
+    for index in range(model_config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if not model_config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (model_config.vocab_size, hidden)
     return shapes
 
 
-def name_difference(names: Set[str], config: ModelConfig) -> str | None:
+def name_difference(names: Set[str], model_config: ModelConfig) -> str | None:
     """Says what is wrong with the names of a model's weights.
 
     Returns "lack NAME and 3 more" or "have the unknown NAME", or None if nothing is wrong.
     """
-    expected = parameter_shapes(config).keys()
+    expected = parameter_shapes(model_config).keys()
     missing = expected - names
     unknown = names - expected
     for problem, wrong in (("lack", missing), ("have the unknown", unknown)):
@@ -56,29 +58,29 @@ def name_difference(names: Set[str], config: ModelConfig) -> str | None:
     return None
 
 
-def qwen3_config_fields(config: ModelConfig) -> dict[str, Any]:
+def qwen3_config_fields(model_config: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a dense Qwen3 `config.json`, without the model type.
 
     `Qwen3Config(**fields)` takes them as they are.
     """
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "vocab_size": model_config.vocab_size,
+        "hidden_size": model_config.hidden_size,
+        "intermediate_size": model_config.intermediate_size,
+        "num_hidden_layers": model_config.num_hidden_layers,
+        "num_attention_heads": model_config.num_attention_heads,
+        "num_key_value_heads": model_config.num_key_value_heads,
+        "head_dim": model_config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": model_config.max_position_embeddings,
+        "initializer_range": model_config.initializer_range,
+        "rms_norm_eps": model_config.rms_norm_eps,
         "use_cache": True,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": model_config.tie_word_embeddings,
+        "rope_theta": model_config.rope_theta,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "sliding_window": None,
-        "max_window_layers": config.num_hidden_layers,
+        "max_window_layers": model_config.num_hidden_layers,
     }

@@ -23,7 +23,7 @@ from megaconsa.huggingface.config_file import (
     check_token_ids,
     read_allocation,
     read_json,
-    read_shape,
+    read_model_config,
 )
 from megaconsa.huggingface.export import reorder_weight
 from megaconsa.huggingface.names import name_difference, parameter_shapes
@@ -41,7 +41,7 @@ class Source:
     """A checked folder."""
 
     path: Path
-    shape: ModelConfig
+    model_config: ModelConfig
     dtype: torch.dtype
     allocation: Allocation | None
     """The table of windows, in original head order. It is set if some heads have windows, and for
@@ -60,7 +60,7 @@ class Source:
 
         A tied output layer is left out.
         """
-        return parameter_shapes(self.shape)
+        return parameter_shapes(self.model_config)
 
     @property
     def bytes(self) -> int:
@@ -81,7 +81,7 @@ class Source:
             order = self.allocation.full_heads_first(layer)
             # The inverse permutation: the place in the file of each original head.
             back = sorted(range(len(order)), key=order.__getitem__)
-            tensor = reorder_weight(name, tensor, self.shape, back)
+            tensor = reorder_weight(name, tensor, self.model_config, back)
         return tensor
 
 
@@ -91,16 +91,16 @@ def open_source(path: Path) -> Source:
     Raises InputError, which names what cannot be imported.
     """
     config = read_json(path, "config.json")
-    shape = read_shape(path, config)
-    allocation = read_allocation(path, config, shape)
+    model_config = read_model_config(path, config)
+    allocation = read_allocation(path, config, model_config)
     if (path / GENERATION_CONFIG).is_file():
-        check_generation_config(path / GENERATION_CONFIG, shape.vocab_size)
-    token_ids = check_token_ids(f"{path / 'config.json'}", config, shape.vocab_size)
+        check_generation_config(path / GENERATION_CONFIG, model_config.vocab_size)
+    token_ids = check_token_ids(f"{path / 'config.json'}", config, model_config.vocab_size)
     files = _files(path)
-    dtype = _check_tensors(path, shape, files)
+    dtype = _check_tensors(path, model_config, files)
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     return Source(
-        path, shape, dtype, allocation, config["model_type"], token_ids, has_tokenizer, files
+        path, model_config, dtype, allocation, config["model_type"], token_ids, has_tokenizer, files
     )
 
 
@@ -167,14 +167,14 @@ def _index(path: Path) -> dict[str, str] | None:
     return index
 
 
-def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.dtype:
+def _check_tensors(path: Path, model_config: ModelConfig, files: TensorFiles) -> torch.dtype:
     """Checks names, shapes and dtypes of the weights. Returns the dtype that they share.
 
     Raises InputError if they do not belong to the model.
     """
-    shapes = parameter_shapes(shape)
+    shapes = parameter_shapes(model_config)
     names = set(files)
-    if shape.tie_word_embeddings and HEAD in names and EMBEDDING in names:
+    if model_config.tie_word_embeddings and HEAD in names and EMBEDDING in names:
         # Some folders store the tied output layer a second time.
         same_shape = files.shape(HEAD) == files.shape(EMBEDDING)
         if not same_shape or not torch.equal(files[HEAD], files[EMBEDDING]):
@@ -182,7 +182,7 @@ def _check_tensors(path: Path, shape: ModelConfig, files: TensorFiles) -> torch.
                 f"{path}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}"
             )
         names.remove(HEAD)
-    if difference := name_difference(names, shape):
+    if difference := name_difference(names, model_config):
         raise InputError(f"{path}: the weights {difference}; they do not belong to config.json")
     for name, expected in shapes.items():
         if files.shape(name) != expected:

@@ -15,20 +15,22 @@ from megaconsa.model.rope import rotary_angles
 class Attention(nn.Module):
     """The attention of one layer, with Qwen3's norms of queries and keys."""
 
-    def __init__(self, config: ModelConfig, layer: int, heads: HeadSelector, backend: str) -> None:
+    def __init__(
+        self, model_config: ModelConfig, layer: int, heads: HeadSelector, backend: str
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.model_config = model_config
         self.layer = layer
         self.heads = heads
         self.backend = backend
-        hidden = config.hidden_size
-        dim = config.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
-        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+        hidden = model_config.hidden_size
+        dim = model_config.head_dim
+        self.q_proj = nn.Linear(hidden, model_config.num_attention_heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, model_config.num_key_value_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, model_config.num_key_value_heads * dim, bias=False)
+        self.o_proj = nn.Linear(model_config.num_attention_heads * dim, hidden, bias=False)
+        self.q_norm = RMSNorm(dim, model_config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, model_config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
@@ -43,8 +45,10 @@ class Attention(nn.Module):
 
         Returns (B, S, hidden).
         """
-        shape = (*x.shape[:2], -1, self.config.head_dim)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        shape = (*x.shape[:2], -1, self.model_config.head_dim)
+        cos, sin = rotary_angles(
+            positions, self.model_config.head_dim, self.model_config.rope_theta
+        )
         q = rotate(self.q_norm(self.q_proj(x).view(shape)), cos, sin)  # (B, S, heads, head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)), cos, sin)  # (B, S, kv_heads, head_dim)
         v = self.v_proj(x).view(shape)

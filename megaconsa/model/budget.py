@@ -40,7 +40,9 @@ class Budget:
     def __str__(self) -> str:
         return f"allocation.{self.quantity}={self.limit} at {self.context} tokens"
 
-    def lowest_sparsity(self, model: ModelConfig, window: int, constraint: Constraint) -> float:
+    def lowest_sparsity(
+        self, model_config: ModelConfig, window: int, constraint: Constraint
+    ) -> float:
         """The lowest sparsity that costs no more than the limit.
 
         It is a whole number of units in each constraint.
@@ -51,7 +53,7 @@ class Budget:
         Raises InputError for a limit above the dense model's cost, or below the least that the
         constraint allows.
         """
-        dense, windowed = self._extremes(model, window)
+        dense, windowed = self._extremes(model_config, window)
         # The decimal number as written, not the nearest binary number: 0.35 means 35/100.
         limit = Fraction(str(self.limit))
         if limit > dense:
@@ -67,16 +69,16 @@ class Budget:
             return 0.0
         return math.ceil((dense - limit) / saved_by_unit) / constraint.units
 
-    def _extremes(self, model: ModelConfig, window: int) -> tuple[Fraction, Fraction]:
+    def _extremes(self, model_config: ModelConfig, window: int) -> tuple[Fraction, Fraction]:
         """Costs of the dense and of the all-windowed model, in the unit of the limit."""
         if self.quantity == "attention_share":
             dense = visible_pairs(self.context, self.context)
             windowed = visible_pairs(self.context, window)
             return Fraction(1), Fraction(windowed, dense)
-        layers = model.num_hidden_layers
-        all_windowed = rules.all_swa(layers, model.num_key_value_heads, window)
-        dense = kv_cache_bytes(model, None, self.context)
-        windowed = kv_cache_bytes(model, all_windowed, self.context)
+        layers = model_config.num_hidden_layers
+        all_windowed = rules.all_swa(layers, model_config.num_key_value_heads, window)
+        dense = kv_cache_bytes(model_config, None, self.context)
+        windowed = kv_cache_bytes(model_config, all_windowed, self.context)
         if self.quantity == "cache_share":
             return Fraction(1), Fraction(windowed, dense)
         return Fraction(dense, self.context), Fraction(windowed, self.context)

@@ -37,33 +37,33 @@ class ParameterCount:
     """
 
 
-def parameter_count(model: ModelConfig) -> ParameterCount:
+def parameter_count(model_config: ModelConfig) -> ParameterCount:
     """Counts the weights of a Qwen3 model.
 
     Each layer has q, k, v, o, gate, up, down, two norms, and the norms of q and k.
     """
-    linear, norms = block_parameters(model)
-    blocks = model.num_hidden_layers * (linear + norms)
-    final_norm = model.hidden_size
-    embedding = model.vocab_size * model.hidden_size
-    embeddings = embedding if model.tie_word_embeddings else 2 * embedding
+    linear, norms = block_parameters(model_config)
+    blocks = model_config.num_hidden_layers * (linear + norms)
+    final_norm = model_config.hidden_size
+    embedding = model_config.vocab_size * model_config.hidden_size
+    embeddings = embedding if model_config.tie_word_embeddings else 2 * embedding
     return ParameterCount(
         total=blocks + final_norm + embeddings,
         embedding=embedding,
         # The output head has the same size as the embedding.
-        matmul=model.num_hidden_layers * linear + embedding,
+        matmul=model_config.num_hidden_layers * linear + embedding,
     )
 
 
-def block_parameters(model: ModelConfig) -> tuple[int, int]:
+def block_parameters(model_config: ModelConfig) -> tuple[int, int]:
     """Numbers of weights in the matrices and in the norms of one layer."""
-    hidden = model.hidden_size
-    queries = model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
+    hidden = model_config.hidden_size
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
     # q and o, k and v, then gate, up and down.
-    linear = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model.intermediate_size
+    linear = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * model_config.intermediate_size
     # The two norms of the layer, then those of q and k.
-    norms = 2 * hidden + 2 * model.head_dim
+    norms = 2 * hidden + 2 * model_config.head_dim
     return linear, norms
 
 
@@ -92,7 +92,7 @@ def _token_counts(lengths: Lengths) -> NDArray[np.int64]:
 
 
 def training_flops(
-    model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
+    model_config: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
 ) -> int:
     """FLOPs of one forward and backward pass.
 
@@ -103,11 +103,11 @@ def training_flops(
     The backward pass costs twice the forward pass (`forward_flops`). Recomputation is not counted,
     because it is a cost of the implementation and not of the model.
     """
-    return 3 * sum(forward_flops(model, allocation, token_count, lengths))
+    return 3 * sum(forward_flops(model_config, allocation, token_count, lengths))
 
 
 def forward_flops(
-    model: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
+    model_config: ModelConfig, allocation: Allocation | None, token_count: int, lengths: Lengths
 ) -> list[int]:
     """FLOPs of one forward pass through each block. The last entry is the output head.
 
@@ -116,39 +116,44 @@ def forward_flops(
     """
     # An iterator can be read only once, but the lengths are needed twice.
     tokens = _token_counts(lengths)
-    full = kv_head_flops(model, FULL_WINDOW, tokens)
+    full = kv_head_flops(model_config, FULL_WINDOW, tokens)
     if allocation:
-        windowed = kv_head_flops(model, allocation.window, tokens)
+        windowed = kv_head_flops(model_config, allocation.window, tokens)
         full_heads = [sum(row) for row in allocation.full]
     else:
         windowed = 0
-        full_heads = [model.num_key_value_heads] * model.num_hidden_layers
-    linear, _ = block_parameters(model)
+        full_heads = [model_config.num_key_value_heads] * model_config.num_hidden_layers
+    linear, _ = block_parameters(model_config)
     flops = []
     for count in full_heads:
-        attention = count * full + (model.num_key_value_heads - count) * windowed
+        attention = count * full + (model_config.num_key_value_heads - count) * windowed
         flops.append(2 * linear * token_count + attention)
-    output_head = 2 * model.vocab_size * model.hidden_size * token_count
+    output_head = 2 * model_config.vocab_size * model_config.hidden_size * token_count
     return [*flops, output_head]
 
 
-def kv_head_flops(model: ModelConfig, window: int, lengths: Lengths) -> int:
+def kv_head_flops(model_config: ModelConfig, window: int, lengths: Lengths) -> int:
     """FLOPs of one KV head's attention in a forward pass.
 
     Each (query, key) pair costs a query head 2 * head_dim for Q K^T, and the same for P V.
     """
-    return 4 * model.head_dim * model.queries_per_kv_head * attention_pairs(lengths, window)
+    return (
+        4
+        * model_config.head_dim
+        * model_config.queries_per_kv_head
+        * attention_pairs(lengths, window)
+    )
 
 
-def _head_counts(model: ModelConfig, allocation: Allocation | None) -> tuple[int, int]:
+def _head_counts(model_config: ModelConfig, allocation: Allocation | None) -> tuple[int, int]:
     """Numbers of full and of windowed KV heads in the whole model."""
-    heads = model.num_hidden_layers * model.num_key_value_heads
+    heads = model_config.num_hidden_layers * model_config.num_key_value_heads
     full = sum(map(sum, allocation.full)) if allocation else heads
     return full, heads - full
 
 
 def kv_cache_bytes(
-    model: ModelConfig, allocation: Allocation | None, context: int, bytes_per_value: int = 2
+    model_config: ModelConfig, allocation: Allocation | None, context: int, bytes_per_value: int = 2
 ) -> int:
     """Bytes of keys and values that one sequence holds after `context` tokens.
 
@@ -157,11 +162,11 @@ def kv_cache_bytes(
     A windowed head holds at most W - 1 tokens, because the next token brings its own key as the
     W-th. transformers' sliding-window cache keeps the same number.
     """
-    full, windowed = _head_counts(model, allocation)
+    full, windowed = _head_counts(model_config, allocation)
     tokens = full * context
     if allocation:
         tokens += windowed * min(context, allocation.window - 1)
-    return 2 * model.head_dim * bytes_per_value * tokens
+    return 2 * model_config.head_dim * bytes_per_value * tokens
 
 
 # Dense (not sparse) bf16 FLOP/s from NVIDIA's and AMD's datasheets, by a word of the device's name.

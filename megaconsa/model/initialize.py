@@ -13,7 +13,7 @@ from torch import Tensor
 from megaconsa.model.config import ModelConfig
 
 
-def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+def initial_weight(name: str, shape: torch.Size, model_config: ModelConfig, seed: int) -> Tensor:
     """fp32 weights of a parameter: ones for norms, otherwise normal.
 
     name: the canonical name. The standard deviation is `config.initializer_range`.
@@ -24,4 +24,4 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     # 63 bits of the digest.
     parameter_seed = int.from_bytes(digest[:8], "little") >> 1
     generator = torch.Generator().manual_seed(parameter_seed)
-    return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+    return torch.empty(shape).normal_(0.0, model_config.initializer_range, generator=generator)

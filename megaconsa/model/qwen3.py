@@ -17,11 +17,17 @@ from megaconsa.model.norm import RMSNorm
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(
+            model_config.hidden_size, model_config.intermediate_size, bias=False
+        )
+        self.up_proj = nn.Linear(
+            model_config.hidden_size, model_config.intermediate_size, bias=False
+        )
+        self.down_proj = nn.Linear(
+            model_config.intermediate_size, model_config.hidden_size, bias=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -35,7 +41,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model_config: ModelConfig,
         layer: int,
         heads: HeadSelector,
         backend: str = "auto",
@@ -43,10 +49,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.separate = separate
-        self.self_attn = Attention(config, layer, heads, backend)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(model_config, layer, heads, backend)
+        self.mlp = MLP(model_config)
+        self.input_layernorm = RMSNorm(model_config.hidden_size, model_config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(model_config.hidden_size, model_config.rms_norm_eps)
 
     def forward(self, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
         """Runs the layer on the residual stream.
@@ -79,15 +85,15 @@ class Decoder(nn.Module):
     """The parameters below the output head. `Qwen3.forward` runs them."""
 
     def __init__(
-        self, config: ModelConfig, heads: HeadSelector, backend: str, separate: bool
+        self, model_config: ModelConfig, heads: HeadSelector, backend: str, separate: bool
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(model_config.vocab_size, model_config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, layer, heads, backend, separate)
-            for layer in range(config.num_hidden_layers)
+            Block(model_config, layer, heads, backend, separate)
+            for layer in range(model_config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(model_config.hidden_size, model_config.rms_norm_eps)
 
 
 class Qwen3(nn.Module):
@@ -97,12 +103,16 @@ class Qwen3(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, heads: HeadSelector, backend: str = "auto", separate: bool = True
+        self,
+        model_config: ModelConfig,
+        heads: HeadSelector,
+        backend: str = "auto",
+        separate: bool = True,
     ) -> None:
         super().__init__()
-        self.model = Decoder(config, heads, backend, separate)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.model = Decoder(model_config, heads, backend, separate)
+        self.lm_head = nn.Linear(model_config.hidden_size, model_config.vocab_size, bias=False)
+        if model_config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
@@ -127,10 +137,10 @@ class Qwen3(nn.Module):
         return self.lm_head(self.model.norm(x))
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def weight_shapes(model_config: ModelConfig) -> dict[str, torch.Size]:
     """Canonical name and shape of every weight. A tied output head is not listed separately."""
     with torch.device("meta"):
-        model = Qwen3(config, _NoHeads())
+        model = Qwen3(model_config, _NoHeads())
     return {name: weight.shape for name, weight in model.named_parameters()}
 
 

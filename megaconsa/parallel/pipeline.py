@@ -27,8 +27,10 @@ normaliser (2,))"""
 
 
 class EmbeddingLayer(nn.Embedding):
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
-        super().__init__(vocabulary.rows(config.vocab_size, tp.size), config.hidden_size)
+    def __init__(self, model_config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__(
+            vocabulary.rows(model_config.vocab_size, tp.size), model_config.hidden_size
+        )
         self.tp = tp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
@@ -77,11 +79,11 @@ class NormLayer(RMSNorm):
 
 
 class LMHeadLayer(nn.Linear):
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, model_config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(
-            config.hidden_size, vocabulary.rows(config.vocab_size, tp.size), bias=False
+            model_config.hidden_size, vocabulary.rows(model_config.vocab_size, tp.size), bias=False
         )
-        self.loss = partial(head_loss, vocab_size=config.vocab_size, tp=tp)
+        self.loss = partial(head_loss, vocab_size=model_config.vocab_size, tp=tp)
 
     def forward(self, carry: Carry) -> Tensor:  # type: ignore[override]
         return self.loss(self, carry)

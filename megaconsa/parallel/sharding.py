@@ -31,7 +31,7 @@ class Sharding:
     kind share a kernel launch. Everything that leaves the engine is in the original order again.
     """
 
-    config: ModelConfig
+    model_config: ModelConfig
     allocation: Allocation | None
     """None while learning. The heads then keep their order."""
     rank: int = 0
@@ -40,24 +40,24 @@ class Sharding:
     def local_config(self) -> ModelConfig:
         """The model configuration of one rank's part of a block."""
         return replace(
-            self.config,
-            num_attention_heads=self.config.num_attention_heads // self.size,
-            num_key_value_heads=self.config.num_key_value_heads // self.size,
-            intermediate_size=self.config.intermediate_size // self.size,
+            self.model_config,
+            num_attention_heads=self.model_config.num_attention_heads // self.size,
+            num_key_value_heads=self.model_config.num_key_value_heads // self.size,
+            intermediate_size=self.model_config.intermediate_size // self.size,
         )
 
     @cached_property
     def head_orders(self) -> tuple[tuple[int, ...], ...]:
         """KV heads of each layer in the order of ranks, those of rank 0 first."""
-        layers = self.config.num_hidden_layers
-        heads = self.config.num_key_value_heads
+        layers = self.model_config.num_hidden_layers
+        heads = self.model_config.num_key_value_heads
         if self.allocation is None:
             return (tuple(range(heads)),) * layers
         return tuple(self.allocation.head_order(layer, self.size) for layer in range(layers))
 
     def own_heads(self, layer: int) -> tuple[int, ...]:
         """Original indices of the KV heads that this rank computes."""
-        count = self.config.num_key_value_heads // self.size
+        count = self.model_config.num_key_value_heads // self.size
         return self.head_orders[layer][self.rank * count : (self.rank + 1) * count]
 
     def split(self, name: str, whole: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Sharding:
             return torch.cat((whole, padding))[self.rank * count : (self.rank + 1) * count]
         if kind in BY_HEAD:
             own = torch.tensor(self.own_heads(_layer(name)), device=whole.device)
-            groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
+            groups = whole.unflatten(dimension, (self.model_config.num_key_value_heads, -1))
             return groups.index_select(dimension, own).flatten(dimension, dimension + 1)
         return whole.chunk(self.size, dimension)[self.rank]
 
@@ -84,14 +84,14 @@ class Sharding:
         dimension = DIVIDED[kind]
         whole = torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
         if kind in BY_VOCABULARY:
-            return whole[: self.config.vocab_size]
+            return whole[: self.model_config.vocab_size]
         if kind not in BY_HEAD:
             return whole
         order = self.head_orders[_layer(name)]
         if order == tuple(range(len(order))):
             return whole
         original = torch.tensor(order, device=whole.device).argsort()
-        groups = whole.unflatten(dimension, (self.config.num_key_value_heads, -1))
+        groups = whole.unflatten(dimension, (self.model_config.num_key_value_heads, -1))
         return groups.index_select(dimension, original).flatten(dimension, dimension + 1)
 
 

@@ -11,7 +11,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import forward_flops
 
 
-def layer_costs(model: ModelConfig, allocation: Allocation | None, length: int) -> list[int]:
+def layer_costs(model_config: ModelConfig, allocation: Allocation | None, length: int) -> list[int]:
     """Forward FLOPs of each pipeline layer, for one sequence of `length` tokens in one document.
 
     The layers are the embedding, the blocks, the final norm, and the output head with its loss.
@@ -19,7 +19,7 @@ def layer_costs(model: ModelConfig, allocation: Allocation | None, length: int) 
 
     allocation: None counts every head as full, as while learning.
     """
-    *blocks, head = forward_flops(model, allocation, length, [length])
+    *blocks, head = forward_flops(model_config, allocation, length, [length])
     return [0, *blocks, 0, head]
 
 

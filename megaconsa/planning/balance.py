@@ -30,17 +30,17 @@ class TensorBalance:
 
 
 def tensor_balance(
-    shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int
+    model_config: ModelConfig, allocation: Allocation | None, length: int, tensor: int
 ) -> TensorBalance:
     """Returns how evenly attention is spread over `tensor` ranks.
 
     allocation: None while learning. length: tokens of a sequence.
     """
     return TensorBalance(
-        full_heads=_full_heads_by_rank(shape, allocation, tensor, permuted=True),
-        imbalance=_imbalance(shape, allocation, length, tensor, permuted=True),
-        full_heads_unpermuted=_full_heads_by_rank(shape, allocation, tensor, permuted=False),
-        imbalance_unpermuted=_imbalance(shape, allocation, length, tensor, permuted=False),
+        full_heads=_full_heads_by_rank(model_config, allocation, tensor, permuted=True),
+        imbalance=_imbalance(model_config, allocation, length, tensor, permuted=True),
+        full_heads_unpermuted=_full_heads_by_rank(model_config, allocation, tensor, permuted=False),
+        imbalance_unpermuted=_imbalance(model_config, allocation, length, tensor, permuted=False),
     )
 
 
@@ -54,7 +54,7 @@ def busiest(costs: Sequence[float], ranks: Sequence[Stages]) -> float:
 
 
 def costs_of_busiest(
-    shape: ModelConfig,
+    model_config: ModelConfig,
     allocation: Allocation | None,
     length: int,
     tensor: int,
@@ -64,12 +64,12 @@ def costs_of_busiest(
 
     permuted: heads are in the order that balances them, not in the model's order.
     """
-    costs: list[float] = list(layer_costs(shape, allocation, length))
+    costs: list[float] = list(layer_costs(model_config, allocation, length))
     if allocation is None:
         return costs
-    full_flops = kv_head_flops(shape, FULL_WINDOW, [length])
-    extra_flops = full_flops - kv_head_flops(shape, allocation.window, [length])
-    for layer in range(shape.num_hidden_layers):
+    full_flops = kv_head_flops(model_config, FULL_WINDOW, [length])
+    extra_flops = full_flops - kv_head_flops(model_config, allocation.window, [length])
+    for layer in range(model_config.num_hidden_layers):
         heads = _full_heads(allocation, layer, tensor, permuted)
         # Pipeline layer 0 is the embedding.
         costs[1 + layer] += extra_flops * (max(heads) * tensor - sum(heads))
@@ -77,20 +77,24 @@ def costs_of_busiest(
 
 
 def _imbalance(
-    shape: ModelConfig, allocation: Allocation | None, length: int, tensor: int, permuted: bool
+    model_config: ModelConfig,
+    allocation: Allocation | None,
+    length: int,
+    tensor: int,
+    permuted: bool,
 ) -> float:
-    mean = sum(layer_costs(shape, allocation, length))
-    return sum(costs_of_busiest(shape, allocation, length, tensor, permuted)) / mean
+    mean = sum(layer_costs(model_config, allocation, length))
+    return sum(costs_of_busiest(model_config, allocation, length, tensor, permuted)) / mean
 
 
 def _full_heads_by_rank(
-    shape: ModelConfig, allocation: Allocation | None, tensor: int, permuted: bool
+    model_config: ModelConfig, allocation: Allocation | None, tensor: int, permuted: bool
 ) -> list[int]:
     """Returns the full heads on each tensor rank, over all layers."""
-    layers = shape.num_hidden_layers
+    layers = model_config.num_hidden_layers
     if allocation is None:
         # While learning every head counts as full.
-        return [layers * shape.num_key_value_heads // tensor] * tensor
+        return [layers * model_config.num_key_value_heads // tensor] * tensor
     counts = [_full_heads(allocation, layer, tensor, permuted) for layer in range(layers)]
     return [sum(of_rank) for of_rank in zip(*counts, strict=True)]
 

@@ -49,7 +49,7 @@ class Memory:
 
 
 def activation_values(
-    model: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False
+    model_config: ModelConfig, learning: bool, tensor: int = 1, sequence: bool = False
 ) -> int:
     """Counts the values that one layer keeps of one token for the backward pass.
 
@@ -65,29 +65,29 @@ def activation_values(
     Tensor ranks divide all but the residual stream and the outputs of the norms. With `sequence`
     they also divide the inputs of the norms. The outputs are gathered before they are kept.
     """
-    queries = model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
     query_sized = 4 if learning else 3
-    divided = query_sized * queries + 3 * keys + 4 * model.intermediate_size
-    norm_inputs = 2 * residual_values(model, tensor, sequence)
-    norm_outputs = 2 * model.hidden_size
+    divided = query_sized * queries + 3 * keys + 4 * model_config.intermediate_size
+    norm_inputs = 2 * residual_values(model_config, tensor, sequence)
+    norm_outputs = 2 * model_config.hidden_size
     return norm_inputs + norm_outputs + divided // tensor
 
 
-def residual_values(model: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
+def residual_values(model_config: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
     """Counts the values of one token's residual stream on each of `tensor` ranks.
 
     With `sequence` each rank holds a part of the tokens.
     """
     if not sequence:
-        return model.hidden_size
+        return model_config.hidden_size
     # Rounded up.
-    return -(-model.hidden_size // tensor)
+    return -(-model_config.hidden_size // tensor)
 
 
 def rank_memory(
     config: Config,
-    shape: ModelConfig,
+    model_config: ModelConfig,
     topology: Topology,
     stages: Stages,
     in_flight: Sequence[int],
@@ -100,14 +100,14 @@ def rank_memory(
     tensor = topology.tensor
     sequence = config.parallel.sequence and tensor > 1
     value = 4 if training.precision == "fp32" else 2  # bytes
-    weights = _weights(shape, stages, tensor)
+    weights = _weights(model_config, stages, tensor)
     tokens = training.micro_batch * training.sequence_length
-    of_block = value * tokens * activation_values(shape, config.learning, tensor, sequence)
-    block_input = value * tokens * residual_values(shape, tensor, sequence)
+    of_block = value * tokens * activation_values(model_config, config.learning, tensor, sequence)
+    block_input = value * tokens * residual_values(model_config, tensor, sequence)
     # Blocks times micro-batches whose activations are in memory.
     held = 0
     for (start, stop), passes in zip(stages, in_flight, strict=True):
-        blocks = range(max(start, 1), min(stop, shape.num_hidden_layers + 1))
+        blocks = range(max(start, 1), min(stop, model_config.num_hidden_layers + 1))
         held += len(blocks) * passes
     kept = held * of_block
     # Checkpointing keeps the inputs of all blocks, and recomputes the rest of one block at a time.
@@ -116,14 +116,14 @@ def rank_memory(
         checkpointed += of_block
     # fp32 sums, and for bf16 weights the gradients of the current micro-batch.
     gradient_bytes = 4 + (value if value == 2 else 0)
-    has_head = stages[-1][1] == shape.num_hidden_layers + 3
+    has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,
         "gradients": gradient_bytes * weights,
         # Three fp32 values for each weight, rounded up.
         "optimizer": -(-12 * weights // topology.data),
         "activations": checkpointed if training.activation_checkpointing else kept,
-        "logits": _logit_bytes(shape, tokens, value, tensor) if has_head else 0,
+        "logits": _logit_bytes(model_config, tokens, value, tensor) if has_head else 0,
     }
     return Memory(
         **parts,
@@ -133,28 +133,28 @@ def rank_memory(
     )
 
 
-def _weights(shape: ModelConfig, stages: Stages, tensor: int) -> int:
+def _weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
     """Counts the weights of these stages on one tensor rank.
 
     A tied embedding counts once if the rank holds both the embedding and the output head.
     """
-    linear, norms = block_parameters(shape)
-    embedding = rows(shape.vocab_size, tensor) * shape.hidden_size
+    linear, norms = block_parameters(model_config)
+    embedding = rows(model_config.vocab_size, tensor) * model_config.hidden_size
     of_layer = [
         embedding,
-        *[linear // tensor + norms] * shape.num_hidden_layers,
-        shape.hidden_size,
+        *[linear // tensor + norms] * model_config.num_hidden_layers,
+        model_config.hidden_size,
         embedding,
     ]
     held = [layer for start, stop in stages for layer in range(start, stop)]
     total = sum(of_layer[layer] for layer in held)
     both = held[0] == 0 and held[-1] == len(of_layer) - 1
-    if shape.tie_word_embeddings and both:
+    if model_config.tie_word_embeddings and both:
         total -= embedding
     return total
 
 
-def _logit_bytes(shape: ModelConfig, tokens: int, value: int, tensor: int) -> int:
+def _logit_bytes(model_config: ModelConfig, tokens: int, value: int, tensor: int) -> int:
     """Returns the bytes that the fused cross-entropy needs on one tensor rank.
 
     They are a chunk of logits, the head's gradient in fp32 and again in the precision of the
@@ -162,9 +162,9 @@ def _logit_bytes(shape: ModelConfig, tokens: int, value: int, tensor: int) -> in
 
     tokens: tokens of a micro-batch. value: bytes of a weight.
     """
-    vocabulary = rows(shape.vocab_size, tensor)
+    vocabulary = rows(model_config.vocab_size, tensor)
     chunk_tokens = min(tokens, max(1, CHUNK_BYTES // (value * vocabulary)))
     chunk = value * chunk_tokens * vocabulary
-    head_gradient = (4 + value) * vocabulary * shape.hidden_size
-    hidden_gradient = value * tokens * shape.hidden_size
+    head_gradient = (4 + value) * vocabulary * model_config.hidden_size
+    hidden_gradient = value * tokens * model_config.hidden_size
     return chunk + head_gradient + hidden_gradient

@@ -126,7 +126,7 @@ def make_plan(
         )
     if not 0 < mfu <= 1:
         raise InputError(f"--mfu {mfu:g} must lie between 0 and 1; 0.4 is common")
-    shape = config.shape()
+    model_config = config.to_model_config()
     training = config.training
     topology = Topology.of(config, gpus)
     allocation = planned_allocation(config)
@@ -134,11 +134,11 @@ def make_plan(
     trained = None if config.learning else allocation
     length = training.sequence_length
     context = length if context is None else context
-    dense = _cost(shape, None, length, context)
-    hybrid = _cost(shape, allocation, length, context)
-    count = parameter_count(shape)
+    dense = _cost(model_config, None, length, context)
+    hybrid = _cost(model_config, allocation, length, context)
+    count = parameter_count(model_config)
     tokens_per_step = training.global_batch * length
-    costs = layer_costs(shape, trained, length)
+    costs = layer_costs(model_config, trained, length)
     bounds = cut(costs, topology.stages)
     layers: list[list[tuple[int, int]]] = []
     for rank in range(topology.pipeline):
@@ -151,11 +151,11 @@ def make_plan(
             layers=stages,
             in_flight=list(in_flight),
             cost_share=busiest(costs, [stages]) / sum(costs),
-            memory=rank_memory(config, shape, topology, stages, in_flight),
+            memory=rank_memory(config, model_config, topology, stages, in_flight),
         )
         pipeline.append(pipeline_rank)
     # Cost of the rank that is busiest on both axes, over the mean of all ranks.
-    tensor_costs = costs_of_busiest(shape, trained, length, topology.tensor)
+    tensor_costs = costs_of_busiest(model_config, trained, length, topology.tensor)
     imbalance = busiest(tensor_costs, layers) * topology.pipeline / sum(costs)
     efficiency = (1 - topology.bubble) / imbalance
     flops_per_token = (dense if config.learning else hybrid).flops_per_token
@@ -181,7 +181,7 @@ def make_plan(
         bubble=topology.bubble,
         pipeline=pipeline,
         pipeline_imbalance=busiest(costs, layers) * topology.pipeline / sum(costs),
-        tensor_balance=tensor_balance(shape, trained, length, topology.tensor),
+        tensor_balance=tensor_balance(model_config, trained, length, topology.tensor),
         efficiency=efficiency,
         memory=max((rank.memory for rank in pipeline), key=lambda memory: memory.total),
         context=context,
@@ -213,15 +213,17 @@ def planned_allocation(config: Config) -> Allocation:
     )
 
 
-def _cost(model: ModelConfig, allocation: Allocation | None, length: int, context: int) -> Cost:
-    flops = training_flops(model, allocation, length, [length])
-    linear_flops = 6 * parameter_count(model).matmul * length
+def _cost(
+    model_config: ModelConfig, allocation: Allocation | None, length: int, context: int
+) -> Cost:
+    flops = training_flops(model_config, allocation, length, [length])
+    linear_flops = 6 * parameter_count(model_config).matmul * length
     # A context in which every window is full, even if the requested one is shorter.
     long = max(context, allocation.window if allocation else 0)
-    longer = kv_cache_bytes(model, allocation, long + 1)
+    longer = kv_cache_bytes(model_config, allocation, long + 1)
     return Cost(
         flops_per_token=flops / length,
         attention_share=1 - linear_flops / flops,
-        kv_cache_bytes_per_token=longer - kv_cache_bytes(model, allocation, long),
-        kv_cache_bytes=kv_cache_bytes(model, allocation, context),
+        kv_cache_bytes_per_token=longer - kv_cache_bytes(model_config, allocation, long),
+        kv_cache_bytes=kv_cache_bytes(model_config, allocation, context),
     )

@@ -307,11 +307,13 @@ def _savings(run: Run) -> list[Fact]:
     """Returns what the allocation saves over full attention at the training length."""
     if run.config is None or run.allocation is None:
         return []
-    model = run.config.shape()
+    model_config = run.config.to_model_config()
     length = run.config.training.sequence_length
-    dense_flops = training_flops(model, None, length, [length])
-    flops = training_flops(model, run.allocation, length, [length]) / dense_flops
-    cache = kv_cache_bytes(model, run.allocation, length) / kv_cache_bytes(model, None, length)
+    dense_flops = training_flops(model_config, None, length, [length])
+    flops = training_flops(model_config, run.allocation, length, [length]) / dense_flops
+    cache = kv_cache_bytes(model_config, run.allocation, length) / kv_cache_bytes(
+        model_config, None, length
+    )
     note = f"at {length:,} tokens"
     return [
         Fact("training FLOPs", f"{flops - 1:+.1%}", note),

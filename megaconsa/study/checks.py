@@ -72,7 +72,7 @@ def _check_overrides(runs: Runs) -> None:
 def _check_trial(runs: Runs, trial: Trial) -> None:
     """Refuses a trial whose configurations or table cannot work."""
     arm = runs.arm(trial)
-    shape = runs.start_config.shape()
+    model_config = runs.start_config.to_model_config()
     configuration.load(runs.study.config, runs.train_overrides(trial))
     if runs.has_first_leg(trial):
         configuration.load(runs.study.config, runs.first_overrides(trial))
@@ -82,8 +82,8 @@ def _check_trial(runs: Runs, trial: Trial) -> None:
         assert arm.file is not None
         table = Allocation.load(arm.file)
         table.check_shape(
-            shape.num_hidden_layers,
-            shape.num_key_value_heads,
+            model_config.num_hidden_layers,
+            model_config.num_key_value_heads,
             f"file={arm.file}",
         )
     else:

@@ -99,8 +99,10 @@ def measure_checkpoint(
     config = checkpoint.state["config"]
     allocation = checkpoint.allocation
     assert allocation is not None
-    shape = checkpoint.shape
-    units = Constraint(shape.num_hidden_layers, shape.num_key_value_heads, 0.0, "kv_head", "global")
+    model_config = checkpoint.model_config
+    units = Constraint(
+        model_config.num_hidden_layers, model_config.num_key_value_heads, 0.0, "kv_head", "global"
+    )
     separate = config["attention"]["separate_documents"]
     with checkpoint.in_use():
         model = NativeModel(checkpoint, units, allocation.window, separate, device)
@@ -115,7 +117,7 @@ def measure_checkpoint(
         name = str(checkpoint.path)
         batch_tokens = config["training"]["micro_batch"] * config["training"]["sequence_length"]
         cells = needle_cells(
-            ScoredModel(model, shape.vocab_size, name),
+            ScoredModel(model, model_config.vocab_size, name),
             Path(config["data"]["path"]),
             needles,
             batch_tokens,

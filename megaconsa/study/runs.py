@@ -144,11 +144,11 @@ class Runs:
         Raises InputError if it cannot be met.
         """
         assert trial.sparsity is not None
-        shape = self.start_config.shape()
+        model_config = self.start_config.to_model_config()
         granularity, scope = self.units(trial)
         return Constraint(
-            shape.num_hidden_layers,
-            shape.num_key_value_heads,
+            model_config.num_hidden_layers,
+            model_config.num_key_value_heads,
             trial.sparsity,
             granularity,
             scope,

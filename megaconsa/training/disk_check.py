@@ -30,7 +30,7 @@ def check_disk(inputs: Inputs) -> tuple[int, int]:
     """
     config = inputs.config
     folder = config.run.dir / run_folder.CHECKPOINTS
-    size = parameter_count(inputs.shape).total * BYTES_A_PARAMETER
+    size = parameter_count(inputs.model_config).total * BYTES_A_PARAMETER
     done = 0
     held = 0
     if inputs.resume is not None:

@@ -52,7 +52,7 @@ class Inputs:
     """The checked inputs of a run."""
 
     config: Config
-    shape: ModelConfig
+    model_config: ModelConfig
     data: DatasetInfo
     topology: Topology
     allocation: Allocation | None
@@ -97,10 +97,10 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
 
     processes: number of ranks.
     """
-    shape = config.shape()
+    model_config = config.to_model_config()
     topology = Topology.of(config, processes)
     data = DatasetInfo.load(config.data.path)
-    _check_data(config, shape, data)
+    _check_data(config, model_config, data)
     allocation = _table(config)
     if allocation is not None and allocation.window != config.attention.window:
         raise InputError(
@@ -108,14 +108,14 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             f"allocation.file={config.allocation.file} was made for a window of "
             f"{allocation.window}"
         )
-    _check_backend(config, shape, allocation)
+    _check_backend(config, model_config, allocation)
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
         raise InputError(
             f"logging.wandb={config.logging.wandb} needs the package wandb; "
             "install it with pip install 'megaconsa[wandb]'"
         )
-    return Inputs(config, shape, data, topology, allocation)
+    return Inputs(config, model_config, data, topology, allocation)
 
 
 def _table(config: Config) -> Allocation | None:
@@ -137,7 +137,7 @@ def _table(config: Config) -> Allocation | None:
     return config.fixed_allocation()
 
 
-def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
+def _check_data(config: Config, model_config: ModelConfig, data: DatasetInfo) -> None:
     """Raises InputError if the data does not fit the sequence length or the vocabulary."""
     if data.sequence_length != config.training.sequence_length:
         raise InputError(
@@ -145,22 +145,24 @@ def _check_data(config: Config, shape: ModelConfig, data: DatasetInfo) -> None:
             f"data {config.data.path} was packed into sequences of "
             f"{data.sequence_length}; change one of them"
         )
-    smallest = shape.vocab_size * SMALLEST_SHARE_OF_VOCABULARY
-    if not smallest <= data.vocab_size <= shape.vocab_size:
+    smallest = model_config.vocab_size * SMALLEST_SHARE_OF_VOCABULARY
+    if not smallest <= data.vocab_size <= model_config.vocab_size:
         raise InputError(
             f"data {config.data.path} was tokenised with a vocabulary of {data.vocab_size}, "
-            f"but the model has {shape.vocab_size}; "
+            f"but the model has {model_config.vocab_size}; "
             "prepare it with the model's tokenizer, or set "
             f"model.vocab_size={data.vocab_size} to train a model of its own"
         )
 
 
-def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | None) -> None:
+def _check_backend(
+    config: Config, model_config: ModelConfig, allocation: Allocation | None
+) -> None:
     """Raises InputError if the attention backend cannot run some layer on this machine."""
     ranks = config.parallel.tensor
     window = config.attention.window
     length = config.training.sequence_length
-    kv_heads = shape.num_key_value_heads // ranks
+    kv_heads = model_config.num_key_value_heads // ranks
     # Each kind of layer is the windows of its KV heads on one rank, and whether it is gated.
     if allocation is None:
         # Training runs gated layers. Validation runs the binarised table, whose rows may mix
@@ -171,8 +173,8 @@ def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | 
     else:
         kinds = set()
         for rank in range(ranks):
-            sharding = Sharding(shape, allocation, rank, ranks)
-            for layer in range(shape.num_hidden_layers):
+            sharding = Sharding(model_config, allocation, rank, ranks)
+            for layer in range(model_config.num_hidden_layers):
                 windows = allocation.windows(layer)
                 own = tuple(windows[head] for head in sharding.own_heads(layer))
                 kinds.add((own, False))
@@ -183,13 +185,13 @@ def _check_backend(config: Config, shape: ModelConfig, allocation: Allocation | 
             dtype=torch.bfloat16 if config.training.in_bf16(device.type) else torch.float32,
             batch=config.training.micro_batch,
             length=length,
-            heads=shape.num_attention_heads // ranks,
+            heads=model_config.num_attention_heads // ranks,
             kv_heads=kv_heads,
-            head_dim=shape.head_dim,
+            head_dim=model_config.head_dim,
             windows=windows,
             gated=gated,
             packed=config.attention.separate_documents,
-            scale=shape.head_dim**-0.5,
+            scale=model_config.head_dim**-0.5,
         )
         try:
             choose_backend(config.attention.backend, problem)
@@ -240,7 +242,7 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
     allocation = inputs.allocation
     if harmless := check_same_run(config, resume.state["config"], resume.step):
         logger.info("continues with %s", "; ".join(harmless))
-    if changed := differences(_DEFAULT_SHAPE | resume.state["shape"], asdict(inputs.shape)):
+    if changed := differences(_DEFAULT_SHAPE | resume.state["shape"], asdict(inputs.model_config)):
         raise InputError(
             f"run {config.run.dir} was trained with another shape ({'; '.join(changed)}): "
             f"the preset {config.model.preset} has changed; "
@@ -276,7 +278,7 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
     """
     config = inputs.config
     data = inputs.data
-    changed = differences(_DEFAULT_SHAPE | origin.state["shape"], asdict(inputs.shape))
+    changed = differences(_DEFAULT_SHAPE | origin.state["shape"], asdict(inputs.model_config))
     extensions = [line for line in changed if line.split(":")[0] in EXTENSIONS]
     if len(changed) > len(extensions):
         raise InputError(

@@ -47,7 +47,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
 
     Raises InputError on all ranks together if data cannot be opened or the run folder is in use.
     """
-    config, shape = inputs.config, inputs.shape
+    config, model_config = inputs.config, inputs.model_config
     training, topology = config.training, inputs.topology
     stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh), alike=True)
     validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
@@ -58,7 +58,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     heads = gates or inputs.allocation
     assert heads is not None
     engine = Engine(
-        shape,
+        model_config,
         training,
         topology,
         heads,
@@ -91,7 +91,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     description = {
         "learning": config.learning,
         "config": recorded,
-        "shape": asdict(shape),
+        "shape": asdict(model_config),
         "precision": engine.precision,
         "data": describe_data(inputs.data),
     }

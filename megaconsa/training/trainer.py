@@ -313,7 +313,9 @@ class Trainer:
         if peak is None:
             return None
         lengths = document_lengths(batches)
-        flops = training_flops(self.engine.shape, self.allocation, int(lengths.sum()), lengths)
+        flops = training_flops(
+            self.engine.model_config, self.allocation, int(lengths.sum()), lengths
+        )
         return flops / seconds / (peak * self.mesh.tp.size * self.mesh.pp_size)
 
     def _memory(self) -> float:

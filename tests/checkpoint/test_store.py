@@ -84,7 +84,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert path == tmp_path / "checkpoints" / "step_12"
     checkpoint = store.newest(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.path, checkpoint.step, checkpoint.shape) == (path, 12, SHAPE)
+    assert (checkpoint.path, checkpoint.step, checkpoint.model_config) == (path, 12, SHAPE)
     assert checkpoint.state["tokens"] == 512 * 12
     assert {"megaconsa", "torch", "deepspeed"} <= checkpoint.state["versions"].keys()
     weights, moments = tensors(12)

@@ -47,14 +47,16 @@ Score = Callable[..., UnitScores]
 both_granularities = pytest.mark.parametrize("granularity", ["kv_head", "layer"])
 
 
-def write_import(out: Path, shape: ModelConfig, fingerprint: str | None = None) -> Checkpoint:
+def write_import(
+    out: Path, model_config: ModelConfig, fingerprint: str | None = None
+) -> Checkpoint:
     """Writes a checkpoint of random weights as import-hf does."""
-    weights = random_weights(shape)
+    weights = random_weights(model_config)
     imported.write(
         out,
-        shape,
+        model_config,
         torch.float32,
-        parameter_shapes(shape),
+        parameter_shapes(model_config),
         weights.__getitem__,
         allocation=None,
         fingerprint=fingerprint,
@@ -335,7 +337,7 @@ def test_refusals(method: Method, fields: dict[str, object], said: str, score: S
 
 
 @pytest.mark.parametrize(
-    ("shape", "fingerprint", "said"),
+    ("model_config", "fingerprint", "said"),
     [
         (replace(SHAPE, vocab_size=511), None, "has 512 token ids, but the model 511"),
         (replace(SHAPE, max_position_embeddings=63), None, "but the model has 63 positions"),
@@ -343,13 +345,13 @@ def test_refusals(method: Method, fields: dict[str, object], said: str, score: S
     ],
 )
 def test_data_of_another_model(
-    shape: ModelConfig,
+    model_config: ModelConfig,
     fingerprint: str | None,
     said: str,
     paragraphs: Path,
     tmp_path: Path,
 ) -> None:
-    checkpoint = write_import(tmp_path / "model", shape, fingerprint)
+    checkpoint = write_import(tmp_path / "model", model_config, fingerprint)
     request = ScoreRequest("gradient", CPU, window=WINDOW, data=paragraphs)
     with pytest.raises(InputError, match=said):
         score_units(checkpoint, request)

@@ -78,7 +78,7 @@ def test_every_spelling_of_the_base_is_read(
     They do so also where this release of transformers spells it differently.
     """
     change(folder, **fields)
-    assert open_source(folder).shape == MODEL
+    assert open_source(folder).model_config == MODEL
     tokens = torch.arange(2 * WINDOW)[None]
     with torch.no_grad():
         torch.testing.assert_close(
@@ -94,7 +94,7 @@ def test_a_folder_without_a_base_has_transformers_default(folder: Path) -> None:
         if hasattr(config, "rope_parameters")
         else config.rope_theta
     )
-    assert open_source(folder).shape.rope_theta == base
+    assert open_source(folder).model_config.rope_theta == base
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_table_in_the_configuration_alone_is_read(
         load_exported(exported(allocation))[0].save_pretrained(again)
         assert not (again / "allocation.json").exists()
         source = open_source(again)
-        assert source.shape == MODEL
+        assert source.model_config == MODEL
         assert source.allocation is not None
         assert (source.allocation.full, source.allocation.window) == (allocation.full, WINDOW)
         for name, tensor in weights.items():
@@ -256,7 +256,7 @@ def test_weights_that_are_there_twice_are_refused(folder: Path, weights: dict[st
         open_source(folder)
     # An index that names the single file does not make the weights ambiguous.
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(files, WEIGHTS)}))
-    assert open_source(folder).shape == MODEL
+    assert open_source(folder).model_config == MODEL
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(

@@ -117,7 +117,7 @@ def test_what_another_release_saved_is_the_same_model_here(
             load_exported(again)[0](tokens).logits, expected, rtol=0, atol=1e-4
         )
     source = open_source(again)
-    assert source.shape == MODEL
+    assert source.model_config == MODEL
     assert source.allocation is not None
     assert (source.allocation.full, source.allocation.window) == (allocation.full, WINDOW)
     if allocation is HEAD_WISE:

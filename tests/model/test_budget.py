@@ -27,7 +27,9 @@ WITH_FLOOR = Constraint(28, 8, 0.0, "kv_head", "global", floor=2)
 units = st.sampled_from([HEADS, ALL_HEADS, LAYERS, WITH_FLOOR])
 
 
-def cost(quantity: Quantity, model: ModelConfig, table: Allocation, context: int) -> Fraction:
+def cost(
+    quantity: Quantity, model_config: ModelConfig, table: Allocation, context: int
+) -> Fraction:
     """Computes the cost of a finished table. Attention is counted head by head."""
     if quantity == "attention_share":
         pairs = 0
@@ -37,9 +39,9 @@ def cost(quantity: Quantity, model: ModelConfig, table: Allocation, context: int
                 pairs += attention_pairs([context], window)
                 dense += attention_pairs([context], context)
         return Fraction(pairs, dense)
-    cache = kv_cache_bytes(model, table, context)
+    cache = kv_cache_bytes(model_config, table, context)
     if quantity == "cache_share":
-        return Fraction(cache, kv_cache_bytes(model, None, context))
+        return Fraction(cache, kv_cache_bytes(model_config, None, context))
     return Fraction(cache, context)
 
 

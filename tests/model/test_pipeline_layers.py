@@ -30,7 +30,7 @@ tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untie
 
 
 def build_layers(
-    shape: ModelConfig, separate: bool = True
+    model_config: ModelConfig, separate: bool = True
 ) -> tuple[nn.Module, list[Callable[[Any], Any]]]:
     """Builds and calls the layers as DeepSpeed's PipelineModule does.
 
@@ -47,7 +47,7 @@ def build_layers(
     functions = []
     module.tied_modules = nn.ModuleDict()
     for index, spec in enumerate(
-        layer_specs(Sharding(shape, TABLE), TensorParallel(), TABLE, "auto", separate)
+        layer_specs(Sharding(model_config, TABLE), TensorParallel(), TABLE, "auto", separate)
     ):
         if isinstance(spec, TiedLayerSpec):
             if spec.key not in module.tied_modules:

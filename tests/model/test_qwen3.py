@@ -31,7 +31,7 @@ LAYER_WISE = Allocation(WINDOW, ((False, False), (True, True), (False, False)), 
 TOKENS = torch.randint(SHAPE.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-def weights_of(shape: ModelConfig) -> dict[str, Tensor]:
+def weights_of(model_config: ModelConfig) -> dict[str, Tensor]:
     """Weights far from their initial values.
 
     Attention is so uneven that one key too many or too few shows, and norms scale unevenly.
@@ -39,7 +39,7 @@ def weights_of(shape: ModelConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     noise = {
         name: torch.randn(size, generator=generator)
-        for name, size in parameter_shapes(shape).items()
+        for name, size in parameter_shapes(model_config).items()
     }
     return {
         name: 1.5 + 0.5 * x if x.dim() == 1 else 2 * x / x.shape[1] ** 0.5
@@ -47,20 +47,20 @@ def weights_of(shape: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def build(shape: ModelConfig, heads: HeadSelector, **arguments: Any) -> Qwen3:
-    model = Qwen3(shape, heads, **arguments)
-    missing, unexpected = model.load_state_dict(weights_of(shape), strict=False)
-    assert missing == (["lm_head.weight"] if shape.tie_word_embeddings else [])
+def build(model_config: ModelConfig, heads: HeadSelector, **arguments: Any) -> Qwen3:
+    model = Qwen3(model_config, heads, **arguments)
+    missing, unexpected = model.load_state_dict(weights_of(model_config), strict=False)
+    assert missing == (["lm_head.weight"] if model_config.tie_word_embeddings else [])
     assert not unexpected
     return model
 
 
 @torch.no_grad()
-def transformers_logits(shape: ModelConfig, tokens: Tensor, **fields: Any) -> Tensor:
+def transformers_logits(model_config: ModelConfig, tokens: Tensor, **fields: Any) -> Tensor:
     stock = Qwen3ForCausalLM(
-        Qwen3Config(**(qwen3_config_fields(shape) | fields), attn_implementation="eager")
+        Qwen3Config(**(qwen3_config_fields(model_config) | fields), attn_implementation="eager")
     ).eval()
-    stock.load_state_dict(weights_of(shape), strict=False)
+    stock.load_state_dict(weights_of(model_config), strict=False)
     stock.tie_weights()
     return stock(tokens, use_cache=False).logits
 
@@ -80,16 +80,19 @@ def test_dense_logits_equal_transformers(tied: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "model_config",
     [
         replace(SHAPE, num_attention_heads=2, rope_theta=1e6, rms_norm_eps=1e-2),
         replace(SHAPE, num_key_value_heads=1, hidden_size=20, head_dim=2),
     ],
     ids=["as many KV heads as queries", "one KV head"],
 )
-def test_other_shapes_equal_transformers(shape: ModelConfig) -> None:
-    dense = Allocation(WINDOW, ((True,) * shape.num_key_value_heads,) * 3)
-    assert difference(build(shape, dense)(TOKENS), transformers_logits(shape, TOKENS)) < 1e-5
+def test_other_shapes_equal_transformers(model_config: ModelConfig) -> None:
+    dense = Allocation(WINDOW, ((True,) * model_config.num_key_value_heads,) * 3)
+    assert (
+        difference(build(model_config, dense)(TOKENS), transformers_logits(model_config, TOKENS))
+        < 1e-5
+    )
 
 
 def test_layer_wise_logits_equal_transformers() -> None:

@@ -95,11 +95,18 @@ def check_export(run: Path, out: Path) -> None:
         table = read_gates(saved).allocation()
     assert not table.is_layer_wise
     weights = dict(saved.weights())
-    export(weights, saved.shape, table, out, tokenizer=None, dtype=torch.float32, origin=None)
-    tokens = torch.randint(
-        saved.shape.vocab_size, (2, 3 * table.window), generator=torch.Generator().manual_seed(1)
+    export(
+        weights, saved.model_config, table, out, tokenizer=None, dtype=torch.float32, origin=None
     )
-    assert compare_logits(out, tokens, masked_logits(weights, saved.shape, table, tokens)) <= 1e-5
+    tokens = torch.randint(
+        saved.model_config.vocab_size,
+        (2, 3 * table.window),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert (
+        compare_logits(out, tokens, masked_logits(weights, saved.model_config, table, tokens))
+        <= 1e-5
+    )
     shutil.rmtree(out)
 
 
@@ -253,7 +260,7 @@ def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> dict[str, P
         first = checkpoint(run, 1)
         last = checkpoint(run, STEPS)
         truth = checkpoint(reference, 1)
-        shape = first.shape
+        shape = first.model_config
         seed = first.state["config"]["run"]["seed"]
         beginning = {
             name: initial_weight(name, torch.Size(size), shape, seed)

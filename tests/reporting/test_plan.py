@@ -80,7 +80,7 @@ def test_rule_and_file(settings: Path, tmp_path: Path) -> None:
         settings, "allocation.source=file", f"allocation.file={tmp_path / 'allocation.json'}"
     )
     assert (file.window, file.sparsity) == (512, 0.25)
-    shape = config.load(settings).shape()
+    shape = config.load(settings).to_model_config()
     assert file.allocation.flops_per_token == training_flops(shape, table, 8192, [8192]) / 8192
 
 

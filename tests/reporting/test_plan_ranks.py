@@ -101,7 +101,7 @@ def test_pipeline_ranks(settings: Path) -> None:
         "model.tie_word_embeddings=false",
     )
     assert (plan.pipeline_ranks, plan.data_ranks, plan.accumulation) == (4, 2, 32)
-    shape = config.load(settings).shape()
+    shape = config.load(settings).to_model_config()
     costs = layer_costs(shape, rules.head_share(28, 8, 1024, 0.5), 8192)
     bounds = cut(costs, 4)
     assert [rank.layers for rank in plan.pipeline] == [[each] for each in pairwise(bounds)]

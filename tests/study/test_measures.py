@@ -62,7 +62,7 @@ def test_far_losses_are_those_of_late_positions(
     measures = measure_checkpoint(checkpoint, NO_NEEDLES, CPU)
     allocation = checkpoint.allocation
     assert allocation is not None
-    model = Qwen3(checkpoint.shape, allocation, "reference")
+    model = Qwen3(checkpoint.model_config, allocation, "reference")
     model.load_state_dict(dict(checkpoint.weights()), strict=False)
     stream = BatchStream(small_data, VALIDATION, seed=0, global_batch=1, micro_batch=1)
     sequences = stream.fixed_batches(10)

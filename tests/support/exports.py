@@ -30,11 +30,17 @@ def make_export(
     out: Path,
     allocation: Allocation,
     tokenizer: Path | None,
-    shape: ModelConfig = SHAPE,
+    model_config: ModelConfig = SHAPE,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     export(
-        random_weights(shape), shape, allocation, out, tokenizer=tokenizer, dtype=dtype, origin=None
+        random_weights(model_config),
+        model_config,
+        allocation,
+        out,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        origin=None,
     )
     return out
 

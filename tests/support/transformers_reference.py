@@ -38,14 +38,14 @@ LAYER_WISE = replace(
 DENSE = replace(HEAD_WISE, full=((True,) * 4,) * 4)
 
 
-def random_weights(model: ModelConfig) -> dict[str, Tensor]:
+def random_weights(model_config: ModelConfig) -> dict[str, Tensor]:
     """Random weights whose attention is sharp.
 
     A key too many or too few changes the logits visibly.
     """
     generator = torch.Generator().manual_seed(7)
     weights = {}
-    for name, shape in parameter_shapes(model).items():
+    for name, shape in parameter_shapes(model_config).items():
         noise = torch.randn(shape, generator=generator)
         if len(shape) == 2:
             weights[name] = noise / shape[1] ** 0.5
@@ -54,8 +54,10 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def stock(weights: dict[str, Tensor], model: ModelConfig, **fields: Any) -> Qwen3ForCausalLM:
-    config = Qwen3Config(**(qwen3_config_fields(model) | fields), attn_implementation="eager")
+def stock(weights: dict[str, Tensor], model_config: ModelConfig, **fields: Any) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        **(qwen3_config_fields(model_config) | fields), attn_implementation="eager"
+    )
     qwen3 = Qwen3ForCausalLM(config).eval()
     missing, unexpected = qwen3.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"}
@@ -66,7 +68,7 @@ def stock(weights: dict[str, Tensor], model: ModelConfig, **fields: Any) -> Qwen
 
 @torch.no_grad()
 def masked_logits(
-    weights: dict[str, Tensor], model: ModelConfig, allocation: Allocation, tokens: Tensor
+    weights: dict[str, Tensor], model_config: ModelConfig, allocation: Allocation, tokens: Tensor
 ) -> Tensor:
     """Computes logits with an explicit mask.
 
@@ -75,12 +77,12 @@ def masked_logits(
     tokens: (B, S) int64.
     Returns (B, S, V) fp32.
     """
-    qwen3 = stock(weights, model)
+    qwen3 = stock(weights, model_config)
     length = tokens.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)
     for index, layer in enumerate(qwen3.model.layers):
         windows = torch.tensor(allocation.windows(index)).repeat_interleave(
-            model.queries_per_kv_head
+            model_config.queries_per_kv_head
         )[:, None, None]
         visible = (distance >= 0) & (distance < windows)
         mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[None]

@@ -35,7 +35,7 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
     The export is loaded by transformers alone. Generation with and without a cache must agree.
     """
     checkpoint = store.resolve(run)
-    model = Qwen3(checkpoint.shape, table, "reference", separate=False)
+    model = Qwen3(checkpoint.model_config, table, "reference", separate=False)
     model.load_state_dict(dict(checkpoint.weights()), strict=False)
     sequence = TokenShards(data, "validation")[1][:SEQUENCE_LENGTH]
     tokens = torch.from_numpy(sequence.astype("int64"))[None]
@@ -44,7 +44,7 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
     )
     expected = model(tokens)
     logits = exported(tokens).logits
-    assert logits.shape == (1, SEQUENCE_LENGTH, checkpoint.shape.vocab_size)
+    assert logits.shape == (1, SEQUENCE_LENGTH, checkpoint.model_config.vocab_size)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     inputs = tokenizer("def main(", return_tensors="pt")

@@ -29,7 +29,7 @@ def inputs_of(values: dict[str, Any]) -> Inputs:
 def checkpoints(values: dict[str, Any]) -> float:
     """Returns how many more checkpoints the run needs room for."""
     inputs = inputs_of(values)
-    return check_disk(inputs)[1] / (parameter_count(inputs.shape).total * BYTES_A_PARAMETER)
+    return check_disk(inputs)[1] / (parameter_count(inputs.model_config).total * BYTES_A_PARAMETER)
 
 
 @pytest.mark.parametrize("disk", ["1m"], indirect=True)
@@ -72,7 +72,7 @@ def test_checkpoints_that_stay_for_ever_make_no_room(make_config: MakeConfig, tr
     assert [path.name for path in inputs.found] == ["step_6", "step_4"]
     longer = build(make_config(checkpoint=checkpoint, training={"steps": 40}))
     _, needed = check_disk(replace(inputs, config=longer))
-    assert needed == 2 * parameter_count(inputs.shape).total * BYTES_A_PARAMETER
+    assert needed == 2 * parameter_count(inputs.model_config).total * BYTES_A_PARAMETER
 
 
 def test_what_the_run_holds_already_counts(make_config: MakeConfig, train: Any) -> None:

@@ -115,7 +115,7 @@ def test_a_new_run_may_extend_the_context(
         "max_position_embeddings: 4096 -> 8192; rope_theta: 1000000.0 -> 5000000.0" in caplog.text
     )
     train(values)
-    assert store.resolve(tmp_path / "long").shape.rope_theta == 5e6
+    assert store.resolve(tmp_path / "long").model_config.rope_theta == 5e6
     values["model"]["rope_theta"] = 1e6
     # A resumed run must keep these fields.
     with pytest.raises(InputError, match="another configuration"):

@@ -167,7 +167,7 @@ def test_checkpoints_hold_canonical_names_and_no_pickle(
     values = make_config()
     train(values)
     checkpoint = store.resolve(Path(values["run"]["dir"]))
-    assert checkpoint.weight_shapes() == parameter_shapes(checkpoint.shape)
+    assert checkpoint.weight_shapes() == parameter_shapes(checkpoint.model_config)
     assert {path.suffix for path in checkpoint.path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((checkpoint.path / "state.json").read_text())["step"] == 6
     gates = json.loads((Path(values["run"]["dir"]) / "gates.json").read_text())

@@ -44,7 +44,7 @@ class Engine:
 
     def __init__(
         self,
-        shape: ModelConfig,
+        model_config: ModelConfig,
         training: TrainingSection,
         topology: Topology,
         heads: HeadSelector,
@@ -62,12 +62,12 @@ class Engine:
             layer_specs,
         )
 
-        self.shape = shape
+        self.model_config = model_config
         self.mesh = mesh
         bf16 = training.in_bf16(mesh.device.type)
         self.precision = "bf16" if bf16 else "fp32"
         allocation = heads if isinstance(heads, Allocation) else None
-        sharding = Sharding(shape, allocation, mesh.tp.rank, mesh.tp.size)
+        sharding = Sharding(model_config, allocation, mesh.tp.rank, mesh.tp.size)
         # DeepSpeed prints its settings and the table of layers.
         is_dualpipe = topology.schedule == "dualpipev"
         module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
@@ -75,7 +75,7 @@ class Engine:
             module = module_type(
                 layers=layer_specs(sharding, mesh.tp, heads, backend, separate_documents),
                 bounds=cut(
-                    layer_costs(shape, allocation, training.sequence_length), topology.stages
+                    layer_costs(model_config, allocation, training.sequence_length), topology.stages
                 ),
                 topology=mesh.grid,
                 loss_fn=lambda loss, _: loss,
@@ -83,7 +83,7 @@ class Engine:
                 checkpointable_layers=["BlockLayer"],
             )
             parameters = {
-                canonical_name(name, shape.num_hidden_layers): parameter
+                canonical_name(name, model_config.num_hidden_layers): parameter
                 for name, parameter in module.named_parameters()
             }
             module.tensor_sums = _mark(parameters, mesh)
@@ -95,9 +95,10 @@ class Engine:
         if bf16:
             patch_bf16(self.engine)
         self._clock = ComputeClock(self.engine, mesh.device)
-        shapes = weight_shapes(shape)
+        shapes = weight_shapes(model_config)
         owners = {
-            name: module.stage_owner(layer_index(name, shape.num_hidden_layers)) for name in shapes
+            name: module.stage_owner(layer_index(name, model_config.num_hidden_layers))
+            for name in shapes
         }
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
         create_moments(self.optimizer)
@@ -156,7 +157,9 @@ class Engine:
     def initialize(self, seed: int) -> None:
         """Fresh weights."""
         for name in self.distributed.parameters:
-            self._set(name, initial_weight(name, self.distributed.shapes[name], self.shape, seed))
+            self._set(
+                name, initial_weight(name, self.distributed.shapes[name], self.model_config, seed)
+            )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields whole fp32 master weights by canonical name, each on one rank.

@@ -62,7 +62,7 @@ def layer_specs(
     separate_documents: bool,
 ) -> list[Any]:
     """Embedding, blocks, final norm, head with loss."""
-    config = sharding.config
+    config = sharding.model_config
     blocks = [
         LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tp)
         for layer in range(config.num_hidden_layers)
