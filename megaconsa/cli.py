@@ -13,7 +13,7 @@ from megaconsa.tools import (
     bench_attention,
     bench_training,
     checkpoints,
-    evaluate,
+    evaluate_models,
     export_hf,
     finalize_masks,
     import_hf,
@@ -72,7 +72,8 @@ for name, tool in {
     "score-units": score_units,
     "import-hf": import_hf,
     "export-hf": export_hf,
-    "evaluate": evaluate,
+    # As a script, a file named evaluate.py would hide the package of that name from lm-eval.
+    "evaluate": evaluate_models,
     "checkpoints": checkpoints,
     "status": status,
     "verify": verify,

@@ -44,7 +44,7 @@ def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="session")
 def exports(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an export of each kind."""
-    from evaluation import exports
+    from tests.support import exports
 
     folder = tmp_path_factory.mktemp("exports")
     for name, allocation in exports.ALLOCATIONS.items():

@@ -91,7 +91,14 @@ def test_a_local_task(
         "--needles",
         0,
     ]
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", *models, *out, "--task", "colours"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "evaluate_models.py",
+        *models,
+        *out,
+        "--task",
+        "colours",
+    ]
     ended = subprocess.run(
         [*map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False
     )

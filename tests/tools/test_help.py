@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from megaconsa import cli
 from tests.support import ROOT
 
-COMMANDS = sorted(str(name) for name in typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS = {
+    command.name or command.callback.__name__: command.callback.__module__
+    for command in cli.app.registered_commands
+    if command.callback is not None
+}
 TOOLS = sorted(name for name in COMMANDS if name != "train")
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "streaming", "matplotlib", "pydantic")
 
 
 def test_every_tool_is_a_command() -> None:
     scripts = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
-    assert {name.replace("-", "_") for name in TOOLS} == scripts
+    modules = {COMMANDS[name].removeprefix("megaconsa.tools.") for name in TOOLS}
+    assert modules == scripts
+    names = {name.replace("-", "_") for name in TOOLS}
+    assert modules - names == {"evaluate_models"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,7 +65,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_script_of_a_tool_is_the_same_command(tool: str, tmp_path: Path) -> None:
     """The script runs from another folder."""
-    script = ROOT / "tools" / f"{tool.replace('-', '_')}.py"
+    script = ROOT / "tools" / f"{COMMANDS[tool].rpartition('.')[2]}.py"
     ended = subprocess.run(
         [sys.executable, script, "--help"],
         cwd=tmp_path,

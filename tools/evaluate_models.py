@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,6 +128,4 @@ def main(
 
 
 if __name__ == "__main__":
-    # Without this, lm-eval would import this file instead of the package `evaluate`.
-    sys.path.pop(0)
     run_tool(main)
