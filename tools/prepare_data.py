@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Tokenizes and packs text into a data folder for training.
 
-    `python` stands for the sources of Python's standard library: real text that every machine has.
+    `python` means the sources of Python's standard library: real text that every machine has.
     A folder whose preparation was interrupted is started again; a finished one is never changed.
 
     Example: megaconsa prepare-data python --out data/python --train-tokenizer 4096 --sequence-length 512

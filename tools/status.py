@@ -14,7 +14,7 @@ def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; it may be training.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """Show how a run stands: progress, speed, losses, newest checkpoint, time to go, incidents, and whether a process trains in it.
+    """Show the state of a run: progress, speed, losses, newest checkpoint, time to go, incidents, and whether a process trains in it.
 
     It only reads, as little as it can, and takes no lock.
 

@@ -249,7 +249,7 @@ def _parse(text: str) -> Table:
 def _items(values: Any, pattern: str, kind: str) -> list[tuple[str, Any]]:
     """The items of a JSON object whose names all match the pattern. Raises ValueError otherwise."""
     if not isinstance(values, dict):
-        raise ValueError(f"{values!r} stands where an object was expected")
+        raise ValueError(f"found {values!r}, expected an object")
     for name in values:
         if not re.fullmatch(pattern, name):
             raise ValueError(f"{name!r} is not {kind}")

@@ -123,7 +123,7 @@ class Writer:
     def begin(self, snapshot: Snapshot, stall: float = 0.0) -> None:
         """Starts to write `snapshot`. The caller must have waited for the previous write.
 
-        stall: how long training stood still, in seconds. It goes into the manifest.
+        stall: how long training waited, in seconds. It goes into the manifest.
         """
         assert self._thread is None
         # The thread is a daemon, because a rank whose peers are gone must not wait for them when it

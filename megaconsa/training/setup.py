@@ -162,7 +162,7 @@ def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:
 
 
 def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: World) -> Progress:
-    """Loads weights, moments, gates and random states; returns where the run stands."""
+    """Loads weights, moments, gates and random states. Returns the run's progress."""
     source = inputs.resume or inputs.origin
     if source is None:
         engine.initialize(inputs.config.run.seed)

@@ -221,7 +221,7 @@ class RunLock(Callback):
             mine.replace(self.path)
         else:
             text = (
-                f"run.dir={self.run} was taken over by {now} while this process stood still; "
+                f"run.dir={self.run} was taken over by {now} while this process was suspended; "
                 "it ends"
             )
             logger.error("%s", text)
