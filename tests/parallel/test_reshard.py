@@ -44,27 +44,28 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     "layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name
 )
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
-    """Compares 20 steps with 7 and then 13 steps."""
+    """Compares 12 steps with 5 and then 7 steps."""
     cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
     whole = runs.launch(
-        layout, [Job(f"{name}-whole", case, steps=20) for name, case in cases.items()]
+        layout, [Job(f"{name}-whole", case, steps=12, every=12) for name, case in cases.items()]
     )
     runs.launch(
-        layout, [Job(f"{name}-stopped", case, steps=20, stop=7) for name, case in cases.items()]
+        layout,
+        [Job(f"{name}-stopped", case, steps=12, stop=5, every=12) for name, case in cases.items()],
     )
     stopped = runs.launch(
-        layout, [Job(f"{name}-stopped", case, steps=20) for name, case in cases.items()]
+        layout, [Job(f"{name}-stopped", case, steps=12, every=12) for name, case in cases.items()]
     )
     for name in cases:
         one = whole[f"{name}-whole"]
         two = stopped[f"{name}-stopped"]
         rows = [computed(read_metrics(run / "metrics.jsonl")) for run in (one, two)]
         assert rows[0] == rows[1]
-        assert len(rows[0]) == 20
-        assert contents(one, 20) == contents(two, 20)
+        assert len(rows[0]) == 12
+        assert contents(one, 12) == contents(two, 12)
         # The next batch is a function of this number and the seed.
         for run in (one, two):
-            assert checkpoint(run, 20).state["sequences"] == 160
+            assert checkpoint(run, 12).state["sequences"] == 96
 
 
 @pytest.mark.slow
@@ -75,13 +76,13 @@ def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
     """
     case = Case("tied-12", LEARN_TIED.sections | {"training": {"global_batch": 12}})
     layout = Layout("pp2-dp3", 6, {"pipeline": 2})
-    whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8)])[
+    whole = runs.launch(layout, [Job("tied-12-whole", case, precision="bf16", steps=8, every=8)])[
         "tied-12-whole"
     ]
-    runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8, stop=3)])
-    stopped = runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8)])[
-        "tied-12-stopped"
-    ]
+    runs.launch(layout, [Job("tied-12-stopped", case, precision="bf16", steps=8, stop=3, every=8)])
+    stopped = runs.launch(
+        layout, [Job("tied-12-stopped", case, precision="bf16", steps=8, every=8)]
+    )["tied-12-stopped"]
     assert contents(whole, 8) == contents(stopped, 8)
 
 
@@ -106,8 +107,8 @@ def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, cas
     done = runs.launch(
         TP2_PP2,
         [
-            Job(f"{case.name}-undisturbed", case, steps=10),
-            Job(f"{case.name}-left", case, steps=10, stop=5),
+            Job(f"{case.name}-undisturbed", case, steps=10, every=10),
+            Job(f"{case.name}-left", case, steps=10, stop=5, every=10),
         ],
     )
     losses = [
@@ -117,13 +118,13 @@ def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, cas
     for layout in OTHERS:
         name = f"{case.name}-{layout.name}"
         jobs = [
-            Job(f"{name}-stays", case, steps=10),
-            Job(f"{name}-returns", case, steps=10, stop=8),
+            Job(f"{name}-stays", case, steps=10, every=10),
+            Job(f"{name}-returns", case, steps=10, stop=8, every=10),
         ]
         runs_there = go_on(runs, done[f"{case.name}-left"], layout, jobs)
         stayed = read_metrics(runs_there[f"{name}-stays"] / "metrics.jsonl")
         assert [row["loss"] for row in stayed] == pytest.approx(losses, rel=1e-5)
-        back = Job(f"{name}-returns", case, steps=10)
+        back = Job(f"{name}-returns", case, steps=10, every=10)
         shutil.copytree(runs_there[f"{name}-returns"], runs.run_of(TP2_PP2, back))
         returning.append(back)
     for run in runs.launch(TP2_PP2, returning).values():

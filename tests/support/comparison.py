@@ -1,13 +1,8 @@
-"""Runs a topology in fresh processes, and lists how one run differs from another."""
+"""Lists how one run differs from another."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +14,6 @@ from torch import Tensor
 from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting.metrics import CLOCK, read_metrics
 
 TOLERANCE = 1e-5
@@ -27,7 +21,6 @@ TOLERANCE = 1e-5
 
 It leaves room for sums in another order, in fp32.
 """
-LAUNCH_SECONDS = 300
 UNKNOWN = -2.0
 """Replaces null. No metric has this value."""
 DIFFERENCES = {"penalty", "cut_margin"}
@@ -45,40 +38,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.size:.1e}  {self.place}"
-
-
-def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Trains all jobs (see topology_worker.py) in `processes` fresh ranks.
-
-    Raises AssertionError with the last output of the ranks if a job fails.
-    """
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    # Tests that train in this process leave these variables behind.
-    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    # In a new session, ranks that wait for each other forever can be killed with their launcher.
-    with subprocess.Popen(
-        [*command, str(Path(__file__).with_name("topology_worker.py")), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=inherited | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=LAUNCH_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output = f"{process.communicate()[0]}\nended after {LAUNCH_SECONDS} seconds"
-    assert process.returncode == 0, output[-4000:]
 
 
 def checkpoint(run: Path, step: int) -> Checkpoint:

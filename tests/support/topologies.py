@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaconsa.consa.allocation import Allocation
-from tests.support.comparison import launch
+from tests.support.forked_ranks import launch
 
 STEPS = 5
 CLIPPING = 0.05
@@ -88,6 +88,8 @@ class Job:
     steps: int = STEPS
     stop: int | None = None
     """The step after which the job stops. It resumes when it is launched again by the same name."""
+    every: int = 1
+    """Steps between two checkpoints. There is also one where the job stops or ends."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Runs:
         precision: str = "fp32",
         parallel: dict[str, Any] | None = None,
         steps: int = STEPS,
+        every: int = 1,
     ) -> dict[str, Any]:
         """Returns the plain values of the run of a case."""
         values = self.make_config(
@@ -156,7 +159,7 @@ class Runs:
                 "weight_decay": 0.1 if precision == "fp32" else 0.0,
             },
             data={"path": str(self.folder / "data")},
-            checkpoint={"every": 1, "keep": STEPS},
+            checkpoint={"every": every, "keep": STEPS},
         )
         for section, fields in case.sections.items():
             values[section] |= fields
@@ -188,7 +191,12 @@ class Runs:
         listed = [
             {
                 "config": self.values(
-                    job.case, self.run_of(layout, job), job.precision, layout.parallel, job.steps
+                    job.case,
+                    self.run_of(layout, job),
+                    job.precision,
+                    layout.parallel,
+                    job.steps,
+                    job.every,
                 ),
                 "fault": job.fault,
                 "stop": job.stop,

@@ -1,9 +1,7 @@
 """One rank that trains several configurations of one topology, one after the other.
 
-torchrun ... topology_worker.py JOBS.json
-
-JOBS.json is a list of {"config": plain values of a run, "fault": null or a name in FAULTS, "stop":
-null or the step after which the run stops as if by a signal}.
+A job is {"config": plain values of a run, "fault": None or a name in FAULTS, "stop": None or the
+step after which the run stops as if by a signal}.
 All configurations have the same numbers of ranks. DeepSpeed keeps the topology in globals, so
 another topology needs fresh processes.
 A run that resumes from its own checkpoint must hold the saved tensors, bit for bit, before it
@@ -12,14 +10,11 @@ trains.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -149,7 +144,3 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 assert trainer.run() == (job["stop"] is None)
     finally:
         world.leave()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
