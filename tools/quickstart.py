@@ -45,7 +45,7 @@ def main(
     )
     _say("Stage 1: learn which KV heads keep full attention, together with the weights")
     _run("train", yaml / "quickstart.yaml", f"run.dir={learn}", f"data.path={data}")
-    _say("Binarise the gates: half of each layer's KV heads keep full attention")
+    _say("Binarise the gates: half of the KV heads keep full attention")
     _run("finalize-masks", learn, "--out", allocation)
     _say("Stage 2: train on with that allocation")
     _run(

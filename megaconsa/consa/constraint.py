@@ -152,6 +152,15 @@ class Constraint:
         """
         return table.expand(self.num_layers, self.num_kv_heads)
 
+    def kept_by_floor(self, scores: Tensor) -> Tensor:
+        """The units that the floor keeps full: the best of each layer.
+
+        scores: (layers, units per layer). Returns booleans of the same shape, on the CPU.
+        """
+        values = scores.detach().double().cpu()
+        best = values.argsort(dim=1, descending=True, stable=True)[:, : self.floor]
+        return torch.zeros_like(values, dtype=torch.bool).scatter_(1, best, True)
+
     def check_scores(self, scores: Tensor, source: str) -> None:
         """Raises InputError, naming `source`, unless the scores are finite and one per unit."""
         if tuple(scores.shape) != self.shape:
@@ -174,8 +183,7 @@ class Constraint:
         """
         values = scores.detach().double().cpu()
         if self.floor:
-            best = values.argsort(dim=1, descending=True, stable=True)[:, : self.floor]
-            values = values.scatter(1, best, torch.inf)
+            values = values.masked_fill(self.kept_by_floor(values), torch.inf)
         return self.rows(values)
 
     def _beside_the_cut(self, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,9 @@ class Evidence:
             right_side = (z_scores > 0) == table
             significant = z_scores.abs() > SEPARATION
             separated_share = _share(significant & right_side)
-            contradicted_share = _share(significant & ~right_side)
+            # The user's floor keeps some units full against their scores.
+            ordered = table & self.constraint.kept_by_floor(self.scores)
+            contradicted_share = _share(significant & ~right_side & ~ordered)
         return EvidenceSummary(
             split_agreement=self._agreement("split"),
             time_agreement=self._agreement("time"),

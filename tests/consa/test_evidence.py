@@ -166,6 +166,22 @@ def test_separated_and_contradicted_units() -> None:
     assert "the gates did not follow it" in fault
 
 
+def test_a_unit_that_the_floor_keeps_contradicts_nothing() -> None:
+    """All evidence is for the first layer. The floor keeps a unit of the second one all the same."""
+    constraint = Constraint(2, 2, 0.5, scope="global", floor=1)
+    evidence = Evidence(constraint, 100, 1e12)
+    means = torch.tensor([[1.0, 0.9], [0.1, 0.0]]).double()
+    noise = torch.Generator().manual_seed(0)
+    for step in range(100):
+        sample = means + 0.01 * torch.randn(1, 2, 2, dtype=torch.float64, generator=noise)
+        evidence.add(sample, torch.ones(1, 2, 2, dtype=torch.bool), step)
+    table = constraint.top_k(evidence.scores)
+    assert table.tolist() == [[True, False], [True, False]]
+    assert evidence.summary(table).contradicted_share == 0
+    other = torch.tensor([[True, False], [False, True]])
+    assert evidence.summary(other).contradicted_share == 0.25
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.875])
 def test_chance_is_what_noise_gives(sparsity: float) -> None:
     """With 32 blocks the errors themselves are uncertain, which adds a little to the share."""
