@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.attention import flash, reference, sdpa
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-Attention = Callable[
-    [Tensor, Tensor, Tensor, tuple[int, ...], Tensor | None, Tensor | None, float], Tensor
-]
-"""(q, k, v, windows, gate, documents, scale) -> out, as `reference.attention`"""
+Attention = Callable[[Tensor, Tensor, Tensor, HeadPattern, Tensor | None, float], Tensor]
+"""(q, k, v, heads, documents, scale) -> out, as `reference.attention`"""
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,14 @@ def _triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
     # Imported here, so that machines without triton can use the other backends.
     from megaconsa.kernels.attention.triton import operators
 
-    return operators.attention(q, k, v, windows, gate, documents, scale)
+    return operators.attention(q, k, v, heads, documents, scale)
 
 
 REFERENCE = Backend(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaconsa.kernels.attention import flash_library
 from megaconsa.kernels.attention.gating import mix
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -48,17 +49,16 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these three:
+    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these two:
 
-    windows: one per KV head.
-    gate: (B, kv_heads) or None.
+    heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     documents: None.
     """
+    windows, gate = heads
     out, _ = forward(q, k, v, windows, scale)
     if gate is None:
         return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.attention.backends import choose_backend
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 
 
@@ -87,7 +88,8 @@ def hybrid_attention(
         packed=documents is not None,
         scale=scale,
     )
-    return choose_backend(backend, problem).attention(q, k, v, windows, gate, documents, scale)
+    pattern = HeadPattern(windows, gate)
+    return choose_backend(backend, problem).attention(q, k, v, pattern, documents, scale)
 
 
 def _windows(window: int | Sequence[int] | Tensor, kv_heads: int) -> tuple[int, ...]:

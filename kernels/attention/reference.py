@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.visibility import visible
 
@@ -21,18 +22,17 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Hybrid attention with all scores in memory: (B, heads, S, S).
 
-    Shapes are those of `hybrid_attention`, except for these two:
+    Shapes are those of `hybrid_attention`, except for this one:
 
-    windows: one per KV head.
-    gate: (B, kv_heads) or None.
+    heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
+    windows, gate = heads
     group = q.shape[2] // k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_ = q.transpose(1, 2).to(compute)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megaconsa.kernels.attention.gating import mix
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.visibility import visible
 
@@ -23,16 +24,15 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these two:
+    """Hybrid attention. Shapes are those of `hybrid_attention`, except for this one:
 
-    windows: one per KV head.
-    gate: (B, kv_heads) or None.
+    heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
+    windows, gate = heads
     length = k.shape[1]
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, D)
     windows = tuple(min(window, length) for window in windows)

@@ -14,9 +14,9 @@ from typing import Any, get_args
 from torch import Tensor
 
 from megaconsa.consa.constraint import Constraint, Granularity, Scope
-from megaconsa.consa.head_pattern import HeadPattern
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.reading import read_text
 
 FORMAT_VERSION = 1

@@ -27,9 +27,9 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.evidence import Evidence, EvidenceSummary
 from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
-from megaconsa.consa.head_pattern import HeadPattern
 from megaconsa.consa.sampled_gates import DECAY_SHARE, SampledGates
 from megaconsa.errors import InputError
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 DECIDED = 0.9
 """A unit counts as decided when P(z = 0) or P(z = 1) exceeds this."""
@@ -145,7 +145,8 @@ class GateBank:
         if self._table is not None:
             return self._table.select(layer, sequences)
         gate = self._leaves[layer][sequences]
-        return HeadPattern(self.settings.window, gate.expand(-1, self.constraint.num_kv_heads))
+        heads = self.constraint.num_kv_heads
+        return HeadPattern((self.settings.window,) * heads, gate.expand(-1, heads))
 
     @contextmanager
     def binarized(self) -> Iterator[Allocation]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.consa.head_pattern import HeadPattern
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 CHUNK_BYTES = 2**28
 """Bytes of attention probabilities in memory at a time."""
@@ -39,7 +39,7 @@ class UnitSelector:
         if heads.dtype == torch.bool:
             windows = tuple(FULL_WINDOW if full else self.window for full in heads.tolist())
             return HeadPattern(windows)
-        return HeadPattern(self.window, heads)
+        return HeadPattern((self.window,) * self.num_kv_heads, heads)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig

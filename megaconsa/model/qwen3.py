@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megaconsa.consa.head_pattern import HeadPattern, HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.model import loss
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.consa.head_pattern import HeadPattern, HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.vocabulary import rows
 
@@ -117,14 +118,9 @@ class OwnHeads:
     sharding: Sharding
 
     def select(self, layer: int, sequences: Tensor) -> HeadPattern:
-        windows, gate = self.heads.select(layer, sequences)
+        # While learning, the heads are in order.
         own = self.sharding.own_heads(layer)
-        if isinstance(windows, tuple):
-            windows = tuple(windows[head] for head in own)
-        if gate is not None:
-            # Gates exist only while learning. The heads are in order then.
-            gate = gate[:, own[0] : own[-1] + 1]
-        return HeadPattern(windows, gate)
+        return self.heads.select(layer, sequences).of_heads(own)
 
 
 def _kind(name: str) -> str:

@@ -167,7 +167,7 @@ def test_separated_and_contradicted_units() -> None:
 
 
 def test_a_unit_that_the_floor_keeps_contradicts_nothing() -> None:
-    """All evidence is for the first layer. The floor keeps a unit of the second one all the same."""
+    """The floor keeps a unit of the second layer, although all evidence is for the first one."""
     constraint = Constraint(2, 2, 0.5, scope="global", floor=1)
     evidence = Evidence(constraint, 100, 1e12)
     means = torch.tensor([[1.0, 0.9], [0.1, 0.0]]).double()

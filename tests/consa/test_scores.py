@@ -25,16 +25,16 @@ def test_select_layers_as_units() -> None:
     selector = UnitSelector(torch.tensor([[True], [False]]), WINDOW, KV_HEADS)
     assert selector.select(0, SEQUENCES) == ((FULL_WINDOW, FULL_WINDOW), None)
     selector.units = torch.tensor([[0.25], [0.75]])
-    window, gate = selector.select(1, SEQUENCES)
-    assert window == WINDOW
+    windows, gate = selector.select(1, SEQUENCES)
+    assert windows == (WINDOW,) * KV_HEADS
     assert gate is not None
     assert gate.tolist() == [0.75, 0.75]
 
 
 def test_select_gates_of_each_sequence() -> None:
     gates = torch.rand(2, 4, KV_HEADS)
-    window, gate = UnitSelector(gates, WINDOW, KV_HEADS).select(3, SEQUENCES)
-    assert window == WINDOW
+    windows, gate = UnitSelector(gates, WINDOW, KV_HEADS).select(3, SEQUENCES)
+    assert windows == (WINDOW,) * KV_HEADS
     assert gate is not None
     assert torch.equal(gate, gates[:, 3])
 

@@ -22,12 +22,12 @@ from megaconsa.checkpoint import imported, store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Granularity
-from megaconsa.consa.head_pattern import HeadPattern
 from megaconsa.data.prepare import prepare
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.unit_scores import Method, ScoreRequest, UnitScores, score_units
 from megaconsa.huggingface.names import parameter_shapes
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3

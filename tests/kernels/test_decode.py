@@ -21,6 +21,7 @@ from torch import Tensor
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.kernels import KVCache, decode_attention, limits
 from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.decode import decode_attention as decode
 from megaconsa.kernels.decode import triton
 
@@ -51,7 +52,7 @@ def whole(
     q, k, v = (x.double() for x in inputs)
     padding = None if start is None else (torch.arange(q.shape[1]) >= start[:, None]).int()
     return reference.attention(
-        q, k, v, windows, None, padding, q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v, HeadPattern(windows), padding, q.shape[-1] ** -0.5 if scale is None else scale
     )
 
 

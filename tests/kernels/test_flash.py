@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.kernels.attention import flash, flash_library, reference
 from megaconsa.kernels.attention.flash_library import Library
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.visibility import visible
 
 
@@ -93,7 +94,7 @@ def check_equals_reference(
     dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
     for attention in (flash.attention, reference.attention):
-        out = attention(*leaves[:3], windows, z, None, 0.4)
+        out = attention(*leaves[:3], HeadPattern(windows, z), None, 0.4)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
@@ -153,7 +154,7 @@ def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.Monkey
 
     library = Library(seen("forward", textbook_forward), seen("backward", textbook_backward))
     monkeypatch.setattr(flash_library, "find", lambda device: library)
-    out = flash.attention(q, k, v, (FULL_WINDOW, FULL_WINDOW, 3, 3), None, None, 0.5)
+    out = flash.attention(q, k, v, HeadPattern((FULL_WINDOW, FULL_WINDOW, 3, 3)), None, 0.5)
     torch.autograd.grad(out, (q, k, v), torch.randn(out.shape))
     inputs = [x.untyped_storage().data_ptr() for x in (q, k, v)]
     for calls in storages.values():
@@ -180,7 +181,7 @@ def test_compiles_and_recomputes_to_the_same(gated: bool) -> None:
     gate = torch.tensor([[0.3, 0.9], [0.1, 0.6]]) if gated else None
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash.attention(q, k, v, (FULL_WINDOW, 3), gate, None, 0.5)
+        return flash.attention(q, k, v, HeadPattern((FULL_WINDOW, 3), gate), None, 0.5)
 
     results = []
     torch._dynamo.reset()
@@ -202,7 +203,7 @@ def test_a_broadcast_gradient_is_understood() -> None:
     leaves = draw(1, 6, 2, 1, 4)
     results = []
     for attention in (flash.attention, reference.attention):
-        out = attention(*leaves, (2, FULL_WINDOW), None, None, 0.5)
+        out = attention(*leaves, HeadPattern((2, FULL_WINDOW)), None, 0.5)
         results.append(torch.autograd.grad(out.sum(), leaves))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)

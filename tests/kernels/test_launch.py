@@ -151,8 +151,8 @@ def entry(**changed: Any) -> dict[str, Any]:
     [
         ("", "Expecting value"),
         ('{"sm90": ', "Expecting value"),
-        ([], "an object was expected"),
-        ({"sm90": 3}, "an object was expected"),
+        ([], "expected an object"),
+        ({"sm90": 3}, "expected an object"),
         ({"hopper": {}}, "'hopper' is not an architecture"),
         ({"sm90": {"sideways": {}}}, "'sideways' is not a pass"),
         ({"sm90": {"forward": {"fp32/80": ENTRY}}}, "'fp32/80' is not a shape"),

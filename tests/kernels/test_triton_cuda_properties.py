@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megaconsa.kernels import hybrid_attention
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.triton.operators import attention
 from tests.support import attention_properties as properties
 from tests.support.attention_cases import (
@@ -136,15 +137,21 @@ def compiled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
     torch.compiler.reset()
     function = torch.compile(hybrid_attention, fullgraph=True)
     return function(
-        q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton"
+        q,
+        k,
+        v,
+        window=heads.windows,
+        gate=heads.gate,
+        documents=documents,
+        scale=scale,
+        backend="triton",
     )
 
 
@@ -175,9 +182,8 @@ def test_captured_in_a_cuda_graph() -> None:
 
     def step() -> tuple[Tensor, ...]:
         gate = leaves[3].expand(inputs.q.shape[0], -1)
-        out = attention(
-            leaves[0], leaves[1], leaves[2], inputs.windows, gate, inputs.documents, inputs.scale
-        )
+        heads = HeadPattern(inputs.windows, gate)
+        out = attention(*leaves[:3], heads, inputs.documents, inputs.scale)
         return out.detach(), *torch.autograd.grad(out, leaves, inputs.upstream)
 
     side = torch.cuda.Stream()

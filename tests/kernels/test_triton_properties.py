@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.triton.operators import attention, document_bounds
 from tests.support import attention_properties as properties
 from tests.support.attention_cases import (
@@ -35,7 +36,8 @@ def test_inference_then_training() -> None:
     """What a call without gradients keeps also serves the next call with gradients."""
     inputs = draw(Case(40, (13, 11), group=2))
     with torch.inference_mode():
-        out = attention(inputs.q, inputs.k, inputs.v, inputs.windows, None, None, inputs.scale)
+        heads = HeadPattern(inputs.windows)
+        out = attention(inputs.q, inputs.k, inputs.v, heads, None, inputs.scale)
     assert torch.equal(out, run(attention, inputs)["out"])
 
 
@@ -72,7 +74,7 @@ def test_scores_far_below_zero(gate: tuple[float, ...] | None) -> None:
     q = torch.full_like(inputs.q, 1024)
     k = (-1024 * levels)[None, :, None, None].expand_as(inputs.k)
     z = None if inputs.gate is None else inputs.gate.expand(1, 1)
-    arguments = ((7,), z, inputs.documents, inputs.scale)
+    arguments = (HeadPattern((7,), z), inputs.documents, inputs.scale)
     torch.testing.assert_close(
         attention(q, k, inputs.v, *arguments), reference.attention(q, k, inputs.v, *arguments)
     )
@@ -198,13 +200,19 @@ def test_compiled_as_one_graph(case: Case, dynamic: bool) -> None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        windows: tuple[int, ...],
-        gate: Tensor | None,
+        heads: HeadPattern,
         documents: Tensor | None,
         scale: float,
     ) -> Tensor:
         return hybrid_attention(
-            q, k, v, window=windows, gate=gate, documents=documents, scale=scale, backend="triton"
+            q,
+            k,
+            v,
+            window=heads.windows,
+            gate=heads.gate,
+            documents=documents,
+            scale=scale,
+            backend="triton",
         )
 
     torch.compiler.reset()

@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.consa.sampled_gates import SampledGates
 from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import PRESETS, ModelConfig

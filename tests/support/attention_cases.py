@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 Attention = Callable[..., Tensor]
 """The signature of `reference.attention`."""
@@ -173,8 +174,7 @@ def run(
             with_leaves.q,
             with_leaves.k,
             with_leaves.v,
-            inputs.windows,
-            gate,
+            HeadPattern(inputs.windows, gate),
             inputs.documents,
             inputs.scale,
         )

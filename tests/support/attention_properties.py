@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from tests.support.attention_cases import FULL, Attention, Inputs, errors, run
 
 
@@ -43,9 +44,8 @@ def exactly_the_visible_keys_weigh(attention: Attention, inputs: Inputs) -> None
     length = inputs.q.shape[1]
     identity = torch.eye(length, device=inputs.q.device, dtype=inputs.q.dtype)[None, :, None]
     gate = None if inputs.gate is None else inputs.gate.expand(1, 1)
-    out = attention(
-        inputs.q, inputs.k, identity, inputs.windows, gate, inputs.documents, inputs.scale
-    )
+    heads = HeadPattern(inputs.windows, gate)
+    out = attention(inputs.q, inputs.k, identity, heads, inputs.documents, inputs.scale)
     index = torch.arange(length, device=inputs.q.device)
     distance = index[:, None] - index[None, :]
     seen = (distance >= 0) & (

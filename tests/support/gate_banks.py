@@ -65,8 +65,8 @@ def gates_of(bank: GateBank) -> Select:
     """Returns a function that selects gates of the bank, and checks their shape and precision."""
 
     def select(layer: int, sequences: Tensor) -> Tensor:
-        window, gate = bank.select(layer, sequences)
-        assert window == bank.settings.window
+        windows, gate = bank.select(layer, sequences)
+        assert windows == (bank.settings.window,) * bank.constraint.num_kv_heads
         assert gate is not None
         assert gate.shape == (len(sequences), HEADS)
         assert gate.dtype == torch.float32

@@ -21,6 +21,7 @@ from megaconsa.benchmarks.attention.timing import check, errors, time_in_turns
 from megaconsa.benchmarks.attention.truth import truth
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from tests.support.bench_problems import CPU, NAMES, SHAPE, every_case, inputs_of, results_of
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -46,7 +47,7 @@ def test_truth_is_the_reference_in_fp64(name: str, monkeypatch: pytest.MonkeyPat
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     gate = None if inputs.gate is None else inputs.gate.double().requires_grad_()
     per_row = None if gate is None else gate.expand(SHAPE.batch, -1)
-    out = reference.attention(*leaves, inputs.case.windows, per_row, None, SHAPE.scale)
+    out = reference.attention(*leaves, HeadPattern(inputs.case.windows, per_row), None, SHAPE.scale)
     wanted = leaves if gate is None else [*leaves, gate]
     expected = (out.detach(), *torch.autograd.grad(out, wanted, inputs.gradient.double()))
     for result, right in zip(truth(inputs).values(), expected, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.triton.backward_operator import backward
 from megaconsa.kernels.attention.triton.forward_operator import forward
@@ -31,16 +32,15 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: tuple[int, ...],
-    gate: Tensor | None,
+    heads: HeadPattern,
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Hybrid attention. Shapes are those of `hybrid_attention`, except for these two:
+    """Hybrid attention. Shapes are those of `hybrid_attention`, except for this one:
 
-    windows: one per KV head.
-    gate: (B, kv_heads) or None.
+    heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
+    windows, gate = heads
     starts: Tensor | None = None
     ends: Tensor | None = None
     if documents is not None:

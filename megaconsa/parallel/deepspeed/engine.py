@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megaconsa.config import TrainingSection
 from megaconsa.consa.allocation import Allocation
-from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes

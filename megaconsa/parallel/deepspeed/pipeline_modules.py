@@ -12,7 +12,7 @@ import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor
 
-from megaconsa.consa.head_pattern import HeadSelector
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.parallel.pipeline import (
     BlockLayer,
     EmbeddingLayer,

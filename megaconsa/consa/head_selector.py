@@ -1,19 +1,12 @@
-"""What the KV heads of a layer see."""
+"""How a layer learns what its heads see."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-
-class HeadPattern(NamedTuple):
-    """Windows and gates of a layer's KV heads."""
-
-    windows: int | tuple[int, ...]
-    """Visible keys: one number for all heads, or one per KV head."""
-    gate: Tensor | None = None
-    """While learning: z per KV head, fp32 (B, kv_heads), or (kv_heads,) for all sequences."""
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 
 class HeadSelector(Protocol):
