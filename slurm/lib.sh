@@ -1,15 +1,19 @@
 # shellcheck shell=bash
-# What the sbatch files of this folder share. They source it; it holds nothing of a site.
+# Shell library that the sbatch files of this folder source. It has no site-specific settings.
 #
-# Set what you need in the shell that submits (sbatch passes its environment on), or here:
+# Set the variables that you need in the shell that submits, because sbatch passes its environment
+# on. Or set them here:
 #
 #   MEGACONSA_MODULES          environment modules to load, such as "cuda/13.0 gcc/13"
-#   MEGACONSA_VENV             virtual environment with megaconsa; not needed where megaconsa and python are found already
+#   MEGACONSA_VENV             virtual environment with megaconsa, unless megaconsa and python are
+#                              already on the PATH
 #   MEGACONSA_PYXIS_IMAGE      container for Enroot and Pyxis: a .sqsh file or a registry's name
 #   MEGACONSA_APPTAINER_IMAGE  container for Apptainer: a .sif file
-#   MEGACONSA_MOUNTS           what a container sees beside the working directory: "/data:/data,/scratch:/scratch"
+#   MEGACONSA_MOUNTS           folders that a container sees in addition to the working directory:
+#                              "/data:/data,/scratch:/scratch"
 #   MEGACONSA_SRUN_OPTIONS     more options for srun, such as "--mpi=none --cpu-bind=none"
-#   MEGACONSA_MAX_FAILURES     failures in a row, without a new checkpoint, after which a job is given up (default 3)
+#   MEGACONSA_MAX_FAILURES     number of failures in a row without a new checkpoint after which a
+#                              job is given up (default 3)
 
 set -uo pipefail
 
@@ -17,7 +21,7 @@ say() {
     echo "$(date '+%F %T') slurm: $*"
 }
 
-# end CODE SENTENCE: the last line of the log says why.
+# end CODE SENTENCE: logs the sentence as the last line and exits with the code.
 end() {
     say "$2"
     exit "$1"
@@ -45,56 +49,60 @@ elif [[ -n ${MEGACONSA_APPTAINER_IMAGE:-} ]]; then
     inside=(apptainer exec --nv --bind "$PWD${MEGACONSA_MOUNTS:+,$MEGACONSA_MOUNTS}" --pwd "$PWD" "$MEGACONSA_APPTAINER_IMAGE")
 fi
 
-# Of an array, the number of one task: that of the whole would requeue all of them.
+# In an array, this is the ID of the task. The ID of the array would requeue all its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-# Where all tasks meet. The port is another for each job and each of its starts, below those the kernel takes for connections.
+# Address and port where all tasks meet. The port differs between jobs and between starts of a job.
+# It is below the range that the kernel uses for connections.
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
 export MASTER_ADDR MASTER_PORT
-# When the job must be over, in seconds since 1970; Slurm itself says so since 23.02.
+# End of the job's time in seconds since 1970. Since 23.02, Slurm sets it itself.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$job" --format %e)" +%s) && export SLURM_JOB_END_TIME
 fi
-# Since Slurm 22.05 srun does not take this over from sbatch.
+# Since Slurm 22.05, srun does not inherit this from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# tasks COMMAND...: a task on each GPU; leaves the highest exit code of them in `code`.
+# tasks COMMAND...: runs one task per GPU. Sets `code` to the highest exit code of the tasks.
 tasks() {
-    # Not --kill-on-bad-exit: it would kill ranks that are about to end with the same code, and hide that code behind the kill's.
-    # After two minutes whoever waits for a rank that is gone is ended.
+    # --kill-on-bad-exit is off. It would kill ranks that are about to end with the same code, and
+    # the code of the kill would hide that code. --wait ends the remaining ranks two minutes after
+    # the first one has ended.
     srun --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" "${inside[@]}" "$@" &
     local step=$!
     interrupted=yes
     while [[ $interrupted ]]; do
         interrupted=
-        wait "$step" # a signal ends the wait, not the step
+        wait "$step" # A signal interrupts the wait, not the step.
         code=$?
     done
 }
 
-# alone COMMAND...: one task.
+# alone COMMAND...: runs one task.
 alone() {
     srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "${inside[@]}" "$@"
 }
 
 interrupted=
-# --signal=B:USR1@... of the sbatch file: the time limit is near. The run answers SIGTERM by ending its step, saving and exiting with 75.
+# The sbatch file requests SIGUSR1 before the time limit (--signal=B:USR1@...). This passes it on as
+# SIGTERM. The run then finishes its step, saves and exits with 75.
 stop() {
     interrupted=yes
     say "SIGUSR1: asking the run to save and stop"
-    scancel --signal=TERM "$job" # reaches the tasks of srun, not this script
+    scancel --signal=TERM "$job" # Reaches the tasks of srun, not this script.
 }
 trap stop USR1
-# Preempted or cancelled: Slurm signals the tasks itself.
+# The job is preempted or cancelled. Slurm signals the tasks itself.
 trap 'interrupted=yes; say "SIGTERM from Slurm"' TERM
 
-# Starts of a job after which it is given up, where its failures cannot be counted.
+# Number of starts after which a job is given up if its failures cannot be counted.
 most_uncounted_starts=20
 avoided=
-# avoid NODES: keeps the next start off them (node3,node5), where the partition has enough others.
+# avoid NODES: excludes nodes such as node3,node5 from the next starts, if the partition has enough
+# other nodes.
 avoid() {
     local nodes=$1 known others
     known=$(squeue --noheader --jobs "$job" --Format ExcNodes:4096 | tr -d ' ')
@@ -113,15 +121,15 @@ avoid() {
     avoided=$nodes
 }
 
-# requeue CODE SENTENCE
+# requeue CODE SENTENCE: logs the sentence, requeues the job and exits with the code.
 requeue() {
     local state
     state=$(squeue --noheader --jobs "$job" --format %T 2>&1)
-    # scontrol would revive a job that is being cancelled.
+    # Only a running job may be requeued. scontrol would revive a job that is being cancelled.
     [[ $state == RUNNING ]] || end "$1" "$2; Slurm has the job as $state and decides what becomes of it"
     say "$2; requeued"
-    # The nodes to avoid are set at once in the same process: Slurm takes them for a job that waits,
-    # not for one that runs, and requeueing kills this script.
+    # The same scontrol process requeues the job and then sets the nodes to avoid. Slurm accepts the
+    # nodes only for a pending job, and requeueing kills this script.
     if ! {
         echo "requeue $job"
         [[ -z $avoided ]] || echo "update JobId=$job ExcNodeList=$avoided"
@@ -131,7 +139,8 @@ requeue() {
     exit "$1"
 }
 
-# train CONFIG [section.field=value ...]: returns when the run is finished; otherwise it ends the job, and requeues it where that helps.
+# train CONFIG [section.field=value ...]: returns when the run is finished. Otherwise ends the job,
+# and requeues it if another start may succeed.
 train() {
     local verdict
     say "job $job on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): megaconsa train $*"
@@ -144,11 +153,12 @@ train() {
     local verdict_code=0
     verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@") || verdict_code=$?
     if [[ $verdict_code == 0 ]]; then
-        # Its second line.
+        # The second line of the verdict names the nodes to avoid.
         [[ $verdict != *$'\n'* ]] || avoid "${verdict##*$'\n'}"
         requeue "$code" "${verdict%%$'\n'*}"
     fi
-    # Storage that did not answer the run does not answer this either. Then only Slurm counts the starts.
+    # Storage that did not respond to the run may not let the failures be counted either. Then
+    # Slurm's own count of starts limits the restarts.
     if [[ $code == 76 && $verdict_code == 76 && ${SLURM_RESTART_COUNT:-0} -lt $most_uncounted_starts ]]; then
         requeue "$code" "exit code $code, and the failures before it cannot be read at the moment"
     fi

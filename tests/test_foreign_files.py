@@ -50,6 +50,11 @@ NASTY = {
 readers = pytest.mark.parametrize("reader", READERS)
 
 
+@pytest.fixture(autouse=True)
+def _no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SECOND_LOOK_SECONDS", 0.0)
+
+
 def read(reader: str, content: bytes, folder: Path) -> None:
     """Reads a file with the given content.
 

@@ -25,8 +25,8 @@ HARDWARE = re.compile(
 def suspects(run: Path, since: datetime | None) -> list[str]:
     """The nodes to avoid, judging by the newest start of a run.
 
-    Suspicious is the node of a rank that died without an error, or whose GPU broke. Other errors
-    give no node, because they would occur on every node.
+    A node is suspicious if one of its ranks died without an error, or if its GPU broke. Other
+    errors give no node, because they would occur on every node.
 
     since: time of the previous failure. A start that began before it has been judged already. Then
         the newest start left no file, and no node is suspicious.

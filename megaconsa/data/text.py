@@ -26,8 +26,8 @@ ORDER_SEED = 0
 def python_sources() -> list[Path]:
     """The standard library's .py files, in a shuffled order that is the same on every machine.
 
-    Third-party packages are left out. So are the test folders: some distributions lack them, and
-    they hold files in deliberately broken encodings.
+    Third-party packages are left out. Test folders are left out too, because some distributions
+    lack them, and because they hold files in deliberately broken encodings.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests"}

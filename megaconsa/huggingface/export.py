@@ -66,11 +66,13 @@ def export(
     allocation: in the same head order. An all-true table is a dense model.
     tokenizer: folder with `tokenizer_config.json`, whose files are copied. None exports none.
     origin: where the weights came from (run, step, ...), shown in the model card.
-    fingerprint: of the tokenizer that the weights were trained with, if known. Another is refused.
+    fingerprint: of the tokenizer that the weights were trained with, if known. A tokenizer with
+        another fingerprint is refused.
     token_ids: bos_token_id and so on for config.json. The default is the tokenizer's ids.
     generation_config: the file to copy. The default is the tokenizer folder's, or, if it has none,
         a new one with the token ids.
-    max_shard_size: of a weight file, a number and KB, MB, GB or TB. A larger weight fills one file.
+    max_shard_size: largest size of a weight file, as a number with KB, MB, GB or TB. A weight that
+        is larger gets a file to itself.
     heat_map: draws the allocation into the given file, for the model card.
     advance: is called with the number of bytes as they are written.
 

@@ -1,6 +1,7 @@
-"""What a launcher tells a process of its place among the others: torchrun, deepspeed, srun, mpirun.
+"""Reads a process's rank and meeting point from the variables that its launcher sets.
 
-Imports no torch, so that a lone command can look here before it spends seconds on that.
+The launchers are torchrun, deepspeed, srun and mpirun. This module does not import torch, so that a
+command can find its rank before it spends seconds on that import.
 """
 
 from __future__ import annotations
@@ -13,39 +14,42 @@ from dataclasses import dataclass
 from megaconsa.errors import InputError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torch.distributed and DeepSpeed read of the environment."""
+"""Environment variables that torch.distributed and DeepSpeed read."""
 START_FORMAT = "%Y%m%dT%H%M%S"
-"""Names a start by when it began, of time.strftime."""
+"""Format of a launch ID, for time.strftime. The ID is the time when the launch began."""
 MPI_PORT = 29_500
-"""Where the ranks of mpirun meet, which passes on no number that differs from launch to launch."""
+"""Default port at which the ranks of mpirun meet.
+
+It is fixed, because mpirun passes no number that differs from launch to launch.
+"""
 LARGEST_PORT = 65_535
 LAUNCHERS = "torchrun, deepspeed, srun or mpirun"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place in its launch, and where all its processes meet."""
+    """A process's place in its launch, and where all processes of the launch meet."""
 
     rank: int
     size: int
-    """Processes of the launch."""
+    """Number of processes in the launch."""
     local_rank: int
-    """Among those of this node."""
+    """Rank among the processes of this node."""
     address: str
-    """Host of rank 0, which listens there."""
+    """Host of rank 0. Rank 0 or its launcher listens there."""
     port: int
     hides_gpus: bool = False
-    """Whether the launcher may show each process its own GPU only (srun --gpus-per-task=1)."""
+    """Whether the launcher may show each process only its own GPU (srun --gpus-per-task=1)."""
 
     def export(self) -> None:
-        """Sets what torch.distributed and DeepSpeed read."""
+        """Sets the environment variables that torch.distributed and DeepSpeed read."""
         values = (self.rank, self.size, self.local_rank, self.address, self.port)
         os.environ |= {name: str(value) for name, value in zip(VARIABLES, values, strict=True)}
 
 
 @dataclass(frozen=True)
 class Mpi:
-    """The variables by which one family of mpirun numbers its processes."""
+    """Environment variables in which one family of mpirun numbers its processes."""
 
     rank: str
     size: str
@@ -60,16 +64,20 @@ OPEN_MPI = Mpi(
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 HYDRA = Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-"""mpirun of MPICH and Intel MPI."""
+"""Variables of mpirun from MPICH and Intel MPI."""
 
 
 def launch() -> Launch:
-    """This process's place, by the environment. Raises InputError where that is half said."""
+    """This process's place in its launch, from environment variables.
+
+    A process without a launcher is alone. Raises InputError if the variables are incomplete,
+    invalid or contradict each other.
+    """
     environment = os.environ
     if "RANK" in environment:
         return _of_torch()
-    # Before Slurm's: in a job, mpirun starts its daemons with srun, and their variables reach
-    # the processes. srun --mpi=pmi2 sets PMI_RANK too, but no local rank.
+    # MPI comes before Slurm. In a job, mpirun starts its daemons with srun, and the daemons' Slurm
+    # variables reach the processes. srun --mpi=pmi2 sets PMI_RANK too, but no local rank.
     for mpi in (OPEN_MPI, HYDRA):
         if mpi.rank in environment and mpi.local_rank in environment:
             return _of_mpi(mpi)
@@ -80,7 +88,10 @@ def launch() -> Launch:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, or alone."""
+    """Whether this process is rank 0 or alone.
+
+    Also True if the launcher's variables are invalid.
+    """
     try:
         return launch().rank == 0
     except InputError:
@@ -88,7 +99,10 @@ def is_main() -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's compact list of hosts: node003 of `node[003-005,009],other1`."""
+    """The first host in Slurm's compact list of hosts.
+
+    Example: `node[003-005,009],other1` gives node003.
+    """
     prefix, bracket, rest = nodes.partition("[")
     if not bracket or "," in prefix:
         return prefix.partition(",")[0]
@@ -96,14 +110,14 @@ def first_host(nodes: str) -> str:
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def node() -> str:
-    """This machine's name: the one Slurm knows it by, where Slurm started this process."""
+    """This machine's name. If Slurm started this process, it is Slurm's name for the machine."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -135,7 +149,8 @@ def _of_mpi(mpi: Mpi) -> Launch:
 
 
 def _of_srun() -> Launch:
-    # Of the step, not of the job: a shell that salloc gives is one task in a job of many.
+    # The number of tasks of the step comes first. A shell from salloc is a single task, but its job
+    # may have many.
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
     rank, size = _place("SLURM_PROCID", size_name)
     if size == 1:
@@ -148,21 +163,23 @@ def _of_srun() -> Launch:
             "it, or start the shell with srun --ntasks=1 --pty"
         )
     address = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
-    # The same on all nodes, and another for each job and step of a node. Below the range that the
-    # kernel takes for connections.
+    # All nodes compute the same port. Jobs and steps that share a node usually get different ports.
+    # The ports are below the range that the kernel uses for connections.
     own = 10_000 + (_number("SLURM_JOB_ID") * 16 + _number("SLURM_STEP_ID")) % 20_000
     port = _port(own)
     return Launch(rank, size, _number("SLURM_LOCALID"), address, port, hides_gpus=True)
 
 
 def alone() -> Launch:
-    """A world of one, with a port of its own."""
+    """The launch of a process that runs alone, with a free port."""
     return Launch(0, 1, 0, "127.0.0.1", int(free_port()))
 
 
 def _refuse_half_said() -> None:
-    """Refuses variables of a launch that do not say this process's place: it would train alone,
-    once for every process of the launch."""
+    """Raises InputError if variables of a launch are set, but do not give this process's place.
+
+    Without this check, every process of the launch would train alone.
+    """
     for name, size in {"PMI_RANK": "PMI_SIZE", "PMIX_RANK": None}.items():
         if name in os.environ and (size is None or os.environ.get(size) != "1"):
             raise InputError(
@@ -183,8 +200,11 @@ def _check_world_size(size: int, launcher: str) -> None:
 
 
 def _is_typed_into_a_shell() -> bool:
-    """Whether a person typed this command into a shell, which gives each command a process group
-    of its own in its terminal. A task of srun has no terminal, or is the first in it."""
+    """Whether a person typed this command into a shell.
+
+    A shell gives each command its own process group in the terminal's session. A task of srun has
+    no terminal, or it is the first process of the session.
+    """
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:
@@ -193,7 +213,7 @@ def _is_typed_into_a_shell() -> bool:
 
 
 def _place(rank_name: str, size_name: str) -> tuple[int, int]:
-    """Rank and number of processes."""
+    """Rank and number of processes, from the variables of these names."""
     rank, size = _number(rank_name), _number(size_name)
     if rank >= size:
         said = f"{rank_name}={rank} is not below {size_name}={size}"
@@ -202,7 +222,10 @@ def _place(rank_name: str, size_name: str) -> tuple[int, int]:
 
 
 def _port(default: int | None = None) -> int:
-    """MASTER_PORT, or `default` where it is not set."""
+    """MASTER_PORT, or `default` if it is not set.
+
+    Raises InputError if it is not a port, or if neither is given.
+    """
     if default is not None and not os.environ.get("MASTER_PORT"):
         return default
     port = _number("MASTER_PORT")

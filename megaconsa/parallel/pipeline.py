@@ -22,8 +22,14 @@ from megaconsa.parallel.sharding import OwnHeads, Sharding
 from megaconsa.parallel.tensor import TensorParallel
 
 Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""(hidden (B, S, hidden) or tokens (B, S); labels (B, S); documents (B, S); sequences (B,);
-normaliser (2,))"""
+"""What travels between layers:
+
+- hidden states (B, S, hidden), or tokens (B, S) before the embedding
+- labels (B, S)
+- documents (B, S)
+- sequences (B,)
+- normalizer (2,)
+"""
 
 
 class EmbeddingLayer(nn.Embedding):

@@ -1,4 +1,4 @@
-"""How the ranks of a launch find each other, before there is a process group."""
+"""How the ranks of a launch find each other before a process group exists."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from megaconsa.errors import UnreachableError
 from megaconsa.parallel.launcher import Launch
 
 PATIENCE_SECONDS = 600.0
-"""For all ranks to come: the slowest may read its imports from a busy file system."""
+"""Time limit for all ranks to arrive.
+
+It is long, because a rank may load its imports from a busy file system.
+"""
 NOTICE_SECONDS = 10.0
-"""After which a rank says whom it waits for."""
+"""Time after which a waiting rank prints which ranks it waits for."""
 REPEAT_SECONDS = 60.0
-"""Between two such lines of rank 0."""
+"""Time after which rank 0 prints that message again."""
 POLL_SECONDS = 0.05
 NAMED_RANKS = 16
-"""Of those that are awaited, in a line."""
+"""Largest number of missing ranks that a message lists."""
 
 
 def meet(launch: Launch) -> Store:
-    """A key-value store that all ranks of this start share, and no other start; returns when all
-    have come.
+    """Waits until all ranks have arrived. Returns a key-value store that they share.
 
-    Raises UnreachableError where a port is taken, or a rank does not come within PATIENCE_SECONDS.
+    Only the ranks of this start see its keys. A restart by torchrun is another start.
+
+    Raises UnreachableError if the port is taken, if rank 0 is lost, or if a rank does not arrive
+    within PATIENCE_SECONDS.
     """
     if launch.size == 1:
-        # In its own memory: a port that was free when it was chosen may be taken by now.
+        # A lone process uses its own memory, not a port. A port that was free when it was chosen
+        # may be taken by now.
         return HashStore()
     deadline = time.monotonic() + PATIENCE_SECONDS
     store = _connect(launch, deadline)
@@ -50,7 +56,14 @@ def meet(launch: Launch) -> Store:
 
 
 def _connect(launch: Launch, deadline: float) -> Store:
-    """The store of the launch: torchrun serves it, or else rank 0."""
+    """Connects to the store of the launch.
+
+    torchrun serves the store if it started the launch. Otherwise rank 0 does.
+
+    deadline: by time.monotonic.
+
+    Raises UnreachableError if the port is taken or the store does not answer before the deadline.
+    """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     connecting: Future[Store] = Future()
 
@@ -68,7 +81,8 @@ def _connect(launch: Launch, deadline: float) -> Store:
         except RuntimeError as error:
             connecting.set_exception(error)
 
-    # In a thread: against a program that listens but does not answer it has no limit of time.
+    # It runs in a thread, because TCPStore ignores its timeout if another program listens on the
+    # port and does not answer.
     threading.Thread(target=connect, name="rendezvous", daemon=True).start()
     try:
         with _notice(f"{_place(launch)} waits for rank 0 at {_meeting(launch)}"):
@@ -87,11 +101,13 @@ def _connect(launch: Launch, deadline: float) -> Store:
 
 
 def _gather(store: Store, launch: Launch, deadline: float) -> str:
-    """Rank 0: names the start, tells each rank that comes, and waits for all of them.
+    """Runs on rank 0: names the start, tells the name to each rank, and waits for all of them.
 
-    torchrun keeps one store for all its restarts, so it may hold the keys of an earlier start. Its
-    count of restarts is no name: each node has its own. So a rank asks under a number nobody had
-    before, and only the rank 0 that is starting at that moment answers it.
+    torchrun keeps one store for all its restarts, so the store may hold keys of an earlier start.
+    torchrun's restart count cannot serve as the name, because each node counts by itself. So each
+    rank asks under a new number, and only the rank 0 of the current start answers.
+
+    Returns the name. Raises UnreachableError with the missing ranks at the deadline.
     """
     start = f"start_{store.add('starts', 1)}"
     awaited = [f"{start}/{rank}" for rank in range(1, launch.size)]
@@ -119,20 +135,23 @@ def _gather(store: Store, launch: Launch, deadline: float) -> str:
 
 
 def _report(store: Store, launch: Launch, deadline: float) -> str:
-    """Every other rank: asks rank 0 for the name of the start, and waits for the rest."""
+    """Runs on all other ranks: asks rank 0 for the start's name, and waits for all ranks.
+
+    Returns the name.
+    """
     answer = f"answer/{store.add('asked', 1)}"
     with _notice(f"{_place(launch)} waits for rank 0 at {_meeting(launch)}"):
         store.wait([answer], timedelta(seconds=PATIENCE_SECONDS))
     start = str(store.get(answer).decode())
     store.set(f"{start}/{launch.rank}", "")
-    # A little longer than rank 0, which can name those that are missing.
+    # Rank 0 must reach the deadline first, because only rank 0 knows which ranks are missing.
     store.wait([f"{start}/all"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 5))
     return start
 
 
 @contextmanager
 def _notice(text: str) -> Iterator[None]:
-    """Says `text` once if what is done within takes long."""
+    """Prints `text` once if the work inside takes longer than NOTICE_SECONDS."""
     timer = threading.Timer(NOTICE_SECONDS, _say, [text])
     timer.daemon = True
     timer.start()

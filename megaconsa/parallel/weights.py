@@ -22,8 +22,8 @@ class DistributedWeights:
     shapes: Mapping[str, torch.Size]
     """Whole shapes of all weights of the model."""
     owners: Mapping[str, int]
-    """The pipeline rank that holds each weight. A tied embedding is on two, and the first
-    counts."""
+    """The pipeline rank that holds each weight. A tied embedding is on two ranks, and this is the
+    first of them."""
     sharding: Sharding
     mesh: Mesh
 

@@ -22,7 +22,7 @@ from megaconsa.reading import is_out_of_reach
 Result = TypeVar("Result")
 Refusal = InputError | UnreachableError
 BACKGROUND_TIMEOUT = timedelta(hours=2)
-"""For ranks that wait until one of them has read, or the slowest has written, a large
+"""Timeout of the background group. Ranks wait in it while another rank reads or writes a large
 checkpoint."""
 
 
@@ -45,15 +45,16 @@ class World:
         return self.rank == 0
 
     def agreed(self, check: Callable[[], Result], *, alike: bool = False) -> Result:
-        """The result of `check`, which every rank calls, unless one raises InputError or
-        UnreachableError.
+        """Runs `check` and returns its result if it succeeds on every rank.
 
-        Otherwise all ranks end together. The main one raises that error with each sentence once;
-        the others end without a word and with its exit code. If there are both, it is an
-        InputError: another start would not help.
+        All ranks must call this. If any rank raises InputError or UnreachableError, all ranks end
+        together. The main rank raises one error that contains each distinct message once. The
+        other ranks print nothing and exit with the same code. If ranks raise both kinds, the error
+        is an InputError, because a later start would be refused again.
 
-        alike: the check reads the same files on every rank. If only some ranks refuse, their nodes
-        do not see the files, and the error is an UnreachableError.
+        alike: whether the check reads the same files on every rank. If it does and only some ranks
+            raise InputError, their nodes do not see the files, so the error is an
+            UnreachableError.
         """
         if self.size == 1:
             return check()
@@ -111,7 +112,7 @@ ALONE = World(0, 1, torch.device("cpu"), None, "")
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Refusal | None]:
-    """The result, or why there is none."""
+    """The function's result and None, or None and the error that it raised."""
     try:
         return function(), None
     except (InputError, UnreachableError) as error:
@@ -123,10 +124,11 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Refusal | N
 
 
 def join() -> World:
-    """Joins the process group of the launch: NCCL on GPUs, gloo on CPUs. A lone process is a world
-    of one.
+    """Joins the process group of the launch: NCCL on GPUs, gloo on CPUs.
 
-    Raises InputError where the launcher's variables or the GPUs do not fit, UnreachableError where
+    A process without a launcher is a world of one.
+
+    Raises InputError if the launcher's variables or the GPUs do not fit. Raises UnreachableError if
     the ranks do not find each other.
     """
     place = launch()
@@ -138,7 +140,7 @@ def join() -> World:
         torch.cuda.set_device(device)
         # NCCL warns that DeepSpeed's pipeline does not batch its sends. Users cannot change that.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-    # Number of collectives that each rank remembers, for the report of the watchdog.
+    # Number of recent collectives that each rank records for the watchdog's report.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     raise_limit(place)
     if not dist.is_initialized():
@@ -159,7 +161,7 @@ def join() -> World:
 
 
 def _gpu(place: Launch) -> int:
-    """The number of this process's GPU."""
+    """CUDA index of this process's GPU. Raises InputError if there is none for it."""
     count = torch.cuda.device_count()
     if place.hides_gpus and count == 1:
         return 0

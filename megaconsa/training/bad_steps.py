@@ -15,12 +15,13 @@ from megaconsa.parallel.step_result import Fault
 WINDOW = 128
 """Applied steps that a new one is compared with."""
 LEAST = 64
-"""No step counts as a spike before this many were applied."""
+"""Number of applied steps before which no step counts as a spike."""
 DEVIATION_OF_MAD = 1.4826
 """A normal distribution's standard deviation is this many median absolute deviations."""
 SMALLEST_DEVIATION = 0.01
-"""As a share of the median. Without it, a small change of a nearly constant loss would be a
-spike."""
+"""Lower bound of the deviation, as a share of the median.
+
+Without it, a small change of a nearly constant loss would be a spike."""
 
 
 @dataclass

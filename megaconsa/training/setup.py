@@ -123,7 +123,8 @@ def _lock(inputs: Inputs) -> RunLock:
         )
     if inputs.resume is not None:
         for damaged in inputs.found[: inputs.found.index(inputs.resume.path)]:
-            # It must not count among the checkpoints to keep, and must never be resumed from.
+            # A damaged checkpoint must not count among the checkpoints to keep, and must never be
+            # resumed from.
             aside = damaged.with_name(f"{damaged.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             damaged.rename(aside)
@@ -203,7 +204,7 @@ def _resume(source: Checkpoint, gates: GateBank | None, world: World) -> Progres
         assert state is not None
         gates.load_state(state)
     random = source.random_states()
-    # Of another number of ranks there is no state to continue from.
+    # A run on another number of ranks has no random states to restore.
     if {name.partition("/")[0] for name in random} == {str(rank) for rank in range(world.size)}:
         torch.set_rng_state(random[f"{world.rank}/cpu"])
         if world.device.type == "cuda" and f"{world.rank}/cuda" in random:

@@ -126,7 +126,7 @@ def _check_sum(world: World) -> None:
 def _check_folder(run: Path, world: World) -> None:
     """Checks that all ranks share the run folder: the main rank writes a file that all must see.
 
-    The file is removed afterwards. If the check fails, so are the folders that it made.
+    The file is removed afterwards. If the check fails, the folders that it made are removed too.
     """
     if world.size == 1:
         return

@@ -151,7 +151,7 @@ class Trainer:
     _requested: Stop = field(default=Stop.NO, init=False)
     _save_requested: bool = field(default=False, init=False)
     fault: Fault | None = field(default=None, init=False)
-    """Why the last step was not applied; None if it was."""
+    """Why the last step was not applied. None if it was."""
 
     @property
     def stopping(self) -> bool:

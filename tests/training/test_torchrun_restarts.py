@@ -18,6 +18,7 @@ import pytest
 from megaconsa.checkpoint import store
 from megaconsa.parallel.launcher import free_port
 from megaconsa.reporting.metrics import read_metrics
+from tests.support.forked_ranks import launch
 from tests.support.ranks import TRAIN, await_step, ended, environment, write
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -62,6 +63,10 @@ def processes(launchers: list[subprocess.Popen[str]]) -> dict[str, int]:
     return found
 
 
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl")]
+
+
 def weights(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.resolve(run).path.glob("*.safetensors")}
 
@@ -71,19 +76,20 @@ SLOW = pytest.param("nodes", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("kind", ["static", "c10d", SLOW])
 def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_path: Path) -> None:
-    results = {}
-    for name in ("killed", "whole"):
-        folder = tmp_path / name
-        folder.mkdir()
-        run = {"dir": str(folder / "run")}
-        values = make_config(run=run, training={"steps": STEPS}, checkpoint={"every": 10})
-        launchers = torchruns(kind, write(values, folder))
-        if name == "killed":
-            await_step(folder / "run", STEPS // 2)
-            os.kill(processes(launchers)["1"], signal.SIGKILL)
-        for launcher in ended(launchers):
-            assert launcher.code == 0, launcher.err
-        rows = read_metrics(folder / "run" / "metrics.jsonl")
-        results[name] = [(row["step"], row["loss"]) for row in rows], weights(folder / "run")
-        assert (folder / "run" / "failures").exists() == (name == "killed")
-    assert results["killed"] == results["whole"]
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+
+    def values(run: Path) -> dict[str, Any]:
+        every = {"every": 10}
+        return make_config(run={"dir": str(run)}, training={"steps": STEPS}, checkpoint=every)
+
+    launchers = torchruns(kind, write(values(killed), tmp_path))
+    await_step(killed, STEPS // 2)
+    os.kill(processes(launchers)["1"], signal.SIGKILL)
+    for launcher in ended(launchers):
+        assert launcher.code == 0, launcher.err
+    assert (killed / "failures").exists()
+    launch(2, [{"config": values(whole), "fault": None, "stop": None}], tmp_path)
+    assert not (whole / "failures").exists()
+    assert losses(killed) == losses(whole)
+    assert weights(killed) == weights(whole)

@@ -139,8 +139,8 @@ def hopper_backward_kernel(
     upper_of_first = first + gl.minimum(window, end_of_first - first)
     upper_of_last = last + gl.minimum(window, end_of_last - last)
 
-    # Bounds of the widest softmax: that of full attention for a gate inside (0, 1), else the only
-    # one there is.
+    # Bounds of the widest softmax. A gate inside (0, 1) has two softmaxes, and the wider one is
+    # full attention. Otherwise there is only one.
     bound = upper
     bound_of_first = upper_of_first
     stop = upper_of_last
@@ -151,8 +151,8 @@ def hopper_backward_kernel(
             stop = end_of_last
 
     begin = first // BLOCK_M * BLOCK_M
-    # The tile of a head from which tiles straddle the edge of a key's window, and the one from
-    # which all tiles are beyond the windows.
+    # Indices of tiles within a head. From `straddled_from` on, tiles straddle the edge of a key's
+    # window. From `beyond_from` on, all tiles are beyond the windows.
     per_head = gl.cdiv(stop - begin, BLOCK_M)
     straddled_from = per_head
     beyond_from = per_head

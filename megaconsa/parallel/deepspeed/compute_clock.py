@@ -1,6 +1,7 @@
 """Times a rank's own forward and backward passes.
 
-The duration of a step does not tell, because in a step all ranks wait for the slowest.
+The duration of a whole step does not show which rank is slow, because all ranks wait for the
+slowest one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,11 @@ from typing import Any
 
 
 def patch_bf16(engine: Any) -> None:
-    """Sums tied weights after the sum over data ranks, and lets a rank add nothing to the norm."""
+    """Applies both patches.
+
+    Tied weights are summed after the sum over data ranks. A rank without gradients contributes 0 to
+    the gradient norm.
+    """
     from deepspeed.runtime.pipe import schedule
 
     engine._INSTRUCTION_MAP = {
@@ -22,8 +26,8 @@ def _reduce_over_data_then_stages(engine: Any) -> None:
     """Reduces over data ranks first, then over the stages of tied weights.
 
     DeepSpeed sums over data ranks last. The two stages of a tied weight use different buckets
-    there, so their rounding differs and the two copies drift apart. A sum over two stages has one
-    order only.
+    there, so their rounding differs and the two copies drift apart. Here the stages are summed
+    last. A sum of two terms does not depend on their order, so the copies stay equal.
     """
     engine._exec_reduce_grads()
     engine._exec_reduce_tied_grads()

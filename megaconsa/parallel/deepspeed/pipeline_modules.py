@@ -41,12 +41,15 @@ class CostCutModule(PipelineModule):
         self._set_bounds(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
 
     def _synchronize_tied_weights(self) -> None:
-        # Without no_grad torch warns, on every rank, of a broadcast that autograd does not know.
+        # Without no_grad, torch warns on every rank that autograd does not know this broadcast.
         with torch.no_grad():
             super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
-        """What DeepSpeed sums once a step, with the group: tied weights, and the `tensor_sums`."""
+        """Tensors that DeepSpeed sums once per step, each with its group.
+
+        They are the tied weights and the `tensor_sums`.
+        """
         return [*super().get_tied_weights_and_groups(), *self.tensor_sums]
 
 
@@ -61,7 +64,7 @@ def layer_specs(
     backend: str,
     separate_documents: bool,
 ) -> list[Any]:
-    """Embedding, blocks, final norm, head with loss."""
+    """The pipeline's layers: embedding, blocks, final norm, head with loss."""
     config = sharding.model_config
     blocks = [
         LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tp)

@@ -12,7 +12,7 @@ from megaconsa.parallel.world import World
 
 
 def start_deepspeed(world: World) -> None:
-    """Has DeepSpeed use the process group that this process has joined."""
+    """Makes DeepSpeed use the process group that this process has joined."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -20,11 +20,11 @@ def start_deepspeed(world: World) -> None:
 
     logger.setLevel(logging.ERROR)
     if world.device.type == "cpu":
-        # DeepSpeed would compile this operator for more than a minute at start-up. It speeds up
-        # all-reduces, which are not what a run on a CPU waits for.
+        # DeepSpeed would compile this operator for more than a minute at start-up. It only speeds
+        # up all-reduces, which are not the bottleneck of a run on a CPU.
         __compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed takes the process group that exists. It could not create it itself, because it does
-    # not tell NCCL which device to use.
+    # DeepSpeed uses the existing process group. We do not let it create one, because it does not
+    # tell NCCL which device to use.
     deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 

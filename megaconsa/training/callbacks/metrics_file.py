@@ -42,7 +42,7 @@ class MetricsFile(Callback):
         """Why the last write failed."""
         self.thread: threading.Thread | None = None
         self.bug: Exception | None = None
-        """An error that is not the disk's."""
+        """An error of the thread that the disk did not cause. The next step raises it."""
         self.abandoned = False
         """The run has ended. A write that still hangs must not touch the file any more."""
 

@@ -34,7 +34,9 @@ STANDSTILL_SECONDS = 10.0
 
 Slurm, for example, suspends jobs."""
 GRACE_SECONDS = 5.0
-"""Time for other ranks to write their stacks, before the first rank to end takes them with it."""
+"""Time for the other ranks to write their stacks.
+
+When the first rank ends, the others are ended too."""
 BACKSTOP_SECONDS = 60.0
 """Time after the longest limit at which faulthandler's own thread ends the process.
 
@@ -59,7 +61,7 @@ class Watchdog(Callback):
         self.begun = 0.0
         """Start of the current step or pause, by time.monotonic."""
         self.deadline = 0.0
-        """When it is given up, by time.monotonic."""
+        """When the current step or pause is given up, by time.monotonic."""
         self.armed = -math.inf
         """When faulthandler's thread was last restarted."""
         self.main = threading.get_ident()
