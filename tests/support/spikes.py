@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from megaconsa.parallel.deepspeed.engine import Engine
+from megaconsa.parallel.step_result import StepResult
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def spike_in(call: int) -> Iterator[None]:
     original = Engine.train_step
     calls = 0
 
-    def poisoned(engine: Engine, *arguments: Any) -> float:
+    def poisoned(engine: Engine, *arguments: Any) -> StepResult:
         nonlocal calls
         calls += 1
         if calls != call:

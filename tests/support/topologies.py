@@ -203,5 +203,5 @@ class Runs:
             }
             for job in jobs
         ]
-        launch(layout.processes, listed, self.folder)
+        launch(layout.processes, listed)
         return done

@@ -70,7 +70,7 @@ def deepspeed(config: Path) -> None:
 
 
 def srun(config: Path) -> None:
-    assert [task.code for task in ended(start(config))] == [0, 0]
+    assert [task.code for task in ended(start(config, fresh=True))] == [0, 0]
 
 
 @pytest.mark.parametrize("launch", [torchrun, deepspeed, srun])

@@ -25,20 +25,10 @@ from megaconsa.errors import InputError
 from megaconsa.exit_codes import FAILED
 from megaconsa.training.callbacks import run_lock
 from megaconsa.training.callbacks.run_lock import Holder, RunLock
+from tests.support import ROOT
 from tests.support.disks import OUT_OF_REACH, fill
+from tests.support.forked import Forked
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from megaconsa.training.callbacks import run_lock
-run_lock.BEAT_SECONDS = 0.2
-print("ready", flush=True)
-while not Path(sys.argv[2]).exists():
-    time.sleep(0.01)
-lock = run_lock.RunLock(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(600)
-"""
 ELSEWHERE = (
     "unshare",
     "--user",
@@ -51,7 +41,38 @@ ELSEWHERE = (
 )
 AT_ONCE_SECONDS = 2.0
 
-Hold = Callable[..., subprocess.Popen[str]]
+Holding = subprocess.Popen[str] | Forked
+Hold = Callable[..., Holding]
+PATIENCE_SECONDS = 60.0
+
+
+def take_lease(run: Path, start: Path, ready: Path, held: Path) -> None:
+    """Takes the lease of a run once the file `start` exists, and keeps it."""
+    run_lock.BEAT_SECONDS = 0.2
+    ready.touch()
+    while not start.exists():
+        time.sleep(0.01)
+    lock = RunLock(run)
+    held.touch()
+    time.sleep(600)
+    lock.release()
+
+
+TAKE_LEASE = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from tests.training.test_run_lock import take_lease
+take_lease(*map(Path, sys.argv[1:]))
+"""
+
+
+def await_file(path: Path, process: Holding) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -64,26 +85,32 @@ def _short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Hold]:
     """Starts a process that takes the lease of a run, here or on another machine."""
-    processes = []
+    processes: list[Holding] = []
     start = tmp_path / "start"
 
     def begin(
         run: Path, prefix: tuple[str, ...] = (), *, wait: bool = True, **environment: str
-    ) -> subprocess.Popen[str]:
-        command = [*prefix, sys.executable, "-c", HOLD, str(run), str(start)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-        )
+    ) -> Holding:
+        number = len(processes)
+        ready = tmp_path / f"ready_{number}"
+        held = tmp_path / f"held_{number}"
+        paths = (run, start, ready, held)
+        process: Holding
+        if prefix:
+            process = subprocess.Popen(
+                [*prefix, sys.executable, "-c", TAKE_LEASE, *map(str, paths)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | environment,
+            )
+        else:
+            process = Forked(take_lease, *paths, environment=os.environ | environment)
         processes.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        await_file(ready, process)
         if wait:
             start.touch()
-            assert process.stdout.readline() == "held\n"
+            await_file(held, process)
         return process
 
     yield begin
@@ -218,8 +245,13 @@ def test_of_several_starts_at_once_one_goes_on(
         leave_behind(run, pid=os.getppid(), started=1)
     processes = [hold(run, wait=False) for _ in range(3)]
     (tmp_path / "start").touch()
-    said = [process.stdout.readline() for process in processes if process.stdout is not None]
-    assert sorted(said) == ["", "", "held\n"]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while sum(process.poll() is None for process in processes) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (holder,) = (process for process in processes if process.poll() is None)
+    await_file(tmp_path / f"held_{processes.index(holder)}", holder)
+    assert len(list(tmp_path.glob("held_*"))) == 1
 
 
 @pytest.mark.parametrize("left", [None, "stale"])

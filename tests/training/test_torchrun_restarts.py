@@ -89,7 +89,7 @@ def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_
     for launcher in ended(launchers):
         assert launcher.code == 0, launcher.err
     assert (killed / "failures").exists()
-    launch(2, [{"config": values(whole), "fault": None, "stop": None}], tmp_path)
+    launch(2, [{"config": values(whole), "fault": None, "stop": None}])
     assert not (whole / "failures").exists()
     assert losses(killed) == losses(whole)
     assert weights(killed) == weights(whole)
