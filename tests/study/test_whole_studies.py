@@ -20,7 +20,7 @@ from tests.support import ROOT
 
 PATIENCE_SECONDS = 120.0
 ARMS: dict[str, Any] = {"dense": {"rule": "dense"}, "evidence": {"learn": {}, "scope": "global"}}
-LONG_LEARNING = {"training.steps": 400, "gates.warmup_steps": 8, "checkpoint.every": 20}
+LONG_LEARNING = {"training.steps": 200, "gates.warmup_steps": 8, "checkpoint.every": 20}
 """Long enough to be killed halfway."""
 
 
@@ -124,7 +124,7 @@ def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path
     assert code == 0, said
     assert dense.stat().st_mtime_ns == written
     steps = [row["step"] for row in read_metrics(learn / "metrics.jsonl")]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 201))
     log = (out / "logs" / "train-evidence-0.5-seed0.log").read_text()
     assert f"weights and optimizer from {out}/start" in log
 

@@ -28,8 +28,8 @@ def test_expected_sparsity_follows_the_target(
 ) -> None:
     values = make_config(
         allocation={"sparsity": sparsity, "granularity": granularity, "scope": scope},
-        gates={"warmup_steps": 70},
-        training={"steps": 140},
+        gates={"warmup_steps": 30},
+        training={"steps": 60},
         checkpoint={"every": 0},
     )
     rows = train(values)
