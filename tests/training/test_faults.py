@@ -88,8 +88,7 @@ def test_a_killed_rank_brings_the_other_down_at_once(
     assert "Traceback" not in main.err
     # On a loaded machine the ranks may also be recorded as slow.
     found = [(each["kind"], each["rank"]) for each in incidents.read(run)]
-    assert found.count(("lost_rank", 0)) == 1, found
-    assert {kind for kind, _ in found} <= {"lost_rank", "slow_rank"}, found
+    assert [each for each in found if each[0] != "slow_rank"] == [("lost_rank", 0)]
 
 
 @DEVICES
@@ -98,7 +97,7 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(RANK_1_HANGS)
-    values = make_config(training=ENDLESS, watchdog={"factor": 5, "minimum_seconds": 5})
+    values = make_config(training=ENDLESS, watchdog={"factor": 5, "minimum_seconds": 12})
     run = Path(values["run"]["dir"])
     main, other = ended(start(write(values, tmp_path), [str(script)], device=device), 150)
     assert (main.code, other.code) == (76, 76), main.err + other.err
@@ -120,9 +119,9 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(
     assert latest[0] == latest[1] + 1
     unmatched = next(entry for entry in collectives[0] if entry["record_id"] == latest[0])
     assert "all_reduce" in unmatched["profiling_name"]
-    (incident,) = incidents.read(run)
-    assert incident["kind"] == "hang"
-    assert incident["step"] == 6
+    # On a loaded machine the ranks may also be recorded as slow.
+    found = [(each["kind"], each["step"]) for each in incidents.read(run)]
+    assert [each for each in found if each[0] != "slow_rank"] == [("hang", 6)]
 
 
 def test_a_damaged_shard_ends_all_ranks_with_its_name(

@@ -39,7 +39,7 @@ ELSEWHERE = (
     "--kill-child",
     "--mount-proc",
 )
-AT_ONCE_SECONDS = 2.0
+WATCH_SECONDS = 3.0
 
 Holding = subprocess.Popen[str] | Forked
 Hold = Callable[..., Holding]
@@ -77,7 +77,7 @@ def await_file(path: Path, process: Holding) -> None:
 
 @pytest.fixture(autouse=True)
 def _short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "WATCH_SECONDS", 3.0)
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", WATCH_SECONDS)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -153,7 +153,7 @@ def test_a_process_of_this_machine(hold: Hold, tmp_path: Path) -> None:
         RunLock(run)
     holder.kill()  # nobody has reaped the process yet
     time.sleep(0.5)
-    assert seconds_to_take(run) < AT_ONCE_SECONDS
+    assert seconds_to_take(run) < WATCH_SECONDS
     assert list(run.iterdir()) == []
 
 
@@ -167,7 +167,8 @@ def test_a_process_of_another_machine(
     holder.kill()
     holder.wait()
     time.sleep(0.5)
-    assert run_lock.WATCH_SECONDS <= seconds_to_take(run) < run_lock.WATCH_SECONDS + AT_ONCE_SECONDS
+    # It watches once, although it looks twice.
+    assert WATCH_SECONDS <= seconds_to_take(run) < 2 * WATCH_SECONDS
 
 
 def test_a_later_start_of_the_same_job_takes_over_and_the_earlier_one_ends(
@@ -182,7 +183,7 @@ def test_a_later_start_of_the_same_job_takes_over_and_the_earlier_one_ends(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     began = time.monotonic()
     lock = RunLock(run)
-    assert time.monotonic() - began < AT_ONCE_SECONDS
+    assert time.monotonic() - began < WATCH_SECONDS
     assert holder.wait(30) == FAILED
     assert "was taken over by process" in incidents.read(run)[-1]["text"]
     assert json.loads((run / run_folder.LOCK).read_text())["token"] == lock.own.token
@@ -193,12 +194,12 @@ def test_another_job_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     leave_behind(tmp_path, machine="another", job="7", start=0)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+    assert seconds_to_take(tmp_path) >= WATCH_SECONDS
 
 
 def test_a_number_that_another_process_has_now(tmp_path: Path) -> None:
     leave_behind(tmp_path, pid=os.getppid(), started=1)
-    assert seconds_to_take(tmp_path) < AT_ONCE_SECONDS
+    assert seconds_to_take(tmp_path) < WATCH_SECONDS
 
 
 def test_a_lock_of_the_file_system_does_not_matter(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_clocks_that_differ(apart: int, tmp_path: Path) -> None:
 def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path) -> None:
     leave_behind(tmp_path, machine="another")
     threading.Timer(0.7, (tmp_path / run_folder.LOCK).unlink).start()
-    assert seconds_to_take(tmp_path) < run_lock.WATCH_SECONDS
+    assert seconds_to_take(tmp_path) < WATCH_SECONDS
 
 
 @pytest.mark.parametrize("left", [None, "stale"])
@@ -279,12 +280,12 @@ def test_a_start_that_looked_before_another_took_the_lease(
 )
 def test_text_that_is_no_lease_is_watched(text: str, tmp_path: Path) -> None:
     (tmp_path / run_folder.LOCK).write_text(text)
-    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+    assert seconds_to_take(tmp_path) >= WATCH_SECONDS
 
 
 def test_an_empty_file_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / run_folder.LOCK).touch()
-    assert seconds_to_take(tmp_path) < AT_ONCE_SECONDS
+    assert seconds_to_take(tmp_path) < WATCH_SECONDS
 
 
 def test_a_field_of_a_later_version_hides_no_living_holder(hold: Hold, tmp_path: Path) -> None:
@@ -310,7 +311,7 @@ def test_a_holder_that_touches_again_after_it_was_watched(tmp_path: Path) -> Non
     leave_behind(tmp_path, machine="another")
     run_lock.refuse_if_held(tmp_path)
     os.utime(tmp_path / run_folder.LOCK)
-    assert seconds_to_take(tmp_path) >= run_lock.WATCH_SECONDS
+    assert seconds_to_take(tmp_path) >= WATCH_SECONDS
 
 
 def test_time_in_which_storage_does_not_answer_does_not_count(
@@ -324,7 +325,7 @@ def test_time_in_which_storage_does_not_answer_does_not_count(
     def touched(path: Path) -> int | None:
         looks.append(path)
         if len(looks) == 3:
-            time.sleep(run_lock.WATCH_SECONDS + 1)
+            time.sleep(WATCH_SECONDS + 1)
             threading.Timer(1.0, os.utime, [path]).start()
         return real(path)
 
