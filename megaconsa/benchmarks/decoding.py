@@ -27,7 +27,7 @@ from megaconsa.huggingface.decoding import KernelCache, use_kernels
 from megaconsa.huggingface.export import export
 from megaconsa.huggingface.load import load_exported
 from megaconsa.huggingface.modeling_megaconsa import CACHE
-from megaconsa.huggingface.names import parameter_shapes
+from megaconsa.huggingface.parameter_names import parameter_shapes
 from megaconsa.model.config import PRESETS
 from megaconsa.model.flops import kv_cache_bytes
 from megaconsa.model.initialize import initial_weight

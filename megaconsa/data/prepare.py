@@ -12,8 +12,8 @@ import xxhash
 from megaconsa.console import Task, console, progress
 from megaconsa.data import TOKENIZER
 from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.folder_lock import finish, preparation
 from megaconsa.data.packing import pack
-from megaconsa.data.preparation import finish, preparation
 from megaconsa.data.shards import (
     INFO,
     TRAIN,

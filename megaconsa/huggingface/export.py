@@ -32,7 +32,11 @@ from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, check_space, new_folder
 from megaconsa.huggingface.config_file import TOKEN_IDS, check_generation_config
 from megaconsa.huggingface.model_card import HEAT_MAP, model_card
-from megaconsa.huggingface.names import name_difference, parameter_shapes, qwen3_config_fields
+from megaconsa.huggingface.parameter_names import (
+    name_difference,
+    parameter_shapes,
+    qwen3_config_fields,
+)
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import write_tensors
 

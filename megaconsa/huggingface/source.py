@@ -26,7 +26,7 @@ from megaconsa.huggingface.config_file import (
     read_model_config,
 )
 from megaconsa.huggingface.export import reorder_weight
-from megaconsa.huggingface.names import name_difference, parameter_shapes
+from megaconsa.huggingface.parameter_names import name_difference, parameter_shapes
 from megaconsa.model.config import ModelConfig
 from megaconsa.tensor_files import DTYPES, TensorFiles
 

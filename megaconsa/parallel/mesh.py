@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megaconsa.parallel.deepspeed.processes import process_grid, start_deepspeed
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 from megaconsa.parallel.world import World, join
 
 

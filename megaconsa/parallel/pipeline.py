@@ -19,7 +19,7 @@ from megaconsa.model.norm import RMSNorm
 from megaconsa.model.qwen3 import Block
 from megaconsa.parallel import vocabulary
 from megaconsa.parallel.sharding import OwnHeads, Sharding
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 
 Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """What travels between layers:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.model.loss import VocabularyPart
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 
 
 def rows(vocab_size: int, size: int) -> int:

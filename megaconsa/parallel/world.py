@@ -14,8 +14,8 @@ from torch import distributed as dist
 
 from megaconsa.errors import InputError, UnreachableError
 from megaconsa.exit_codes import LOST, REFUSED
-from megaconsa.parallel.descriptors import raise_limit
 from megaconsa.parallel.launcher import START_FORMAT, Launch, launch
+from megaconsa.parallel.open_files import raise_limit
 from megaconsa.parallel.rendezvous import meet
 from megaconsa.reading import is_out_of_reach
 

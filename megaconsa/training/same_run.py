@@ -7,7 +7,7 @@ from typing import Any
 from megaconsa.config import Config, differences, with_defaults
 from megaconsa.errors import InputError
 from megaconsa.run_paths import resolved
-from megaconsa.training.schedule import learning_rate
+from megaconsa.training.learning_rate import learning_rate
 
 FREE = {
     # Sections

@@ -25,7 +25,7 @@ from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.step_result import Fault, StepResult
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.batches import carries, document_lengths, labelled_tokens
-from megaconsa.training.schedule import learning_rate
+from megaconsa.training.learning_rate import learning_rate
 
 logger = logging.getLogger(__name__)
 

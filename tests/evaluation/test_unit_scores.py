@@ -26,7 +26,7 @@ from megaconsa.data.prepare import prepare
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.unit_scores import Method, ScoreRequest, UnitScores, score_units
-from megaconsa.huggingface.names import parameter_shapes
+from megaconsa.huggingface.parameter_names import parameter_shapes
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig

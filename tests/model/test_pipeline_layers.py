@@ -21,7 +21,7 @@ from megaconsa.model.loss import IGNORED, summed_cross_entropy
 from megaconsa.model.qwen3 import Qwen3
 from megaconsa.parallel.pipeline import canonical_name, layer_index, normalizer
 from megaconsa.parallel.sharding import Sharding
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 
 SHAPE = ModelConfig(61, 24, 40, 11, 6, 2, head_dim=8, initializer_range=0.3)
 TABLE = Allocation(4, tuple((layer % 2 == 0, layer % 3 == 0) for layer in range(11)))

@@ -18,7 +18,7 @@ from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.consa.sampled_gates import SampledGates
-from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
+from megaconsa.huggingface.parameter_names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import PRESETS, ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import Qwen3

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
+from megaconsa.huggingface.parameter_names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import PRESETS, ModelConfig
 
 WINDOW = 8

@@ -162,7 +162,7 @@ def test_reset_optimizer_takes_weights_only(
 def test_checkpoints_hold_canonical_names_and_no_pickle(
     make_config: MakeConfig, train: Train
 ) -> None:
-    from megaconsa.huggingface.names import parameter_shapes
+    from megaconsa.huggingface.parameter_names import parameter_shapes
 
     values = make_config()
     train(values)

@@ -27,13 +27,13 @@ from megaconsa.parallel.deepspeed.optimizer import (
 )
 from megaconsa.parallel.deepspeed.patches import patch_bf16
 from megaconsa.parallel.deepspeed.settings import deepspeed_settings
+from megaconsa.parallel.gathered_weights import DistributedWeights
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index
 from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
 from megaconsa.parallel.topology import Topology
-from megaconsa.parallel.weights import DistributedWeights
 
 
 class Engine:

@@ -21,7 +21,7 @@ from megaconsa.parallel.pipeline import (
     head_loss,
 )
 from megaconsa.parallel.sharding import Sharding
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 
 
 class CostCutModule(PipelineModule):

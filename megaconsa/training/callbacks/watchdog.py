@@ -153,7 +153,8 @@ class Watchdog(Callback):
     def _leave_evidence(self, found: str) -> Path:
         """Writes two files to RUN/incidents/LAUNCH and returns that folder.
 
-        rank_N.txt holds the stacks of all threads. rank_N.json holds the unfinished collectives.
+        rank_N.txt holds the stacks of all threads. rank_N.json holds the recorded collectives,
+        finished or not.
         """
         folder = self.run / run_folder.INCIDENT_STACKS / self.world.launch
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megaconsa.huggingface.names import parameter_shapes, qwen3_config_fields
+from megaconsa.huggingface.parameter_names import parameter_shapes, qwen3_config_fields
 from megaconsa.model.config import PRESETS
 
 

@@ -8,7 +8,7 @@ import sys
 
 RAISE = """
 import resource, sys
-from megaconsa.parallel.descriptors import raise_limit
+from megaconsa.parallel.open_files import raise_limit
 from megaconsa.parallel.launcher import Launch
 soft, hard, size, rank = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from megaconsa.model import loss
 from megaconsa.parallel import vocabulary
 from megaconsa.parallel.launcher import free_port
-from megaconsa.parallel.tensor import TensorParallel
+from megaconsa.parallel.tensor_parallel import TensorParallel
 
 VOCABULARY = 301
 HIDDEN = 8
