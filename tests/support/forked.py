@@ -81,6 +81,8 @@ def run_command(command: list[str]) -> None:
     """Does what `python COMMAND` does. The command is `-m MODULE ...` or `SCRIPT ...`."""
     if command[0] == "-m":
         sys.argv = command[1:]
+        # runpy warns if the server has imported the module.
+        sys.modules.pop(command[1], None)
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
