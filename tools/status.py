@@ -14,12 +14,13 @@ def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; it may be training.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """Show the state of a run: progress, speed, losses, newest checkpoint, time to go, incidents, and whether a process trains in it.
+    """Show the state of a run: progress, speed, losses, newest checkpoint, time to go, incidents.
 
-    It only reads, as little as it can, and takes no lock.
+    It also shows whether a process trains in the run. It only reads, as little as it can, and takes
+    no lock.
 
     Example: watch -n 10 megaconsa status runs/quickstart/learn
-    """  # noqa: E501
+    """
     import json
     from dataclasses import asdict
 

@@ -193,8 +193,8 @@ class Evidence:
             significant = z_scores.abs() > SEPARATION
             separated_share = _share(significant & right_side)
             # The user's floor keeps some units full against their scores.
-            ordered = table & self.constraint.kept_by_floor(self.scores)
-            contradicted_share = _share(significant & ~right_side & ~ordered)
+            by_floor = table & self.constraint.kept_by_floor(self.scores)
+            contradicted_share = _share(significant & ~right_side & ~by_floor)
         return EvidenceSummary(
             split_agreement=self._agreement("split"),
             time_agreement=self._agreement("time"),

@@ -1,4 +1,4 @@
-"""How a layer learns what its heads see."""
+"""How a layer is told what its heads see."""
 
 from __future__ import annotations
 

@@ -44,28 +44,28 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     "layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name
 )
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
-    """Compares 12 steps with 5 and then 7 steps."""
+    """Compares 20 steps with 7 and then 13 steps."""
     cases = {"learn": LEARN_TIED, "train": TRAIN_UNTIED}
     whole = runs.launch(
-        layout, [Job(f"{name}-whole", case, steps=12, every=12) for name, case in cases.items()]
+        layout, [Job(f"{name}-whole", case, steps=20, every=20) for name, case in cases.items()]
     )
     runs.launch(
         layout,
-        [Job(f"{name}-stopped", case, steps=12, stop=5, every=12) for name, case in cases.items()],
+        [Job(f"{name}-stopped", case, steps=20, stop=7, every=20) for name, case in cases.items()],
     )
     stopped = runs.launch(
-        layout, [Job(f"{name}-stopped", case, steps=12, every=12) for name, case in cases.items()]
+        layout, [Job(f"{name}-stopped", case, steps=20, every=20) for name, case in cases.items()]
     )
     for name in cases:
         one = whole[f"{name}-whole"]
         two = stopped[f"{name}-stopped"]
         rows = [computed(read_metrics(run / "metrics.jsonl")) for run in (one, two)]
         assert rows[0] == rows[1]
-        assert len(rows[0]) == 12
-        assert contents(one, 12) == contents(two, 12)
+        assert len(rows[0]) == 20
+        assert contents(one, 20) == contents(two, 20)
         # The next batch is a function of this number and the seed.
         for run in (one, two):
-            assert checkpoint(run, 12).state["sequences"] == 96
+            assert checkpoint(run, 20).state["sequences"] == 160
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.reporting.metrics import computed, read_metrics
 from tests.support import ROOT
 from tests.support.disks import OUT_OF_REACH
+from tests.support.interruptions import contents
 from tests.support.slurm_cluster import Cluster, await_until
 from tests.support.slurm_jobs import LONG, log, number, running_at, steps
 
@@ -29,12 +30,6 @@ WriteConfig = Callable[..., Path]
 ONE_NODE = ("--gpus-per-node", 2)
 EIO_SECONDS = float(os.environ.get("MEGACONSA_TEST_EIO_SECONDS", "10"))
 """How long the storage does not answer."""
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    newest = store.newest(run)
-    assert newest is not None
-    return {path.name: path.read_bytes() for path in newest.path.glob("*.safetensors")}
 
 
 def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
@@ -72,7 +67,7 @@ def test_stopped_and_killed_job_ends_as_an_undisturbed_one(
         read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed")
     )
     assert computed(disturbed) == computed(whole)
-    assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
+    assert contents(tmp_path / "disturbed") == contents(tmp_path / "undisturbed")
 
 
 def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
@@ -113,7 +108,7 @@ def test_a_dead_hosts_lock_and_storage_that_does_not_answer_stop_no_job(
         read_metrics(tmp_path / name / "metrics.jsonl") for name in ("disturbed", "undisturbed")
     )
     assert computed(disturbed) == computed(whole)
-    assert weights(run) == weights(tmp_path / "undisturbed")
+    assert contents(run) == contents(tmp_path / "undisturbed")
 
 
 def test_the_time_limit_is_foreseen(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
-from megaconsa.parallel.launcher import VARIABLES, Launch, free_port
+from megaconsa.parallel.launcher import Launch, free_port
 from tests.support.forked import Forked
+from tests.support.ranks import environment
 
 LAUNCH_SECONDS = 300
 LINGER_SECONDS = 10.0
@@ -20,12 +20,10 @@ def launch(size: int, jobs: list[dict[str, Any]]) -> None:
     Raises AssertionError with the last output of the ranks if a job fails.
     """
     port = int(free_port())
-    # Tests that train in this process leave these variables behind.
-    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     ranks = []
     for index in range(size):
         place = Launch(index, size, index, "127.0.0.1", port)
-        ranks.append(Forked(_train, place, jobs, environment=inherited))
+        ranks.append(Forked(_train, place, jobs, environment=environment()))
     deadline = time.monotonic() + LAUNCH_SECONDS
     try:
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:

@@ -43,7 +43,8 @@ def interrupted(values: dict[str, Any], callback: Callback) -> None:
         assert not trainer.run()
 
 
-def contents(run: str) -> dict[str, bytes]:
+def contents(run: str | Path) -> dict[str, bytes]:
+    """The tensors of the newest checkpoint, as the bytes of their files."""
     newest = store.newest(Path(run))
     assert newest is not None
     return {path.name: path.read_bytes() for path in newest.path.glob("*.safetensors")}

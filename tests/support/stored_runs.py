@@ -27,20 +27,14 @@ from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Callback, Row, Trainer
 from tests.support import ROOT
+from tests.support.interruptions import StopAfter
 
 FOLDER = ROOT / "tests/training/stored_runs"
 LICENSE = ROOT / "LICENSE"
 """A text that everybody may copy."""
 STEPS = 8
 STOPPED_AFTER = 4
-
-
-class Stop(Callback):
-    def on_step(self, trainer: Trainer, row: Row) -> None:
-        if row["step"] == STOPPED_AFTER - 1:
-            trainer.request_stop()
 
 
 def values(name: str, allocation: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def values(name: str, allocation: dict[str, Any]) -> dict[str, Any]:
 def losses(name: str, allocation: dict[str, Any], *, stop: bool) -> list[float]:
     trainer = build_trainer(check_inputs(build(values(name, allocation))), mesh.initialize())
     if stop:
-        trainer.callbacks = [*trainer.callbacks, Stop()]
+        trainer.callbacks = [*trainer.callbacks, StopAfter(STOPPED_AFTER)]
     trainer.run()
     return [row["loss"] for row in read_metrics(Path(name) / "metrics.jsonl")]
 

@@ -25,7 +25,8 @@ from megaconsa.config import build
 from megaconsa.parallel import mesh, world
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
-from megaconsa.training.trainer import Callback, Row, Trainer
+from megaconsa.training.trainer import Row, Trainer
+from tests.support.interruptions import StopAfter
 
 
 def without_sums_over_heads() -> Any:
@@ -101,15 +102,6 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "nan": with_a_nan_in_step_3_of_the_last_rank,
     "passed_over": with_step_3_passed_over,
 }
-
-
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, row: Row) -> None:
-        if row["step"] == self.step - 1:
-            trainer.request_stop()
 
 
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megaconsa.checkpoint import store
 from megaconsa.parallel.launcher import free_port
 from megaconsa.reporting.metrics import read_metrics
 from tests.support.forked_ranks import launch
+from tests.support.interruptions import contents
 from tests.support.ranks import TRAIN, await_step, ended, environment, write
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -67,10 +67,6 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl")]
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.resolve(run).path.glob("*.safetensors")}
-
-
 SLOW = pytest.param("nodes", marks=pytest.mark.slow)
 
 
@@ -92,4 +88,4 @@ def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_
     launch(2, [{"config": values(whole), "fault": None, "stop": None}])
     assert not (whole / "failures").exists()
     assert losses(killed) == losses(whole)
-    assert weights(killed) == weights(whole)
+    assert contents(killed) == contents(whole)

@@ -158,8 +158,9 @@ class RunLock(Callback):
             if before is None and self._linked(mine):
                 return
             now = _read(self.path)
+            # Another start may have taken the lease after `before` was read. If the file is ours,
+            # an earlier attempt succeeded, but its answer was lost.
             if now not in (before, self.own):
-                # Another start took the lease after `before` was read.
                 raise _in_use(self.run, now)
             mine.replace(self.path)
         except FileNotFoundError:
@@ -177,18 +178,10 @@ class RunLock(Callback):
     def _linked(self, mine: Path) -> bool:
         """Creates the lock file as a hard link to `mine`. Only one of several starts succeeds.
 
-        Returns False if the lock file is empty, or if the file system has no links.
-        Raises InputError if another start has succeeded.
+        Returns False if there is a lock file, or if the file system has no links.
         """
         try:
             os.link(mine, self.path)
-        except FileExistsError:
-            now = _read(self.path)
-            if now is None:
-                return False
-            # If the file is ours, the first of two attempts succeeded, but its answer was lost.
-            if now != self.own:
-                raise _in_use(self.run, now) from None
         except OSError:
             return False
         return True
