@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 if not torch.cuda.is_available():
     # This must be set before anything imports triton. Its kernels then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Under nohup this signal is ignored, and the runs that the tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SEQUENCE_LENGTH = 64
 VOCABULARY = 512

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megaconsa.console import console, guarded
+from megaconsa.console import guarded
 from megaconsa.exit_codes import FAILED
 from megaconsa.parallel.launcher import alone
 from megaconsa.study.jobs import Job
@@ -40,8 +40,6 @@ PRELOADED = [
 """Modules that take seconds to import."""
 CPP_LOG = re.compile(r"\[rank\d+\]:\[[IWEF]\d")
 """Start of a line that torch's C++ code logs."""
-LINGER_SECONDS = 60.0
-"""Time that a process gets to end once its job is done."""
 
 
 @dataclass
@@ -57,8 +55,6 @@ class RunningJob:
     """Threads of torch for work on the CPU."""
     process: BaseProcess = field(init=False)
     began: float = field(init=False)
-    seen_done: float | None = None
-    """When the job was first seen to be done."""
 
     def __post_init__(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -71,26 +67,6 @@ class RunningJob:
     def seconds(self) -> float:
         """Time since the process started."""
         return time.monotonic() - self.began
-
-    def abort_if_stuck(self) -> None:
-        """Ends a process that still exists LINGER_SECONDS after its job was done.
-
-        The process writes its stacks to the log.
-        """
-        if not self.job.done:
-            return
-        now = time.monotonic()
-        if self.seen_done is None:
-            self.seen_done = now
-        elif now - self.seen_done > LINGER_SECONDS and self.process.pid is not None:
-            console.print(
-                f"{self.job.name} is done, but its process did not end; "
-                f"its stacks are in {self.log}",
-                markup=False,
-            )
-            # faulthandler prints the stacks on this signal.
-            os.kill(self.process.pid, signal.SIGABRT)
-            self.process.join()
 
     def failure(self) -> str:
         """Returns why it failed: the signal that killed it, or the last line of its log.

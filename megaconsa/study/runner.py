@@ -23,8 +23,6 @@ from megaconsa.study.runs import Runs
 
 STOP_SECONDS = 120.0
 """Time that running jobs get to save and end before they are killed."""
-LOOK_SECONDS = 10.0
-"""Time between two checks of processes that do not end."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -121,16 +119,15 @@ class Runner:
         return all(other.done for other in needed)
 
     def _collect(self, waiting: int) -> bool:
-        """Waits for the next jobs to end, but at most LOOK_SECONDS.
+        """Waits for the next jobs to end.
 
         waiting: number of jobs that have not started.
 
         Returns whether one of the jobs stopped before its end.
         """
-        wait([running.process.sentinel for running in self._running.values()], LOOK_SECONDS)
+        wait([running.process.sentinel for running in self._running.values()])
         stopped = False
         for slot, running in list(self._running.items()):
-            running.abort_if_stuck()
             if running.process.is_alive():
                 continue
             running.process.join()

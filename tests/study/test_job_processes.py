@@ -1,11 +1,8 @@
-"""The processes of jobs: as on a GPU, and processes that do not end."""
+"""The processes of jobs, as on a GPU."""
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,15 +13,6 @@ from megaconsa.study.jobs import Job, start_job
 from megaconsa.study.runs import Runs
 
 
-def linger(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
-    """Replaces a job's entry function: writes the result and sleeps."""
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), process.STDERR)
-    faulthandler.enable()
-    job.result.mkdir(parents=True)
-    time.sleep(600)
-
-
 def leave_a_log(runs: Runs, job: Job, log: Path, device: str | None, threads: int) -> None:
     """Replaces a job's entry. Fails as a job on a GPU did that ran out of memory."""
     log.write_text(
@@ -33,27 +21,6 @@ def leave_a_log(runs: Runs, job: Job, log: Path, device: str | None, threads: in
         "destroy_process_group() was not called before program exit\n"
     )
     os._exit(1)
-
-
-def test_a_process_that_does_not_end_is_aborted_with_its_stacks(
-    make_runs: Callable[..., Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process, "_main", linger)
-    runs = make_runs()
-    job = start_job(runs)
-    log = tmp_path / "start.log"
-    running = process.RunningJob(runs, job, log, device=None, threads=1)
-    running.abort_if_stuck()
-    assert running.process.is_alive()
-    while not job.done:
-        time.sleep(0.1)
-    running.abort_if_stuck()
-    running.abort_if_stuck()
-    assert running.process.is_alive()
-    monkeypatch.setattr(process, "LINGER_SECONDS", 0.0)
-    running.abort_if_stuck()
-    assert running.process.exitcode == -signal.SIGABRT
-    assert "in linger" in log.read_text()
 
 
 def test_the_reason_is_not_what_nccl_warns_of_afterwards(
