@@ -49,12 +49,16 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Check attention's backends and peers against fp64, then time them in turns, forward and backward.
+    r"""Check attention's backends and peers against fp64, then time them in turns, forward and
+    backward.
 
     Reports no speed and exits with 1 if one of our backends is wrong.
 
-    Example: megaconsa bench-attention --batch 1 --length 32768 --case dense --case mixed --out attention.json
-    """  # noqa: E501
+    Example:
+
+        megaconsa bench-attention --batch 1 --length 32768 --case dense \
+            --case mixed --out attention.json
+    """
     from json import dumps
 
     import torch

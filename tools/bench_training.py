@@ -31,12 +31,17 @@ def main(
     skip: Annotated[int, typer.Option(min=0, help="First steps that are not timed.")] = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Train some steps at each topology, without saving anything, and compare tokens per second and losses with one process.
+    r"""Train some steps at each topology, without saving anything, and compare tokens per
+    second and losses with one process.
 
-    Every topology gets the same global batches. The processes run on this machine, one for each GPU (or on the CPU).
+    Every topology gets the same global batches.
+    The processes run on this machine, one for each GPU (or on the CPU).
 
-    Example: megaconsa bench-training configs/qwen3_1p7b_learn.yaml --topology tensor=2 --topology pipeline=2 --topology data=2
-    """  # noqa: E501
+    Example:
+
+        megaconsa bench-training configs/qwen3_1p7b_learn.yaml \
+            --topology tensor=2 --topology pipeline=2 --topology data=2
+    """
     from datetime import UTC, datetime
     from json import dumps
     from tempfile import TemporaryDirectory

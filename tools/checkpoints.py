@@ -11,12 +11,13 @@ from megaconsa.console import console, run_tool
 
 
 def main(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """List the checkpoints of a run, newest first: step, tokens, losses, size, date, and whether every file is there and of its size.
+    """List the checkpoints of a run, newest first: step, tokens, losses, size, date, and
+    whether every file is there and of its size.
 
     It reads no tensors; `megaconsa verify` computes the checksums.
 
     Example: megaconsa checkpoints runs/quickstart/train
-    """  # noqa: E501
+    """
     from rich.table import Table
 
     from megaconsa.checkpoint import store

@@ -79,14 +79,16 @@ def main(
         typer.Option(min=1, help="Tokens of a forward pass, if a sequence is not longer itself."),
     ] = 16_384,
 ) -> None:
-    """Compare exported models: perplexity by position in the document, needle retrieval, tasks of lm-eval.
+    r"""Compare exported models: perplexity by position in the document, needle retrieval, tasks
+    of lm-eval.
 
     Each figure is written as soon as it is there; the same command continues where it was stopped.
 
     Example:
 
-        megaconsa evaluate --model dense=runs/dense/hf --model learned=runs/learned/hf --data data/corpus_8192 --out evaluation
-    """  # noqa: E501
+        megaconsa evaluate --model dense=runs/dense/hf \
+            --model learned=runs/learned/hf --data data/corpus_8192 --out evaluation
+    """
     # Set before transformers is imported, which reads them. To let lm-eval download its data, set
     # HF_HUB_OFFLINE=0.
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")

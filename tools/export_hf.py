@@ -52,14 +52,17 @@ def main(
         ),
     ] = 0,
 ) -> None:
-    """Export a checkpoint for transformers: stock Qwen3 where layers are of one kind, else with its own small model file.
+    r"""Export a checkpoint for transformers: stock Qwen3 where layers are of one kind, else
+    with its own small model file.
 
     Example:
 
-        megaconsa export-hf runs/quickstart/train --out runs/quickstart/hf --dtype float32 --verify 256
+        megaconsa export-hf runs/quickstart/train --out runs/quickstart/hf \
+            --dtype float32 --verify 256
 
-        megaconsa export-hf runs/quickstart/train --average 2 --out runs/quickstart/hf_mean
-    """  # noqa: E501
+        megaconsa export-hf runs/quickstart/train --average 2 \
+            --out runs/quickstart/hf_mean
+    """
     import shutil
     from contextlib import ExitStack
     from functools import partial

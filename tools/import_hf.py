@@ -20,16 +20,19 @@ def main(
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
 ) -> None:
-    """Import published Qwen3 weights; runs start from the result with model.init_from, in any topology.
+    r"""Import published Qwen3 weights; runs start from the result with model.init_from, in any
+    topology.
 
-    Weights keep their precision. The tokenizer comes along, for prepare-data --tokenizer OUT/tokenizer.
+    Weights keep their precision.
+    The tokenizer comes along, for prepare-data --tokenizer OUT/tokenizer.
 
     Example:
 
         megaconsa import-hf Qwen3-0.6B/ --out runs/qwen3_0p6b/import
 
-        megaconsa train configs/qwen3_0p6b_learn.yaml model.init_from=runs/qwen3_0p6b/import
-    """  # noqa: E501
+        megaconsa train configs/qwen3_0p6b_learn.yaml \
+            model.init_from=runs/qwen3_0p6b/import
+    """
     from megaconsa.checkpoint import imported
     from megaconsa.console import progress
     from megaconsa.data import TOKENIZER

@@ -28,10 +28,14 @@ def main(
         bool, typer.Option("--json", help="Print JSON, with bytes and FLOPs unrounded.")
     ] = False,
 ) -> None:
-    """Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or data.
+    r"""Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or
+    data.
 
-    Example: megaconsa plan configs/qwen3_0p6b_learn.yaml parallel.pipeline=2 --gpus 8 --context 131072
-    """  # noqa: E501
+    Example:
+
+        megaconsa plan configs/qwen3_0p6b_learn.yaml parallel.pipeline=2 \
+            --gpus 8 --context 131072
+    """
     from json import dumps
 
     from megaconsa.config import load

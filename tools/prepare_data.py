@@ -33,13 +33,16 @@ def main(
         float, typer.Option(help="Share of the documents that is held out for validation")
     ] = 0.02,
 ) -> None:
-    """Tokenizes and packs text into a data folder for training.
+    r"""Tokenizes and packs text into a data folder for training.
 
     `python` means the sources of Python's standard library: real text that every machine has.
     A folder whose preparation was interrupted is started again; a finished one is never changed.
 
-    Example: megaconsa prepare-data python --out data/python --train-tokenizer 4096 --sequence-length 512
-    """  # noqa: E501
+    Example:
+
+        megaconsa prepare-data python --out data/python \
+            --train-tokenizer 4096 --sequence-length 512
+    """
     from rich.table import Table
 
     from megaconsa.data.prepare import prepare

@@ -38,13 +38,16 @@ def main(
     scope: Annotated[Literal["per_layer", "global"], typer.Option(help=SCOPE_HELP)] = "global",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help=SEED_HELP)] = None,
 ) -> None:
-    """Write allocation.json by a rule and print it.
+    r"""Write allocation.json by a rule and print it.
 
-    head-share without a seed is a lottery: it keeps the first heads of each layer, but the head
-    that matters may be any.
+    head-share without a seed is a lottery: it keeps the first heads of each layer.
+    The heads that matter may be any.
 
-    Example: megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 --ratio 3 --out interleaved.json
-    """  # noqa: E501
+    Example:
+
+        megaconsa rule-masks interleaved --preset qwen3-0.6b --window 1024 \
+            --ratio 3 --out interleaved.json
+    """
     from megaconsa.consa import rules
     from megaconsa.errors import InputError
     from megaconsa.model.config import PRESETS

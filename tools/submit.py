@@ -61,16 +61,20 @@ def main(
         bool, typer.Option("--dry-run", help="Print the commands; submit nothing.")
     ] = False,
 ) -> None:
-    """Submit jobs that requeue themselves until their run is finished. All is checked before anything is submitted.
+    r"""Submit jobs that requeue themselves until their run is finished. All is checked before
+    anything is submitted.
 
     Examples:
 
-        megaconsa submit train configs/qwen3_0p6b_train.yaml --nodes 2 --time 24:00:00 --partition gpu
+        megaconsa submit train configs/qwen3_0p6b_train.yaml --nodes 2 \
+            --time 24:00:00 --partition gpu
 
-        megaconsa submit chain configs/qwen3_0p6b_learn.yaml configs/qwen3_0p6b_train.yaml --out runs/qwen3_0p6b --dry-run
+        megaconsa submit chain configs/qwen3_0p6b_learn.yaml \
+            configs/qwen3_0p6b_train.yaml --out runs/qwen3_0p6b --dry-run
 
-        megaconsa submit sweep configs/qwen3_0p6b_learn.yaml --out runs/sweep --sparsity 0.25 --sparsity 0.5
-    """  # noqa: E501
+        megaconsa submit sweep configs/qwen3_0p6b_learn.yaml --out runs/sweep \
+            --sparsity 0.25 --sparsity 0.5
+    """
     from megaconsa.cluster import jobs
     from megaconsa.errors import InputError
 

@@ -39,8 +39,8 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Compare ways of choosing an allocation: arms x sparsities x seeds from one dense start, in one table
-    and one page.
+    """Compare ways of choosing an allocation: arms x sparsities x seeds from one dense start,
+    in one table and one page.
 
     The same command resumes an interrupted study.
 
@@ -49,7 +49,7 @@ def main(
         megaconsa sweep configs/study.yaml --out runs/study
 
         megaconsa sweep configs/study.yaml --out runs/study --only 12
-    """  # noqa: E501
+    """
     from megaconsa.study import sweep
 
     runs = sweep.open_study(study, out)

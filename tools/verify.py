@@ -18,12 +18,13 @@ def main(
         ),
     ],
 ) -> None:
-    """Check every file of a checkpoint, or of all checkpoints of a run, against its manifest: presence, size, checksum.
+    """Check every file of a checkpoint, or of all checkpoints of a run, against its manifest:
+    presence, size, checksum.
 
     Prints each fault with its file and ends with exit code 1 if there is any.
 
     Example: megaconsa verify runs/quickstart/train
-    """  # noqa: E501
+    """
     from megaconsa.checkpoint import store
     from megaconsa.errors import InputError
 

@@ -13,12 +13,13 @@ from megaconsa.console import console, end_on, progress, run_tool
 def main(
     path: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that prepare-data made")],
 ) -> None:
-    """Checks every shard of a data folder: presence, size, hashes, number of sequences, token ids; and the tokenizer.
+    """Checks every shard of a data folder: presence, size, hashes, number of sequences, token
+    ids; and the tokenizer.
 
     Prints each fault with its file and ends with exit code 1 if there is any.
 
     Example: megaconsa verify-data data/python
-    """  # noqa: E501
+    """
     from megaconsa.data.shards import verify
 
     with progress("verifying", None, "shards") as task:

@@ -294,7 +294,8 @@ class MegaconsaPreTrainedModel(Qwen3PreTrainedModel):
     _supports_attention_backend = False  # serving engines keep one cache per layer
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer}  # noqa: RUF012 (as transformers does)
+    # A plain attribute, as transformers has it.
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer}  # noqa: RUF012
 
 
 class MegaconsaModel(MegaconsaPreTrainedModel, Qwen3Model):

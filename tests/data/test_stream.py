@@ -13,6 +13,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,9 @@ from megaconsa.data.stream import LOADED_SHARDS, Batch, BatchStream, TokenShards
 from megaconsa.errors import InputError
 
 
-def open_stream(path: Path, **options: object) -> BatchStream:
-    return BatchStream(path, **{"seed": 3, "global_batch": 12, "micro_batch": 2, **options})  # type: ignore[arg-type]
+def open_stream(path: Path, **options: Any) -> BatchStream:
+    defaults = {"seed": 3, "global_batch": 12, "micro_batch": 2}
+    return BatchStream(path, **(defaults | options))
 
 
 def take(stream: BatchStream, start: int, count: int) -> list[list[Batch]]:
@@ -235,6 +237,7 @@ def test_torch_random_state_is_left_alone(prepared: Path, workers: int) -> None:
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
+from typing import Any
 from megaconsa.data.stream import BatchStream
 steps = BatchStream(Path(sys.argv[1]), seed=3, global_batch=12, micro_batch=2, workers=2).steps()
 next(steps)

@@ -119,7 +119,8 @@ def check_equal(
             scale = arguments.get("scale") or inputs[0].shape[-1] ** -0.5
             out = brute_force(*leaves[:3], windows, z, documents, scale)  # type: ignore[arg-type]
         else:
-            out = hybrid_attention(*leaves[:3], gate=z, backend=name, **arguments)  # type: ignore[arg-type]
+            q, k, v = leaves[:3]
+            out = hybrid_attention(q, k, v, gate=z, backend=name, **arguments)
         assert out.shape == inputs[0].shape
         return out.detach(), *torch.autograd.grad(out, leaves, out_gradient)
 

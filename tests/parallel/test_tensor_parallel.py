@@ -26,7 +26,8 @@ LENGTH = 12
 
 def run(check: Callable[[TensorParallel], None], size: int, sequence: bool) -> None:
     """Calls check on every rank of a tensor group. A failure there is a failure here."""
-    multiprocessing.spawn(_rank, (check, size, sequence, free_port()), nprocs=size)  # type: ignore[no-untyped-call]
+    arguments = (check, size, sequence, free_port())
+    multiprocessing.spawn(_rank, arguments, nprocs=size)  # type: ignore[no-untyped-call]
 
 
 def _rank(

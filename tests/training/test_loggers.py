@@ -57,7 +57,7 @@ def logging_run(make_config: MakeConfig, **sections: Any) -> dict[str, Any]:
 
 def records(run: Path) -> Iterator[list[Any]]:
     """Yields what W&B stored offline, once for each start of the run."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-not-found, unused-ignore]
+    from wandb.proto.wandb_internal_pb2 import Record
 
     for path in sorted(
         (run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
