@@ -16,8 +16,9 @@ from megaconsa import config
 from megaconsa.checkpoint import store
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
+from megaconsa.data.documents import read_documents
 from megaconsa.data.shards import DatasetInfo
-from megaconsa.data.text import read_documents
+from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
 from megaconsa.evaluation.score_file import read_scores
 from megaconsa.huggingface.source import open_source
@@ -28,7 +29,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "model": ("config.json", lambda file: open_source(file.parent)),
     "dataset": ("dataset.json", lambda file: DatasetInfo.load(file.parent)),
     "state": ("state.json", lambda file: store.read(file.parent)),
-    "text": ("text.jsonl", lambda file: list(read_documents([file]))),
+    "text": ("text.jsonl", lambda file: list(read_documents([SourceFile(file, "lines")]))),
+    "parquet": ("x.parquet", lambda file: list(read_documents([SourceFile(file, "parquet")]))),
+    "arrow": ("x.arrow", lambda file: list(read_documents([SourceFile(file, "arrow")]))),
+    "source": ("source", lambda file: list(read_documents(find_files([str(file)]).files))),
     "scores": ("scores.json", lambda file: read_scores(file, Constraint(2, 2, 0.5))),
     "configuration": ("run.yaml", config.load),
     "study": ("study.yaml", study_settings.load),

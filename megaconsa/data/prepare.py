@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import xxhash
 
 from megaconsa.console import Task, console, progress
 from megaconsa.data import TOKENIZER
+from megaconsa.data.documents import BadDocuments, Layout, read_documents
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
 from megaconsa.data.packing import pack
@@ -23,7 +25,7 @@ from megaconsa.data.shards import (
     SplitInfo,
     write_split,
 )
-from megaconsa.data.text import find_files, read_documents
+from megaconsa.data.sources import SourceFile, SourceFiles, find_files
 from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
@@ -34,6 +36,35 @@ Its documents are spread evenly over the whole text.
 """
 BATCH_CHARACTERS = 1_000_000
 """Characters of text that are tokenized at a time."""
+NAMED_FILES = 5
+"""How many skipped files are named."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of all sources. It can be read several times."""
+
+    names: list[str]
+    """The sources as they were given."""
+    files: list[SourceFile]
+    layout: Layout
+    skip_bad: int
+    """How many bad documents are skipped."""
+    validation_share: float
+
+    def documents(self, bad: BadDocuments | None = None) -> Iterator[str]:
+        """All documents.
+
+        bad: counts the bad ones.
+        """
+        bad = bad or BadDocuments(self.skip_bad)
+        return read_documents(self.files, self.layout, bad)
+
+    def split(self, split: str) -> Iterator[str]:
+        """The documents of one split."""
+        for document in self.documents():
+            if in_validation(document, self.validation_share) == (split == VALIDATION):
+                yield document
 
 
 def prepare(
@@ -44,6 +75,8 @@ def prepare(
     tokenizer: Path | None = None,
     train_tokenizer: int | None = None,
     validation_share: float = 0.02,
+    layout: Layout | None = None,
+    skip_bad: int = 0,
 ) -> DatasetInfo:
     """Makes the data folder `out` from the sources and returns its description.
 
@@ -52,6 +85,8 @@ def prepare(
     tokenizer: a tokenizer's folder. Give either this or `train_tokenizer`.
     train_tokenizer: the vocabulary size of a tokenizer to train.
     validation_share: share of the documents in the validation split, in [0, 1).
+    layout: where the documents are in their files.
+    skip_bad: number of documents that may be skipped because they cannot be read.
 
     The hash of its content assigns a document to a split, so equal documents are in the same split.
     A finished folder with the same source and settings is left unchanged. Raises InputError for
@@ -71,9 +106,13 @@ def prepare(
         raise InputError(
             f"--validation-share {validation_share} is outside [0, 1), give a share such as 0.02"
         )
-    files = find_files(sources)
+    if layout and layout.separator == "":
+        raise InputError("--separator is empty, give the text between two documents")
+    found = find_files(sources)
+    _say_skipped(found)
+    text = Text(list(sources), found.files, layout or Layout(), skip_bad, validation_share)
     given = Tokenizer.load(tokenizer) if tokenizer else None
-    source, documents = _scan(sources, files, validation_share, train_tokenizer)
+    source, documents = _scan(text, train_tokenizer)
     if (out / INFO).is_file():
         return _same(out, DatasetInfo.load(out), source, sequence_length, given)
 
@@ -85,14 +124,14 @@ def prepare(
             # Train on every stride-th document.
             stride = max(1, round(source.characters / TRAINING_CHARACTERS))
             with progress("training the tokenizer", None, "documents") as task:
-                sample = islice(_split_documents(files, TRAIN, validation_share), 0, None, stride)
+                sample = islice(text.split(TRAIN), 0, None, stride)
                 train_sentencepiece(_counted(sample, task), out / TOKENIZER, train_tokenizer)
         used = Tokenizer.load(out / TOKENIZER)
         counts = np.zeros(used.vocab_size, np.int64)
         splits = {}
         for split in documents:
             with progress(f"packing {split}", documents[split], "documents") as task:
-                texts = _counted(_split_documents(files, split, validation_share), task)
+                texts = _counted(text.split(split), task)
                 ids = _encode(texts, used)
                 sequences = pack(ids, sequence_length, used.end_of_text)
                 split_counts = write_split(out, split, sequences, used.vocab_size, sequence_length)
@@ -125,9 +164,31 @@ def in_validation(document: str, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(document.encode()) < share * 2**64
 
 
-def _scan(
-    sources: Sequence[str], files: list[Path], validation_share: float, trained: int | None
-) -> tuple[SourceInfo, dict[str, int]]:
+def _say_skipped(found: SourceFiles) -> None:
+    """Prints which files are not read, and why."""
+    if not found.skipped:
+        return
+    plural = "s" if len(found.skipped) > 1 else ""
+    console.print(f"{len(found.skipped)} file{plural} not read:", markup=False)
+    for skipped in found.skipped[:NAMED_FILES]:
+        console.print(f"  {skipped.path}: {skipped.reason}", markup=False)
+    if len(found.skipped) > NAMED_FILES:
+        console.print(f"  and {len(found.skipped) - NAMED_FILES} more", markup=False)
+
+
+def _say_bad(bad: BadDocuments) -> None:
+    """Prints which documents were skipped."""
+    if not bad.count:
+        return
+    plural = "s" if bad.count > 1 else ""
+    console.print(f"{bad.count} bad document{plural} skipped:", markup=False)
+    for fault in bad.first:
+        console.print(f"  {fault}", markup=False)
+    if bad.count > len(bad.first):
+        console.print(f"  and {bad.count - len(bad.first)} more", markup=False)
+
+
+def _scan(text: Text, trained: int | None) -> tuple[SourceInfo, dict[str, int]]:
     """Reads all text once, so that unreadable text is refused before anything is written.
 
     trained: the vocabulary size of a tokenizer to train, or None.
@@ -136,19 +197,21 @@ def _scan(
     InputError where a split has no documents.
     """
     documents = {TRAIN: 0}
-    if validation_share != 0:
+    if text.validation_share != 0:
         documents[VALIDATION] = 0
     characters = 0
+    bad = BadDocuments(text.skip_bad)
     digest = xxhash.xxh3_128()
     with progress("reading", None, "documents") as task:
-        for document in _counted(read_documents(files), task):
-            split = VALIDATION if in_validation(document, validation_share) else TRAIN
+        for document in _counted(text.documents(bad), task):
+            split = VALIDATION if in_validation(document, text.validation_share) else TRAIN
             documents[split] += 1
             characters += len(document)
             content = document.encode()
             # The length comes first, so that the borders between documents count too.
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
+    _say_bad(bad)
     for split, count in documents.items():
         if not count:
             raise InputError(
@@ -156,11 +219,12 @@ def _scan(
                 "give more text or change --validation-share (0 for no validation split)"
             )
     source = SourceInfo(
-        names=list(sources),
+        names=text.names,
         digest=digest.hexdigest(),
         documents=sum(documents.values()),
+        bad_documents=bad.count,
         characters=characters,
-        validation_share=validation_share,
+        validation_share=text.validation_share,
         trained_vocabulary=trained,
     )
     return source, documents
@@ -198,13 +262,6 @@ def _same(
         )
     console.print(f"{out} already holds this data; nothing to do", markup=False)
     return info
-
-
-def _split_documents(files: list[Path], split: str, validation_share: float) -> Iterator[str]:
-    """The documents of one split."""
-    for document in read_documents(files):
-        if in_validation(document, validation_share) == (split == VALIDATION):
-            yield document
 
 
 def _counted(documents: Iterable[str], task: Task) -> Iterator[str]:

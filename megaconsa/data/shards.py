@@ -73,6 +73,8 @@ class SourceInfo(BaseModel):
     digest: str
     """Hash of all documents in order."""
     documents: int
+    bad_documents: int = 0
+    """Documents that could not be read and were skipped."""
     characters: int
     validation_share: float
     trained_vocabulary: int | None

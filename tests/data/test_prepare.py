@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from megaconsa.data import prepare as prepare_module
+from megaconsa.data.documents import read_documents
 from megaconsa.data.packing import pack
 from megaconsa.data.prepare import in_validation, prepare
 from megaconsa.data.shards import INFO, UNFINISHED, DatasetInfo, open_split, verify, write_split
+from megaconsa.data.sources import find_files
 from megaconsa.data.stream import TokenShards
-from megaconsa.data.text import find_files, read_documents
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 
@@ -38,7 +39,7 @@ def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: Datase
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     assert (info.vocab_size, info.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
     assert info.tokenizer_fingerprint == tokenizer.fingerprint
-    documents = list(read_documents(find_files([str(text_folder)])))
+    documents = list(read_documents(find_files([str(text_folder)]).files))
     counts: Counter[int] = Counter()
     for split, held_out in (("train", False), ("validation", True)):
         texts = [document for document in documents if in_validation(document, 0.1) == held_out]

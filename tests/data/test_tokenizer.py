@@ -11,7 +11,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaconsa.data.text import python_sources, read_documents
+from megaconsa.data.documents import read_documents
+from megaconsa.data.sources import find_files
 from megaconsa.data.tokenizer import END_OF_TEXT, Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
@@ -61,7 +62,7 @@ def test_any_text_has_equal_ids(
 
 
 def test_python_sources_round_trip(tokenizer: Tokenizer) -> None:
-    texts = list(read_documents(python_sources()[:10]))
+    texts = list(read_documents(find_files(["python"]).files[:10]))
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
 
 

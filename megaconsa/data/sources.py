@@ -1,0 +1,158 @@
+"""The files of the user's sources: which of them hold documents, and which are passed over."""
+
+from __future__ import annotations
+
+import os
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megaconsa.data.formats import Format, recognise
+from megaconsa.errors import InputError
+
+PYTHON = "python"
+"""The name of the source that is the standard library."""
+ORDER_SEED = 0
+"""Seed of the shuffled order of files."""
+CARDS = ("readme", "license", "licence", "notice", "copying", "changelog", "citation")
+"""Names, without suffix, of text files that describe a folder of data and do not belong to it."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that holds documents."""
+
+    path: Path
+    format: Format
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file of a folder that is not read."""
+
+    path: Path
+    reason: str
+
+
+@dataclass
+class SourceFiles:
+    """The files of all sources, source by source."""
+
+    files: list[SourceFile] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+
+
+def python_sources() -> list[Path]:
+    """The standard library's .py files, in a shuffled order that is the same on every machine.
+
+    Third-party packages are left out. Test folders are left out too, because some distributions
+    lack them, and because they hold files in deliberately broken encodings.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests"}
+    # Relative paths, so that only folders inside the library can be left out.
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    kept = [file for file in files if left_out.isdisjoint(file.parts)]
+    return [root / file for file in _shuffled(kept)]
+
+
+def find_files(sources: Sequence[str]) -> SourceFiles:
+    """Finds the files of all sources.
+
+    sources: `python`, files or folders.
+
+    A file that is named itself is always read, as text where its format is not recognised. The
+    files of a folder come in a fixed shuffled order. Links are followed. Hidden files and folders
+    are not looked at.
+
+    Raises InputError for a source that does not exist or holds no documents.
+    """
+    found = SourceFiles()
+    for source in sources:
+        path = Path(source)
+        before = len(found.files)
+        if source == PYTHON:
+            found.files += [SourceFile(file, "text") for file in python_sources()]
+        elif path.is_file():
+            found.files.append(SourceFile(path, _format_of_named(path)))
+        elif path.is_dir():
+            _add_folder(found, path)
+        else:
+            raise InputError(
+                f"source {source}: no such file or folder, "
+                f"name files, folders of them, or `{PYTHON}`"
+            )
+        if len(found.files) == before:
+            raise InputError(
+                f"source {source}: the folder holds no files of documents "
+                "(text, source code, JSON lines, Parquet or Arrow)"
+            )
+    return found
+
+
+def _format_of_named(path: Path) -> Format:
+    """The format of a file that the user named."""
+    try:
+        known = recognise(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}), make it readable or leave it out"
+        ) from error
+    if known is None and path.suffix.lower() == ".json":
+        raise InputError(f"{path}: expected one JSON object a line, it is one JSON value or none")
+    return known or "text"
+
+
+def _add_folder(found: SourceFiles, folder: Path) -> None:
+    """Adds the files below a folder."""
+    formats: dict[Path, Format] = {}
+    for file in _visible_files(folder):
+        try:
+            known = recognise(folder / file)
+        except OSError as error:
+            raise InputError(
+                f"{folder / file}: cannot be read ({error.strerror}), "
+                "make it readable or leave it out"
+            ) from error
+        if known is None:
+            found.skipped.append(SkippedFile(folder / file, "its format is not known"))
+        else:
+            formats[file] = known
+    if set(formats.values()) - {"text"}:
+        for file in [file for file in formats if formats[file] == "text" and _is_card(file)]:
+            del formats[file]
+            found.skipped.append(SkippedFile(folder / file, "it describes the data beside it"))
+    found.files += [SourceFile(folder / file, formats[file]) for file in _shuffled(formats)]
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """The paths, relative to the folder, of the files below it that are not hidden."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # A link may lead to a folder above it.
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(place, name)
+            if not name.startswith(".") and path.is_file():
+                yield path.relative_to(folder)
+
+
+def _is_card(file: Path) -> bool:
+    return file.name.split(".")[0].lower() in CARDS
+
+
+def _shuffled(files: Iterable[Path]) -> list[Path]:
+    """The files in a fixed shuffled order.
+
+    They are sorted by name first, because file systems list them in different orders.
+    """
+    order = sorted(files, key=Path.as_posix)
+    random.Random(ORDER_SEED).shuffle(order)
+    return order
