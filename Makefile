@@ -1,4 +1,5 @@
-# Two commands from a fresh clone: `make quickstart` and `make test`. Each installs what it needs into .venv, once.
+# Two commands from a fresh clone: `make quickstart` and `make test`. Each installs what it needs into
+# .venv, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
