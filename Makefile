@@ -3,9 +3,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Markers of tests that need another machine or much time.
+ELSEWHERE := gpu or multigpu or slurm or nightly
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test check unit test-slurm install clean
+.PHONY: quickstart test check unit test-slow test-slurm install clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/megaconsa quickstart
@@ -19,7 +22,10 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
 unit: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not multigpu and not slurm and not slow"
+	$(PYTEST) -m "not ($(ELSEWHERE) or slow)"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m "slow and not ($(ELSEWHERE))"
 
 # A real Slurm on this machine, for as long as the tests last.
 test-slurm: $(INSTALLED)

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.kill_trials import forced_moments, random_trials
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_at_random_moments(

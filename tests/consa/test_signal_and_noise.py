@@ -107,6 +107,7 @@ def test_a_clear_signal_is_found(scope: Scope) -> None:
     assert evidence.fault(0.5) is None
 
 
+@pytest.mark.slow
 @scopes
 def test_a_faint_signal_is_found_as_well_as_can_be(scope: Scope) -> None:
     """The best possible estimate is the sign of the mean over all steps.

@@ -74,7 +74,7 @@ def release(
     return environment
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_other_releases_of_transformers(release: dict[str, str]) -> None:
     command = [
@@ -83,7 +83,7 @@ def test_other_releases_of_transformers(release: dict[str, str]) -> None:
         "pytest",
         *TESTS,
         "-m",
-        "not slow and not gpu",
+        "not nightly and not gpu",
         "-p",
         "no:cacheprovider",
     ]
@@ -93,7 +93,7 @@ def test_other_releases_of_transformers(release: dict[str, str]) -> None:
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("allocation", [HEAD_WISE, LAYER_WISE], ids=["head-wise", "stock"])
 def test_what_another_release_saved_is_the_same_model_here(

@@ -9,7 +9,7 @@ After one step, Adam's first moment is (1 - beta1) times the gradient that Adam 
 also compares the gradients after clipping, tensor by tensor. Weights cannot show this, because
 Adam's step hardly depends on the size of a gradient.
 
-`pytest tests/parallel -m slow` also runs topologies that only combine the others.
+`pytest tests/parallel -m nightly` also runs topologies that only combine the others.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_pipeline_and_data_parallel(runs: Runs) -> None:
     check_equal(runs, PP2_DP2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("layout", COMBINATIONS, ids=lambda layout: layout.name)
 def test_combinations(runs: Runs, layout: Layout) -> None:
     check_equal(runs, layout)

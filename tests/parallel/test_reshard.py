@@ -41,7 +41,12 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(ONE, marks=pytest.mark.slow), TP2_PP2], ids=lambda layout: layout.name
+    "layout",
+    [
+        pytest.param(ONE, marks=pytest.mark.nightly),
+        pytest.param(TP2_PP2, marks=pytest.mark.slow),
+    ],
+    ids=lambda layout: layout.name,
 )
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: Layout) -> None:
     """Compares 20 steps with 7 and then 13 steps."""
@@ -68,7 +73,7 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
             assert checkpoint(run, 20).state["sequences"] == 160
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_copies_of_a_tied_weight_stay_equal(runs: Runs) -> None:
     """Runs in bf16 with three data ranks.
 
@@ -95,7 +100,10 @@ def go_on(runs: Runs, start: Path, layout: Layout, jobs: list[Job]) -> dict[str,
 
 @pytest.mark.parametrize(
     "case",
-    [LEARN_TIED, pytest.param(TRAIN_UNTIED, marks=pytest.mark.slow)],
+    [
+        pytest.param(LEARN_TIED, marks=pytest.mark.slow),
+        pytest.param(TRAIN_UNTIED, marks=pytest.mark.nightly),
+    ],
     ids=lambda case: case.name,
 )
 def test_from_tensor_and_pipeline_parallel_to_any_other_and_back(runs: Runs, case: Case) -> None:

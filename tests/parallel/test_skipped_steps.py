@@ -28,7 +28,7 @@ from tests.support.topologies import (
     [
         DP2,
         *(
-            pytest.param(each, marks=pytest.mark.slow)
+            pytest.param(each, marks=pytest.mark.nightly)
             for each in (TP2_SEQUENCE, PP2, PP2_DUALPIPEV)
         ),
     ],

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from megaconsa import run_folder
@@ -55,6 +56,7 @@ def await_rows(run: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_cpu_study_gives_a_table_and_a_page(small_data: Path, tmp_path: Path) -> None:
     """Runs the study of the repository on smaller data and with fewer steps."""
     folder = ROOT / "configs"
@@ -93,6 +95,7 @@ def test_the_cpu_study_gives_a_table_and_a_page(small_data: Path, tmp_path: Path
     assert list((out / "trials" / "evidence-0.5-seed0" / "learn").glob("gates.json"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_resumes(write_study: Callable[..., Path], tmp_path: Path) -> None:
     """The study is asked to stop, then its job is killed, then it finishes.
 
@@ -146,6 +149,7 @@ def test_a_job_that_is_refused_says_why(write_study: Callable[..., Path], tmp_pa
     assert "is not a folder" in said
 
 
+@pytest.mark.slow
 def test_the_whole_budget_trains_two_legs(write_study: Callable[..., Path], tmp_path: Path) -> None:
     """Rule, score and learning arms have the same learning rate at every step."""
     options = {"whole_budget": True, "scope": "global"}

@@ -22,6 +22,7 @@ def configuration(make_config: Callable[..., dict[str, Any]], tmp_path: Path) ->
     return path
 
 
+@pytest.mark.slow
 def test_each_topology_stands_beside_one_process(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(configuration: Path) ->
         bench_training.main(configuration, steps=3, skip=3)
 
 
+@pytest.mark.slow
 def test_the_failing_rank_is_heard(
     configuration: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

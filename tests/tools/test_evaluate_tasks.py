@@ -59,7 +59,7 @@ def test_tasks_without_lm_eval(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
 def test_a_local_task(
     exports: Path,

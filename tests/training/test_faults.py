@@ -234,7 +234,7 @@ def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
     watchdog.on_finish(nobody)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("hold", ["python", "interpreter"])
 def test_a_hang_of_one_process_ends_it_too(
     hold: str, make_config: MakeConfig, tmp_path: Path

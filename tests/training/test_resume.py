@@ -25,7 +25,7 @@ Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize("allocation", [{"source": "learn"}, RULE], ids=["learn", "train"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_stop_and_resume_equals_never_stopping(
     allocation: dict[str, Any],
     precision: str,

@@ -91,7 +91,7 @@ def run_with(fault: str, values: dict[str, Any], folder: Path) -> list[Any]:
             "error: a sum over all ranks by gloo gave 4 instead of 3; "
             "look at the network between the nodes\n",
         ),
-        pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.slow),
+        pytest.param(LATE, "a sum over all ranks by gloo failed (", marks=pytest.mark.nightly),
     ],
     ids=["folder", "data", "sum", "late"],
 )

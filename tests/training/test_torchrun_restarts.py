@@ -67,10 +67,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl")]
 
 
-SLOW = pytest.param("nodes", marks=pytest.mark.slow)
+NODES = pytest.param("nodes", marks=pytest.mark.nightly)
 
 
-@pytest.mark.parametrize("kind", ["static", "c10d", SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "c10d", NODES])
 def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     whole = tmp_path / "whole"
