@@ -15,6 +15,10 @@ class RunError(Exception):
     """
 
 
+class DataError(RunError):
+    """Data on disk is not what was written. The message names the file. Exit code 1."""
+
+
 class UnreachableError(RunError):
     """A file or a network cannot be reached at the moment. Exit code 76.
 

@@ -16,8 +16,8 @@ from megaconsa import config
 from megaconsa.checkpoint import store
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.documents import read_documents
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
 from megaconsa.evaluation.score_file import read_scores

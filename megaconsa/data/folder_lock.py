@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megaconsa.data import TOKENIZER
-from megaconsa.data.shards import INFO, TRAIN, UNFINISHED, VALIDATION, DatasetInfo
+from megaconsa.data.dataset_info import INFO, TRAIN, UNFINISHED, VALIDATION, DatasetInfo
 from megaconsa.errors import InputError
 
 

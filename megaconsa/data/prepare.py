@@ -12,19 +12,19 @@ import xxhash
 
 from megaconsa.console import Task, console, progress
 from megaconsa.data import TOKENIZER
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
-from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.folder_lock import finish, preparation
-from megaconsa.data.packing import pack
-from megaconsa.data.shards import (
+from megaconsa.data.dataset_info import (
     INFO,
     TRAIN,
     VALIDATION,
     DatasetInfo,
     SourceInfo,
     SplitInfo,
-    write_split,
 )
+from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.folder_lock import finish, preparation
+from megaconsa.data.packing import pack
+from megaconsa.data.shards import write_split
 from megaconsa.data.sources import SourceFile, SourceFiles, find_files
 from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError

@@ -1,6 +1,6 @@
 """The stream of batches, read from checked shards. Its order depends on seed and step alone.
 
-We use streaming's format and shuffle, but not its iteration. docs/data.md says why.
+We use streaming's format, but not its iteration. docs/data.md says why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,22 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from streaming.base.shuffle import get_shuffle
-from streaming.base.spanner import Spanner
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megaconsa.data.dataset_info import TRAIN, DatasetInfo
+from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle, StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
-from megaconsa.data.shards import COLUMN, TRAIN, DatasetInfo, open_split
+from megaconsa.data.shards import open_split
 from megaconsa.errors import InputError, RunError
 
-SHUFFLE_SHARDS = 8
-"""The shuffle mixes the sequences of about this many shards at any time."""
-LOADED_SHARDS = 12
-"""Shards that a process holds in memory (8 MiB each).
-
-These are more shards than the shuffle mixes, so an epoch loads each shard once.
-"""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl(2). It sets the signal that a process gets when its parent dies."""
 
@@ -56,7 +49,7 @@ class TokenShards(Dataset[np.ndarray]):
             if fault := shard.check_file():
                 raise InputError(f"{fault}, restore the file or prepare the data again")
         self.shard_sizes = np.array([shard.samples for shard in self._shards], np.int64)
-        self._spanner = Spanner(self.shard_sizes)
+        self._ends = np.cumsum(self.shard_sizes)
         self._loaded: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -67,18 +60,17 @@ class TokenShards(Dataset[np.ndarray]):
 
         Raises DataError, naming the file, where its shard is damaged.
         """
-        number, offset = self._spanner[int(index)]
+        number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
         if number not in self._loaded:
-            shard.load()
-            if len(self._loaded) == LOADED_SHARDS:
+            if len(self._loaded) == shard.loaded_at_once:
                 # The first entry is the shard that was used least recently.
                 oldest, _ = self._loaded.popitem(last=False)
                 self._shards[oldest].unload()
             self._loaded[number] = None
         self._loaded.move_to_end(number)
-        tokens: np.ndarray = shard[offset][COLUMN]
-        return tokens
+        first = int(self._ends[number]) - shard.samples
+        return shard.row(int(index) - first)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The ids of several sequences.
@@ -88,6 +80,22 @@ class TokenShards(Dataset[np.ndarray]):
         Returns (B, S + 1) in the stored type.
         """
         return np.stack([self[i] for i in ids])
+
+    def order(self, seed: int) -> Order:
+        """The shuffled order of its sequences."""
+        if self.info.compressed:
+            return ShardShuffle(self.shard_sizes, seed)
+        return GlobalShuffle(len(self), seed)
+
+    def sample(self, count: int) -> np.ndarray:
+        """The ids, (count,), of sequences for validation.
+
+        They are evenly spaced over the split, so each source of the data has its share. Compressed
+        shards give the first ones, so that the runs that began with them stay comparable.
+        """
+        if self.info.compressed:
+            return np.arange(count)
+        return np.arange(count) * len(self) // count
 
 
 class _Rows(Dataset[np.ndarray | RunError]):
@@ -123,26 +131,6 @@ class Batch:
     """
     sequences: Tensor
     """(B,) int64: index of each sequence within the step's global batch."""
-
-
-def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The sequence ids of an epoch in order.
-
-    shard_sizes: number of sequences in each shard.
-
-    Returns (N,) int64. Each id occurs once. The order depends on the arguments alone. Shards are
-    shuffled first. Then their sequences are mixed with those of neighbouring shards (streaming's
-    py1e).
-    """
-    sizes = np.array(shard_sizes, np.int64)
-    return get_shuffle(
-        "py1e",
-        sizes,
-        num_canonical_nodes=1,
-        seed=seed,
-        epoch=epoch,
-        block_size=SHUFFLE_SHARDS * int(sizes.max()),
-    )
 
 
 class BatchStream:
@@ -199,8 +187,7 @@ class BatchStream:
         self.dp_size = dp_size
         self.workers = workers
         self.separate_documents = separate_documents
-        self.shuffle = shuffle
-        self._orders: dict[int, np.ndarray] = {}
+        self.order = self.shards.order(seed) if shuffle else StoredOrder()
 
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
         """Each step's micro-batches of this rank, endlessly.
@@ -237,7 +224,7 @@ class BatchStream:
     def fixed_batches(self, count: int, least: int = 1) -> list[Batch]:
         """This rank's micro-batches of a fixed set of sequences, for validation.
 
-        count: the first `count` sequences in stored order, or all of them if there are fewer.
+        count: number of sequences, or all of them if there are fewer.
         least: minimum number of micro-batches.
 
         All ranks get the same number of micro-batches. Where the sequences do not divide evenly,
@@ -246,9 +233,10 @@ class BatchStream:
         """
         count = min(count, len(self.shards))
         padded = self.fixed_count(count, least) * self.micro_batch * self.dp_size
+        ids = self.shards.sample(count)
         batches = []
         for place in self._places(padded):
-            rows = self.shards.rows(np.where(place < count, place, 0))
+            rows = self.shards.rows(ids[np.where(place < count, place, 0)])
             batch = self._batch(rows, place)
             batch.labels[torch.from_numpy(place >= count)] = IGNORED
             batches.append(batch)
@@ -278,28 +266,15 @@ class BatchStream:
 
         taken: number of sequences of the stream to skip.
         """
-        places = self._places(self.global_batch)
+        places = np.stack(self._places(self.global_batch))
         while True:
-            for place in places:
-                epochs, offsets = np.divmod(taken + place, len(self.shards))
-                ids = []
-                for epoch, offset in zip(epochs, offsets, strict=True):
-                    ids.append(self._order(int(epoch))[offset])
-                yield np.array(ids)
+            epochs, offsets = np.divmod(taken + places, len(self.shards))
+            ids = np.empty_like(offsets)
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                ids[now] = self.order.ids(int(epoch), offsets[now])
+            yield from ids
             taken += self.global_batch
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The sequence ids of an epoch in order, (N,)."""
-        if epoch not in self._orders:
-            # Keep the previous epoch: a step needs two epochs where one ends and the next begins.
-            # It needs more only if the split is smaller than the step.
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            sizes = self.shards.shard_sizes
-            if self.shuffle:
-                self._orders[epoch] = epoch_order(sizes, self.seed, epoch)
-            else:
-                self._orders[epoch] = np.arange(sizes.sum())
-        return self._orders[epoch]
 
     def _batch(self, rows: np.ndarray, place: np.ndarray) -> Batch:
         """A micro-batch from its rows.

@@ -14,7 +14,7 @@ import torch
 
 from megaconsa.console import console, progress
 from megaconsa.data import TOKENIZER
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation import needle, perplexity

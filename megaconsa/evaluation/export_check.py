@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import TokenShards
 from megaconsa.errors import InputError, RunError
 from megaconsa.huggingface.load import compare_logits

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaconsa.console import progress
-from megaconsa.data.shards import VALIDATION
+from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.stream import TokenShards
 
 

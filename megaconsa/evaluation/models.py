@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megaconsa import run_folder
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 from megaconsa.huggingface.load import load_exported, register

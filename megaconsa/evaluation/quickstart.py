@@ -8,7 +8,7 @@ from rich.table import Table
 
 from megaconsa import run_folder
 from megaconsa.checkpoint import store
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
 from megaconsa.huggingface.load import generate_line
 from megaconsa.reporting.metrics import read_metrics

@@ -12,8 +12,8 @@ from torch import Tensor
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.constraint import Constraint, Granularity
 from megaconsa.consa.scores import Estimate
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.frozen_scores import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.constraint import Constraint
-from megaconsa.data.shards import VALIDATION
+from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
 from megaconsa.evaluation.native_model import NativeModel

@@ -17,8 +17,8 @@ from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, differences, with_defaults
 from megaconsa.consa.allocation import Allocation
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig

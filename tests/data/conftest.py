@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megaconsa.data import shards
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.prepare import prepare
-from megaconsa.data.shards import DatasetInfo
 from megaconsa.data.tokenizer import train_sentencepiece
+from tests.support.compressed_data import compress
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -71,6 +72,19 @@ def prepared(
 def copy(prepared: Path, tmp_path: Path) -> Path:
     """A copy of the prepared folder. The test may damage it."""
     return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+@pytest.fixture
+def compressed(prepared: Path, tmp_path: Path) -> Path:
+    """The same data as version 1 of the format. The test may damage it."""
+    return compress(prepared, tmp_path / "compressed", shard_bytes=4096)
+
+
+@pytest.fixture(params=["flat", "compressed"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """A folder of each version. The test may damage it."""
+    folder: Path = request.getfixturevalue("copy" if request.param == "flat" else "compressed")
+    return folder
 
 
 @pytest.fixture(scope="session")

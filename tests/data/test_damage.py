@@ -17,18 +17,21 @@ import torch
 import typer
 
 from megaconsa import reading
-from megaconsa.data import shards
-from megaconsa.data.shards import INFO, DataError, DatasetInfo, verify
+from megaconsa.data import compressed_shard, flat_shard
+from megaconsa.data.dataset_info import INFO, DatasetInfo
+from megaconsa.data.shards import verify
 from megaconsa.data.stream import BatchStream, TokenShards
-from megaconsa.errors import InputError, UnreachableError
+from megaconsa.errors import DataError, InputError, UnreachableError
 from megaconsa.tools import verify_data
 from tests.support.disks import OUT_OF_REACH
 
-NAME = "shard.00003.mds.zstd"
+NAME = "shard.00003.mds"
 
 
 def shard(folder: Path) -> Path:
-    return folder / "train" / NAME
+    """The file of the shard."""
+    suffix = ".zstd" if DatasetInfo.load(folder).compressed else ""
+    return folder / "train" / (NAME + suffix)
 
 
 def flip(file: Path) -> None:
@@ -63,34 +66,35 @@ def test_intact_data_verifies(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
-def test_missing_or_truncated_shard_at_open(copy: Path, damage: Callable[[Path], None]) -> None:
-    damage(shard(copy))
+def test_missing_or_truncated_shard_at_open(either: Path, damage: Callable[[Path], None]) -> None:
+    damage(shard(either))
     with pytest.raises(InputError, match=NAME):
-        TokenShards(copy, "train")
-    (fault,) = verify(copy)
+        TokenShards(either, "train")
+    (fault,) = verify(either)
     assert NAME in fault
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
-def test_damage_at_read(copy: Path, damage: Callable[[Path], None], workers: int) -> None:
-    stream = open_stream(copy, workers)
-    damage(shard(copy))
+def test_damage_at_read(either: Path, damage: Callable[[Path], None], workers: int) -> None:
+    stream = open_stream(either, workers)
+    damage(shard(either))
     with pytest.raises(DataError, match=NAME):
         read_epoch(stream)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_out_of_reach_is_waited_for(
-    copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    either: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
-    stream = open_stream(copy, workers)
+    stream = open_stream(either, workers)
     steps = len(stream.shards) // 8
-    expected = [batch.tokens for step in islice(open_stream(copy).steps(), steps) for batch in step]
-    aside = shard(copy).rename(copy / "aside")
-    shard(copy).symlink_to(OUT_OF_REACH)
-    threading.Timer(1.0, lambda: aside.replace(shard(copy))).start()
+    undisturbed = islice(open_stream(either).steps(), steps)
+    expected = [batch.tokens for step in undisturbed for batch in step]
+    aside = shard(either).rename(either / "aside")
+    shard(either).symlink_to(OUT_OF_REACH)
+    threading.Timer(1.0, lambda: aside.replace(shard(either))).start()
     found = [batch.tokens for step in islice(stream.steps(), steps) for batch in step]
     for tokens, others in zip(found, expected, strict=True):
         assert torch.equal(tokens, others)
@@ -98,23 +102,24 @@ def test_a_shard_out_of_reach_is_waited_for(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_stays_out_of_reach_is_no_damage(
-    copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    either: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(reading, "PATIENCE_SECONDS", 0.5)
-    stream = open_stream(copy, workers)
-    shard(copy).unlink()
-    shard(copy).symlink_to(OUT_OF_REACH)
+    stream = open_stream(either, workers)
+    shard(either).unlink()
+    shard(either).symlink_to(OUT_OF_REACH)
     with pytest.raises(UnreachableError, match=NAME):
         read_epoch(stream)
 
 
 def test_a_shard_is_read_twice_before_it_counts_as_damaged(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+    either: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "logger", _Repairing(shard(copy)))
-    stream = open_stream(copy)
-    flip(shard(copy))
+    for module in (flat_shard, compressed_shard):
+        monkeypatch.setattr(module, "logger", _Repairing(shard(either)))
+    stream = open_stream(either)
+    flip(shard(either))
     read_epoch(stream)
 
 
@@ -131,66 +136,68 @@ class _Repairing:
         flip(self.file)
 
 
-def test_flipped_byte_is_found_by_verify(copy: Path) -> None:
-    flip(shard(copy))
-    flip(copy / "validation" / "shard.00000.mds.zstd")
-    faults = verify(copy)
+def test_flipped_byte_is_found_by_verify(either: Path) -> None:
+    flip(shard(either))
+    (other,) = (either / "validation").glob("shard.00000.*")
+    flip(other)
+    faults = verify(either)
     assert len(faults) == 2
-    assert str(shard(copy)) in faults[0]
+    assert str(shard(either)) in faults[0]
     assert "validation" in faults[1]
 
 
-def test_wrong_decompressed_hash_is_found(copy: Path) -> None:
-    edit_index(copy, lambda shards: shards[3]["raw_data"]["hashes"].update(xxh3_64="0" * 16))
-    with pytest.raises(DataError, match=f"{NAME}: decompressed shard does not match"):
-        read_epoch(open_stream(copy))
-    (fault,) = verify(copy)
+def test_wrong_decompressed_hash_is_found(compressed: Path) -> None:
+    edit_index(compressed, lambda shards: shards[3]["raw_data"]["hashes"].update(xxh3_64="0" * 16))
+    with pytest.raises(DataError, match=f"{NAME}.*: decompressed shard does not match"):
+        read_epoch(open_stream(compressed))
+    (fault,) = verify(compressed)
     assert NAME in fault
 
 
-def test_fewer_sequences_than_promised(copy: Path) -> None:
-    edit_index(copy, lambda shards: shards.pop())
+def test_fewer_sequences_than_promised(either: Path) -> None:
+    edit_index(either, lambda shards: shards.pop())
     with pytest.raises(
         InputError, match=r"index\.json: it counts \d+ sequences but dataset\.json promises"
     ):
-        TokenShards(copy, "train")
-    (fault,) = verify(copy)
+        TokenShards(either, "train")
+    (fault,) = verify(either)
     assert "promises" in fault
 
 
-def test_other_columns_are_refused(copy: Path) -> None:
-    edit_index(copy, lambda shards: shards[3].update(column_encodings=["pkl"]))
-    with pytest.raises(InputError, match=f"{NAME} holds .*pkl"):
-        TokenShards(copy, "train")
+def test_other_columns_are_refused(either: Path) -> None:
+    edit_index(either, lambda shards: shards[3].update(column_encodings=["pkl"]))
+    with pytest.raises(InputError, match=f"{NAME}.* holds .*pkl"):
+        TokenShards(either, "train")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"shards": [{}]}', '{"shards": [3]}'])
-def test_broken_index_is_refused(copy: Path, content: str) -> None:
-    (copy / "train" / "index.json").write_text(content)
+def test_broken_index_is_refused(either: Path, content: str) -> None:
+    (either / "train" / "index.json").write_text(content)
     with pytest.raises(InputError, match=r"index\.json"):
-        TokenShards(copy, "train")
+        TokenShards(either, "train")
 
 
-def test_missing_hash_is_refused(copy: Path) -> None:
-    edit_index(copy, lambda shards: shards[3]["raw_data"]["hashes"].clear())
+def test_missing_hash_is_refused(either: Path) -> None:
+    edit_index(either, lambda shards: shards[3]["raw_data"]["hashes"].clear())
     with pytest.raises(InputError, match="no xxh3_64 hash"):
-        TokenShards(copy, "train")
+        TokenShards(either, "train")
 
 
-def test_ids_beyond_the_vocabulary_and_other_tokenizer(copy: Path, info: DatasetInfo) -> None:
+def test_ids_beyond_the_vocabulary_and_other_tokenizer(either: Path) -> None:
+    info = DatasetInfo.load(either)
     small = info.model_copy(update={"vocab_size": 400, "tokenizer_fingerprint": "0" * 16})
-    (copy / INFO).write_text(small.model_dump_json())
-    faults = verify(copy)
+    (either / INFO).write_text(small.model_dump_json())
+    faults = verify(either)
     assert "fingerprint" in faults[0]
     assert all("token id" in fault and "shard." in fault for fault in faults[1:])
     assert len(faults) > 5
 
 
-def test_read_only_folder_is_left_as_it_is(copy: Path) -> None:
-    before = sorted((file, file.stat().st_mtime_ns) for file in copy.rglob("*"))
-    read_epoch(open_stream(copy, workers=2))
-    verify(copy)
-    assert sorted((file, file.stat().st_mtime_ns) for file in copy.rglob("*")) == before
+def test_read_only_folder_is_left_as_it_is(either: Path) -> None:
+    before = sorted((file, file.stat().st_mtime_ns) for file in either.rglob("*"))
+    read_epoch(open_stream(either, workers=2))
+    verify(either)
+    assert sorted((file, file.stat().st_mtime_ns) for file in either.rglob("*")) == before
 
 
 def test_tool_ends_with_1_on_damage(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,8 +219,39 @@ def test_samples_are_copies(prepared: Path) -> None:
     assert np.array_equal(next(stream.steps())[0].tokens, kept)
 
 
-@pytest.mark.parametrize("name", ["../shard.00003.mds.zstd", "/etc/hostname", ".."])
-def test_an_index_names_files_of_its_own_folder_only(copy: Path, name: str) -> None:
-    edit_index(copy, lambda shards: shards[3]["zip_data"].update(basename=name))
+@pytest.mark.parametrize("name", ["../shard.00003.mds", "/etc/hostname", ".."])
+def test_an_index_names_files_of_its_own_folder_only(either: Path, name: str) -> None:
+    stored = "zip_data" if DatasetInfo.load(either).compressed else "raw_data"
+    edit_index(either, lambda shards: shards[3][stored].update(basename=name))
     with pytest.raises(InputError, match=r"index\.json: .* no file of its folder"):
-        TokenShards(copy, "train")
+        TokenShards(either, "train")
+
+
+def test_rows_in_the_wrong_place_are_found(copy: Path) -> None:
+    """Two shards are swapped. Each is intact, and both have the same size."""
+    one, two = (copy / "train" / f"shard.0000{number}.mds" for number in (3, 4))
+    assert one.stat().st_size == two.stat().st_size
+    aside = one.rename(copy / "aside")
+    two.rename(one)
+    aside.rename(two)
+    with pytest.raises(DataError, match=r"shard.0000[34].mds: row \d+ does not match its hash"):
+        read_epoch(open_stream(copy))
+    faults = verify(copy)
+    assert len(faults) == 2
+
+
+def test_every_flipped_byte_of_a_row_is_found(copy: Path) -> None:
+    file = shard(copy)
+    flat = open_stream(copy).shards._shards[3]
+    intact = flat.row(5).copy()
+    width = intact.nbytes + 8
+    begin = file.stat().st_size - (flat.samples - 5) * width
+    content = bytearray(file.read_bytes())
+    for place in range(begin, begin + width):
+        content[place] ^= 64
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{NAME}: row 5 does not match"):
+            flat.row(5)
+        content[place] ^= 64
+    file.write_bytes(content)
+    assert np.array_equal(flat.row(5), intact)

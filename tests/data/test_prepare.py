@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
+from streaming import LocalDataset
 
 from megaconsa.data import prepare as prepare_module
+from megaconsa.data.dataset_info import INFO, UNFINISHED, DatasetInfo
 from megaconsa.data.documents import read_documents
 from megaconsa.data.packing import pack
 from megaconsa.data.prepare import in_validation, prepare
-from megaconsa.data.shards import INFO, UNFINISHED, DatasetInfo, open_split, verify, write_split
+from megaconsa.data.shards import open_split, verify, write_split
 from megaconsa.data.sources import find_files
 from megaconsa.data.stream import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
@@ -58,14 +61,20 @@ def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: Datase
     )
 
 
-def test_raw_and_stored_hashes_are_recorded(prepared: Path) -> None:
+def test_hashes_of_files_are_recorded(prepared: Path) -> None:
     for record in json.loads((prepared / "train" / "index.json").read_text())["shards"]:
-        assert (
-            record["raw_data"]["hashes"].keys()
-            == record["zip_data"]["hashes"].keys()
-            == {"xxh3_64"}
-        )
-        assert record["compression"] == "zstd"
+        file = prepared / "train" / record["raw_data"]["basename"]
+        digest = xxhash.xxh3_64_hexdigest(file.read_bytes())
+        assert record["raw_data"]["hashes"] == {"xxh3_64": digest}
+        assert record["zip_data"] is None
+
+
+def test_streaming_reads_the_folder(prepared: Path) -> None:
+    rows = TokenShards(prepared, "train")
+    theirs = LocalDataset(local=str(prepared / "train"))
+    assert len(theirs) == len(rows)
+    for i in range(0, len(rows), 7):
+        assert np.array_equal(theirs[i]["tokens"], rows[i])
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megaconsa.data import stream as stream_module
+from megaconsa.data.compressed_shard import CompressedShard
+from megaconsa.data.flat_shard import FlatShard
 from megaconsa.data.packing import document_starts, mask_labels
-from megaconsa.data.stream import LOADED_SHARDS, Batch, BatchStream, TokenShards, epoch_order
+from megaconsa.data.stream import Batch, BatchStream, TokenShards
 from megaconsa.errors import InputError
 
 
@@ -145,39 +144,9 @@ def test_batches_hold_what_they_say(prepared: Path) -> None:
             assert torch.equal(batch.labels[:, :-1], mask_labels(extended, end, separate)[:, :-1])
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(0, 2**31), st.integers(0, 5)
-)
-def test_epoch_order_is_a_permutation(sizes: list[int], seed: int, epoch: int) -> None:
-    order = epoch_order(sizes, seed, epoch)
-    assert np.array_equal(np.sort(order), np.arange(sum(sizes)))
-    assert np.array_equal(order, epoch_order(sizes, seed, epoch))
-
-
-def test_epoch_order_stays_what_it_was() -> None:
-    """Runs resume across releases of NumPy and streaming only while this holds."""
-    assert epoch_order([4, 3, 4], seed=1, epoch=2).tolist() == [7, 9, 8, 0, 6, 5, 3, 4, 10, 2, 1]
-
-
-def test_an_epoch_loads_each_shard_once() -> None:
-    sizes = [500] * 60 + [77]
-    shard_of = np.repeat(np.arange(61), sizes)
-    for epoch in range(3):
-        held: list[int] = []
-        loads = 0
-        for number in shard_of[epoch_order(sizes, seed=5, epoch=epoch)].tolist():
-            if number in held:
-                held.remove(number)
-            else:
-                loads += 1
-            held = [*held, number][-LOADED_SHARDS:]
-        assert loads == 61
-
-
-def test_memory_is_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "LOADED_SHARDS", 2)
-    shards = TokenShards(prepared, "train")
+def test_memory_is_bounded(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompressedShard, "loaded_at_once", 2)
+    shards = TokenShards(compressed, "train")
     first = shards[0].copy()
     for i in range(0, len(shards), 7):
         assert len(shards[i]) == 33
@@ -185,11 +154,30 @@ def test_memory_is_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(shards[0], first)
 
 
+def test_open_files_are_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlatShard, "loaded_at_once", 2)
+    shards = TokenShards(prepared, "train")
+    first = shards[0].copy()
+    for i in range(0, len(shards), 7):
+        assert len(shards[i]) == 33
+        assert sum(shard._file is not None for shard in shards._shards) <= 2
+    assert np.array_equal(shards[0], first)
+
+
+def test_both_versions_of_the_format_hold_the_same_rows(prepared: Path, compressed: Path) -> None:
+    for split in ("train", "validation"):
+        flat, old = TokenShards(prepared, split), TokenShards(compressed, split)
+        assert len(flat) == len(old)
+        assert all(np.array_equal(flat[i], old[i]) for i in range(len(flat)))
+
+
 def test_fixed_batches_are_the_same_for_every_topology(prepared: Path) -> None:
     validation = TokenShards(prepared, "validation")
     for count in (10, 10_000):
         kept = min(count, len(validation))
-        expected = torch.tensor(np.stack([validation[i] for i in range(kept)]).astype(np.int64))
+        # Evenly spaced over the split.
+        rows = [validation[i * len(validation) // kept] for i in range(kept)]
+        expected = torch.tensor(np.stack(rows).astype(np.int64))
         for ranks, micro in ((1, 2), (2, 2), (3, 4)):
             found: dict[int, torch.Tensor] = {}
             lengths = set()

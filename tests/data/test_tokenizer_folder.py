@@ -16,9 +16,10 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.prepare import prepare
-from megaconsa.data.shards import INFO, DatasetInfo, verify
+from megaconsa.data.shards import verify
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.data.tokenizer_folder import load_pretrained
 from megaconsa.errors import InputError

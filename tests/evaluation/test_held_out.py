@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.prepare import in_validation, prepare
-from megaconsa.data.shards import VALIDATION
 from megaconsa.data.stream import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut

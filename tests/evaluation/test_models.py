@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.evaluation.models import digest, open_models
 from tests.support.exports import ALLOCATIONS, SHAPE, make_export
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.data.shards import VALIDATION
+from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError
 from megaconsa.model.qwen3 import Qwen3

@@ -21,8 +21,8 @@ from megaconsa import incidents
 from megaconsa.checkpoint import store
 from megaconsa.config import WatchdogSection
 from megaconsa.data import shards
+from megaconsa.data.flat_shard import FlatShard
 from megaconsa.data.prepare import prepare
-from megaconsa.data.stream import LOADED_SHARDS
 from megaconsa.parallel.world import ALONE
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
@@ -144,7 +144,7 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(
 def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     make_config: MakeConfig, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are more shards than are held in memory.
+    """There are more shards than are open at a time.
 
     The run resumes when the lost shard is back.
     """
@@ -156,7 +156,7 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     prepare(
         sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1
     )
-    assert len(list((data / "train").glob("shard.*"))) > LOADED_SHARDS
+    assert len(list((data / "train").glob("shard.*"))) > FlatShard.loaded_at_once
     values = make_config(training=ENDLESS, data={"path": str(data)}, validation={"every": 0})
     run = Path(values["run"]["dir"])
     configuration = write(values, tmp_path)

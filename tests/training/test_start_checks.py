@@ -39,7 +39,7 @@ FAULT is replaced by statements that break the machine of the other rank.
 ELSEWHERE = "start_checks._appears = lambda path: False"
 """Simulates a node that does not share the folder."""
 NO_DATA = """
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.errors import InputError
 def missing(folder):
     raise InputError(f"data {folder}: no such folder")

@@ -17,7 +17,7 @@ from megaconsa import config as configuration
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.writer import file_entry, write_json
 from megaconsa.config import BadStepsSection, build, with_defaults
-from megaconsa.data.shards import DatasetInfo
+from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel import mesh

@@ -1,0 +1,124 @@
+"""Shards that are compressed as a whole, as version 1 of prepare-data wrote them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from streaming.base.compression import decompress
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
+
+from megaconsa.errors import DataError
+from megaconsa.reading import patiently, read_bytes
+
+logger = logging.getLogger(__name__)
+
+HASH = "xxh3_64"
+COLUMN = "tokens"
+
+
+class CompressedShard(MDSReader):
+    """One compressed MDS shard. It is decompressed into memory, never next to the compressed file.
+
+    Nothing is written. Any number of processes can therefore share a folder, even a read-only one.
+    """
+
+    loaded_at_once = 12
+    """How many shards of a split a process holds in memory (8 MiB each).
+
+    These are more shards than the shuffle mixes, so an epoch loads each shard once.
+    """
+    _data: bytes | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file on disk."""
+        return Path(self.dirname, self.split, self._stored.basename)
+
+    @property
+    def _stored(self) -> FileInfo:
+        """The index's record of the file on disk."""
+        return self.zip_data or self.raw_data
+
+    def check_file(self) -> str | None:
+        """What is wrong with the file, or None. Only its presence and size are checked."""
+        try:
+            size = patiently(self.path.stat, self.path).st_size
+        except OSError as error:
+            return f"{self.path}: shard cannot be found ({error.strerror})"
+        if size != self._stored.bytes:
+            return f"{self.path}: shard has {size} bytes instead of {self._stored.bytes}"
+        return None
+
+    def load(self) -> None:
+        """Reads, checks and decompresses the file.
+
+        Raises DataError, which names the file, where any of that fails. Raises UnreachableError
+        where the file stays out of reach.
+        """
+        data = self._read()
+        try:
+            self._check(data, self._stored, "")
+        except DataError as error:
+            logger.warning("%s; reading it again", error)
+            data = self._read()
+            self._check(data, self._stored, "")
+        if self.compression:
+            try:
+                data = decompress(self.compression, data)
+            except Exception as error:  # each compression library has its own exceptions
+                raise DataError(f"{self.path}: shard does not decompress ({error})") from error
+            self._check(data, self.raw_data, "decompressed ")
+        self._data = data
+
+    def _read(self) -> bytes:
+        try:
+            return read_bytes(self.path, within=self.path.parent)
+        except OSError as error:
+            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+
+    def row(self, number: int) -> np.ndarray:
+        """The ids of a row, (S + 1,). Loads the shard if it is not loaded, and raises as `load`."""
+        if self._data is None:
+            self.load()
+        ids: np.ndarray = self[number][COLUMN]
+        return ids
+
+    def verify(self) -> int:
+        """Reads the whole file and returns its largest id. Raises as `load` does."""
+        try:
+            self.load()
+            return max(int(self.row(number).max()) for number in range(self.samples))
+        finally:
+            self.unload()
+
+    def unload(self) -> None:
+        """Frees the memory."""
+        self._data = None
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """The bytes of a sample of a loaded shard.
+
+        MDSReader would read them from an uncompressed file.
+        """
+        assert self._data is not None
+        # The shard starts with the number of samples, followed by their offsets, in 4 bytes each.
+        begin, end = np.frombuffer(self._data, np.uint32, count=2, offset=4 * (1 + idx))
+        return self._data[begin:end]
+
+    def _check(self, data: bytes, expected: FileInfo, what: str) -> None:
+        """Raises DataError unless size and hash are as expected.
+
+        what: an adjective of the data for the error message, or "".
+        """
+        if len(data) != expected.bytes:
+            raise DataError(
+                f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}"
+            )
+        if get_hash(HASH, data) != expected.hashes[HASH]:
+            raise DataError(
+                f"{self.path}: {what}shard does not match its {HASH} hash, the file is damaged"
+            )

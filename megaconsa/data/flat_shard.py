@@ -1,0 +1,153 @@
+"""Shards of rows of equal size, of which any row can be read alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megaconsa.errors import DataError
+from megaconsa.reading import patiently, read_bytes
+
+logger = logging.getLogger(__name__)
+
+HASH = "xxh3_64"
+ROW_HASH = "row_hash"
+"""The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
+
+
+class FlatShard:
+    """One uncompressed MDS shard.
+
+    The file begins with the number of rows n and n + 1 offsets, all uint32, and a description. The
+    rows follow. A row is a hash and S + 1 ids. The hash covers the ids and the row's place in the
+    split, so a row in the wrong place is found too.
+
+    Reading writes nothing. Any number of processes can share a folder, even a read-only one.
+    """
+
+    loaded_at_once = 64
+    """How many shards of a split are open in a process."""
+
+    def __init__(
+        self, path: Path, samples: int, size: int, digest: str, first: int, columns: np.dtype
+    ) -> None:
+        """Describes the shard. Nothing is read.
+
+        samples: number of rows.
+        size: bytes of the file.
+        digest: hash of the file, in hexadecimal.
+        first: place of the first row in the split.
+        columns: a row's type: ROW_HASH, then the ids.
+        """
+        self.path = path
+        self.samples = samples
+        self.size = size
+        self.digest = digest
+        self.first = first
+        self.columns = columns
+        self._begin = size - samples * columns.itemsize
+        self._file: int | None = None
+
+    def check_file(self) -> str | None:
+        """What is wrong with the file, or None. Only its presence and size are checked."""
+        try:
+            size = patiently(self.path.stat, self.path).st_size
+        except OSError as error:
+            return f"{self.path}: shard cannot be found ({error.strerror})"
+        if size != self.size:
+            return f"{self.path}: shard has {size} bytes instead of {self.size}"
+        return None
+
+    def row(self, number: int) -> np.ndarray:
+        """The ids of a row, (S + 1,).
+
+        number: counts from the shard's first row.
+
+        Raises DataError, which names the file, where the row is not what was written. Raises
+        UnreachableError where the file stays out of reach.
+        """
+        try:
+            return self._checked(self._read(number), number)
+        except DataError as error:
+            logger.warning("%s; reading it again", error)
+            self.unload()
+            return self._checked(self._read(number), number)
+
+    def unload(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def verify(self) -> int:
+        """Reads the whole file and returns its largest id. Raises as `row` does."""
+        try:
+            data = read_bytes(self.path, within=self.path.parent)
+        except OSError as error:
+            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+        if len(data) != self.size:
+            raise DataError(f"{self.path}: shard has {len(data)} bytes instead of {self.size}")
+        if xxhash.xxh3_64_hexdigest(data) != self.digest:
+            raise DataError(
+                f"{self.path}: shard does not match its {HASH} hash, the file is damaged"
+            )
+        largest = 0
+        for number in range(self.samples):
+            begin = self._begin + number * self.columns.itemsize
+            row = self._checked(data[begin : begin + self.columns.itemsize], number)
+            largest = max(largest, int(row.max()))
+        return largest
+
+    def _read(self, number: int) -> bytes:
+        """The bytes of a row."""
+        try:
+            return patiently(lambda: self._read_once(number), self.path, self.path.parent)
+        except OSError as error:
+            raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+
+    def _read_once(self, number: int) -> bytes:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        begin = self._begin + number * self.columns.itemsize
+        try:
+            return os.pread(self._file, self.columns.itemsize, begin)
+        except OSError:
+            # The open file may be the cause, for example after the server has restarted.
+            self.unload()
+            raise
+
+    def _checked(self, data: bytes, number: int) -> np.ndarray:
+        """The ids of a row. Raises DataError unless they are what was written."""
+        if len(data) != self.columns.itemsize:
+            raise DataError(f"{self.path}: shard ends before its row {number}, it was truncated")
+        (row,) = np.frombuffer(data, self.columns)
+        digest, ids = row
+        if row_hash(ids, self.first + number) != digest:
+            raise DataError(
+                f"{self.path}: row {number} does not match its hash, the file is damaged"
+            )
+        found: np.ndarray = ids
+        return found
+
+
+def row_hash(ids: np.ndarray, place: int) -> int:
+    """The hash of a row.
+
+    ids: (S + 1,) in the stored type.
+    place: index of the row in its split.
+    """
+    return xxhash.xxh3_64_intdigest(ids.tobytes(), seed=place)
+
+
+def row_type(ids: str, column: str, length: int) -> np.dtype:
+    """The type of a row.
+
+    ids: type of the ids.
+    column: name of their column.
+    length: S + 1.
+    """
+    return np.dtype([(ROW_HASH, "<u8"), (column, np.dtype(ids).newbyteorder("<"), (length,))])

@@ -1,0 +1,83 @@
+"""In which order an epoch visits the sequences of a split. It depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from streaming.base.shuffle import get_shuffle
+
+from megaconsa.data.permutation import Permutation
+
+SHUFFLE_SHARDS = 8
+"""The shuffle of compressed shards mixes the sequences of about this many shards at any time."""
+
+
+class Order(Protocol):
+    """The order of every epoch."""
+
+    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The ids, (B,), of the sequences at some places, (B,), of an epoch."""
+        ...
+
+
+class StoredOrder:
+    """As stored, in every epoch."""
+
+    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return places
+
+
+class GlobalShuffle:
+    """Any sequence may come at any place. Nothing is held in memory."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+
+    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return Permutation(self.size, self.seed, epoch)(places)
+
+
+class ShardShuffle:
+    """Mixes the sequences of a few shards at a time, so that each shard is read once per epoch.
+
+    Compressed shards need it, because a shard is read as a whole.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int) -> None:
+        """Makes the order.
+
+        shard_sizes: number of sequences in each shard.
+        """
+        self.shard_sizes = shard_sizes
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        if epoch not in self._orders:
+            # Keep the previous epoch: a step needs two epochs where one ends and the next begins.
+            # It needs more only if the split is smaller than the step.
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = shard_order(self.shard_sizes, self.seed, epoch)
+        return self._orders[epoch][places]
+
+
+def shard_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The sequence ids of an epoch in the order of ShardShuffle.
+
+    shard_sizes: number of sequences in each shard.
+
+    Returns (N,) int64. Each id occurs once. Shards are shuffled first. Then their sequences are
+    mixed with those of neighbouring shards (streaming's py1e).
+    """
+    sizes = np.array(shard_sizes, np.int64)
+    return get_shuffle(
+        "py1e",
+        sizes,
+        num_canonical_nodes=1,
+        seed=seed,
+        epoch=epoch,
+        block_size=SHUFFLE_SHARDS * int(sizes.max()),
+    )
