@@ -204,7 +204,9 @@ def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> N
 
 
 IN_BF16 = pytest.mark.parametrize(
-    "layout", [TP2_SEQUENCE, PP2, DP2], ids=lambda layout: layout.name
+    "layout",
+    [pytest.param(TP2_SEQUENCE, marks=pytest.mark.slow), PP2, DP2],
+    ids=lambda layout: layout.name,
 )
 
 

@@ -22,3 +22,12 @@ def fill(disk: Path) -> None:
                 file.write(bytes(4096))
         except OSError:
             return
+
+
+def damage_all_rows(shard: Path) -> None:
+    """Overwrites the rows of a flat shard. The file keeps its size."""
+    content = bytearray(shard.read_bytes())
+    # The number of rows and the first offset, each in 4 bytes.
+    begin = int.from_bytes(content[4:8], "little")
+    content[begin:] = bytes(len(content) - begin)
+    shard.write_bytes(content)

@@ -283,7 +283,7 @@ def test_prepare_data_without_sources(untouched: Refused, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     out = ("--out", tmp_path / "data", "--train-tokenizer", 512)
     assert "no such file or folder" in untouched("prepare-data", tmp_path / "nowhere", *out)
-    assert "holds no text files" in untouched("prepare-data", tmp_path / "empty", *out)
+    assert "holds no files of documents" in untouched("prepare-data", tmp_path / "empty", *out)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert str(tmp_path / "binary") in untouched("prepare-data", tmp_path / "binary", *out)
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')

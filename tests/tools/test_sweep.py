@@ -38,6 +38,7 @@ def test_the_list_numbers_the_trials(study: Path, tmp_path: Path, done: Callable
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_entries_one_by_one_then_the_table(
     study: Path,
     tmp_path: Path,

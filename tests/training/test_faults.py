@@ -28,6 +28,7 @@ from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
 from megaconsa.training.callbacks.watchdog import Watchdog
 from tests.support import ROOT
+from tests.support.disks import damage_all_rows
 from tests.support.ranks import await_step, ended, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -74,7 +75,8 @@ sys.exit(_main(sys.argv[1:]))
 def test_a_killed_rank_brings_the_other_down_at_once(
     device: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    values = make_config(training=ENDLESS)
+    # Without checkpoints, so that no save is under way when the rank dies.
+    values = make_config(training=ENDLESS, checkpoint={"every": 0})
     run = Path(values["run"]["dir"])
     tasks = start(write(values, tmp_path), device=device)
     await_step(run, 3)
@@ -128,9 +130,7 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(
 ) -> None:
     shutil.copytree(small_data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").glob("shard.*"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damage_all_rows(shard)
     values = make_config(data={"path": str(tmp_path / "data")})
     main, other = ended(start(write(values, tmp_path)))
     assert (main.code, other.code) == (1, 1), main.err + other.err

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megaconsa import cli
+from tests.support.disks import damage_all_rows
 
 MakeConfig = Callable[..., dict[str, Any]]
 
@@ -109,9 +110,7 @@ def test_corrupt_shard_ends_the_run_with_its_name(
 ) -> None:
     shutil.copytree(small_data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").glob("shard.*"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damage_all_rows(shard)
     config = write(make_config(data={"path": str(tmp_path / "data")}), tmp_path / "config.yaml")
     monkeypatch.setattr(sys, "argv", ["megaconsa", "train", str(config)])
     with pytest.raises(SystemExit) as exit_:
