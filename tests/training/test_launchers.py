@@ -73,6 +73,7 @@ def srun(config: Path) -> None:
     assert [task.code for task in ended(start(config, fresh=True))] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [torchrun, deepspeed, srun])
 def test_two_ranks_equal_one(
     launch: Callable[[Path], Any], make_config: MakeConfig, train: Any, tmp_path: Path
@@ -135,6 +136,7 @@ def test_the_first_rank_to_fail_is_heard(make_config: MakeConfig, tmp_path: Path
     assert "a planted error" in (folder / "first.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mpi", MPIS)
 def test_mpirun(mpi: str, make_config: MakeConfig, tmp_path: Path) -> None:
     """Starts two processes with the variables that mpirun sets on one node."""
