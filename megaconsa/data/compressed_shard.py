@@ -11,13 +11,11 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
+from megaconsa.data.shard_file import COLUMN, HASH, file_fault
 from megaconsa.errors import DataError
-from megaconsa.reading import patiently, read_bytes
+from megaconsa.reading import read_bytes
 
 logger = logging.getLogger(__name__)
-
-HASH = "xxh3_64"
-COLUMN = "tokens"
 
 
 class CompressedShard(MDSReader):
@@ -45,13 +43,7 @@ class CompressedShard(MDSReader):
 
     def check_file(self) -> str | None:
         """What is wrong with the file, or None. Only its presence and size are checked."""
-        try:
-            size = patiently(self.path.stat, self.path).st_size
-        except OSError as error:
-            return f"{self.path}: shard cannot be found ({error.strerror})"
-        if size != self._stored.bytes:
-            return f"{self.path}: shard has {size} bytes instead of {self._stored.bytes}"
-        return None
+        return file_fault(self.path, self._stored.bytes)
 
     def load(self) -> None:
         """Reads, checks and decompresses the file.

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megaconsa.data.shard_file import HASH, file_fault
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
 
 logger = logging.getLogger(__name__)
 
-HASH = "xxh3_64"
 ROW_HASH = "row_hash"
 """The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
 
@@ -54,13 +54,7 @@ class FlatShard:
 
     def check_file(self) -> str | None:
         """What is wrong with the file, or None. Only its presence and size are checked."""
-        try:
-            size = patiently(self.path.stat, self.path).st_size
-        except OSError as error:
-            return f"{self.path}: shard cannot be found ({error.strerror})"
-        if size != self.size:
-            return f"{self.path}: shard has {size} bytes instead of {self.size}"
-        return None
+        return file_fault(self.path, self.size)
 
     def row(self, number: int) -> np.ndarray:
         """The ids of a row, (S + 1,).

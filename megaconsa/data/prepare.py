@@ -25,7 +25,7 @@ from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
 from megaconsa.data.packing import pack
 from megaconsa.data.shards import write_split
-from megaconsa.data.sources import SourceFile, SourceFiles, find_files
+from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
@@ -109,7 +109,8 @@ def prepare(
     if layout and layout.separator == "":
         raise InputError("--separator is empty, give the text between two documents")
     found = find_files(sources)
-    _say_skipped(found)
+    skipped = [f"{file.path}: {file.reason}" for file in found.skipped[:NAMED_FILES]]
+    _say("files that are not read", len(found.skipped), skipped)
     text = Text(list(sources), found.files, layout or Layout(), skip_bad, validation_share)
     given = Tokenizer.load(tokenizer) if tokenizer else None
     source, documents = _scan(text, train_tokenizer)
@@ -164,28 +165,20 @@ def in_validation(document: str, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(document.encode()) < share * 2**64
 
 
-def _say_skipped(found: SourceFiles) -> None:
-    """Prints which files are not read, and why."""
-    if not found.skipped:
-        return
-    plural = "s" if len(found.skipped) > 1 else ""
-    console.print(f"{len(found.skipped)} file{plural} not read:", markup=False)
-    for skipped in found.skipped[:NAMED_FILES]:
-        console.print(f"  {skipped.path}: {skipped.reason}", markup=False)
-    if len(found.skipped) > NAMED_FILES:
-        console.print(f"  and {len(found.skipped) - NAMED_FILES} more", markup=False)
+def _say(title: str, count: int, lines: Sequence[str]) -> None:
+    """Prints what was left out.
 
-
-def _say_bad(bad: BadDocuments) -> None:
-    """Prints which documents were skipped."""
-    if not bad.count:
+    title: says what it is.
+    count: how many there are.
+    lines: the first few.
+    """
+    if not count:
         return
-    plural = "s" if bad.count > 1 else ""
-    console.print(f"{bad.count} bad document{plural} skipped:", markup=False)
-    for fault in bad.first:
-        console.print(f"  {fault}", markup=False)
-    if bad.count > len(bad.first):
-        console.print(f"  and {bad.count - len(bad.first)} more", markup=False)
+    console.print(f"{title}: {count}", markup=False)
+    for line in lines:
+        console.print(f"  {line}", markup=False)
+    if count > len(lines):
+        console.print(f"  and {count - len(lines)} more", markup=False)
 
 
 def _scan(text: Text, trained: int | None) -> tuple[SourceInfo, dict[str, int]]:
@@ -211,7 +204,7 @@ def _scan(text: Text, trained: int | None) -> tuple[SourceInfo, dict[str, int]]:
             # The length comes first, so that the borders between documents count too.
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
-    _say_bad(bad)
+    _say("bad documents skipped", bad.count, bad.first)
     for split, count in documents.items():
         if not count:
             raise InputError(

@@ -21,10 +21,11 @@ from streaming.base.format.mds.writer import MDSWriter
 
 from megaconsa.console import Task
 from megaconsa.data import TOKENIZER
-from megaconsa.data.compressed_shard import COLUMN, HASH, CompressedShard
+from megaconsa.data.compressed_shard import CompressedShard
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.flat_shard import ROW_HASH, FlatShard, row_hash, row_type
+from megaconsa.data.shard_file import COLUMN, HASH
 from megaconsa.errors import DataError, InputError
 from megaconsa.files import is_bare_name, parse_json
 from megaconsa.reading import read_bytes

@@ -94,28 +94,27 @@ def find_files(sources: Sequence[str]) -> SourceFiles:
 
 def _format_of_named(path: Path) -> Format:
     """The format of a file that the user named."""
+    known = _recognised(path)
+    if known is None and path.suffix.lower() == ".json":
+        raise InputError(f"{path}: expected one JSON object a line, it is one JSON value or none")
+    return known or "text"
+
+
+def _recognised(path: Path) -> Format | None:
+    """The format of a file. Raises InputError where the file cannot be read."""
     try:
-        known = recognise(path)
+        return recognise(path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}), make it readable or leave it out"
         ) from error
-    if known is None and path.suffix.lower() == ".json":
-        raise InputError(f"{path}: expected one JSON object a line, it is one JSON value or none")
-    return known or "text"
 
 
 def _add_folder(found: SourceFiles, folder: Path) -> None:
     """Adds the files below a folder."""
     formats: dict[Path, Format] = {}
     for file in _visible_files(folder):
-        try:
-            known = recognise(folder / file)
-        except OSError as error:
-            raise InputError(
-                f"{folder / file}: cannot be read ({error.strerror}), "
-                "make it readable or leave it out"
-            ) from error
+        known = _recognised(folder / file)
         if known is None:
             found.skipped.append(SkippedFile(folder / file, "its format is not known"))
         else:

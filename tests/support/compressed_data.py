@@ -7,8 +7,8 @@ from pathlib import Path
 
 from streaming.base.format.mds.writer import MDSWriter
 
-from megaconsa.data.compressed_shard import COLUMN, HASH
 from megaconsa.data.dataset_info import INFO, DatasetInfo
+from megaconsa.data.shard_file import COLUMN, HASH
 from megaconsa.data.shards import encoding
 from megaconsa.data.stream import TokenShards
 
