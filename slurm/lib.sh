@@ -21,10 +21,12 @@ say() {
     echo "$(date '+%F %T') slurm: $*"
 }
 
-# end CODE SENTENCE: logs the sentence as the last line and exits with the code.
+# end CODE WORD...: logs the words as the last line and exits with the code.
 end() {
-    say "$2"
-    exit "$1"
+    local code=$1
+    shift
+    say "$@"
+    exit "$code"
 }
 
 if [[ -n ${MEGACONSA_PYXIS_IMAGE:-} && -n ${MEGACONSA_APPTAINER_IMAGE:-} ]]; then
@@ -46,7 +48,10 @@ if [[ -n ${MEGACONSA_PYXIS_IMAGE:-} ]]; then
         --container-workdir="$PWD"
     )
 elif [[ -n ${MEGACONSA_APPTAINER_IMAGE:-} ]]; then
-    inside=(apptainer exec --nv --bind "$PWD${MEGACONSA_MOUNTS:+,$MEGACONSA_MOUNTS}" --pwd "$PWD" "$MEGACONSA_APPTAINER_IMAGE")
+    inside=(
+        apptainer exec --nv --pwd "$PWD" --bind "$PWD${MEGACONSA_MOUNTS:+,$MEGACONSA_MOUNTS}"
+        "$MEGACONSA_APPTAINER_IMAGE"
+    )
 fi
 
 # In an array, this is the ID of the task. The ID of the array would requeue all its tasks.
@@ -59,7 +64,8 @@ MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT
 export MASTER_ADDR MASTER_PORT
 # End of the job's time in seconds since 1970. Since 23.02, Slurm sets it itself.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
-    SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$job" --format %e)" +%s) && export SLURM_JOB_END_TIME
+    end_of_job=$(squeue --noheader --jobs "$job" --format %e)
+    SLURM_JOB_END_TIME=$(date --date="$end_of_job" +%s) && export SLURM_JOB_END_TIME
 fi
 # Since Slurm 22.05, srun does not inherit this from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
@@ -117,7 +123,8 @@ avoid() {
         say "$1 failed, but $SLURM_JOB_PARTITION has too few other nodes to do without it"
         return
     fi
-    say "$1 failed: excluded from the next starts; scontrol update JobId=$job ExcNodeList= allows it again"
+    say "$1 failed: excluded from the next starts;" \
+        "scontrol update JobId=$job ExcNodeList= allows it again"
     avoided=$nodes
 }
 
@@ -126,7 +133,8 @@ requeue() {
     local state
     state=$(squeue --noheader --jobs "$job" --format %T 2>&1)
     # Only a running job may be requeued. scontrol would revive a job that is being cancelled.
-    [[ $state == RUNNING ]] || end "$1" "$2; Slurm has the job as $state and decides what becomes of it"
+    [[ $state == RUNNING ]] ||
+        end "$1" "$2; Slurm has the job as $state and decides what becomes of it"
     say "$2; requeued"
     # The same scontrol process requeues the job and then sets the nodes to avoid. Slurm accepts the
     # nodes only for a pending job, and requeueing kills this script.
@@ -143,15 +151,22 @@ requeue() {
 # and requeues it if another start may succeed.
 train() {
     local verdict
-    say "job $job on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): megaconsa train $*"
+    local start=$((${SLURM_RESTART_COUNT:-0} + 1))
+    say "job $job on $SLURM_JOB_NODELIST, start $start: megaconsa train $*"
     tasks megaconsa train "$@"
     case $code in
         0) return ;;
-        2) end 2 "refused; see the line that begins with \"error:\". Not requeued: the same input would be refused again" ;;
+        2)
+            end 2 "refused; see the line that begins with \"error:\"." \
+                "Not requeued: the same input would be refused again"
+            ;;
         75) requeue 75 "stopped after saving a checkpoint" ;;
     esac
     local verdict_code=0
-    verdict=$(alone python -m megaconsa.cluster.restarts "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@") || verdict_code=$?
+    verdict=$(
+        alone python -m megaconsa.cluster.restarts \
+            "$job" "$code" "${MEGACONSA_MAX_FAILURES:-3}" "$@"
+    ) || verdict_code=$?
     if [[ $verdict_code == 0 ]]; then
         # The second line of the verdict names the nodes to avoid.
         [[ $verdict != *$'\n'* ]] || avoid "${verdict##*$'\n'}"
@@ -159,8 +174,11 @@ train() {
     fi
     # Storage that did not respond to the run may not let the failures be counted either. Then
     # Slurm's own count of starts limits the restarts.
-    if [[ $code == 76 && $verdict_code == 76 && ${SLURM_RESTART_COUNT:-0} -lt $most_uncounted_starts ]]; then
+    local may_restart=
+    [[ ${SLURM_RESTART_COUNT:-0} -ge $most_uncounted_starts ]] || may_restart=yes
+    if [[ $code == 76 && $verdict_code == 76 && $may_restart ]]; then
         requeue "$code" "exit code $code, and the failures before it cannot be read at the moment"
     fi
-    end "$code" "${verdict:-exit code $code, and the failures before it could not be counted}; not requeued"
+    : "${verdict:=exit code $code, and the failures before it could not be counted}"
+    end "$code" "$verdict; not requeued"
 }
