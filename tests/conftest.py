@@ -42,6 +42,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder made of a few modules of the standard library."""
     import sysconfig
 
+    from megaconsa.data.preparation_options import Options
     from megaconsa.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data") / "python"
@@ -61,9 +62,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(
         sources,
         folder,
+        Options(sequence_length=SEQUENCE_LENGTH, validation_share=0.1),
         train_tokenizer=VOCABULARY,
-        sequence_length=SEQUENCE_LENGTH,
-        validation_share=0.1,
     )
     return folder
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megaconsa.console import console, run_tool
+
+if TYPE_CHECKING:
+    from megaconsa.data.dataset_info import DatasetInfo
 
 
 def main(
@@ -46,11 +49,35 @@ def main(
     skip_bad: Annotated[
         int, typer.Option(min=0, help="Documents that may be skipped because they are unreadable")
     ] = 0,
+    packing: Annotated[
+        str,
+        typer.Option(
+            metavar="cut|best-fit",
+            help="Cut the joined documents into sequences, or keep documents whole that fit",
+        ),
+    ] = "cut",
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIMILARITY",
+            help="Also look for documents this similar to an earlier one, such as 0.8",
+        ),
+    ] = None,
+    drop_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--drop-duplicates",
+            help="Leave out documents that repeat an earlier one of their source",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes. Default: one for each core")
+    ] = None,
 ) -> None:
     r"""Tokenizes and packs text into a data folder for training.
 
     `python` means the sources of Python's standard library: real text that every machine has.
-    A folder whose preparation was interrupted is started again; a finished one is never changed.
+    The same command continues an interrupted preparation. A finished folder is never changed.
 
     Examples:
 
@@ -59,30 +86,56 @@ def main(
 
         megaconsa prepare-data downloads/ --out data/web --field content \
             --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
+
+        megaconsa prepare-data books/ --out data/books --separator '<|end|>' \
+            --near-duplicates 0.8 --drop-duplicates --packing best-fit \
+            --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
     """
-    from rich.table import Table
-
     from megaconsa.data.documents import Layout
+    from megaconsa.data.preparation_options import Options, packing_named
     from megaconsa.data.prepare import prepare
+    from megaconsa.data.tokenization import default_workers
 
-    info = prepare(
-        sources,
-        out,
-        tokenizer=tokenizer,
-        train_tokenizer=train_tokenizer,
+    options = Options(
         sequence_length=sequence_length,
         validation_share=validation_share,
         layout=Layout(field, separator),
         skip_bad=skip_bad,
+        packing=packing_named(packing),
+        similarity=near_duplicates,
+        drop_duplicates=drop_duplicates,
+        workers=default_workers() if workers is None else workers,
     )
-    tokens = sum(split.tokens for split in info.splits.values())
+    info = prepare(sources, out, options, tokenizer=tokenizer, train_tokenizer=train_tokenizer)
+    _print(info, out)
+
+
+def _print(info: DatasetInfo, out: Path) -> None:
+    """Prints what a data folder holds."""
+    from rich.table import Table
+
+    table = Table("source", box=None)
+    for title in ("documents", "repeated", "nearly", "tokens", "characters", "unknown", "bytes"):
+        table.add_column(title, justify="right")
+    for source in info.sources:
+        near = source.near_duplicates
+        table.add_row(
+            source.name,
+            f"{source.documents:,}",
+            f"{source.exact_duplicates:,}",
+            "" if near is None else f"{near:,}",
+            f"{source.tokens:,}",
+            f"{source.characters / source.tokens:.2f} a token",
+            f"{source.unknown_tokens / source.tokens:.2%}",
+            f"{source.byte_tokens / source.tokens:.2%}",
+        )
+    console.print(table)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     table = Table("split", "documents", "sequences", "tokens", box=None)
     for name, split in info.splits.items():
         table.add_row(name, f"{split.documents:,}", f"{split.sequences:,}", f"{split.tokens:,}")
     console.print(table)
     console.print(
-        f"{info.source.characters / tokens:.2f} characters a token, "
         f"unigram entropy {info.unigram_entropy:.3f} nats, "
         f"vocabulary {info.vocab_size:,}, {size / 2**20:.1f} MiB in {out}",
         markup=False,

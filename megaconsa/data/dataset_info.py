@@ -20,13 +20,17 @@ It is renamed to dataset.json at the end.
 """
 
 
+Packing = Literal["cut", "best-fit"]
+"""cut: documents are joined and cut into sequences. best-fit: documents that fit stay whole."""
+
+
 class SplitInfo(BaseModel):
     """What a split holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sequences: int
     tokens: int
-    """Predicted tokens: sequences times the sequence length."""
+    """Tokens that follow another one in a sequence, without those that fill sequences up."""
     documents: int
     """Number of packed documents. It includes the document in the dropped tail."""
 
@@ -37,11 +41,22 @@ class SourceInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     names: list[str]
     """The sources as they were given."""
+    files: str = ""
+    """Hash of the paths, sizes and times of the files. Empty in folders of earlier versions."""
     digest: str
     """Hash of all documents in order."""
     documents: int
     bad_documents: int = 0
     """Documents that could not be read and were skipped."""
+    dropped_documents: int = 0
+    """Duplicates that were left out."""
+    field: str = "text"
+    """The field or column that held a document."""
+    separator: str | None = None
+    """What divided text files into documents."""
+    similarity: float | None = None
+    """The least similarity of near duplicates. None: they were not looked for."""
+    drop_duplicates: bool = False
     characters: int
     validation_share: float
     trained_vocabulary: int | None
@@ -49,6 +64,28 @@ class SourceInfo(BaseModel):
 
     None where a tokenizer was given.
     """
+
+
+class SourceStatistics(BaseModel):
+    """The statistics of one source, over both splits and with all duplicates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    """The source as it was given."""
+    documents: int
+    bad_documents: int
+    exact_duplicates: int
+    near_duplicates: int | None
+    """None if they were not looked for."""
+    characters: int
+    tokens: int
+    """End-of-text tokens included."""
+    unknown_tokens: int
+    """Tokens that stand for characters which the vocabulary cannot write."""
+    byte_tokens: int
+    """Tokens that are single bytes of a character that has several."""
+    lengths: dict[int, int]
+    """Number of documents of 2^k up to 2^(k+1) - 1 tokens, by 2^k."""
 
 
 class DatasetInfo(BaseModel):
@@ -66,8 +103,11 @@ class DatasetInfo(BaseModel):
 
     A model that knows only these frequencies has this loss.
     """
+    packing: Packing = "cut"
     splits: dict[str, SplitInfo]
     source: SourceInfo
+    sources: list[SourceStatistics] = []
+    """Statistics of each source. Empty in folders of earlier versions."""
 
     @property
     def compressed(self) -> bool:

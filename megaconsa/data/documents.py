@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megaconsa.data.formats import DAMAGE, open_bytes
 from megaconsa.data.sources import SourceFile
@@ -17,6 +18,8 @@ FIELD = "text"
 """The usual name of the field or column that holds a document."""
 ROWS = 1024
 """Rows of a table that are read at a time."""
+BLOCK_BYTES = 1 << 20
+"""Bytes of a text file that are read at a time."""
 NAMED = 3
 """How many bad documents are named."""
 
@@ -66,24 +69,47 @@ def read_documents(
     layout = layout or Layout()
     bad = bad or BadDocuments()
     for file in files:
-        try:
+        with reading(file):
             for text in _documents_of(file, layout, bad):
                 if text:
                     yield text
-        except (*DAMAGE, OSError) as error:
-            # bz2 and pyarrow report damage as an OSError, without a number.
-            number = error.errno if isinstance(error, OSError) else None
-            if number is None:
-                reason = str(error).split("\n", 1)[0]
-                fault = f"the file is damaged ({reason}), download it again or leave it out"
-            else:
-                fault = f"cannot be read ({os.strerror(number)}), make it readable or leave it out"
-            raise InputError(f"{file.path}: {fault}") from error
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """Context in which a file is read. Raises InputError where it is damaged or out of reach."""
+    try:
+        yield
+    except Exception as error:
+        fault = _fault_of_file(file, error)
+        if fault is None:
+            raise
+        raise InputError(f"{file.path}: {fault}") from error
+
+
+def _fault_of_file(file: SourceFile, error: Exception) -> str | None:
+    """What an error says about the file that was read, or None if it says nothing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({os.strerror(error.errno)}), make it readable or leave it out"
+    reason = str(error).split("\n", 1)[0]
+    # bz2 and pyarrow report damage as an OSError, without a number.
+    if isinstance(error, (*DAMAGE, OSError)):
+        return f"the file is damaged ({reason}), download it again or leave it out"
+    if file.format in ("parquet", "arrow"):
+        # Imported here because most runs have no tables, and the import takes a while.
+        import pyarrow as arrow
+
+        if isinstance(error, arrow.ArrowException):
+            return (
+                f"the {file.format} file is damaged or none ({reason}), "
+                "download it again or leave it out"
+            )
+    return None
 
 
 def _documents_of(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterator[str]:
     if file.format == "lines":
-        return _lines(file.path, layout.field, bad)
+        return _lines(file, layout.field, bad)
     if file.format == "text":
         return _text(file.path, layout.separator, bad)
     return _rows(file, layout.field, bad)
@@ -92,37 +118,79 @@ def _documents_of(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterat
 def _text(path: Path, separator: str | None, bad: BadDocuments) -> Iterator[str]:
     """The documents of a text file."""
     with open_bytes(path) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad.add(f"{path}: not UTF-8 at byte {error.start}, convert the file or leave it out")
-        return
-    if separator is None:
-        yield text
-    else:
-        yield from text.split(separator)
-
-
-def _lines(path: Path, name: str, bad: BadDocuments) -> Iterator[str]:
-    """The documents of a file with one JSON object a line."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        parts = [file.read()] if separator is None else _split(file, separator.encode())
+        position = 0
+        for part in parts:
             try:
-                # A byte-order mark may stand at the beginning of the file.
-                record = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = part.decode()
             except UnicodeDecodeError as error:
-                bad.add(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line")
-                continue
-            except ValueError:
-                bad.add(f"{path}, line {number}: expected a JSON object, fix the line")
-                continue
-            if fault := _fault_of_record(record, name):
-                bad.add(f"{path}, line {number}: {fault}")
+                place = position + error.start
+                bad.add(f"{path}: not UTF-8 at byte {place}, convert the file or leave it out")
             else:
+                # A byte-order mark may stand at the beginning of the file.
+                yield text.removeprefix("\ufeff") if position == 0 else text
+            position += len(part) + len((separator or "").encode())
+
+
+def _split(file: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    """The parts of a file between the separators, without holding the whole file."""
+    rest = b""
+    while block := file.read(BLOCK_BYTES):
+        *whole, rest = (rest + block).split(separator)
+        yield from whole
+    yield rest
+
+
+def _lines(file: SourceFile, name: str, bad: BadDocuments) -> Iterator[str]:
+    """The documents of a file with one JSON object a line, or of a part of such a file."""
+    with open_bytes(file.path) as opened:
+        position = file.begin
+        if file.begin:
+            # The line that begins before this part belongs to the part before.
+            opened.seek(file.begin - 1)
+            position = file.begin - 1 + len(opened.readline())
+        for number, line in enumerate(opened, start=1):
+            if file.end is not None and position >= file.end:
+                return
+            record, fault = _record(line, name, is_first=position == 0)
+            position += len(line)
+            if fault:
+                place = _lines_before(file) + number
+                bad.add(f"{file.path}, line {place}: {fault}")
+            elif record is not None:
                 yield record[name]
+
+
+def _record(line: bytes, name: str, *, is_first: bool) -> tuple[Any, str | None]:
+    """The record of a line, and what is wrong with it. Both are None for a blank line.
+
+    is_first: whether it is the first line of its file, which may begin with a byte-order mark.
+    """
+    if not line.strip():
+        return None, None
+    try:
+        record = parse_json(line.decode("utf-8-sig" if is_first else "utf-8"))
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 at byte {error.start} of the line"
+    except ValueError:
+        return None, "expected a JSON object, fix the line"
+    return record, _fault_of_record(record, name)
+
+
+def _lines_before(file: SourceFile) -> int:
+    """The number of lines that begin before a part of a file.
+
+    Parts are read without it. Only a bad line needs its number.
+    """
+    lines = 0
+    left = file.begin
+    with open_bytes(file.path) as opened:
+        while left > 0:
+            block = opened.read(min(left, BLOCK_BYTES))
+            lines += block.count(b"\n")
+            left -= len(block)
+        ends_with_a_line = not file.begin or block.endswith(b"\n")
+    return lines if ends_with_a_line else lines + 1
 
 
 def _fault_of_record(record: Any, name: str) -> str | None:
@@ -149,28 +217,30 @@ def _fault_of_text(text: object, place: str) -> str | None:
 
 def _rows(file: SourceFile, name: str, bad: BadDocuments) -> Iterator[str]:
     """The documents of a Parquet or Arrow file, read some rows at a time."""
-    # Imported here because most runs have no tables, and the import takes a while.
-    import pyarrow as arrow
-
     row = 0
     try:
         for values in _columns(file, name):
             for value in values:
                 row += 1
                 if fault := _fault_of_text(value, f'column "{name}"'):
-                    bad.add(f"{file.path}, row {row}: {fault}")
+                    bad.add(f"{file.path}, row {_rows_before(file) + row}: {fault}")
                 else:
                     yield value
     except UnicodeDecodeError as error:
+        place = _rows_before(file) + row
         raise InputError(
-            f'{file.path}, after row {row}: column "{name}" is not UTF-8 ({error.reason})'
+            f'{file.path}, after row {place}: column "{name}" is not UTF-8 ({error.reason})'
         ) from error
-    except arrow.ArrowException as error:
-        reason = str(error).split("\n", 1)[0]
-        raise InputError(
-            f"{file.path}: the {file.format} file is damaged or none ({reason}), "
-            "download it again or leave it out"
-        ) from error
+
+
+def _rows_before(file: SourceFile) -> int:
+    """The number of rows before a part of a table."""
+    from pyarrow import parquet
+
+    if not file.begin:
+        return 0
+    metadata = parquet.read_metadata(file.path)
+    return sum(metadata.row_group(group).num_rows for group in range(file.begin))
 
 
 def _columns(file: SourceFile, name: str) -> Iterator[list[Any]]:
@@ -182,7 +252,8 @@ def _columns(file: SourceFile, name: str) -> Iterator[list[Any]]:
         if file.format == "parquet":
             table = parquet.ParquetFile(opened)
             _check_column(file.path, table.schema_arrow.names, name)
-            for batch in table.iter_batches(ROWS, columns=[name]):
+            groups = list(range(table.num_row_groups))[file.begin : file.end]
+            for batch in table.iter_batches(ROWS, columns=[name], row_groups=groups):
                 yield batch.column(0).to_pylist()
             return
         magic = opened.read(6)

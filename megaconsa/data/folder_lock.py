@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megaconsa.data import TOKENIZER
+from megaconsa.console import console
+from megaconsa.data import PIECES, TOKENIZER
 from megaconsa.data.dataset_info import INFO, TRAIN, UNFINISHED, VALIDATION, DatasetInfo
 from megaconsa.errors import InputError
 
@@ -18,15 +19,16 @@ from megaconsa.errors import InputError
 def preparation(folder: Path) -> Iterator[None]:
     """Context that locks `folder` while it is filled, and empties it again on failure.
 
-    The remains of an earlier, killed preparation are removed. `finish` must be the last call
-    inside. Raises InputError, with nothing touched, where the folder holds anything else, or where
-    another process is preparing it.
+    Tokenized pieces stay on failure, if there are several, so that the same command continues with
+    them. Everything else that an earlier preparation left is removed. `finish` must be the last
+    call inside. Raises InputError, with nothing touched, where the folder holds anything else, or
+    where another process is preparing it.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: it is a file, name a new folder")
     existed = folder.is_dir()
     entries = {entry.name for entry in folder.iterdir()} if existed else set()
-    others = entries - {UNFINISHED, TOKENIZER, TRAIN, VALIDATION}
+    others = entries - {UNFINISHED, PIECES, TOKENIZER, TRAIN, VALIDATION}
     # Our names alone do not make the folder ours: the marker must be there too.
     if entries and (UNFINISHED not in entries or others):
         foreign = min(others or entries)
@@ -54,10 +56,19 @@ def preparation(folder: Path) -> Iterator[None]:
             yield
         except BaseException:
             _clear(folder)
+            pieces = len(list((folder / PIECES).glob("*.json")))
+            if pieces > 1:
+                console.print(
+                    f"{pieces} tokenized pieces stay in {folder}; the same command continues",
+                    markup=False,
+                )
+                raise
+            shutil.rmtree(folder / PIECES, ignore_errors=True)
             (folder / UNFINISHED).unlink(missing_ok=True)
             if not existed:
                 folder.rmdir()
             raise
+        shutil.rmtree(folder / PIECES)
 
 
 def finish(folder: Path, info: DatasetInfo) -> None:
@@ -70,6 +81,6 @@ def finish(folder: Path, info: DatasetInfo) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes everything that a preparation writes, except the marker."""
+    """Removes everything that a preparation writes, except the marker and tokenized pieces."""
     for name in (TOKENIZER, TRAIN, VALIDATION):
         shutil.rmtree(folder / name, ignore_errors=True)

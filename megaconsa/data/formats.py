@@ -53,13 +53,26 @@ def open_bytes(path: Path) -> IO[bytes]:
 
     Reading raises one of DAMAGE where the file is damaged.
     """
+    opener = _opener(path)
+    if opener is None:
+        return path.open("rb")
+    opened: IO[bytes] = opener(path)
+    return opened
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether `open_bytes` decompresses the file."""
+    return _opener(path) is not None
+
+
+def _opener(path: Path) -> Callable[[Path], Any] | None:
+    """What decompresses the file, or None if it is not compressed."""
     with path.open("rb") as file:
         start = file.read(8)
     for magic, opener in _COMPRESSIONS.values():
         if start.startswith(magic):
-            opened: IO[bytes] = opener(path)
-            return opened
-    return path.open("rb")
+            return opener
+    return None
 
 
 def recognise(path: Path) -> Format | None:

@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 IGNORED = -100
 """The label of a position that is not predicted (cross_entropy's ignore_index)."""
 
 
-def pack(
-    documents: Iterable[Sequence[int]], sequence_length: int, end_of_text: int
-) -> Iterator[np.ndarray]:
-    """Joins the documents and cuts the stream into samples, (S + 1,) int64 arrays.
+def cut_stream(blocks: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cuts a stream of documents into samples, (n, S + 1) at a time.
 
-    documents: token ids of each document.
+    blocks: (n,) ids each. Together they are the documents, each with its end-of-text token.
     sequence_length: S, in tokens.
-    end_of_text: id of the token that is added after each document.
 
     Sample k is stream[k*S : k*S + S + 1]. Neighbours share one token, so each token except the
     stream's first is predicted exactly once. The incomplete tail is dropped.
     """
-    parts: list[np.ndarray] = []
-    held = 0
-    for document in documents:
-        parts.append(np.append(np.asarray(document, dtype=np.int64), end_of_text))
-        held += len(parts[-1])
-        if held <= sequence_length:
-            continue
-        stream = np.concatenate(parts)
-        start = 0
-        while held - start > sequence_length:
-            yield stream[start : start + sequence_length + 1]
-            start += sequence_length
-        parts = [stream[start:]]
-        held -= start
+    rest = np.empty(0, np.int64)
+    for block in blocks:
+        stream = np.concatenate([rest, block]) if len(rest) else block
+        samples = max(0, (len(stream) - 1) // sequence_length)
+        if samples:
+            windows = sliding_window_view(stream, sequence_length + 1)
+            yield windows[: samples * sequence_length : sequence_length]
+        rest = stream[samples * sequence_length :]
+
+
+def fit_documents(
+    ids: np.ndarray, lengths: np.ndarray, sequence_length: int, end_of_text: int
+) -> np.ndarray:
+    """Packs documents into as few samples as possible, without cutting those that fit.
+
+    ids: (n,) all documents, each with its end-of-text token.
+    lengths: (documents,) number of tokens of each.
+    sequence_length: S, in tokens.
+
+    Returns (samples, S + 1). A longer document is cut as in cut_stream, so that each of its tokens
+    but the first is predicted. The parts are placed from the longest to the shortest, each where it
+    leaves the least room (best-fit decreasing, Ding et al. 2024, arXiv 2404.10830). What stays free
+    is filled with end-of-text tokens.
+    """
+    room = sequence_length + 1
+    parts: list[tuple[int, int]] = []
+    begin = 0
+    for length in lengths.tolist():
+        for start in range(0, max(1, length - 1), sequence_length):
+            parts.append((begin + start, min(room, length - start)))
+        begin += length
+    parts.sort(key=lambda part: (-part[1], part[0]))
+    samples: list[list[tuple[int, int]]] = []
+    # Free tokens and index of every sample with room, in ascending order.
+    free: list[tuple[int, int]] = []
+    for part in parts:
+        place = bisect_left(free, (part[1], -1))
+        if place == len(free):
+            left, sample = room, len(samples)
+            samples.append([])
+        else:
+            left, sample = free.pop(place)
+        samples[sample].append(part)
+        if left > part[1]:
+            insort(free, (left - part[1], sample))
+    packed = np.full((len(samples), room), end_of_text, ids.dtype)
+    for row, members in zip(packed, samples, strict=True):
+        position = 0
+        for start, length in members:
+            row[position : position + length] = ids[start : start + length]
+            position += length
+    return packed
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -62,9 +99,12 @@ def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> T
     tokens: (B, S + 1) integers.
 
     Returns (B, S) int64. Where documents are separate, an end_of_text input predicts nothing
-    (-100), because the first token of another document follows it.
+    (-100), because the first token of another document follows it. An end_of_text token after
+    another fills a sequence up and is never predicted.
     """
     labels = tokens[:, 1:].to(torch.int64, copy=True)
-    if separate_documents:
-        labels[tokens[:, :-1] == end_of_text] = IGNORED
+    ignored = tokens[:, :-1] == end_of_text
+    if not separate_documents:
+        ignored &= labels == end_of_text
+    labels[ignored] = IGNORED
     return labels

@@ -1,17 +1,17 @@
-"""Preparation of a data folder: scan the text, make the tokenizer, pack and write both splits."""
+"""Preparation of a data folder: tokenize the text, then pack and write both splits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import heapq
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from megaconsa.console import Task, console, progress
-from megaconsa.data import TOKENIZER
+from megaconsa.console import console, progress
+from megaconsa.data import PIECES, TOKENIZER, tokenized
 from megaconsa.data.dataset_info import (
     INFO,
     TRAIN,
@@ -20,149 +20,77 @@ from megaconsa.data.dataset_info import (
     SourceInfo,
     SplitInfo,
 )
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.documents import BadDocuments, read_documents
+from megaconsa.data.duplicates import UNIQUE, find_duplicates
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
-from megaconsa.data.packing import pack
+from megaconsa.data.pieces import Piece, cut, identity
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.shards import write_split
-from megaconsa.data.sources import SourceFile, find_files
+from megaconsa.data.sources import SourceFiles, find_files
+from megaconsa.data.split_documents import SplitDocuments, in_validation
+from megaconsa.data.statistics import source_statistics
+from megaconsa.data.tokenization import NamedPiece, Settings, tokenize
 from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
 
 TRAINING_CHARACTERS = 20_000_000
-"""Approximate size of the text that a tokenizer is trained on.
-
-Its documents are spread evenly over the whole text.
-"""
-BATCH_CHARACTERS = 1_000_000
-"""Characters of text that are tokenized at a time."""
+"""Size of the text that a tokenizer is trained on."""
+TRAINING_BYTES = 200 << 20
+"""About how many bytes of files that text is drawn from."""
 NAMED_FILES = 5
 """How many skipped files are named."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text of all sources. It can be read several times."""
-
-    names: list[str]
-    """The sources as they were given."""
-    files: list[SourceFile]
-    layout: Layout
-    skip_bad: int
-    """How many bad documents are skipped."""
-    validation_share: float
-
-    def documents(self, bad: BadDocuments | None = None) -> Iterator[str]:
-        """All documents.
-
-        bad: counts the bad ones.
-        """
-        bad = bad or BadDocuments(self.skip_bad)
-        return read_documents(self.files, self.layout, bad)
-
-    def split(self, split: str) -> Iterator[str]:
-        """The documents of one split."""
-        for document in self.documents():
-            if in_validation(document, self.validation_share) == (split == VALIDATION):
-                yield document
 
 
 def prepare(
     sources: Sequence[str],
     out: Path,
+    options: Options,
     *,
-    sequence_length: int,
     tokenizer: Path | None = None,
     train_tokenizer: int | None = None,
-    validation_share: float = 0.02,
-    layout: Layout | None = None,
-    skip_bad: int = 0,
 ) -> DatasetInfo:
     """Makes the data folder `out` from the sources and returns its description.
 
     sources: `python`, files or folders.
-    sequence_length: in tokens.
     tokenizer: a tokenizer's folder. Give either this or `train_tokenizer`.
     train_tokenizer: the vocabulary size of a tokenizer to train.
-    validation_share: share of the documents in the validation split, in [0, 1).
-    layout: where the documents are in their files.
-    skip_bad: number of documents that may be skipped because they cannot be read.
 
     The hash of its content assigns a document to a split, so equal documents are in the same split.
-    A finished folder with the same source and settings is left unchanged. Raises InputError for
-    everything that cannot work. Nothing is left behind then.
+    A finished folder of the same files and settings is left unchanged. Raises InputError for
+    everything that cannot work.
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise InputError(
             "the tokenizer is not settled, "
             "give one of --tokenizer FOLDER and --train-tokenizer VOCAB"
         )
-    if sequence_length < 1:
-        raise InputError(
-            f"--sequence-length {sequence_length} is not positive, "
-            "give the number of tokens a sequence, such as 512"
-        )
-    if not 0 <= validation_share < 1:
-        raise InputError(
-            f"--validation-share {validation_share} is outside [0, 1), give a share such as 0.02"
-        )
-    if layout and layout.separator == "":
-        raise InputError("--separator is empty, give the text between two documents")
+    options.check()
     found = find_files(sources)
     skipped = [f"{file.path}: {file.reason}" for file in found.skipped[:NAMED_FILES]]
     _say("files that are not read", len(found.skipped), skipped)
-    text = Text(list(sources), found.files, layout or Layout(), skip_bad, validation_share)
     given = Tokenizer.load(tokenizer) if tokenizer else None
-    source, documents = _scan(text, train_tokenizer)
+    source = _describe(sources, found, options, train_tokenizer)
     if (out / INFO).is_file():
-        return _same(out, DatasetInfo.load(out), source, sequence_length, given)
+        return _same(out, DatasetInfo.load(out), source, options, given)
 
+    pieces = list(cut(found.files))
     with preparation(out):
         if given:
             given.copy(out / TOKENIZER)
         else:
             assert train_tokenizer is not None
-            # Train on every stride-th document.
-            stride = max(1, round(source.characters / TRAINING_CHARACTERS))
-            with progress("training the tokenizer", None, "documents") as task:
-                sample = islice(text.split(TRAIN), 0, None, stride)
-                train_sentencepiece(_counted(sample, task), out / TOKENIZER, train_tokenizer)
+            sample = _training_sample(pieces, options)
+            with progress("training the tokenizer", None) as task:
+                train_sentencepiece(sample, out / TOKENIZER, train_tokenizer)
+                task.advance()
         used = Tokenizer.load(out / TOKENIZER)
-        counts = np.zeros(used.vocab_size, np.int64)
-        splits = {}
-        for split in documents:
-            with progress(f"packing {split}", documents[split], "documents") as task:
-                texts = _counted(text.split(split), task)
-                ids = _encode(texts, used)
-                sequences = pack(ids, sequence_length, used.end_of_text)
-                split_counts = write_split(out, split, sequences, used.vocab_size, sequence_length)
-            tokens = int(split_counts.sum())
-            if not tokens:
-                option = "--validation-share" if split == VALIDATION else "more text"
-                raise InputError(
-                    f"the {split} split has less than one sequence of {sequence_length} tokens, "
-                    f"raise {option}"
-                )
-            counts += split_counts
-            splits[split] = SplitInfo(
-                sequences=tokens // sequence_length, tokens=tokens, documents=documents[split]
-            )
-        info = DatasetInfo(
-            vocab_size=used.vocab_size,
-            tokenizer_fingerprint=used.fingerprint,
-            end_of_text=used.end_of_text,
-            sequence_length=sequence_length,
-            unigram_entropy=_entropy(counts),
-            splits=splits,
-            source=source,
-        )
+        (out / PIECES).mkdir(exist_ok=True)
+        settings = Settings(options.layout, options.skip_bad)
+        named = tokenize(pieces, out / PIECES, used, settings, options.workers)
+        info = _pack(out, named, used, source, options)
         finish(out, info)
     return info
-
-
-def in_validation(document: str, share: float) -> bool:
-    """Whether a document is held out. The result depends on its content and the share alone."""
-    return xxhash.xxh3_64_intdigest(document.encode()) < share * 2**64
 
 
 def _say(title: str, count: int, lines: Sequence[str]) -> None:
@@ -181,74 +109,62 @@ def _say(title: str, count: int, lines: Sequence[str]) -> None:
         console.print(f"  and {count - len(lines)} more", markup=False)
 
 
-def _scan(text: Text, trained: int | None) -> tuple[SourceInfo, dict[str, int]]:
-    """Reads all text once, so that unreadable text is refused before anything is written.
+def _describe(
+    sources: Sequence[str], found: SourceFiles, options: Options, trained: int | None
+) -> SourceInfo:
+    """What was asked for. The counts are those of a preparation that has not begun.
 
     trained: the vocabulary size of a tokenizer to train, or None.
-
-    Returns the description of the source and the number of documents in each split. Raises
-    InputError where a split has no documents.
     """
-    documents = {TRAIN: 0}
-    if text.validation_share != 0:
-        documents[VALIDATION] = 0
-    characters = 0
-    bad = BadDocuments(text.skip_bad)
-    digest = xxhash.xxh3_128()
-    with progress("reading", None, "documents") as task:
-        for document in _counted(text.documents(bad), task):
-            split = VALIDATION if in_validation(document, text.validation_share) else TRAIN
-            documents[split] += 1
-            characters += len(document)
-            content = document.encode()
-            # The length comes first, so that the borders between documents count too.
-            digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content)
-    _say("bad documents skipped", bad.count, bad.first)
-    for split, count in documents.items():
-        if not count:
-            raise InputError(
-                f"none of the {sum(documents.values())} documents falls into the {split} split, "
-                "give more text or change --validation-share (0 for no validation split)"
-            )
-    source = SourceInfo(
-        names=text.names,
-        digest=digest.hexdigest(),
-        documents=sum(documents.values()),
-        bad_documents=bad.count,
-        characters=characters,
-        validation_share=text.validation_share,
+    files = [identity(file) for file in found.files]
+    return SourceInfo(
+        names=list(sources),
+        files=xxhash.xxh3_128_hexdigest(json.dumps(files)),
+        digest="",
+        documents=0,
+        characters=0,
+        validation_share=options.validation_share,
         trained_vocabulary=trained,
+        field=options.layout.field,
+        separator=options.layout.separator,
+        similarity=options.similarity,
+        drop_duplicates=options.drop_duplicates,
     )
-    return source, documents
 
 
 def _same(
-    out: Path, info: DatasetInfo, source: SourceInfo, sequence_length: int, given: Tokenizer | None
+    out: Path, info: DatasetInfo, source: SourceInfo, options: Options, given: Tokenizer | None
 ) -> DatasetInfo:
     """Returns the finished folder's description if the folder is what was asked for.
 
     out: the folder.
     info: its description.
-    source, sequence_length, given: what was asked for. `given` is the tokenizer, or None where one
-        is to be trained.
+    source, options, given: what was asked for. `given` is the tokenizer, or None where one is to be
+        trained.
 
     Raises InputError, which says how they differ, if not.
     """
+    there = info.source
     pairs: dict[str, tuple[object, object]] = {
-        "--sequence-length": (info.sequence_length, sequence_length),
-        "--validation-share": (info.source.validation_share, source.validation_share),
-        "source (hash of all text)": (info.source.digest, source.digest),
+        "--sequence-length": (info.sequence_length, options.sequence_length),
+        "--packing": (info.packing, options.packing),
+        "--validation-share": (there.validation_share, source.validation_share),
+        "--field": (there.field, source.field),
+        "--separator": (there.separator, source.separator),
+        "--near-duplicates": (there.similarity, source.similarity),
+        "--drop-duplicates": (there.drop_duplicates, source.drop_duplicates),
     }
     if given:
         if not same_tokenizer(info.tokenizer_fingerprint, given.fingerprint):
             pairs["--tokenizer (fingerprint)"] = (info.tokenizer_fingerprint, given.fingerprint)
     else:
-        pairs["--train-tokenizer"] = (info.source.trained_vocabulary, source.trained_vocabulary)
+        pairs["--train-tokenizer"] = (there.trained_vocabulary, source.trained_vocabulary)
     different = []
     for name, (old, new) in pairs.items():
         if old != new:
             different.append(f"{name} is {old} there and {new} here")
+    if there.files != source.files:
+        different.append("the source files are others, or have changed")
     if different:
         raise InputError(
             f"--out {out}: it holds other data ({'; '.join(different)}), name another folder"
@@ -257,25 +173,111 @@ def _same(
     return info
 
 
-def _counted(documents: Iterable[str], task: Task) -> Iterator[str]:
-    """The documents. Advances the task by one for each."""
-    for document in documents:
-        yield document
-        task.advance()
+def _training_sample(pieces: Sequence[Piece], options: Options) -> list[str]:
+    """Training documents of about TRAINING_CHARACTERS in all, in order, to train a tokenizer on.
+
+    They are those with the smallest hashes of some evenly spaced pieces. So they are drawn evenly
+    from what is read, in one pass and with bounded memory.
+    """
+    size = sum(piece.size for piece in pieces)
+    stride = max(1, size // TRAINING_BYTES)
+    bad = BadDocuments(options.skip_bad)
+    # Largest hash first.
+    kept: list[tuple[int, int, str]] = []
+    characters = 0
+    number = 0
+    with progress("reading", None, "documents") as task:
+        for piece in pieces[::stride]:
+            for document in read_documents(piece.files, options.layout, bad):
+                task.advance()
+                number += 1
+                if in_validation(document, options.validation_share):
+                    continue
+                heapq.heappush(kept, (-_sampling_hash(document), number, document))
+                characters += len(document)
+                while characters > TRAINING_CHARACTERS and len(kept) > 1:
+                    characters -= len(heapq.heappop(kept)[2])
+    return [document for _, _, document in sorted(kept, key=lambda entry: entry[1])]
 
 
-def _encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each document, in order, tokenized a batch at a time."""
-    batch: list[str] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document)
-        if held >= BATCH_CHARACTERS:
-            yield from tokenizer.encode_batch(batch)
-            batch = []
-            held = 0
-    yield from tokenizer.encode_batch(batch)
+def _sampling_hash(document: str) -> int:
+    """A hash that does not depend on that which chooses the split."""
+    return xxhash.xxh3_64_intdigest(document.encode(), seed=1)
+
+
+def _pack(
+    out: Path,
+    pieces: Sequence[NamedPiece],
+    tokenizer: Tokenizer,
+    source: SourceInfo,
+    options: Options,
+) -> DatasetInfo:
+    """Writes both splits from the tokenized pieces.
+
+    Raises InputError where a split has no documents, or less than one sequence.
+    """
+    folder = out / PIECES
+    bad = [line for piece in pieces for line in piece.counts.bad]
+    _say("bad documents skipped", sum(piece.counts.bad_documents for piece in pieces), bad[:3])
+    kinds = find_duplicates(pieces, folder, tokenizer.vocab_size, options.similarity)
+    digest = xxhash.xxh3_128()
+    characters = 0
+    dropped = 0
+    for piece, kind in zip(pieces, kinds, strict=True):
+        documents = tokenized.documents(folder, piece.name)
+        digest.update(documents[["hash", "characters"]].tobytes())
+        characters += int(documents["characters"].sum(dtype=np.int64))
+        if options.drop_duplicates:
+            dropped += int((kind != UNIQUE).sum())
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    splits = {}
+    for split in [TRAIN, VALIDATION] if options.validation_share else [TRAIN]:
+        text = SplitDocuments(split, folder, pieces, kinds, tokenizer, options)
+        if not text.documents:
+            raise InputError(
+                f"none of the {sum(piece.counts.documents for piece in pieces)} documents falls "
+                f"into the {split} split, "
+                "give more text or change --validation-share (0 for no validation split)"
+            )
+        sequences, split_counts = write_split(
+            out, split, text.sequences(), tokenizer.vocab_size, options.sequence_length
+        )
+        if not sequences:
+            option = "--validation-share" if split == VALIDATION else "more text"
+            raise InputError(
+                f"the {split} split has less than one sequence of {options.sequence_length} "
+                f"tokens, raise {option}"
+            )
+        split_counts[tokenizer.end_of_text] -= text.filling
+        counts += split_counts
+        splits[split] = SplitInfo(
+            sequences=sequences, tokens=int(split_counts.sum()), documents=text.documents
+        )
+    return DatasetInfo(
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        end_of_text=tokenizer.end_of_text,
+        sequence_length=options.sequence_length,
+        unigram_entropy=_entropy(counts),
+        packing=options.packing,
+        splits=splits,
+        source=source.model_copy(
+            update={
+                "digest": digest.hexdigest(),
+                "documents": sum(piece.counts.documents for piece in pieces),
+                "bad_documents": sum(piece.counts.bad_documents for piece in pieces),
+                "dropped_documents": dropped,
+                "characters": characters,
+            }
+        ),
+        sources=source_statistics(
+            pieces,
+            kinds,
+            folder,
+            tokenizer,
+            near_duplicates_counted=options.similarity is not None,
+        ),
+    )
 
 
 def _entropy(counts: np.ndarray) -> float:

@@ -180,22 +180,25 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
 
 
 def write_split(
-    folder: Path, split: str, sequences: Iterable[np.ndarray], vocab_size: int, sequence_length: int
-) -> np.ndarray:
+    folder: Path, split: str, blocks: Iterable[np.ndarray], vocab_size: int, sequence_length: int
+) -> tuple[int, np.ndarray]:
     """Writes the shards of a split.
 
-    sequences: (S + 1,) ids each.
+    blocks: its sequences, (n, S + 1) ids at a time.
 
-    Returns how often each id is predicted, (vocab_size,) int64.
+    Returns the number of sequences, and how often each id follows another in them, (vocab_size,)
+    int64.
     """
     columns = {COLUMN: encoding(vocab_size, sequence_length), ROW_HASH: "uint64"}
     dtype = np.dtype(columns[COLUMN].split(":")[1]).newbyteorder("<")
     counts = np.zeros(vocab_size, np.int64)
     out = str(folder / split)
+    place = 0
     with MDSWriter(columns=columns, out=out, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
-        for place, sequence in enumerate(sequences):
-            ids = sequence.astype(dtype)
-            writer.write({COLUMN: ids, ROW_HASH: row_hash(ids, place)})
-            # The first token is not predicted. np.add.at counts ids that occur several times.
-            np.add.at(counts, sequence[1:], 1)
-    return counts
+        for block in blocks:
+            # The first token of a sequence follows nothing.
+            counts += np.bincount(block[:, 1:].reshape(-1), minlength=vocab_size)
+            for ids in block.astype(dtype):
+                writer.write({COLUMN: ids, ROW_HASH: row_hash(ids, place)})
+                place += 1
+    return place, counts

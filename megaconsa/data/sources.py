@@ -22,10 +22,19 @@ CARDS = ("readme", "license", "licence", "notice", "copying", "changelog", "cita
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that holds documents."""
+    """A file that holds documents, or a part of such a file."""
 
     path: Path
     format: Format
+    source: str = ""
+    """The source that it belongs to, as the user named it."""
+    begin: int = 0
+    """First byte of a file of lines, or first row group of a Parquet file."""
+    end: int | None = None
+    """End of the part, not included. None: the end of the file.
+
+    A line belongs to the part in which it begins.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,11 @@ def find_files(sources: Sequence[str]) -> SourceFiles:
         path = Path(source)
         before = len(found.files)
         if source == PYTHON:
-            found.files += [SourceFile(file, "text") for file in python_sources()]
+            found.files += [SourceFile(file, "text", source) for file in python_sources()]
         elif path.is_file():
-            found.files.append(SourceFile(path, _format_of_named(path)))
+            found.files.append(SourceFile(path, _format_of_named(path), source))
         elif path.is_dir():
-            _add_folder(found, path)
+            _add_folder(found, path, source)
         else:
             raise InputError(
                 f"source {source}: no such file or folder, "
@@ -110,7 +119,7 @@ def _recognised(path: Path) -> Format | None:
         ) from error
 
 
-def _add_folder(found: SourceFiles, folder: Path) -> None:
+def _add_folder(found: SourceFiles, folder: Path, source: str) -> None:
     """Adds the files below a folder."""
     formats: dict[Path, Format] = {}
     for file in _visible_files(folder):
@@ -123,7 +132,8 @@ def _add_folder(found: SourceFiles, folder: Path) -> None:
         for file in [file for file in formats if formats[file] == "text" and _is_card(file)]:
             del formats[file]
             found.skipped.append(SkippedFile(folder / file, "it describes the data beside it"))
-    found.files += [SourceFile(folder / file, formats[file]) for file in _shuffled(formats)]
+    for file in _shuffled(formats):
+        found.files.append(SourceFile(folder / file, formats[file], source))
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

@@ -112,9 +112,34 @@ class Tokenizer:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text. All cores are used."""
+        """The ids of each text. All cores are used, unless TOKENIZERS_PARALLELISM is false."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and the index of the character at which each begins."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [begin for begin, _ in encoding.offsets]
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of the token for what the vocabulary cannot write, or None if there is none."""
+        unknown: int | None = self._tokenizer.unk_token_id
+        # Some folders name the end-of-text token for want of another.
+        return None if unknown == self.end_of_text else unknown
+
+    def byte_ids(self) -> list[int]:
+        """The ids of tokens that are single bytes of characters that have several bytes."""
+        vocabulary = self._tokenizer.get_vocab()
+        # A BPE of characters has bytes as a fallback. A BPE of bytes writes each byte as a letter:
+        # as chr(byte) where that is visible, and the other 68 as chr(256) and on, of which the
+        # first 34 are ASCII.
+        names = [f"<0x{byte:02X}>" for byte in range(0x80, 0x100)]
+        if names[0] not in vocabulary:
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            names = [letter for letter in alphabet if ord(letter) in range(0x80, 0x100)]
+            names += [letter for letter in alphabet if ord(letter) >= 256 + 34]
+        return [vocabulary[name] for name in names if name in vocabulary]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, with special tokens spelled out."""

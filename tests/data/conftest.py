@@ -10,6 +10,7 @@ import pytest
 
 from megaconsa.data import shards
 from megaconsa.data.dataset_info import DatasetInfo
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.tokenizer import train_sentencepiece
 from tests.support.compressed_data import compress
@@ -59,9 +60,8 @@ def prepared(
         info = prepare(
             [str(text_folder)],
             folder,
+            Options(sequence_length=32, validation_share=0.1),
             tokenizer=tokenizer_folder,
-            sequence_length=32,
-            validation_share=0.1,
         )
     assert info.splits["train"].sequences > 200
     assert len(list((folder / "train").glob("shard.*"))) > 5

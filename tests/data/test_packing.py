@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaconsa.data.packing import document_starts, mask_labels, pack
+from megaconsa.data.packing import cut_stream, document_starts, fit_documents, mask_labels
 
 END = 0
 DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=12)
@@ -15,12 +18,10 @@ DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=12)
 
 @given(DOCUMENTS, st.integers(1, 9))
 def test_every_token_is_predicted_once(documents: list[list[int]], length: int) -> None:
-    stream = [token for document in documents for token in [*document, END]]
-    sequences = list(pack(iter(documents), length, END))
+    blocks = [np.array([*document, END]) for document in documents]
+    stream = [token for block in blocks for token in block.tolist()]
+    sequences = [row for block in cut_stream(blocks, length) for row in block]
     assert len(sequences) == max(0, len(stream) - 1) // length
-    assert all(
-        sequence.shape == (length + 1,) and sequence.dtype == np.int64 for sequence in sequences
-    )
     predicted = [int(token) for sequence in sequences for token in sequence[1:]]
     assert predicted == stream[1 : 1 + len(predicted)]
     for k, sequence in enumerate(sequences):
@@ -41,4 +42,39 @@ def test_document_starts_and_labels(rows: list[list[int]]) -> None:
                 start = i
             assert row_starts[i] == start
             assert row_labels[i] == (-100 if token == END else row[i + 1])
-    assert torch.equal(mask_labels(tokens, END, False), tokens[:, 1:])
+    joined = tokens[:, 1:].clone()
+    joined[(tokens[:, :-1] == END) & (joined == END)] = -100
+    assert torch.equal(mask_labels(tokens, END, False), joined)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=40), min_size=1), st.integers(2, 9)
+)
+def test_documents_that_fit_stay_whole(documents: list[list[int]], length: int) -> None:
+    blocks = [np.array([*document, END], np.uint16) for document in documents]
+    lengths = np.array([len(block) for block in blocks])
+    packed = fit_documents(np.concatenate(blocks), lengths, length, END)
+    assert packed.dtype == np.uint16
+    assert packed.shape[1] == length + 1
+    labels = mask_labels(torch.from_numpy(packed.astype(np.int64)), END, True)
+    # Each token but the first of its document is predicted once, from the token before it.
+    expected: Counter[tuple[int, int]] = Counter()
+    for document in documents:
+        expected.update(pairwise([*document, END]))
+    found: Counter[tuple[int, int]] = Counter()
+    for row, row_labels in zip(packed.tolist(), labels.tolist(), strict=True):
+        for token, label in zip(row[:-1], row_labels, strict=True):
+            if label != -100:
+                found[token, label] += 1
+    assert found == expected
+    # No two samples could be joined, so at most one is less than half full.
+    used = [np.flatnonzero(row != END).max(initial=-1) + 2 for row in packed]
+    assert sum(2 * tokens < length + 1 for tokens in used) <= 1
+    for document in documents:
+        if len(document) <= length:
+            text = [*document, END]
+            assert any(
+                row[i : i + len(text)].tolist() == text
+                for row in packed
+                for i in range(length + 2 - len(text))
+            )

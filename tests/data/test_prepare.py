@@ -18,13 +18,14 @@ import pytest
 import xxhash
 from streaming import LocalDataset
 
-from megaconsa.data import prepare as prepare_module
+from megaconsa.data import split_documents
 from megaconsa.data.dataset_info import INFO, UNFINISHED, DatasetInfo
 from megaconsa.data.documents import read_documents
-from megaconsa.data.packing import pack
-from megaconsa.data.prepare import in_validation, prepare
+from megaconsa.data.preparation_options import Options
+from megaconsa.data.prepare import prepare
 from megaconsa.data.shards import open_split, verify, write_split
 from megaconsa.data.sources import find_files
+from megaconsa.data.split_documents import in_validation
 from megaconsa.data.stream import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
@@ -46,7 +47,9 @@ def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: Datase
     counts: Counter[int] = Counter()
     for split, held_out in (("train", False), ("validation", True)):
         texts = [document for document in documents if in_validation(document, 0.1) == held_out]
-        expected = list(pack(tokenizer.encode_batch(texts), 32, tokenizer.end_of_text))
+        encoded = tokenizer.encode_batch(texts)
+        stream = np.concatenate([[*ids, tokenizer.end_of_text] for ids in encoded])
+        expected = [stream[i : i + 33] for i in range(0, len(stream) - 32, 32)]
         shards = TokenShards(prepared, split)
         assert len(shards) == len(expected) == info.splits[split].sequences
         assert info.splits[split].tokens == 32 * len(expected)
@@ -83,9 +86,9 @@ def test_streaming_reads_the_folder(prepared: Path) -> None:
 def test_large_vocabularies_take_four_bytes(
     tmp_path: Path, info: DatasetInfo, vocab_size: int, dtype: type
 ) -> None:
-    sequences = [np.array([0, 7, vocab_size - 1]), np.array([vocab_size - 1, 1, 2])]
-    counts = write_split(tmp_path, "train", iter(sequences), vocab_size, sequence_length=2)
-    assert counts.sum() == 4
+    sequences = np.array([[0, 7, vocab_size - 1], [vocab_size - 1, 1, 2]])
+    rows, counts = write_split(tmp_path, "train", [sequences], vocab_size, sequence_length=2)
+    assert (rows, counts.sum()) == (2, 4)
     splits = {"train": info.splits["train"].model_copy(update={"sequences": 2})}
     large = info.model_copy(
         update={"vocab_size": vocab_size, "sequence_length": 2, "splits": splits}
@@ -97,7 +100,9 @@ def test_large_vocabularies_take_four_bytes(
 
 
 def test_tokenizer_can_be_trained_on_the_way(text_folder: Path, tmp_path: Path) -> None:
-    info = prepare([str(text_folder)], tmp_path / "data", train_tokenizer=600, sequence_length=16)
+    info = prepare(
+        [str(text_folder)], tmp_path / "data", Options(sequence_length=16), train_tokenizer=600
+    )
     assert info.vocab_size == 600
     assert verify(tmp_path / "data") == []
 
@@ -109,7 +114,7 @@ def test_chat_template_and_generation_config_come_along(
     shutil.copytree(tokenizer_folder, words)
     (words / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (words / "generation_config.json").write_text('{"temperature": 0.6}')
-    prepare([str(text_folder)], tmp_path / "data", tokenizer=words, sequence_length=32)
+    prepare([str(text_folder)], tmp_path / "data", Options(sequence_length=32), tokenizer=words)
     for name in ("chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "data" / "tokenizer" / name).read_text() == (words / name).read_text()
 
@@ -119,21 +124,33 @@ def test_finished_folder_is_kept_or_refused(
 ) -> None:
     before = contents(prepared)
     sources = [str(text_folder)]
-    prepare(sources, prepared, tokenizer=tokenizer_folder, sequence_length=32, validation_share=0.1)
+    prepare(
+        sources,
+        prepared,
+        Options(sequence_length=32, validation_share=0.1),
+        tokenizer=tokenizer_folder,
+    )
     with pytest.raises(InputError, match="sequence-length is 32 there and 64 here"):
         prepare(
-            sources, prepared, tokenizer=tokenizer_folder, sequence_length=64, validation_share=0.1
+            sources,
+            prepared,
+            Options(sequence_length=64, validation_share=0.1),
+            tokenizer=tokenizer_folder,
         )
     with pytest.raises(InputError, match="source"):
         prepare(
             sources * 2,
             prepared,
+            Options(sequence_length=32, validation_share=0.1),
             tokenizer=tokenizer_folder,
-            sequence_length=32,
-            validation_share=0.1,
         )
     with pytest.raises(InputError, match="train-tokenizer is None there and 600 here"):
-        prepare(sources, prepared, train_tokenizer=600, sequence_length=32, validation_share=0.1)
+        prepare(
+            sources,
+            prepared,
+            Options(sequence_length=32, validation_share=0.1),
+            train_tokenizer=600,
+        )
     assert contents(prepared) == before
 
 
@@ -144,12 +161,16 @@ def test_foreign_folder_is_refused(
     (tmp_path / "train" / "precious").write_text("x")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="already holds other files"):
-        prepare([str(text_folder)], tmp_path, tokenizer=tokenizer_folder, sequence_length=32)
+        prepare(
+            [str(text_folder)], tmp_path, Options(sequence_length=32), tokenizer=tokenizer_folder
+        )
     assert contents(tmp_path) == before
     (tmp_path / UNFINISHED).touch()
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match=r"mine\.txt"):
-        prepare([str(text_folder)], tmp_path, tokenizer=tokenizer_folder, sequence_length=32)
+        prepare(
+            [str(text_folder)], tmp_path, Options(sequence_length=32), tokenizer=tokenizer_folder
+        )
     assert (tmp_path / "train" / "precious").exists()
 
 
@@ -157,17 +178,17 @@ def test_failure_leaves_nothing(
     text_folder: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*arguments: object) -> Iterator[np.ndarray]:
-        yield np.zeros(33, np.int64)
+        yield np.zeros((1, 33), np.int64)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "pack", failing)
+        patch.setattr(split_documents, "cut_stream", failing)
         with pytest.raises(KeyboardInterrupt):
             prepare(
                 [str(text_folder)],
                 tmp_path / "data",
+                Options(sequence_length=32),
                 tokenizer=tokenizer_folder,
-                sequence_length=32,
             )
     assert not (tmp_path / "data").exists()
     with pytest.raises(
@@ -176,8 +197,8 @@ def test_failure_leaves_nothing(
         prepare(
             [str(text_folder)],
             tmp_path / "data",
+            Options(sequence_length=1_000_000),
             tokenizer=tokenizer_folder,
-            sequence_length=1_000_000,
         )
     assert not (tmp_path / "data").exists()
 
@@ -189,13 +210,14 @@ def test_killed_preparation_starts_again(
 import os
 from pathlib import Path
 from megaconsa.data import prepare, shards
+from megaconsa.data.preparation_options import Options
 shards.SHARD_BYTES = 4096
 prepare.finish = lambda *_: os._exit(9)
 prepare.prepare(
     [{str(text_folder)!r}],
     Path("data"),
+    Options(sequence_length=32),
     tokenizer=Path({str(tokenizer_folder)!r}),
-    sequence_length=32,
 )
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 9
@@ -205,9 +227,8 @@ prepare.prepare(
     prepare(
         [str(text_folder)],
         tmp_path / "data",
+        Options(sequence_length=16, validation_share=0),
         tokenizer=tokenizer_folder,
-        sequence_length=16,
-        validation_share=0,
     )
     assert verify(tmp_path / "data") == []
     assert not (tmp_path / "data" / "validation").exists()
@@ -220,7 +241,12 @@ def test_two_preparations_do_not_mix(
     with (tmp_path / UNFINISHED).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is preparing it"):
-            prepare([str(text_folder)], tmp_path, tokenizer=tokenizer_folder, sequence_length=32)
+            prepare(
+                [str(text_folder)],
+                tmp_path,
+                Options(sequence_length=32),
+                tokenizer=tokenizer_folder,
+            )
 
 
 def test_folders_that_are_no_data_are_refused(tmp_path: Path, copy: Path) -> None:
@@ -244,17 +270,33 @@ def test_bad_options_are_refused_before_writing(
     out = tmp_path / "out"
     sources = [str(text_folder)]
     with pytest.raises(InputError, match="one of --tokenizer"):
-        prepare(sources, out, sequence_length=32)
+        prepare(sources, out, Options(sequence_length=32))
     with pytest.raises(InputError, match="one of --tokenizer"):
-        prepare(sources, out, tokenizer=tokenizer_folder, train_tokenizer=600, sequence_length=32)
+        prepare(
+            sources,
+            out,
+            Options(sequence_length=32),
+            tokenizer=tokenizer_folder,
+            train_tokenizer=600,
+        )
     with pytest.raises(InputError, match="sequence-length 0"):
-        prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=0)
+        prepare(sources, out, Options(sequence_length=0), tokenizer=tokenizer_folder)
     with pytest.raises(InputError, match=r"validation-share 1\.5"):
-        prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=32, validation_share=1.5)
+        prepare(
+            sources,
+            out,
+            Options(sequence_length=32, validation_share=1.5),
+            tokenizer=tokenizer_folder,
+        )
     with pytest.raises(
         InputError, match="none of the 300 documents falls into the validation split"
     ):
-        prepare(sources, out, tokenizer=tokenizer_folder, sequence_length=32, validation_share=1e-9)
+        prepare(
+            sources,
+            out,
+            Options(sequence_length=32, validation_share=1e-9),
+            tokenizer=tokenizer_folder,
+        )
     assert not out.exists()
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.shards import verify
 from megaconsa.data.tokenizer import Tokenizer
@@ -126,9 +127,8 @@ def test_the_largest_id_counts_where_ids_have_holes(make: Make, tmp_path: Path) 
     info = prepare(
         [str(tmp_path / "text.txt")],
         tmp_path / "data",
+        Options(sequence_length=8, validation_share=0),
         tokenizer=folder,
-        sequence_length=8,
-        validation_share=0,
     )
     assert info.vocab_size == 3003
     assert not verify(tmp_path / "data")
@@ -230,9 +230,8 @@ def test_data_folders_with_an_earlier_fingerprint_are_whole(make: Make, tmp_path
         return prepare(
             [str(tmp_path / "text.txt")],
             out,
+            Options(sequence_length=8, validation_share=0),
             tokenizer=tokenizer,
-            sequence_length=8,
-            validation_share=0,
         )
 
     prepared(folder)
@@ -260,9 +259,8 @@ def test_files_are_copied_byte_for_byte(make: Make, tmp_path: Path) -> None:
     prepare(
         [str(tmp_path / "text.txt")],
         tmp_path / "data",
+        Options(sequence_length=8, validation_share=0),
         tokenizer=folder,
-        sequence_length=8,
-        validation_share=0,
     )
     copied = {file.name: file.read_bytes() for file in (tmp_path / "data" / "tokenizer").iterdir()}
     assert copied == {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megaconsa.data.dataset_info import VALIDATION
-from megaconsa.data.prepare import in_validation, prepare
+from megaconsa.data.preparation_options import Options
+from megaconsa.data.prepare import prepare
+from megaconsa.data.split_documents import in_validation
 from megaconsa.data.stream import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
@@ -33,9 +35,8 @@ def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
     prepare(
         [str(tmp_path / "texts.jsonl")],
         data,
+        Options(sequence_length=16, validation_share=0.8),
         tokenizer=small_data / "tokenizer",
-        sequence_length=16,
-        validation_share=0.8,
     )
     expected = [text for text in texts if in_validation(text, 0.8)]
     held_out = HeldOut(data)

@@ -22,6 +22,7 @@ from megaconsa.checkpoint import imported, store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Granularity
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.stream import Batch, BatchStream
 from megaconsa.errors import InputError
@@ -75,7 +76,9 @@ def paragraphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = Path(argparse.__file__).read_text().split("\n\n")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     data = folder / "data"
-    prepare([str(source)], data, train_tokenizer=512, sequence_length=64, validation_share=0.1)
+    prepare(
+        [str(source)], data, Options(sequence_length=64, validation_share=0.1), train_tokenizer=512
+    )
     return data
 
 

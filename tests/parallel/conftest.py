@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from tests.support.topologies import Runs
 
@@ -34,9 +35,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(
         [str(source)],
         folder / "data",
+        Options(sequence_length=64, validation_share=0.1),
         train_tokenizer=512,
-        sequence_length=64,
-        validation_share=0.1,
     )
     return folder
 

@@ -278,6 +278,7 @@ def forced_moments(values: dict[str, Any], folder: Path, say: Callable[[str], No
 
 
 def main() -> None:
+    from megaconsa.data.preparation_options import Options
     from megaconsa.data.prepare import prepare
 
     parser = argparse.ArgumentParser(
@@ -290,9 +291,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = [str(module.__file__) for module in (argparse, inspect, tarfile, typing)]
-        prepare(
-            sources, folder / "data", train_tokenizer=512, sequence_length=64, validation_share=0.1
-        )
+        options = Options(sequence_length=64, validation_share=0.1)
+        prepare(sources, folder / "data", options, train_tokenizer=512)
         values = {
             "model": {
                 "preset": "tiny",

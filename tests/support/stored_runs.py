@@ -22,6 +22,7 @@ from typing import Any
 
 from megaconsa.config import build
 from megaconsa.consa.rules import head_share
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
@@ -86,7 +87,10 @@ def make(out: Path) -> None:
         lines = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
         text.write_text("\n".join(lines))
         prepare(
-            [str(text)], Path("data"), train_tokenizer=512, sequence_length=16, validation_share=0.1
+            [str(text)],
+            Path("data"),
+            Options(sequence_length=16, validation_share=0.1),
+            train_tokenizer=512,
         )
         text.unlink()
         head_share(2, 2, 4, 0.5).save(Path("table.json"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.huggingface.export import export
 from tests.support.evaluations import SMALL, Done, Refused
@@ -108,9 +109,8 @@ def test_another_vocabulary(
     prepare(
         [str(tmp_path / "text.jsonl")],
         tmp_path / "data",
+        Options(sequence_length=16, validation_share=0.3),
         train_tokenizer=512,
-        sequence_length=16,
-        validation_share=0.3,
     )
     error = refused(
         "evaluate",

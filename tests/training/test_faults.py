@@ -22,6 +22,7 @@ from megaconsa.checkpoint import store
 from megaconsa.config import WatchdogSection
 from megaconsa.data import shards
 from megaconsa.data.flat_shard import FlatShard
+from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.parallel.world import ALONE
 from megaconsa.reporting.metrics import read_metrics
@@ -154,7 +155,10 @@ def test_a_shard_that_is_lost_while_training_ends_all_ranks_with_its_name(
     away = tmp_path / "away"
     sources = [f"{library}/{name}" for name in ("json", "email")]
     prepare(
-        sources, data, tokenizer=small_data / "tokenizer", sequence_length=64, validation_share=0.1
+        sources,
+        data,
+        Options(sequence_length=64, validation_share=0.1),
+        tokenizer=small_data / "tokenizer",
     )
     assert len(list((data / "train").glob("shard.*"))) > FlatShard.loaded_at_once
     values = make_config(training=ENDLESS, data={"path": str(data)}, validation={"every": 0})

@@ -1,0 +1,104 @@
+"""Tokenized pieces: what the processes of a preparation write, and what packing reads.
+
+A piece is three files of one name:
+
+    NAME.tokens           ids of all documents, each followed by the end-of-text token
+    NAME.documents.npy    one record per document (DOCUMENT)
+    NAME.json             counts; written last, so a piece without it is unfinished
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+DOCUMENT = np.dtype([("hash", "<u8"), ("characters", "<u4"), ("tokens", "<u4")])
+"""hash: of the text (xxh3_64). tokens: end-of-text included."""
+FINISHED = ".json"
+
+
+class TokenizedPiece(BaseModel):
+    """The counts of a tokenized piece."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    documents: int
+    tokens: int
+    bad_documents: int
+    bad: list[str]
+    """What is wrong with the first few bad documents."""
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The stored type of ids. They have two bytes where the vocabulary fits."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def find(folder: Path, name: str) -> TokenizedPiece | None:
+    """The counts of a piece, or None if it is not finished."""
+    file = folder / (name + FINISHED)
+    if not file.exists():
+        return None
+    return TokenizedPiece.model_validate_json(file.read_bytes())
+
+
+class PieceWriter:
+    """Writes a tokenized piece."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+        self._folder = folder
+        self._name = name
+        self._type = token_type(vocab_size)
+        self._file = (folder / f"{name}.tokens").open("wb")
+        self._documents: list[tuple[int, int, int]] = []
+
+    def add(self, text_hash: int, characters: int, ids: np.ndarray) -> None:
+        """Adds a document.
+
+        text_hash: xxh3_64 of the text.
+        characters: length of the text.
+        ids: (n,) with the end-of-text token at the end.
+        """
+        self._file.write(ids.astype(self._type).tobytes())
+        self._documents.append((text_hash, characters, len(ids)))
+
+    def finish(self, bad_documents: int, bad: list[str]) -> TokenizedPiece:
+        """Writes the counts, which finishes the piece."""
+        self._file.close()
+        documents = np.array(self._documents, DOCUMENT)
+        np.save(self._folder / f"{self._name}.documents.npy", documents)
+        piece = TokenizedPiece(
+            documents=len(documents),
+            tokens=int(documents["tokens"].sum(dtype=np.int64)),
+            bad_documents=bad_documents,
+            bad=bad,
+        )
+        unfinished = self._folder / f"{self._name}.unfinished"
+        unfinished.write_text(piece.model_dump_json())
+        os.replace(unfinished, self._folder / (self._name + FINISHED))
+        return piece
+
+
+def documents(folder: Path, name: str) -> np.ndarray:
+    """The records of a piece's documents, (n,) DOCUMENT."""
+    loaded: np.ndarray = np.load(folder / f"{name}.documents.npy")
+    return loaded
+
+
+def tokens(folder: Path, name: str, vocab_size: int) -> np.ndarray:
+    """The ids of a piece, in the stored type."""
+    file = folder / f"{name}.tokens"
+    if not file.stat().st_size:
+        return np.empty(0, token_type(vocab_size))
+    return np.memmap(file, token_type(vocab_size), mode="r")
+
+
+def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Removes every file of the folder that belongs to none of the pieces."""
+    kept = set(names)
+    for file in folder.iterdir():
+        if file.name.split(".")[0] not in kept:
+            file.unlink()
