@@ -56,9 +56,11 @@ def test_missing_ranks_are_named_at_once_and_end_it() -> None:
             "look at why they did not start, or cannot reach it",
         ],
     )
-    code, (line,) = other
+    code, (*notices, error) = other
     assert code == 76
-    assert line.startswith(f"error: rank 2 of 5 hears nothing more from rank 0 at {meeting} (")
+    # On a loaded machine rank 0 may start two seconds later.
+    assert set(notices) <= {f"rank 2 of 5 waits for rank 0 at {meeting}"}
+    assert error.startswith(f"error: rank 2 of 5 hears nothing more from rank 0 at {meeting} (")
 
 
 def test_the_main_rank_is_missing() -> None:
