@@ -84,7 +84,7 @@ def prepare(
             with progress("training the tokenizer", None) as task:
                 train_sentencepiece(sample, out / TOKENIZER, train_tokenizer)
                 task.advance()
-        used = Tokenizer.load(out / TOKENIZER)
+        used = given or Tokenizer.load(out / TOKENIZER)
         (out / PIECES).mkdir(exist_ok=True)
         settings = Settings(options.layout, options.skip_bad)
         named = tokenize(pieces, out / PIECES, used, settings, options.workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,7 @@ def tokenize(
     missing = {
         name: piece for name, piece in zip(names, pieces, strict=True) if found[name] is None
     }
-    total = sum(piece.size for piece in missing.values()) / MIB
+    total = math.ceil(sum(piece.size for piece in missing.values()) / MIB)
     work = _Work(missing, settings, tokenizer)
     with (
         progress("tokenizing", total, "MiB") as task,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -145,7 +146,7 @@ class Tokenizer:
         """The text of the ids, with special tokens spelled out."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when a text gets other ids. Compare it with `same_tokenizer`."""
         content = json.loads(self._backend.to_str())
