@@ -73,6 +73,12 @@ class TokenShards(Dataset[np.ndarray]):
         first = int(self._ends[number]) - shard.samples
         return shard.row(int(index) - first)
 
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file that holds a sequence, and the sequence's row in it, from 0."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard.path, index - int(self._ends[number]) + shard.samples
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The ids of several sequences.
 
@@ -200,6 +206,8 @@ class BatchStream:
         self.order = self.shards.order(seed) if shuffle else StoredOrder()
         self.cost = ReadCost()
         """What it has cost to read the micro-batches that `steps` has taken."""
+        self.awaited: np.ndarray | None = None
+        """The (B,) places in the stream of the micro-batch that `steps` waits for, or None."""
 
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
         """Each step's micro-batches of this rank, endlessly.
@@ -227,11 +235,30 @@ class BatchStream:
         places = self._places(self.global_batch)
         try:
             while True:
-                yield [self._batch(self._received(next(rows)), place) for place in places]
+                batches = []
+                for place in places:
+                    self.awaited = taken + place
+                    batches.append(self._batch(self._received(next(rows)), place))
+                self.awaited = None
+                yield batches
+                taken += self.global_batch
         finally:
             # Ends the workers now. Where the garbage collector does it, torch waits five seconds
             # for each worker.
             del rows
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """The ids in the split of the sequences at some places of the stream, in any shape."""
+        epochs, offsets = np.divmod(places, len(self.shards))
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            ids[now] = self.order.ids(int(epoch), offsets[now])
+        return ids
+
+    def files(self, places: np.ndarray) -> list[Path]:
+        """The shards that hold the sequences at some places of the stream, sorted."""
+        return sorted({self.shards.locate(int(i))[0] for i in self.ids(places)})
 
     def fixed_batches(self, count: int, least: int = 1) -> list[Batch]:
         """This rank's micro-batches of a fixed set of sequences, for validation.
@@ -280,12 +307,7 @@ class BatchStream:
         """
         places = np.stack(self._places(self.global_batch))
         while True:
-            epochs, offsets = np.divmod(taken + places, len(self.shards))
-            ids = np.empty_like(offsets)
-            for epoch in np.unique(epochs):
-                now = epochs == epoch
-                ids[now] = self.order.ids(int(epoch), offsets[now])
-            yield from ids
+            yield from self.ids(taken + places)
             taken += self.global_batch
 
     def _received(self, item: _Item) -> np.ndarray:

@@ -40,7 +40,7 @@ def build_callbacks(
     if mesh.world.size > 1:
         found.append(LostRanks(run, mesh.world))
     if config.watchdog.factor:
-        found.append(Watchdog(run, config.watchdog, mesh.world))
+        found.append(Watchdog(run, config.watchdog, mesh.world, stream))
     found.append(StopSignals())
     if mesh.is_main:
         assert lock is not None
