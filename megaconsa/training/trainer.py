@@ -248,6 +248,7 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
+            "sequences": self.progress.sequences,
             "loss": _number(result.loss),
             "learning_rate": rate,
             "grad_norm": _number(result.grad_norm),
