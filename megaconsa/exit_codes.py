@@ -20,5 +20,5 @@ The same command resumes from there."""
 LOST = 76
 """A failure after which the same command resumes from the newest checkpoint, on working nodes.
 
-A step did not end, a rank died without an error, storage or network did not respond for minutes, or
-two saves in a row failed."""
+A step did not end, data did not come, a rank died without an error, storage or network did not
+respond for minutes, or two saves in a row failed."""

@@ -22,7 +22,17 @@ from megaconsa import run_folder
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["stop", "skipped", "rewind", "slow_rank", "checkpoint", "error", "lost_rank", "hang"]
+Kind = Literal[
+    "stop",
+    "skipped",
+    "rewind",
+    "slow_rank",
+    "slow_data",
+    "checkpoint",
+    "error",
+    "lost_rank",
+    "hang",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

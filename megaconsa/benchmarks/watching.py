@@ -78,7 +78,7 @@ def measure(
     clock = Clock()
     for callback in trainer.callbacks:
         if not isinstance(callback, OTHERS):
-            for moment in ("before_step", "on_step"):
+            for moment in ("before_data", "before_step", "on_step"):
                 timed = clock.around(type(callback).__name__, getattr(callback, moment))
                 setattr(callback, moment, timed)
     trainer._check = clock.around("bad steps", trainer._check)  # type: ignore[method-assign]
@@ -89,6 +89,8 @@ def measure(
         if number == warm_up:
             clock.on = True
             started = time.perf_counter()
+        for callback in trainer.callbacks:
+            callback.before_data(trainer)
         for callback in trainer.callbacks:
             callback.before_step(trainer)
         row = trainer.step()

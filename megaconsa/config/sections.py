@@ -285,7 +285,12 @@ class WatchdogSection(Section):
     minimum_seconds: float = Field(120.0, gt=0)
     """No step is given up sooner."""
     pause_seconds: float = Field(1800.0, gt=0)
-    """Limit for start-up with the first step, for data waits, and for validation and saves."""
+    """Limit for start-up with the first step, and for validation and saves."""
+    data_seconds: float = Field(540.0, gt=0)
+    """Limit for a rank's wait for its own data.
+
+    Reads are retried for five minutes, so a lower limit may give up too early. NCCL aborts the
+    other ranks, which wait for this one, after ten minutes."""
 
 
 class LoggingSection(Section):

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from megaconsa.data.dataset_info import TRAIN, DatasetInfo
 from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle, StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
+from megaconsa.data.read_cost import ReadCost
 from megaconsa.data.shards import open_split
 from megaconsa.errors import InputError, RunError
 
@@ -72,6 +73,12 @@ class TokenShards(Dataset[np.ndarray]):
         first = int(self._ends[number]) - shard.samples
         return shard.row(int(index) - first)
 
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file that holds a sequence, and the sequence's row in it, from 0."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard.path, index - int(self._ends[number]) + shard.samples
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The ids of several sequences.
 
@@ -98,7 +105,11 @@ class TokenShards(Dataset[np.ndarray]):
         return np.arange(count) * len(self) // count
 
 
-class _Rows(Dataset[np.ndarray | RunError]):
+_Item = tuple[np.ndarray | RunError, ReadCost]
+"""What a reader gives for a micro-batch: its (B, S + 1) rows or an error, and what it cost."""
+
+
+class _Rows(Dataset[_Item]):
     """The rows of a micro-batch as one item.
 
     The rows are NumPy arrays, because tensors would come from a worker through /dev/shm. An error
@@ -109,11 +120,15 @@ class _Rows(Dataset[np.ndarray | RunError]):
     def __init__(self, shards: TokenShards) -> None:
         self.shards = shards
 
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray | RunError:
+    def __getitem__(self, ids: np.ndarray) -> _Item:
+        cost = ReadCost()
         try:
-            return self.shards.rows(ids)
+            with cost.timed():
+                rows = self.shards.rows(ids)
         except RunError as error:
-            return error
+            return error, cost
+        cost.bytes = rows.nbytes
+        return rows, cost
 
 
 @dataclass
@@ -178,6 +193,7 @@ class BatchStream:
             )
         if seed < 0:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
+        self.folder = Path(path)
         self.shards = TokenShards(path, split)
         self.info = self.shards.info
         self.seed = seed
@@ -188,6 +204,10 @@ class BatchStream:
         self.workers = workers
         self.separate_documents = separate_documents
         self.order = self.shards.order(seed) if shuffle else StoredOrder()
+        self.cost = ReadCost()
+        """What it has cost to read the micro-batches that `steps` has taken."""
+        self.awaited: np.ndarray | None = None
+        """The (B,) places in the stream of the micro-batch that `steps` waits for, or None."""
 
     def steps(self, taken: int = 0) -> Iterator[list[Batch]]:
         """Each step's micro-batches of this rank, endlessly.
@@ -215,11 +235,30 @@ class BatchStream:
         places = self._places(self.global_batch)
         try:
             while True:
-                yield [self._batch(_sound(next(rows)), place) for place in places]
+                batches = []
+                for place in places:
+                    self.awaited = taken + place
+                    batches.append(self._batch(self._received(next(rows)), place))
+                self.awaited = None
+                yield batches
+                taken += self.global_batch
         finally:
             # Ends the workers now. Where the garbage collector does it, torch waits five seconds
             # for each worker.
             del rows
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """The ids in the split of the sequences at some places of the stream, in any shape."""
+        epochs, offsets = np.divmod(places, len(self.shards))
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            ids[now] = self.order.ids(int(epoch), offsets[now])
+        return ids
+
+    def files(self, places: np.ndarray) -> list[Path]:
+        """The shards that hold the sequences at some places of the stream, sorted."""
+        return sorted({self.shards.locate(int(i))[0] for i in self.ids(places)})
 
     def fixed_batches(self, count: int, least: int = 1) -> list[Batch]:
         """This rank's micro-batches of a fixed set of sequences, for validation.
@@ -268,13 +307,16 @@ class BatchStream:
         """
         places = np.stack(self._places(self.global_batch))
         while True:
-            epochs, offsets = np.divmod(taken + places, len(self.shards))
-            ids = np.empty_like(offsets)
-            for epoch in np.unique(epochs):
-                now = epochs == epoch
-                ids[now] = self.order.ids(int(epoch), offsets[now])
-            yield from ids
+            yield from self.ids(taken + places)
             taken += self.global_batch
+
+    def _received(self, item: _Item) -> np.ndarray:
+        """The rows of an item. Counts their cost. Raises the error that came in their place."""
+        rows, cost = item
+        self.cost += cost
+        if isinstance(rows, RunError):
+            raise type(rows)(str(rows))
+        return rows
 
     def _batch(self, rows: np.ndarray, place: np.ndarray) -> Batch:
         """A micro-batch from its rows.
@@ -297,16 +339,9 @@ class BatchStream:
         )
 
 
-def _sound(rows: np.ndarray | RunError) -> np.ndarray:
-    """The rows. Raises the error that was returned in their place."""
-    if isinstance(rows, RunError):
-        raise type(rows)(str(rows))
-    return rows
-
-
-def _as_is(rows: Any) -> Any:
+def _as_is(item: Any) -> Any:
     """Replaces the loader's collation, which would convert the rows to tensors."""
-    return rows
+    return item
 
 
 def _leave_signals_to_parent(parent: int, worker: int) -> None:

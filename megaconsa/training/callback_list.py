@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from megaconsa.config import Config
+from megaconsa.data.stream import BatchStream
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.data_waits import DataWaits
 from megaconsa.training.callbacks.incident_log import IncidentLog
 from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
@@ -22,6 +24,7 @@ def build_callbacks(
     config: Config,
     mesh: Mesh,
     lock: RunLock | None,
+    stream: BatchStream,
     validation: Validation,
     checkpointing: Checkpointing,
     job_end: float | None,
@@ -29,6 +32,7 @@ def build_callbacks(
     """The callbacks in the order in which they are called.
 
     lock: on the main rank, the lease of the run folder.
+    stream: this rank's training data.
     job_end: when the scheduler ends the job, by time.time, or None.
     """
     run = config.run.dir
@@ -36,11 +40,12 @@ def build_callbacks(
     if mesh.world.size > 1:
         found.append(LostRanks(run, mesh.world))
     if config.watchdog.factor:
-        found.append(Watchdog(run, config.watchdog, mesh.world))
+        found.append(Watchdog(run, config.watchdog, mesh.world, stream))
     found.append(StopSignals())
     if mesh.is_main:
         assert lock is not None
-        found += [lock, *_reporters(config), IncidentLog(run), Rewinds(run), StopFile(run)]
+        found += [lock, DataWaits(run, stream), *_reporters(config)]
+        found += [IncidentLog(run), Rewinds(run), StopFile(run)]
         if job_end is not None:
             found.append(TimeLimit(job_end, checkpointing))
     assert mesh.is_main or not any(callback.main_rank_only for callback in found)

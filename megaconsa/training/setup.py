@@ -97,7 +97,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     }
     end = mesh.world.agreed(job_end)
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
-    callbacks = build_callbacks(config, mesh, lock, validation, checkpointing, end)
+    callbacks = build_callbacks(config, mesh, lock, stream, validation, checkpointing, end)
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(
         training,

@@ -61,8 +61,11 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Called before the first step."""
 
+    def before_data(self, trainer: Trainer) -> None:
+        """Called before each step, before it waits for its data."""
+
     def before_step(self, trainer: Trainer) -> None:
-        """Called before each step."""
+        """Called before each step, once every rank has its data."""
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         """Called after each step.
@@ -141,6 +144,8 @@ class Trainer:
     """Whether the run ends after the current step, and why. The same on all ranks."""
     completed: bool = field(default=False, init=False)
     """All steps up to the end or up to a stop are done. False if an error ended the run."""
+    own_data_seconds: float = field(default=0.0, init=False)
+    """Seconds of the last step in which this rank waited for its own data."""
     work_seconds: float = field(default=0.0, init=False)
     """Seconds of the last step in which this rank worked or waited for its own data. Excludes
     time spent waiting for other ranks."""
@@ -177,6 +182,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.progress.step < self.training.steps and not self.stopping:
+                for callback in self.callbacks:
+                    callback.before_data(self)
                 self._fetched = self._fetch()
                 for callback in self.callbacks:
                     callback.before_step(self)
@@ -232,6 +239,7 @@ class Trainer:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - fetched.began
+        self.own_data_seconds = fetched.own_seconds
         self.work_seconds = fetched.own_seconds + self.engine.compute_seconds()
         tokens = self.training.global_batch * self.training.sequence_length
         self.progress.step += 1
@@ -240,6 +248,7 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
+            "sequences": self.progress.sequences,
             "loss": _number(result.loss),
             "learning_rate": rate,
             "grad_norm": _number(result.grad_norm),

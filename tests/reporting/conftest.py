@@ -98,6 +98,7 @@ def _row(step: int, steps: int, random: np.random.Generator, start: float = 9.0)
     row = {
         "step": step,
         "tokens": step * 16_384,
+        "sequences": step * 32,
         "loss": loss,
         "learning_rate": 1e-3
         * min(1.0, step / (0.05 * steps))

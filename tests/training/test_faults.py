@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from megaconsa import incidents
+from megaconsa import incidents, reading
 from megaconsa.checkpoint import store
 from megaconsa.config import WatchdogSection
 from megaconsa.data import shards
 from megaconsa.data.flat_shard import FlatShard
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
+from megaconsa.data.stream import BatchStream
 from megaconsa.parallel.world import ALONE
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.train import train
@@ -53,6 +54,23 @@ Trainer.METHOD = hanging
 sys.exit(_main(sys.argv[1:]))
 """
 RANK_1_HANGS = RANK_1_SLEEPS.replace("METHOD", "step").replace("SECONDS", "1000")
+LAST_READER_HANGS = """
+import itertools, os, sys, time
+from megaconsa.data.stream import TokenShards
+from megaconsa.train import _main
+from megaconsa.training.callbacks import watchdog
+
+watchdog.GRACE_SECONDS = 1.0
+rows = TokenShards.rows
+calls = itertools.count()
+def hanging(shards, ids):
+    is_last = int(os.environ["SLURM_PROCID"]) == int(os.environ["SLURM_NTASKS"]) - 1
+    if next(calls) == 8 and is_last:
+        time.sleep(1000)
+    return rows(shards, ids)
+TokenShards.rows = hanging
+sys.exit(_main(sys.argv[1:]))
+"""
 RANK_1_WAITS_FOR_DATA = RANK_1_SLEEPS.replace("METHOD", "_fetch").replace("SECONDS", "10")
 DISK_FILLS = f"""
 import sys
@@ -191,6 +209,31 @@ def test_data_may_be_waited_for_longer_than_a_step_may_take(
     assert (main.code, other.code) == (0, 0), main.err + other.err
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0)])
+def test_a_reader_that_hangs_is_given_up_with_its_file(
+    ranks: int, workers: int, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAST_READER_HANGS)
+    values = make_config(training=ENDLESS, data={"workers": workers}, watchdog={"data_seconds": 4})
+    run = Path(values["run"]["dir"])
+    tasks = ended(start(write(values, tmp_path), [str(script)], tasks=ranks))
+    assert [task.code for task in tasks] == [76] * ranks, tasks
+    found = incidents.read(run)[-1]
+    assert (found["kind"], found["rank"]) == ("hang", ranks - 1)
+    shard = next(Path(values["data"]["path"], "train").glob("shard.*"))
+    assert f"rank {ranks - 1} has waited for its data for " in found["text"]
+    assert "(watchdog.data_seconds=4)" in found["text"]
+    assert f"the next rows are in {shard.parent}, in {shard.name};" in found["text"]
+    assert found["text"] in tasks[-1].err
+    (first,) = run.glob("failures/*/first.txt")
+    assert found["text"] in first.read_text()
+
+
+def test_reading_gives_up_before_the_wait_for_data_does() -> None:
+    assert WatchdogSection().data_seconds > 1.5 * reading.PATIENCE_SECONDS
+
+
 @pytest.mark.parametrize("disk", ["8m"], indirect=True)
 def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(
     disk: Path, make_config: MakeConfig, tmp_path: Path
@@ -218,14 +261,14 @@ def test_a_disk_that_fills_up_ends_all_ranks_and_costs_no_step(
     assert losses[0] == losses[1]
 
 
-def test_what_lies_between_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
+def test_what_lies_between_steps_has_a_limit_of_its_own(small_data: Path, tmp_path: Path) -> None:
     """A validation may take longer than a step.
 
     Once steps have been timed, they have a shorter limit.
     """
-    watchdog = Watchdog(
-        tmp_path, WatchdogSection(factor=2, minimum_seconds=0.01, pause_seconds=500), ALONE
-    )
+    section = WatchdogSection(factor=2, minimum_seconds=0.01, pause_seconds=500)
+    stream = BatchStream(small_data, seed=0, global_batch=4, micro_batch=2)
+    watchdog = Watchdog(tmp_path, section, ALONE, stream)
     nobody: Any = None  # the watchdog does not use the trainer
     assert watchdog.step_limit == 500
     for _ in range(3):

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
 """Time between two writes. Prometheus polls every 15 s or less often."""
-COUNTERS = ("step", "tokens", "skipped")
+COUNTERS = ("step", "tokens", "sequences", "skipped")
 """Fields that only grow, except after a rewind."""
 
 

@@ -30,7 +30,7 @@ class Rewinds(Callback):
     def on_step(self, trainer: Trainer, row: Row) -> None:
         if trainer.stop is Stop.REWIND:
             entry = {"step": row["step"], "sequences": trainer.progress.sequences}
-            found = [*_read(self.run), entry]
+            found = [*read_rewinds(self.run), entry]
             replace_text(self.run / run_folder.REWINDS, json.dumps(found, indent=1) + "\n")
 
 
@@ -43,11 +43,15 @@ def rewound(run: Path, step: int, sequences: int) -> tuple[int, int]:
     spikes.
     Raises InputError if the list is damaged, because the run would train on what it must skip.
     """
-    ahead = [entry["sequences"] for entry in _read(run) if entry["step"] > step]
+    ahead = [entry["sequences"] for entry in read_rewinds(run) if entry["step"] > step]
     return max([sequences, *ahead]), len(ahead)
 
 
-def _read(run: Path) -> list[dict[str, int]]:
+def read_rewinds(run: Path) -> list[dict[str, int]]:
+    """The entries of the list, oldest first, or none if there is no list.
+
+    Raises InputError if the list is damaged.
+    """
     path = run / run_folder.REWINDS
     try:
         return [
