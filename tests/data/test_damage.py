@@ -20,7 +20,8 @@ from megaconsa import reading
 from megaconsa.data import compressed_shard, flat_shard
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.shards import verify
-from megaconsa.data.stream import BatchStream, TokenShards
+from megaconsa.data.stream import BatchStream
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.errors import DataError, InputError, UnreachableError
 from megaconsa.tools import verify_data
 from tests.support.disks import OUT_OF_REACH

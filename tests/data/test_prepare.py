@@ -25,7 +25,7 @@ from megaconsa.data.packing import pack
 from megaconsa.data.prepare import in_validation, prepare
 from megaconsa.data.shards import open_split, verify, write_split
 from megaconsa.data.sources import find_files
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 

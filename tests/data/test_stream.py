@@ -22,7 +22,8 @@ import torch
 from megaconsa.data.compressed_shard import CompressedShard
 from megaconsa.data.flat_shard import FlatShard
 from megaconsa.data.packing import document_starts, mask_labels
-from megaconsa.data.stream import Batch, BatchStream, TokenShards
+from megaconsa.data.stream import Batch, BatchStream
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.errors import InputError
 
 

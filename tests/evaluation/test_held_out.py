@@ -9,7 +9,7 @@ import numpy as np
 
 from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.prepare import in_validation, prepare
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
 
