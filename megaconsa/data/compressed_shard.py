@@ -11,7 +11,7 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
-from megaconsa.data.shard_file import COLUMN, HASH, file_fault
+from megaconsa.data.shard_file import COLUMN, HASH
 from megaconsa.errors import DataError
 from megaconsa.reading import read_bytes
 
@@ -34,16 +34,17 @@ class CompressedShard(MDSReader):
     @property
     def path(self) -> Path:
         """The file on disk."""
-        return Path(self.dirname, self.split, self._stored.basename)
+        return Path(self.dirname, self.split, self.name)
+
+    @property
+    def name(self) -> str:
+        """The name of that file."""
+        return str(self._stored.basename)
 
     @property
     def _stored(self) -> FileInfo:
         """The index's record of the file on disk."""
         return self.zip_data or self.raw_data
-
-    def check_file(self) -> str | None:
-        """What is wrong with the file, or None. Only its presence and size are checked."""
-        return file_fault(self.path, self._stored.bytes)
 
     def load(self) -> None:
         """Reads, checks and decompresses the file.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from megaconsa.data.shard_file import HASH, file_fault
+from megaconsa.data.shard_file import HASH
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
 
@@ -17,6 +18,19 @@ logger = logging.getLogger(__name__)
 
 ROW_HASH = "row_hash"
 """The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
+
+
+class FlatRecord(NamedTuple):
+    """What the index says about a shard."""
+
+    name: str
+    """The name of its file."""
+    samples: int
+    """Number of rows."""
+    size: int
+    """Bytes of the file."""
+    digest: int
+    """Hash of the file."""
 
 
 class FlatShard:
@@ -32,29 +46,20 @@ class FlatShard:
     loaded_at_once = 64
     """How many shards of a split are open in a process."""
 
-    def __init__(
-        self, path: Path, samples: int, size: int, digest: str, first: int, columns: np.dtype
-    ) -> None:
+    def __init__(self, folder: Path, record: FlatRecord, first: int, columns: np.dtype) -> None:
         """Describes the shard. Nothing is read.
 
-        samples: number of rows.
-        size: bytes of the file.
-        digest: hash of the file, in hexadecimal.
+        folder: holds the file.
+        record: what the index says about it.
         first: place of the first row in the split.
         columns: a row's type: ROW_HASH, then the ids.
         """
-        self.path = path
-        self.samples = samples
-        self.size = size
-        self.digest = digest
+        self.path = folder / record.name
+        self.record = record
         self.first = first
         self.columns = columns
-        self._begin = size - samples * columns.itemsize
+        self._begin = record.size - record.samples * columns.itemsize
         self._file: int | None = None
-
-    def check_file(self) -> str | None:
-        """What is wrong with the file, or None. Only its presence and size are checked."""
-        return file_fault(self.path, self.size)
 
     def row(self, number: int) -> np.ndarray:
         """The ids of a row, (S + 1,).
@@ -83,14 +88,13 @@ class FlatShard:
             data = read_bytes(self.path, within=self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
-        if len(data) != self.size:
-            raise DataError(f"{self.path}: shard has {len(data)} bytes instead of {self.size}")
-        if xxhash.xxh3_64_hexdigest(data) != self.digest:
+        self._check_size(len(data))
+        if xxhash.xxh3_64_intdigest(data) != self.record.digest:
             raise DataError(
                 f"{self.path}: shard does not match its {HASH} hash, the file is damaged"
             )
         largest = 0
-        for number in range(self.samples):
+        for number in range(self.record.samples):
             begin = self._begin + number * self.columns.itemsize
             row = self._checked(data[begin : begin + self.columns.itemsize], number)
             largest = max(largest, int(row.max()))
@@ -104,15 +108,23 @@ class FlatShard:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
 
     def _read_once(self, number: int) -> bytes:
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         begin = self._begin + number * self.columns.itemsize
         try:
-            return os.pread(self._file, self.columns.itemsize, begin)
-        except OSError:
+            if self._file is not None:
+                return os.pread(self._file, self.columns.itemsize, begin)
+            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            data = os.pread(self._file, self.columns.itemsize, begin)
+            self._check_size(os.fstat(self._file).st_size)
+            return data
+        except (OSError, DataError):
             # The open file may be the cause, for example after the server has restarted.
             self.unload()
             raise
+
+    def _check_size(self, found: int) -> None:
+        """Raises DataError unless the file has as many bytes as the index says."""
+        if found != self.record.size:
+            raise DataError(f"{self.path}: shard has {found} bytes instead of {self.record.size}")
 
     def _checked(self, data: bytes, number: int) -> np.ndarray:
         """The ids of a row. Raises DataError unless they are what was written."""

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle
-from megaconsa.data.shards import open_split
+from megaconsa.data.shards import Shard, open_split
 from megaconsa.errors import InputError
 
 
@@ -22,37 +22,25 @@ class TokenShards(Dataset[np.ndarray]):
 
         path: the data folder.
 
-        Raises InputError, naming the file, where a shard is missing or has another size than the
-        index says.
+        Raises InputError, naming the file, where a shard is missing. A shard with another size than
+        the index says is found when it is opened.
         """
         self.info = DatasetInfo.load(path)
-        self._shards = open_split(Path(path), self.info, split)
-        for shard in self._shards:
-            if fault := shard.check_file():
-                raise InputError(f"{fault}, restore the file or prepare the data again")
-        self.shard_sizes = np.array([shard.samples for shard in self._shards], np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
-        self._loaded: OrderedDict[int, None] = OrderedDict()
+        self._split = open_split(Path(path), self.info, split)
+        self._check_presence()
+        self._loaded: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self.shard_sizes.sum())
+        return int(self._split.sizes.sum())
 
     def __getitem__(self, index: int) -> np.ndarray:
         """The ids of a sequence, (S + 1,).
 
         Raises DataError, naming the file, where its shard is damaged.
         """
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
-        if number not in self._loaded:
-            if len(self._loaded) == shard.loaded_at_once:
-                # The first entry is the shard that was used least recently.
-                oldest, _ = self._loaded.popitem(last=False)
-                self._shards[oldest].unload()
-            self._loaded[number] = None
-        self._loaded.move_to_end(number)
-        first = int(self._ends[number]) - shard.samples
-        return shard.row(int(index) - first)
+        number = int(np.searchsorted(self._split.ends, index, side="right"))
+        first = int(self._split.ends[number] - self._split.sizes[number])
+        return self._shard(number).row(int(index) - first)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The ids of several sequences.
@@ -66,7 +54,7 @@ class TokenShards(Dataset[np.ndarray]):
     def order(self, seed: int) -> Order:
         """The shuffled order of its sequences."""
         if self.info.compressed:
-            return ShardShuffle(self.shard_sizes, seed)
+            return ShardShuffle(self._split.sizes, seed)
         return GlobalShuffle(len(self), seed)
 
     def sample(self, count: int) -> np.ndarray:
@@ -78,3 +66,30 @@ class TokenShards(Dataset[np.ndarray]):
         if self.info.compressed:
             return np.arange(count)
         return np.arange(count) * len(self) // count
+
+    def _shard(self, number: int) -> Shard:
+        """A shard. It stays loaded until enough others were used after it."""
+        shard = self._loaded.get(number)
+        if shard is None:
+            shard = self._split.shard(number)
+            if len(self._loaded) == shard.loaded_at_once:
+                # The first entry is the shard that was used least recently.
+                _, oldest = self._loaded.popitem(last=False)
+                oldest.unload()
+            self._loaded[number] = shard
+        self._loaded.move_to_end(number)
+        return shard
+
+    def _check_presence(self) -> None:
+        """Raises InputError, naming the first one, where files are missing."""
+        folder = self._split.folder
+        try:
+            missing = self._split.missing()
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+        if missing:
+            more = f", and {len(missing) - 1} more," if len(missing) > 1 else ""
+            raise InputError(
+                f"{folder / missing[0]}: shard{more} cannot be found, "
+                "restore the file or prepare the data again"
+            )

@@ -66,13 +66,27 @@ def test_intact_data_verifies(prepared: Path) -> None:
     assert verify(prepared) == []
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate])
-def test_missing_or_truncated_shard_at_open(either: Path, damage: Callable[[Path], None]) -> None:
-    damage(shard(either))
-    with pytest.raises(InputError, match=NAME):
+def test_missing_shards_at_open(either: Path) -> None:
+    shard(either).unlink()
+    with pytest.raises(InputError, match=f"{NAME}.*: shard cannot be found, restore the file"):
         TokenShards(either, "train")
     (fault,) = verify(either)
     assert NAME in fault
+    for other in (either / "train").glob("shard.0000[12].*"):
+        other.unlink()
+    with pytest.raises(InputError, match=r"shard.00001.mds.*: shard, and 2 more, cannot be"):
+        TokenShards(either, "train")
+
+
+def test_truncated_shard_at_its_first_row(either: Path) -> None:
+    """The rows before the missing end are intact."""
+    truncate(shard(either))
+    stream = open_stream(either)
+    size = shard(either).stat().st_size
+    with pytest.raises(DataError, match=rf"{NAME}.*: shard has {size} bytes instead of {size + 1}"):
+        stream.shards[int(stream.shards._split.ends[2])]
+    (fault,) = verify(either)
+    assert f"{size} bytes instead of {size + 1}" in fault
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -243,10 +257,11 @@ def test_rows_in_the_wrong_place_are_found(copy: Path) -> None:
 
 def test_every_flipped_byte_of_a_row_is_found(copy: Path) -> None:
     file = shard(copy)
-    flat = open_stream(copy).shards._shards[3]
+    split = open_stream(copy).shards._split
+    flat = split.shard(3)
     intact = flat.row(5).copy()
     width = intact.nbytes + 8
-    begin = file.stat().st_size - (flat.samples - 5) * width
+    begin = file.stat().st_size - (int(split.sizes[3]) - 5) * width
     content = bytearray(file.read_bytes())
     for place in range(begin, begin + width):
         content[place] ^= 64

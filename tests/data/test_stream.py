@@ -151,17 +151,19 @@ def test_memory_is_bounded(compressed: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = shards[0].copy()
     for i in range(0, len(shards), 7):
         assert len(shards[i]) == 33
-        assert sum(shard._data is not None for shard in shards._shards) <= 2
+        assert sum(shard._data is not None for shard in shards._split._records) <= 2
     assert np.array_equal(shards[0], first)
 
 
 def test_open_files_are_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that was put away has closed its file."""
     monkeypatch.setattr(FlatShard, "loaded_at_once", 2)
+    before = len(os.listdir("/proc/self/fd"))
     shards = TokenShards(prepared, "train")
     first = shards[0].copy()
     for i in range(0, len(shards), 7):
         assert len(shards[i]) == 33
-        assert sum(shard._file is not None for shard in shards._shards) <= 2
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert np.array_equal(shards[0], first)
 
 
