@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,9 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
-from megaconsa.data.shard_file import COLUMN, HASH
+from megaconsa.data.shard_file import COLUMN, HASH, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import read_bytes
-
-logger = logging.getLogger(__name__)
 
 
 class CompressedShard(MDSReader):
@@ -52,13 +49,7 @@ class CompressedShard(MDSReader):
         Raises DataError, which names the file, where any of that fails. Raises UnreachableError
         where the file stays out of reach.
         """
-        data = self._read()
-        try:
-            self._check(data, self._stored, "")
-        except DataError as error:
-            logger.warning("%s; reading it again", error)
-            data = self._read()
-            self._check(data, self._stored, "")
+        data = twice(self._read)
         if self.compression:
             try:
                 data = decompress(self.compression, data)
@@ -68,10 +59,13 @@ class CompressedShard(MDSReader):
         self._data = data
 
     def _read(self) -> bytes:
+        """The checked bytes of the file."""
         try:
-            return read_bytes(self.path, within=self.path.parent)
+            data = read_bytes(self.path, within=self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+        self._check(data, self._stored, "")
+        return data
 
     def row(self, number: int) -> np.ndarray:
         """The ids of a row, (S + 1,). Loads the shard if it is not loaded, and raises as `load`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from megaconsa.data.shard_file import HASH
+from megaconsa.data.shard_file import HASH, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
-
-logger = logging.getLogger(__name__)
 
 ROW_HASH = "row_hash"
 """The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
@@ -69,12 +66,7 @@ class FlatShard:
         Raises DataError, which names the file, where the row is not what was written. Raises
         UnreachableError where the file stays out of reach.
         """
-        try:
-            return self._checked(self._read(number), number)
-        except DataError as error:
-            logger.warning("%s; reading it again", error)
-            self.unload()
-            return self._checked(self._read(number), number)
+        return twice(lambda: self._row(number))
 
     def unload(self) -> None:
         """Closes the file."""
@@ -84,6 +76,9 @@ class FlatShard:
 
     def verify(self) -> int:
         """Reads the whole file and returns its largest id. Raises as `row` does."""
+        return twice(self._largest_id)
+
+    def _largest_id(self) -> int:
         try:
             data = read_bytes(self.path, within=self.path.parent)
         except OSError as error:
@@ -99,6 +94,15 @@ class FlatShard:
             row = self._checked(data[begin : begin + self.columns.itemsize], number)
             largest = max(largest, int(row.max()))
         return largest
+
+    def _row(self, number: int) -> np.ndarray:
+        """The ids of a row."""
+        try:
+            return self._checked(self._read(number), number)
+        except DataError:
+            # Another read shall open the file again.
+            self.unload()
+            raise
 
     def _read(self, number: int) -> bytes:
         """The bytes of a row."""

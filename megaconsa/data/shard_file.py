@@ -2,5 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from megaconsa.errors import DataError
+
+logger = logging.getLogger(__name__)
+
 HASH = "xxh3_64"
 COLUMN = "tokens"
+
+Result = TypeVar("Result")
+
+
+def twice(read: Callable[[], Result]) -> Result:
+    """Calls `read`, and once more if it finds damage. Returns its result.
+
+    Memory and networks flip bits too, and a second read then finds none. Raises DataError where the
+    second read finds damage as well.
+    """
+    try:
+        return read()
+    except DataError as error:
+        logger.warning("%s; reading it again", error)
+    return read()

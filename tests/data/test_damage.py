@@ -17,7 +17,7 @@ import torch
 import typer
 
 from megaconsa import reading
-from megaconsa.data import compressed_shard, flat_shard
+from megaconsa.data import shard_file
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.shards import verify
 from megaconsa.data.stream import BatchStream
@@ -128,27 +128,35 @@ def test_a_shard_that_stays_out_of_reach_is_no_damage(
         read_epoch(stream)
 
 
+@pytest.mark.parametrize("damage", [flip, truncate])
 def test_a_shard_is_read_twice_before_it_counts_as_damaged(
-    either: Path, monkeypatch: pytest.MonkeyPatch
+    either: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (flat_shard, compressed_shard):
-        monkeypatch.setattr(module, "logger", _Repairing(shard(either)))
+    repairing = _Repairing(shard(either))
+    monkeypatch.setattr(shard_file, "logger", repairing)
     stream = open_stream(either)
-    flip(shard(either))
+    damage(shard(either))
     read_epoch(stream)
+    assert repairing.said == 1
+    damage(shard(either))
+    assert verify(either) == []
+    assert repairing.said == 2
 
 
 class _Repairing:
     """Replaces the logger and repairs a file between its two reads.
 
-    The stream logs a warning between the two reads.
+    A warning is logged between the two reads.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.intact = file.read_bytes()
+        self.said = 0
 
     def warning(self, *said: object) -> None:
-        flip(self.file)
+        self.file.write_bytes(self.intact)
+        self.said += 1
 
 
 def test_flipped_byte_is_found_by_verify(either: Path) -> None:
