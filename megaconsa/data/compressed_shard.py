@@ -67,18 +67,17 @@ class CompressedShard(MDSReader):
         self._check(data, self._stored, "")
         return data
 
-    def row(self, number: int) -> np.ndarray:
-        """The ids of a row, (S + 1,). Loads the shard if it is not loaded, and raises as `load`."""
+    def read(self, number: int, ids: np.ndarray) -> None:
+        """Copies a row to `ids`, (S + 1,). Loads the shard before that, and raises as `load`."""
         if self._data is None:
             self.load()
-        ids: np.ndarray = self[number][COLUMN]
-        return ids
+        ids[:] = self[number][COLUMN]
 
     def verify(self) -> int:
         """Reads the whole file and returns its largest id. Raises as `load` does."""
         try:
             self.load()
-            return max(int(self.row(number).max()) for number in range(self.samples))
+            return max(int(self[number][COLUMN].max()) for number in range(self.samples))
         finally:
             self.unload()
 

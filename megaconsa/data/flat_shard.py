@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from megaconsa.data.shard_file import HASH, twice
+from megaconsa.data.shard_file import HASH, again, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
 
@@ -55,18 +55,28 @@ class FlatShard:
         self.record = record
         self.first = first
         self.columns = columns
-        self._begin = record.size - record.samples * columns.itemsize
+        self._row_bytes = columns.itemsize
+        self._begin = record.size - record.samples * self._row_bytes
         self._file: int | None = None
+        self._digest = bytearray(8)
 
-    def row(self, number: int) -> np.ndarray:
-        """The ids of a row, (S + 1,).
+    def read(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row.
 
         number: counts from the shard's first row.
+        ids: gets the ids, (S + 1,) of the stored type without gaps.
 
         Raises DataError, which names the file, where the row is not what was written. Raises
         UnreachableError where the file stays out of reach.
         """
-        return twice(lambda: self._row(number))
+        # The calls for other attempts come after the first one, which succeeds nearly always. They
+        # would take as long as reading a short row.
+        try:
+            self._read_once(number, ids)
+        except DataError as error:
+            again(error, self._read, number, ids)
+        except OSError:
+            twice(self._read, number, ids)
 
     def unload(self) -> None:
         """Closes the file."""
@@ -75,7 +85,7 @@ class FlatShard:
             self._file = None
 
     def verify(self) -> int:
-        """Reads the whole file and returns its largest id. Raises as `row` does."""
+        """Reads the whole file and returns its largest id. Raises as `read` does."""
         return twice(self._largest_id)
 
     def _largest_id(self) -> int:
@@ -88,38 +98,36 @@ class FlatShard:
             raise DataError(
                 f"{self.path}: shard does not match its {HASH} hash, the file is damaged"
             )
+        rows = np.frombuffer(data, self.columns, offset=self._begin)
         largest = 0
-        for number in range(self.record.samples):
-            begin = self._begin + number * self.columns.itemsize
-            row = self._checked(data[begin : begin + self.columns.itemsize], number)
-            largest = max(largest, int(row.max()))
+        for number, (digest, ids) in enumerate(rows):
+            if row_hash(ids, self.first + number) != digest:
+                raise self._damage(number)
+            largest = max(largest, int(ids.max()))
         return largest
 
-    def _row(self, number: int) -> np.ndarray:
-        """The ids of a row."""
+    def _read(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row, and waits while the file is out of reach."""
         try:
-            return self._checked(self._read(number), number)
-        except DataError:
-            # Another read shall open the file again.
-            self.unload()
-            raise
-
-    def _read(self, number: int) -> bytes:
-        """The bytes of a row."""
-        try:
-            return patiently(lambda: self._read_once(number), self.path, self.path.parent)
+            patiently(lambda: self._read_once(number, ids), self.path, self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
 
-    def _read_once(self, number: int) -> bytes:
-        begin = self._begin + number * self.columns.itemsize
+    def _read_once(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row. Raises OSError where the system cannot read the file."""
+        fresh = self._file is None
         try:
-            if self._file is not None:
-                return os.pread(self._file, self.columns.itemsize, begin)
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            data = os.pread(self._file, self.columns.itemsize, begin)
-            self._check_size(os.fstat(self._file).st_size)
-            return data
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            begin = self._begin + number * self._row_bytes
+            # The ids go to their place without a copy.
+            count = os.preadv(self._file, (self._digest, ids.data), begin)
+            if fresh:
+                self._check_size(os.fstat(self._file).st_size)
+            if count != self._row_bytes:
+                raise DataError(f"{self.path}: shard ends before its row {number}")
+            if row_hash(ids, self.first + number) != int.from_bytes(self._digest, "little"):
+                raise self._damage(number)
         except (OSError, DataError):
             # The open file may be the cause, for example after the server has restarted.
             self.unload()
@@ -130,27 +138,18 @@ class FlatShard:
         if found != self.record.size:
             raise DataError(f"{self.path}: shard has {found} bytes instead of {self.record.size}")
 
-    def _checked(self, data: bytes, number: int) -> np.ndarray:
-        """The ids of a row. Raises DataError unless they are what was written."""
-        if len(data) != self.columns.itemsize:
-            raise DataError(f"{self.path}: shard ends before its row {number}, it was truncated")
-        (row,) = np.frombuffer(data, self.columns)
-        digest, ids = row
-        if row_hash(ids, self.first + number) != digest:
-            raise DataError(
-                f"{self.path}: row {number} does not match its hash, the file is damaged"
-            )
-        found: np.ndarray = ids
-        return found
+    def _damage(self, number: int) -> DataError:
+        """The error for a row that is not what was written."""
+        return DataError(f"{self.path}: row {number} does not match its hash, the file is damaged")
 
 
 def row_hash(ids: np.ndarray, place: int) -> int:
     """The hash of a row.
 
-    ids: (S + 1,) in the stored type.
+    ids: (S + 1,) in the stored type, without gaps.
     place: index of the row in its split.
     """
-    return xxhash.xxh3_64_intdigest(ids.tobytes(), seed=place)
+    return xxhash.xxh3_64_intdigest(ids.data, seed=place)
 
 
 def row_type(ids: str, column: str, length: int) -> np.dtype:

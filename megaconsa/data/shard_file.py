@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megaconsa.errors import DataError
 
@@ -16,14 +16,22 @@ COLUMN = "tokens"
 Result = TypeVar("Result")
 
 
-def twice(read: Callable[[], Result]) -> Result:
+def twice(read: Callable[..., Result], *arguments: Any) -> Result:
     """Calls `read`, and once more if it finds damage. Returns its result.
 
     Memory and networks flip bits too, and a second read then finds none. Raises DataError where the
     second read finds damage as well.
     """
     try:
-        return read()
+        return read(*arguments)
     except DataError as error:
-        logger.warning("%s; reading it again", error)
-    return read()
+        return again(error, read, *arguments)
+
+
+def again(error: DataError, read: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls `read` and returns its result, after a read that found damage.
+
+    error: what the first read raised.
+    """
+    logger.warning("%s; reading it again", error)
+    return read(*arguments)

@@ -44,7 +44,7 @@ class Shard(Protocol):
     @property
     def path(self) -> Path: ...
 
-    def row(self, number: int) -> np.ndarray: ...
+    def read(self, number: int, ids: np.ndarray) -> None: ...
 
     def unload(self) -> None: ...
 
@@ -72,6 +72,10 @@ class Split:
         """Number of sequences in each shard, (shards,)."""
         self.ends = np.cumsum(self.sizes)
         """Number of sequences up to the end of each shard, (shards,)."""
+        self.begins = self.ends - self.sizes
+        """Number of sequences before each shard, (shards,)."""
+        self.id_type = columns[COLUMN].base
+        """The type of stored ids."""
         self._records = records
         self._columns = columns
 
@@ -84,8 +88,7 @@ class Split:
         record = self._records[number]
         if isinstance(record, CompressedShard):
             return record
-        first = int(self.ends[number]) - record.samples
-        return FlatShard(self.folder, record, first, self._columns)
+        return FlatShard(self.folder, record, int(self.begins[number]), self._columns)
 
     def missing(self) -> list[str]:
         """The names of the shards that have no file, in stored order.
@@ -118,10 +121,12 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
     columns = {COLUMN: encoding(info.vocab_size, info.sequence_length)}
     if not info.compressed:
         columns[ROW_HASH] = "uint64"
+    _, dtype, length = columns[COLUMN].split(":")
+    row = row_type(dtype, COLUMN, int(length))
 
     def compact(found: dict[str, Any]) -> Any:
         """Replaces the records of shards. The other objects of the file stay as they are."""
-        return _record(file.parent, found, info, columns) if "raw_data" in found else found
+        return _record(file.parent, found, info, columns, row) if "raw_data" in found else found
 
     try:
         records = parse_json(read_bytes(file), compact)["shards"]
@@ -143,17 +148,21 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
             f"{file}: it counts {samples} sequences but {INFO} promises {promised}, "
             "prepare the data again"
         )
-    _, dtype, length = columns[COLUMN].split(":")
-    return Split(file.parent, records, row_type(dtype, COLUMN, int(length)))
+    return Split(file.parent, records, row)
 
 
 def _record(
-    folder: Path, record: dict[str, Any], info: DatasetInfo, columns: dict[str, str]
+    folder: Path,
+    record: dict[str, Any],
+    info: DatasetInfo,
+    columns: dict[str, str],
+    row: np.dtype,
 ) -> FlatRecord | CompressedShard:
     """The shard that a record of the index describes.
 
     folder: the folder of the split.
     columns: the encodings that its columns must have.
+    row: the type of a row of a flat shard.
 
     Raises ValueError, KeyError or TypeError where the record is not such a one.
     """
@@ -173,12 +182,15 @@ def _record(
     if record["compression"] is not None:
         raise ValueError(f"{name} is compressed")
     raw = record["raw_data"]
-    return FlatRecord(
+    flat = FlatRecord(
         name=name,
         samples=int(record["samples"]),
         size=int(raw["bytes"]),
         digest=int(raw["hashes"][HASH], 16),
     )
+    if flat.size < flat.samples * row.itemsize:
+        raise ValueError(f"{name} has {flat.size} bytes, too few for {flat.samples} rows")
+    return flat
 
 
 def verify(folder: Path, task: Task | None = None) -> list[str]:

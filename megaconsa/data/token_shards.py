@@ -38,18 +38,21 @@ class TokenShards(Dataset[np.ndarray]):
 
         Raises DataError, naming the file, where its shard is damaged.
         """
-        number = int(np.searchsorted(self._split.ends, index, side="right"))
-        first = int(self._split.ends[number] - self._split.sizes[number])
-        return self._shard(number).row(int(index) - first)
+        return self.rows(np.array([index]))[0]
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The ids of several sequences.
 
         ids: (B,) indices of the sequences.
 
-        Returns (B, S + 1) in the stored type.
+        Returns (B, S + 1) in the stored type. Raises as `__getitem__` does.
         """
-        return np.stack([self[i] for i in ids])
+        numbers = self._split.ends.searchsorted(ids, side="right")
+        places = ids - self._split.begins[numbers]
+        rows = np.empty((len(ids), self.info.sequence_length + 1), self._split.id_type)
+        for row, number, place in zip(rows, numbers.tolist(), places.tolist(), strict=True):
+            self._shard(number).read(place, row)
+        return rows
 
     def order(self, seed: int) -> Order:
         """The shuffled order of its sequences."""

@@ -206,6 +206,12 @@ def test_missing_hash_is_refused(either: Path) -> None:
         TokenShards(either, "train")
 
 
+def test_more_rows_than_the_file_can_hold_are_refused(copy: Path) -> None:
+    edit_index(copy, lambda shards: shards[3].update(samples=10**6))
+    with pytest.raises(InputError, match=f"{NAME} has .* bytes, too few for 1000000 rows"):
+        TokenShards(copy, "train")
+
+
 def test_ids_beyond_the_vocabulary_and_other_tokenizer(either: Path) -> None:
     info = DatasetInfo.load(either)
     small = info.model_copy(update={"vocab_size": 400, "tokenizer_fingerprint": "0" * 16})
@@ -267,7 +273,9 @@ def test_every_flipped_byte_of_a_row_is_found(copy: Path) -> None:
     file = shard(copy)
     split = open_stream(copy).shards._split
     flat = split.shard(3)
-    intact = flat.row(5).copy()
+    intact = np.empty(33, np.uint16)
+    row = np.empty(33, np.uint16)
+    flat.read(5, intact)
     width = intact.nbytes + 8
     begin = file.stat().st_size - (int(split.sizes[3]) - 5) * width
     content = bytearray(file.read_bytes())
@@ -275,7 +283,8 @@ def test_every_flipped_byte_of_a_row_is_found(copy: Path) -> None:
         content[place] ^= 64
         file.write_bytes(content)
         with pytest.raises(DataError, match=f"{NAME}: row 5 does not match"):
-            flat.row(5)
+            flat.read(5, row)
         content[place] ^= 64
     file.write_bytes(content)
-    assert np.array_equal(flat.row(5), intact)
+    flat.read(5, row)
+    assert np.array_equal(row, intact)
