@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 IGNORED = -100
 """The label of a position that is not predicted (cross_entropy's ignore_index)."""
@@ -40,7 +38,7 @@ def pack(
         held -= start
 
 
-def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
+def document_starts(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
     """The index in its sequence at which each position's document begins.
 
     tokens: (B, S) integers.
@@ -49,14 +47,17 @@ def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
     belongs to the document that it ends. The values do not decrease along a sequence, so they serve
     as document ids. Positions within the document are arange(S) - starts.
     """
-    positions = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-    begins = torch.zeros_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = tokens[:, :-1] == end_of_text
-    # The running maximum carries each start forward to the end of its document.
-    return torch.where(begins, positions, 0).cummax(dim=1).values.to(torch.int32)
+    length = tokens.shape[1]
+    last = tokens == end_of_text
+    # A document ends with its sequence too. The sequences can then lie one behind the other.
+    last[:, -1] = True
+    ends = np.flatnonzero(last) + 1
+    begins = np.concatenate([[0], ends[:-1]])
+    starts = (begins % length).astype(np.int32)
+    return np.repeat(starts, ends - begins).reshape(tokens.shape)
 
 
-def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> Tensor:
+def mask_labels(tokens: np.ndarray, end_of_text: int, separate_documents: bool) -> np.ndarray:
     """The labels of a batch: the next tokens.
 
     tokens: (B, S + 1) integers.
@@ -64,7 +65,7 @@ def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> T
     Returns (B, S) int64. Where documents are separate, an end_of_text input predicts nothing
     (-100), because the first token of another document follows it.
     """
-    labels = tokens[:, 1:].to(torch.int64, copy=True)
+    labels = tokens[:, 1:].astype(np.int64)
     if separate_documents:
         labels[tokens[:, :-1] == end_of_text] = IGNORED
     return labels

@@ -215,17 +215,16 @@ class BatchStream:
         rows: (B, S + 1) ids.
         place: (B,) indices of the rows within the global batch.
         """
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        inputs = tokens[:, :-1].contiguous()
+        inputs = rows[:, :-1]
         end = self.info.end_of_text
         if self.separate_documents:
             documents = document_starts(inputs, end)
         else:
-            documents = torch.zeros_like(inputs, dtype=torch.int32)
+            documents = np.zeros(inputs.shape, np.int32)
         return Batch(
-            tokens=inputs,
-            labels=mask_labels(tokens, end, self.separate_documents),
-            documents=documents,
+            tokens=torch.from_numpy(inputs.astype(np.int64)),
+            labels=torch.from_numpy(mask_labels(rows, end, self.separate_documents)),
+            documents=torch.from_numpy(documents),
             sequences=torch.from_numpy(place.astype(np.int64)),
         )
 
