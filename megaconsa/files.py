@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,16 @@ def replace_bytes(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, each: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Parses JSON that comes from elsewhere.
+
+    each: replaces every object by what it returns, the inner ones first. A large file thus never
+        lies in memory as dictionaries.
 
     Raises ValueError if it is not JSON, or if it nests too deep to read.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=each)
     except RecursionError:
         raise ValueError("it nests too deep") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,9 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
-from megaconsa.data.shard_file import COLUMN, HASH, file_fault
+from megaconsa.data.shard_file import COLUMN, HASH, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import read_bytes
-
-logger = logging.getLogger(__name__)
 
 
 class CompressedShard(MDSReader):
@@ -34,16 +31,17 @@ class CompressedShard(MDSReader):
     @property
     def path(self) -> Path:
         """The file on disk."""
-        return Path(self.dirname, self.split, self._stored.basename)
+        return Path(self.dirname, self.split, self.name)
+
+    @property
+    def name(self) -> str:
+        """The name of that file."""
+        return str(self._stored.basename)
 
     @property
     def _stored(self) -> FileInfo:
         """The index's record of the file on disk."""
         return self.zip_data or self.raw_data
-
-    def check_file(self) -> str | None:
-        """What is wrong with the file, or None. Only its presence and size are checked."""
-        return file_fault(self.path, self._stored.bytes)
 
     def load(self) -> None:
         """Reads, checks and decompresses the file.
@@ -51,13 +49,7 @@ class CompressedShard(MDSReader):
         Raises DataError, which names the file, where any of that fails. Raises UnreachableError
         where the file stays out of reach.
         """
-        data = self._read()
-        try:
-            self._check(data, self._stored, "")
-        except DataError as error:
-            logger.warning("%s; reading it again", error)
-            data = self._read()
-            self._check(data, self._stored, "")
+        data = twice(self._read)
         if self.compression:
             try:
                 data = decompress(self.compression, data)
@@ -67,23 +59,25 @@ class CompressedShard(MDSReader):
         self._data = data
 
     def _read(self) -> bytes:
+        """The checked bytes of the file."""
         try:
-            return read_bytes(self.path, within=self.path.parent)
+            data = read_bytes(self.path, within=self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
+        self._check(data, self._stored, "")
+        return data
 
-    def row(self, number: int) -> np.ndarray:
-        """The ids of a row, (S + 1,). Loads the shard if it is not loaded, and raises as `load`."""
+    def read(self, number: int, ids: np.ndarray) -> None:
+        """Copies a row to `ids`, (S + 1,). Loads the shard before that, and raises as `load`."""
         if self._data is None:
             self.load()
-        ids: np.ndarray = self[number][COLUMN]
-        return ids
+        ids[:] = self[number][COLUMN]
 
     def verify(self) -> int:
         """Reads the whole file and returns its largest id. Raises as `load` does."""
         try:
             self.load()
-            return max(int(self.row(number).max()) for number in range(self.samples))
+            return max(int(self[number][COLUMN].max()) for number in range(self.samples))
         finally:
             self.unload()
 

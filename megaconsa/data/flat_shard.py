@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from megaconsa.data.shard_file import HASH, file_fault
+from megaconsa.data.shard_file import HASH, again, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
 
-logger = logging.getLogger(__name__)
-
 ROW_HASH = "row_hash"
 """The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
+
+
+class FlatRecord(NamedTuple):
+    """What the index says about a shard."""
+
+    name: str
+    """The name of its file."""
+    samples: int
+    """Number of rows."""
+    size: int
+    """Bytes of the file."""
+    digest: int
+    """Hash of the file."""
 
 
 class FlatShard:
@@ -32,44 +43,40 @@ class FlatShard:
     loaded_at_once = 64
     """How many shards of a split are open in a process."""
 
-    def __init__(
-        self, path: Path, samples: int, size: int, digest: str, first: int, columns: np.dtype
-    ) -> None:
+    def __init__(self, folder: Path, record: FlatRecord, first: int, columns: np.dtype) -> None:
         """Describes the shard. Nothing is read.
 
-        samples: number of rows.
-        size: bytes of the file.
-        digest: hash of the file, in hexadecimal.
+        folder: holds the file.
+        record: what the index says about it.
         first: place of the first row in the split.
         columns: a row's type: ROW_HASH, then the ids.
         """
-        self.path = path
-        self.samples = samples
-        self.size = size
-        self.digest = digest
+        self.path = folder / record.name
+        self.record = record
         self.first = first
         self.columns = columns
-        self._begin = size - samples * columns.itemsize
+        self._row_bytes = columns.itemsize
+        self._begin = record.size - record.samples * self._row_bytes
         self._file: int | None = None
+        self._digest = bytearray(8)
 
-    def check_file(self) -> str | None:
-        """What is wrong with the file, or None. Only its presence and size are checked."""
-        return file_fault(self.path, self.size)
-
-    def row(self, number: int) -> np.ndarray:
-        """The ids of a row, (S + 1,).
+    def read(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row.
 
         number: counts from the shard's first row.
+        ids: gets the ids, (S + 1,) of the stored type without gaps.
 
         Raises DataError, which names the file, where the row is not what was written. Raises
         UnreachableError where the file stays out of reach.
         """
+        # The calls for other attempts come after the first one, which succeeds nearly always. They
+        # would take as long as reading a short row.
         try:
-            return self._checked(self._read(number), number)
+            self._read_once(number, ids)
         except DataError as error:
-            logger.warning("%s; reading it again", error)
-            self.unload()
-            return self._checked(self._read(number), number)
+            again(error, self._read, number, ids)
+        except OSError:
+            twice(self._read, number, ids)
 
     def unload(self) -> None:
         """Closes the file."""
@@ -78,63 +85,71 @@ class FlatShard:
             self._file = None
 
     def verify(self) -> int:
-        """Reads the whole file and returns its largest id. Raises as `row` does."""
+        """Reads the whole file and returns its largest id. Raises as `read` does."""
+        return twice(self._largest_id)
+
+    def _largest_id(self) -> int:
         try:
             data = read_bytes(self.path, within=self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
-        if len(data) != self.size:
-            raise DataError(f"{self.path}: shard has {len(data)} bytes instead of {self.size}")
-        if xxhash.xxh3_64_hexdigest(data) != self.digest:
+        self._check_size(len(data))
+        if xxhash.xxh3_64_intdigest(data) != self.record.digest:
             raise DataError(
                 f"{self.path}: shard does not match its {HASH} hash, the file is damaged"
             )
+        rows = np.frombuffer(data, self.columns, offset=self._begin)
         largest = 0
-        for number in range(self.samples):
-            begin = self._begin + number * self.columns.itemsize
-            row = self._checked(data[begin : begin + self.columns.itemsize], number)
-            largest = max(largest, int(row.max()))
+        for number, (digest, ids) in enumerate(rows):
+            if row_hash(ids, self.first + number) != digest:
+                raise self._damage(number)
+            largest = max(largest, int(ids.max()))
         return largest
 
-    def _read(self, number: int) -> bytes:
-        """The bytes of a row."""
+    def _read(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row, and waits while the file is out of reach."""
         try:
-            return patiently(lambda: self._read_once(number), self.path, self.path.parent)
+            patiently(lambda: self._read_once(number, ids), self.path, self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
 
-    def _read_once(self, number: int) -> bytes:
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        begin = self._begin + number * self.columns.itemsize
+    def _read_once(self, number: int, ids: np.ndarray) -> None:
+        """Reads a row. Raises OSError where the system cannot read the file."""
+        fresh = self._file is None
         try:
-            return os.pread(self._file, self.columns.itemsize, begin)
-        except OSError:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            begin = self._begin + number * self._row_bytes
+            # The ids go to their place without a copy.
+            count = os.preadv(self._file, (self._digest, ids.data), begin)
+            if fresh:
+                self._check_size(os.fstat(self._file).st_size)
+            if count != self._row_bytes:
+                raise DataError(f"{self.path}: shard ends before its row {number}")
+            if row_hash(ids, self.first + number) != int.from_bytes(self._digest, "little"):
+                raise self._damage(number)
+        except (OSError, DataError):
             # The open file may be the cause, for example after the server has restarted.
             self.unload()
             raise
 
-    def _checked(self, data: bytes, number: int) -> np.ndarray:
-        """The ids of a row. Raises DataError unless they are what was written."""
-        if len(data) != self.columns.itemsize:
-            raise DataError(f"{self.path}: shard ends before its row {number}, it was truncated")
-        (row,) = np.frombuffer(data, self.columns)
-        digest, ids = row
-        if row_hash(ids, self.first + number) != digest:
-            raise DataError(
-                f"{self.path}: row {number} does not match its hash, the file is damaged"
-            )
-        found: np.ndarray = ids
-        return found
+    def _check_size(self, found: int) -> None:
+        """Raises DataError unless the file has as many bytes as the index says."""
+        if found != self.record.size:
+            raise DataError(f"{self.path}: shard has {found} bytes instead of {self.record.size}")
+
+    def _damage(self, number: int) -> DataError:
+        """The error for a row that is not what was written."""
+        return DataError(f"{self.path}: row {number} does not match its hash, the file is damaged")
 
 
 def row_hash(ids: np.ndarray, place: int) -> int:
     """The hash of a row.
 
-    ids: (S + 1,) in the stored type.
+    ids: (S + 1,) in the stored type, without gaps.
     place: index of the row in its split.
     """
-    return xxhash.xxh3_64_intdigest(ids.tobytes(), seed=place)
+    return xxhash.xxh3_64_intdigest(ids.data, seed=place)
 
 
 def row_type(ids: str, column: str, length: int) -> np.dtype:

@@ -39,10 +39,8 @@ class Phase:
         places_left = places
         share_left = Fraction(1)
         for share in self.shares:
-            if share == share_left:
-                taken = places_left
-            else:
-                taken = int(places_left * share / share_left)
+            # The last source takes all that is left. After it, both are 0.
+            taken = places_left if share == share_left else int(places_left * share / share_left)
             counts.append(taken)
             places_left -= taken
             share_left -= share

@@ -6,9 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch import Tensor
 
 IGNORED = -100
 """The label of a position that is not predicted (cross_entropy's ignore_index)."""
@@ -77,7 +75,7 @@ def fit_documents(
     return packed
 
 
-def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
+def document_starts(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
     """The index in its sequence at which each position's document begins.
 
     tokens: (B, S) integers.
@@ -86,14 +84,17 @@ def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
     belongs to the document that it ends. The values do not decrease along a sequence, so they serve
     as document ids. Positions within the document are arange(S) - starts.
     """
-    positions = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-    begins = torch.zeros_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = tokens[:, :-1] == end_of_text
-    # The running maximum carries each start forward to the end of its document.
-    return torch.where(begins, positions, 0).cummax(dim=1).values.to(torch.int32)
+    length = tokens.shape[1]
+    last = tokens == end_of_text
+    # A document ends with its sequence too. The sequences can then lie one behind the other.
+    last[:, -1] = True
+    ends = np.flatnonzero(last) + 1
+    begins = np.concatenate([[0], ends[:-1]])
+    starts = (begins % length).astype(np.int32)
+    return np.repeat(starts, ends - begins).reshape(tokens.shape)
 
 
-def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> Tensor:
+def mask_labels(tokens: np.ndarray, end_of_text: int, separate_documents: bool) -> np.ndarray:
     """The labels of a batch: the next tokens.
 
     tokens: (B, S + 1) integers.
@@ -102,7 +103,7 @@ def mask_labels(tokens: Tensor, end_of_text: int, separate_documents: bool) -> T
     (-100), because the first token of another document follows it. An end_of_text token after
     another fills a sequence up and is never predicted.
     """
-    labels = tokens[:, 1:].to(torch.int64, copy=True)
+    labels = tokens[:, 1:].astype(np.int64)
     ignored = tokens[:, :-1] == end_of_text
     if not separate_documents:
         ignored &= labels == end_of_text

@@ -1,24 +1,37 @@
-"""What both kinds of shards check about their file."""
+"""What both kinds of shards have in common."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from megaconsa.reading import patiently
+from megaconsa.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 HASH = "xxh3_64"
 COLUMN = "tokens"
 
+Result = TypeVar("Result")
 
-def file_fault(path: Path, size: int) -> str | None:
-    """What is wrong with a shard's file, or None. Only its presence and size are checked.
 
-    size: bytes that the index promises.
+def twice(read: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls `read`, and once more if it finds damage. Returns its result.
+
+    Memory and networks flip bits too, and a second read then finds none. Raises DataError where the
+    second read finds damage as well.
     """
     try:
-        found = patiently(path.stat, path).st_size
-    except OSError as error:
-        return f"{path}: shard cannot be found ({error.strerror})"
-    if found != size:
-        return f"{path}: shard has {found} bytes instead of {size}"
-    return None
+        return read(*arguments)
+    except DataError as error:
+        return again(error, read, *arguments)
+
+
+def again(error: DataError, read: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls `read` and returns its result, after a read that found damage.
+
+    error: what the first read raised.
+    """
+    logger.warning("%s; reading it again", error)
+    return read(*arguments)

@@ -12,7 +12,8 @@ dataset.json is written last and atomically. A folder without it is unfinished.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,11 @@ from megaconsa.data import TOKENIZER
 from megaconsa.data.compressed_shard import CompressedShard
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.flat_shard import ROW_HASH, FlatShard, row_hash, row_type
+from megaconsa.data.flat_shard import ROW_HASH, FlatRecord, FlatShard, row_hash, row_type
 from megaconsa.data.shard_file import COLUMN, HASH
 from megaconsa.errors import DataError, InputError
 from megaconsa.files import is_bare_name, parse_json
-from megaconsa.reading import read_bytes
+from megaconsa.reading import patiently, read_bytes
 
 INDEX = "index.json"
 SHARD_BYTES = 64 << 20
@@ -39,16 +40,71 @@ class Shard(Protocol):
     """One file of sequences."""
 
     loaded_at_once: int
-    path: Path
-    samples: int
 
-    def check_file(self) -> str | None: ...
+    @property
+    def path(self) -> Path: ...
 
-    def row(self, number: int) -> np.ndarray: ...
+    def read(self, number: int, ids: np.ndarray) -> None: ...
 
     def unload(self) -> None: ...
 
     def verify(self) -> int: ...
+
+
+class Split:
+    """The shards of a split, in stored order.
+
+    A split may have tens of thousands of shards. So it keeps a small record of each, and makes a
+    flat shard when it is asked for.
+    """
+
+    def __init__(
+        self, folder: Path, records: Sequence[FlatRecord | CompressedShard], columns: np.dtype
+    ) -> None:
+        """Describes the split. Nothing is read.
+
+        folder: the folder of the split.
+        records: its shards.
+        columns: the type of a row of a flat shard.
+        """
+        self.folder = folder
+        self.sizes = np.array([record.samples for record in records], np.int64)
+        """Number of sequences in each shard, (shards,)."""
+        self.ends = np.cumsum(self.sizes)
+        """Number of sequences up to the end of each shard, (shards,)."""
+        self.begins = self.ends - self.sizes
+        """Number of sequences before each shard, (shards,)."""
+        self.id_type = columns[COLUMN].base
+        """The type of stored ids."""
+        self._records = records
+        self._columns = columns
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self._records)
+
+    def shard(self, number: int) -> Shard:
+        """A shard. A flat one is a new object that has no file open."""
+        record = self._records[number]
+        if isinstance(record, CompressedShard):
+            return record
+        return FlatShard(self.folder, record, int(self.begins[number]), self._columns)
+
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        record = self._records[number]
+        return self.folder / record.name
+
+    def missing(self) -> list[str]:
+        """The names of the shards that have no file, in stored order.
+
+        The folder is listed once, which costs less than reading the index did. The sizes are left
+        to the moment when a shard is opened: every rank would ask for those of all shards.
+
+        Raises OSError where the folder cannot be listed.
+        """
+        found = set(patiently(lambda: os.listdir(self.folder), self.folder))
+        return [record.name for record in self._records if record.name not in found]
 
 
 def encoding(vocab_size: int, sequence_length: int) -> str:
@@ -57,8 +113,8 @@ def encoding(vocab_size: int, sequence_length: int) -> str:
     return f"ndarray:{dtype}:{sequence_length + 1}"
 
 
-def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
-    """The shards of a split. None of them is loaded.
+def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
+    """The shards of a split. None of them is opened, and their files are not looked at.
 
     Raises InputError where the index is damaged or disagrees with dataset.json.
     """
@@ -70,15 +126,18 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
     columns = {COLUMN: encoding(info.vocab_size, info.sequence_length)}
     if not info.compressed:
         columns[ROW_HASH] = "uint64"
-    shards: list[Shard] = []
-    first = 0
+    _, dtype, length = columns[COLUMN].split(":")
+    row = row_type(dtype, COLUMN, int(length))
+
+    def compact(found: dict[str, Any]) -> Any:
+        """Replaces the records of shards. The other objects of the file stay as they are."""
+        return _record(file.parent, found, info, columns, row) if "raw_data" in found else found
+
     try:
-        for record in parse_json(read_bytes(file))["shards"]:
-            shard = _shard(file.parent, record, info, columns, first)
-            if shard.samples < 1:
-                raise ValueError(f"{shard.path.name} is empty")
-            shards.append(shard)
-            first += shard.samples
+        records = parse_json(read_bytes(file), compact)["shards"]
+        for record in records:
+            if record.samples < 1:
+                raise ValueError(f"{record.name} is empty")
     except OSError as error:
         raise InputError(
             f"{file}: cannot be read ({error.strerror}), prepare the data again"
@@ -87,24 +146,28 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> list[Shard]:
         raise InputError(
             f"{file}: not an index of such MDS shards ({error!r}), prepare the data again"
         ) from error
-    samples = sum(shard.samples for shard in shards)
+    samples = sum(record.samples for record in records)
     promised = info.splits[split].sequences
     if samples != promised:
         raise InputError(
             f"{file}: it counts {samples} sequences but {INFO} promises {promised}, "
             "prepare the data again"
         )
-    return shards
+    return Split(file.parent, records, row)
 
 
-def _shard(
-    folder: Path, record: dict[str, Any], info: DatasetInfo, columns: dict[str, str], first: int
-) -> Shard:
+def _record(
+    folder: Path,
+    record: dict[str, Any],
+    info: DatasetInfo,
+    columns: dict[str, str],
+    row: np.dtype,
+) -> FlatRecord | CompressedShard:
     """The shard that a record of the index describes.
 
     folder: the folder of the split.
     columns: the encodings that its columns must have.
-    first: place of its first row in the split.
+    row: the type of a row of a flat shard.
 
     Raises ValueError, KeyError or TypeError where the record is not such a one.
     """
@@ -124,15 +187,15 @@ def _shard(
     if record["compression"] is not None:
         raise ValueError(f"{name} is compressed")
     raw = record["raw_data"]
-    _, dtype, length = columns[COLUMN].split(":")
-    return FlatShard(
-        path=folder / name,
+    flat = FlatRecord(
+        name=name,
         samples=int(record["samples"]),
         size=int(raw["bytes"]),
-        digest=raw["hashes"][HASH],
-        first=first,
-        columns=row_type(dtype, COLUMN, int(length)),
+        digest=int(raw["hashes"][HASH], 16),
     )
+    if flat.size < flat.samples * row.itemsize:
+        raise ValueError(f"{name} has {flat.size} bytes, too few for {flat.samples} rows")
+    return flat
 
 
 def verify(folder: Path, task: Task | None = None) -> list[str]:
@@ -160,11 +223,12 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
         faults.append(str(error))
     for split in info.splits:
         try:
-            shards = open_split(folder, info, split)
+            opened = open_split(folder, info, split)
         except InputError as error:
             faults.append(str(error))
             continue
-        for shard in shards:
+        for number in range(len(opened)):
+            shard = opened.shard(number)
             try:
                 largest = shard.verify()
                 if largest >= info.vocab_size:

@@ -13,7 +13,7 @@ from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.errors import InputError, RunError
 from megaconsa.huggingface.load import compare_logits
 from megaconsa.model.config import ModelConfig

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megaconsa.console import progress
 from megaconsa.data.dataset_info import VALIDATION
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 
 
 class HeldOut:

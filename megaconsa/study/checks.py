@@ -8,7 +8,7 @@ from __future__ import annotations
 from megaconsa import config as configuration
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import TRAIN, DatasetInfo
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.errors import InputError
 from megaconsa.evaluation.unit_scores import TRAINED, ScoreRequest, check_sequences
 from megaconsa.study.fields import Overrides, Trial

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megaconsa import run_folder
 from megaconsa.checkpoint import store
@@ -221,8 +220,8 @@ def _sequences(stream: BatchStream, ids: np.ndarray) -> list[Sequence]:
     """
     tokenizer = Tokenizer.load(stream.folder / TOKENIZER)
     # The last id of a row is only a label.
-    tokens = stream.shards.rows(ids)[:, :-1].astype(np.int64)
-    starts = document_starts(torch.from_numpy(tokens), stream.info.end_of_text).numpy()
+    tokens = stream.shards.rows(ids)[:, :-1]
+    starts = document_starts(tokens, stream.info.end_of_text)
     found = []
     for place, index in enumerate(ids):
         file, row = stream.shards.locate(int(index))

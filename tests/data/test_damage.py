@@ -17,10 +17,11 @@ import torch
 import typer
 
 from megaconsa import reading
-from megaconsa.data import compressed_shard, flat_shard
+from megaconsa.data import shard_file
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.shards import verify
-from megaconsa.data.stream import BatchStream, TokenShards
+from megaconsa.data.stream import BatchStream
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.errors import DataError, InputError, UnreachableError
 from megaconsa.tools import verify_data
 from tests.support.disks import OUT_OF_REACH
@@ -65,13 +66,27 @@ def test_intact_data_verifies(prepared: Path) -> None:
     assert verify(prepared) == []
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate])
-def test_missing_or_truncated_shard_at_open(either: Path, damage: Callable[[Path], None]) -> None:
-    damage(shard(either))
-    with pytest.raises(InputError, match=NAME):
+def test_missing_shards_at_open(either: Path) -> None:
+    shard(either).unlink()
+    with pytest.raises(InputError, match=f"{NAME}.*: shard cannot be found, restore the file"):
         TokenShards(either, "train")
     (fault,) = verify(either)
     assert NAME in fault
+    for other in (either / "train").glob("shard.0000[12].*"):
+        other.unlink()
+    with pytest.raises(InputError, match=r"shard.00001.mds.*: shard, and 2 more, cannot be"):
+        TokenShards(either, "train")
+
+
+def test_truncated_shard_at_its_first_row(either: Path) -> None:
+    """The rows before the missing end are intact."""
+    truncate(shard(either))
+    stream = open_stream(either)
+    size = shard(either).stat().st_size
+    with pytest.raises(DataError, match=rf"{NAME}.*: shard has {size} bytes instead of {size + 1}"):
+        stream.shards[int(stream.shards._split.ends[2])]
+    (fault,) = verify(either)
+    assert f"{size} bytes instead of {size + 1}" in fault
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -113,27 +128,35 @@ def test_a_shard_that_stays_out_of_reach_is_no_damage(
         read_epoch(stream)
 
 
+@pytest.mark.parametrize("damage", [flip, truncate])
 def test_a_shard_is_read_twice_before_it_counts_as_damaged(
-    either: Path, monkeypatch: pytest.MonkeyPatch
+    either: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (flat_shard, compressed_shard):
-        monkeypatch.setattr(module, "logger", _Repairing(shard(either)))
+    repairing = _Repairing(shard(either))
+    monkeypatch.setattr(shard_file, "logger", repairing)
     stream = open_stream(either)
-    flip(shard(either))
+    damage(shard(either))
     read_epoch(stream)
+    assert repairing.said == 1
+    damage(shard(either))
+    assert verify(either) == []
+    assert repairing.said == 2
 
 
 class _Repairing:
     """Replaces the logger and repairs a file between its two reads.
 
-    The stream logs a warning between the two reads.
+    A warning is logged between the two reads.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.intact = file.read_bytes()
+        self.said = 0
 
     def warning(self, *said: object) -> None:
-        flip(self.file)
+        self.file.write_bytes(self.intact)
+        self.said += 1
 
 
 def test_flipped_byte_is_found_by_verify(either: Path) -> None:
@@ -181,6 +204,12 @@ def test_missing_hash_is_refused(either: Path) -> None:
     edit_index(either, lambda shards: shards[3]["raw_data"]["hashes"].clear())
     with pytest.raises(InputError, match="no xxh3_64 hash"):
         TokenShards(either, "train")
+
+
+def test_more_rows_than_the_file_can_hold_are_refused(copy: Path) -> None:
+    edit_index(copy, lambda shards: shards[3].update(samples=10**6))
+    with pytest.raises(InputError, match=f"{NAME} has .* bytes, too few for 1000000 rows"):
+        TokenShards(copy, "train")
 
 
 def test_ids_beyond_the_vocabulary_and_other_tokenizer(either: Path) -> None:
@@ -242,16 +271,20 @@ def test_rows_in_the_wrong_place_are_found(copy: Path) -> None:
 
 def test_every_flipped_byte_of_a_row_is_found(copy: Path) -> None:
     file = shard(copy)
-    flat = open_stream(copy).shards._shards[3]
-    intact = flat.row(5).copy()
+    split = open_stream(copy).shards._split
+    flat = split.shard(3)
+    intact = np.empty(33, np.uint16)
+    row = np.empty(33, np.uint16)
+    flat.read(5, intact)
     width = intact.nbytes + 8
-    begin = file.stat().st_size - (flat.samples - 5) * width
+    begin = file.stat().st_size - (int(split.sizes[3]) - 5) * width
     content = bytearray(file.read_bytes())
     for place in range(begin, begin + width):
         content[place] ^= 64
         file.write_bytes(content)
         with pytest.raises(DataError, match=f"{NAME}: row 5 does not match"):
-            flat.row(5)
+            flat.read(5, row)
         content[place] ^= 64
     file.write_bytes(content)
-    assert np.array_equal(flat.row(5), intact)
+    flat.read(5, row)
+    assert np.array_equal(row, intact)

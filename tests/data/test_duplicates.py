@@ -10,7 +10,7 @@ import numpy as np
 
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from tests.data.conftest import make_documents
 

@@ -26,7 +26,7 @@ from megaconsa.data.prepare import prepare
 from megaconsa.data.shards import open_split, verify, write_split
 from megaconsa.data.sources import find_files
 from megaconsa.data.split_documents import in_validation
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 

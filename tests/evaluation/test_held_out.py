@@ -11,7 +11,7 @@ from megaconsa.data.dataset_info import VALIDATION
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.split_documents import in_validation
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
 

@@ -10,7 +10,7 @@ from streaming.base.format.mds.writer import MDSWriter
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.shard_file import COLUMN, HASH
 from megaconsa.data.shards import encoding
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 
 
 def compress(folder: Path, out: Path, shard_bytes: int) -> Path:

@@ -18,7 +18,7 @@ from megaconsa.checkpoint import store
 from megaconsa.checkpoint.writer import file_entry
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.evaluation.export_check import TOLERANCE
 from megaconsa.model.qwen3 import Qwen3
 

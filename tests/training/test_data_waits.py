@@ -12,7 +12,8 @@ import pytest
 
 from megaconsa import incidents
 from megaconsa.data.read_cost import ReadCost
-from megaconsa.data.stream import BatchStream, TokenShards
+from megaconsa.data.stream import BatchStream
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.training.callbacks import data_waits
 from megaconsa.training.callbacks.data_waits import BLOCK_STEPS, Waits, bound_by_data, cause
@@ -24,7 +25,7 @@ FIRST_WARNING = 8
 """The earliest step that can warn, with the fixture `soon` and in SLOW_STORAGE."""
 SLOW_STORAGE = """
 import sys, time
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.train import _main
 from megaconsa.training.callbacks import data_waits
 

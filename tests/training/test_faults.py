@@ -56,7 +56,7 @@ sys.exit(_main(sys.argv[1:]))
 RANK_1_HANGS = RANK_1_SLEEPS.replace("METHOD", "step").replace("SECONDS", "1000")
 LAST_READER_HANGS = """
 import itertools, os, sys, time
-from megaconsa.data.stream import TokenShards
+from megaconsa.data.token_shards import TokenShards
 from megaconsa.train import _main
 from megaconsa.training.callbacks import watchdog
 

@@ -1,0 +1,103 @@
+"""The sequences of a split, read from its shards in any order."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from megaconsa.data.dataset_info import DatasetInfo
+from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle
+from megaconsa.data.shards import Shard, open_split
+from megaconsa.errors import InputError
+
+
+class TokenShards(Dataset[np.ndarray]):
+    """Random access to the packed sequences of one split."""
+
+    def __init__(self, path: Path, split: str) -> None:
+        """Opens a split.
+
+        path: the data folder.
+
+        Raises InputError, naming the file, where a shard is missing. A shard with another size than
+        the index says is found when it is opened.
+        """
+        self.info = DatasetInfo.load(path)
+        self._split = open_split(Path(path), self.info, split)
+        self._check_presence()
+        self._loaded: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._split.sizes.sum())
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of a sequence, (S + 1,).
+
+        Raises DataError, naming the file, where its shard is damaged.
+        """
+        return self.rows(np.array([index]))[0]
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file that holds a sequence, and the sequence's row in it, from 0."""
+        number = int(self._split.ends.searchsorted(index, side="right"))
+        return self._split.path(number), index - int(self._split.begins[number])
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of several sequences.
+
+        ids: (B,) indices of the sequences.
+
+        Returns (B, S + 1) in the stored type. Raises as `__getitem__` does.
+        """
+        numbers = self._split.ends.searchsorted(ids, side="right")
+        places = ids - self._split.begins[numbers]
+        rows = np.empty((len(ids), self.info.sequence_length + 1), self._split.id_type)
+        for row, number, place in zip(rows, numbers.tolist(), places.tolist(), strict=True):
+            self._shard(number).read(place, row)
+        return rows
+
+    def order(self, seed: int) -> Order:
+        """The shuffled order of its sequences."""
+        if self.info.compressed:
+            return ShardShuffle(self._split.sizes, seed)
+        return GlobalShuffle(len(self), seed)
+
+    def sample(self, count: int) -> np.ndarray:
+        """The ids, (count,), of sequences for validation.
+
+        They are evenly spaced over the split, so each source of the data has its share. Compressed
+        shards give the first ones, so that the runs that began with them stay comparable.
+        """
+        if self.info.compressed:
+            return np.arange(count)
+        return np.arange(count) * len(self) // count
+
+    def _shard(self, number: int) -> Shard:
+        """A shard. It stays loaded until enough others were used after it."""
+        shard = self._loaded.get(number)
+        if shard is None:
+            shard = self._split.shard(number)
+            if len(self._loaded) == shard.loaded_at_once:
+                # The first entry is the shard that was used least recently.
+                _, oldest = self._loaded.popitem(last=False)
+                oldest.unload()
+            self._loaded[number] = shard
+        self._loaded.move_to_end(number)
+        return shard
+
+    def _check_presence(self) -> None:
+        """Raises InputError, naming the first one, where files are missing."""
+        folder = self._split.folder
+        try:
+            missing = self._split.missing()
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+        if missing:
+            more = f", and {len(missing) - 1} more," if len(missing) > 1 else ""
+            raise InputError(
+                f"{folder / missing[0]}: shard{more} cannot be found, "
+                "restore the file or prepare the data again"
+            )
