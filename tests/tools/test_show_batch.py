@@ -59,9 +59,14 @@ def trainer_of(values: dict[str, Any]) -> Trainer:
 def shown_tokens(batch: StepBatch) -> np.ndarray:
     """Reads the rows that the command names, (G, S)."""
     folder = Path(batch.data)
-    shards = open_split(folder, DatasetInfo.load(folder), "train")
-    by_file = {str(shard.path.relative_to(folder)): shard for shard in shards}
-    return np.stack([by_file[each.file].row(each.row)[:-1] for each in batch.sequences])
+    split = open_split(folder, DatasetInfo.load(folder), "train")
+    files = [str(split.path(number).relative_to(folder)) for number in range(len(split))]
+    rows = np.empty(
+        (len(batch.sequences), DatasetInfo.load(folder).sequence_length + 1), split.id_type
+    )
+    for row, sequence in zip(rows, batch.sequences, strict=True):
+        split.shard(files.index(sequence.file)).read(sequence.row, row)
+    return rows[:, :-1]
 
 
 def assert_shows(run: Path, trained: Rows) -> None:
