@@ -38,6 +38,7 @@ from torch import Tensor
 from megaconsa import run_folder
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data import TOKENIZER
+from megaconsa.data.mixture_file import tokenizer_folder
 from megaconsa.errors import InputError
 from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
@@ -112,7 +113,7 @@ class Checkpoint:
         None for an import without a tokenizer.
         """
         if not self.imported:
-            return Path(self.state["config"]["data"]["path"]) / TOKENIZER
+            return tokenizer_folder(Path(self.state["config"]["data"]["path"]))
         folder = self.path / TOKENIZER
         return folder if folder.is_dir() else None
 

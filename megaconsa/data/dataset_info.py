@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -98,10 +98,10 @@ class DatasetInfo(BaseModel):
     tokenizer_fingerprint: str
     end_of_text: int
     sequence_length: int
-    unigram_entropy: float
+    unigram_entropy: float | None
     """Entropy of the predicted tokens' frequencies, in nats.
 
-    A model that knows only these frequencies has this loss.
+    A model that knows only these frequencies has this loss. None for a mixture.
     """
     packing: Packing = "cut"
     splits: dict[str, SplitInfo]
@@ -113,6 +113,10 @@ class DatasetInfo(BaseModel):
     def compressed(self) -> bool:
         """Whether its shards are compressed."""
         return self.version == 1
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether two folders hold the same data, wherever they came from."""
+        return self.model_dump(mode="json", exclude={"source": {"names", "files"}, "sources": True})
 
     @classmethod
     def load(cls, folder: Path) -> DatasetInfo:

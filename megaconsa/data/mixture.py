@@ -1,8 +1,8 @@
 """Which source each sequence of a mixture comes from. It depends on seed and place alone.
 
 The places of the stream are divided into blocks. Each block holds every source in its proportion,
-to within a few sequences, and a keyed permutation mixes it. So any place can be looked up without
-what came before it, and no batch differs from its proportions by more than chance.
+to within a few sequences, and a keyed permutation mixes it. So any block can be made without those
+before it, and no batch differs from its proportions by more than chance.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Mixture:
         self._phases = list(phases)
         self._begins = [phase.begin for phase in phases]
         self._seed = seed
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Blocks that were looked up last, by their first places."""
         # Counts of each source at the beginning of each phase.
         self._taken = [np.zeros(len(phases[0].shares), np.int64)]
         for before, phase in zip(self._phases, self._phases[1:], strict=False):
@@ -78,26 +80,39 @@ class Mixture:
         (B,). Both are int64.
         """
         sources = np.empty(len(places), np.int64)
-        given = np.empty(len(places), np.int64)
+        before = np.empty(len(places), np.int64)
         numbers = np.searchsorted(self._begins, places, side="right") - 1
         begins = np.array(self._begins, np.int64)[numbers]
         firsts = begins + (places - begins) // BLOCK * BLOCK
         for first in np.unique(firsts):
             here = firsts == first
-            sources[here], given[here] = self._in_block(int(first), places[here] - first)
-        return sources, given
+            of_block, before_block = self._block(int(first))
+            sources[here] = of_block[places[here] - first]
+            before[here] = before_block[places[here] - first]
+        return sources, before
 
-    def _in_block(self, first: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same for offsets in the block that begins at a place."""
+    def _block(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for all places of the block that begins at a place."""
+        if first not in self._blocks:
+            # A step may need two blocks.
+            for old in list(self._blocks)[:-1]:
+                del self._blocks[old]
+            self._blocks[first] = self._mixed_block(first)
+        return self._blocks[first]
+
+    def _mixed_block(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         number = bisect_right(self._begins, first) - 1
         phase = self._phases[number]
         size = BLOCK
         if number + 1 < len(self._phases):
             size = min(size, self._begins[number + 1] - first)
-        before = phase.counts(first - phase.begin)
-        counts = phase.counts(first - phase.begin + size) - before
+        taken = phase.counts(first - phase.begin)
+        counts = phase.counts(first - phase.begin + size) - taken
         ends = np.cumsum(counts)
-        mixed = Permutation(size, self._seed, first)(offsets)
+        mixed = Permutation(size, self._seed, first)(np.arange(size))
         sources = np.searchsorted(ends, mixed, side="right")
-        given = self._taken[number] + before - (ends - counts)
-        return sources, given[sources] + mixed
+        # Each source gives its sequences in its own order: one epoch after the other.
+        by_source = np.argsort(sources, kind="stable")
+        before = np.empty(size, np.int64)
+        before[by_source] = np.arange(size)
+        return sources, before + (self._taken[number] + taken - (ends - counts))[sources]

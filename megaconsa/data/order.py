@@ -1,7 +1,8 @@
-"""In which order an epoch visits the sequences of a split. It depends on seed and epoch alone."""
+"""In which order the sequences of a split come. It depends on the seed alone."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,32 +16,52 @@ SHUFFLE_SHARDS = 8
 
 
 class Order(Protocol):
-    """The order of every epoch."""
+    """The endless stream of a split's sequences."""
 
-    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The ids, (B,), of the sequences at some places, (B,), of an epoch."""
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """The ids of the sequences at some places of the stream, in any shape."""
         ...
 
 
-class StoredOrder:
+class EpochOrder(ABC):
+    """A stream that is one epoch after the other. Each epoch has every sequence once."""
+
+    def __init__(self, size: int) -> None:
+        """size: number of sequences."""
+        self.size = size
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(places, self.size)
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            ids[now] = self.in_epoch(int(epoch), offsets[now])
+        return ids
+
+    @abstractmethod
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The ids, (B,), of the sequences at some places, (B,), of an epoch."""
+
+
+class StoredOrder(EpochOrder):
     """As stored, in every epoch."""
 
-    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
         return places
 
 
-class GlobalShuffle:
+class GlobalShuffle(EpochOrder):
     """Any sequence may come at any place. Nothing is held in memory."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size = size
+        super().__init__(size)
         self.seed = seed
 
-    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
         return Permutation(self.size, self.seed, epoch)(places)
 
 
-class ShardShuffle:
+class ShardShuffle(EpochOrder):
     """Mixes the sequences of a few shards at a time, so that each shard is read once per epoch.
 
     Compressed shards need it, because a shard is read as a whole.
@@ -51,11 +72,12 @@ class ShardShuffle:
 
         shard_sizes: number of sequences in each shard.
         """
+        super().__init__(int(shard_sizes.sum()))
         self.shard_sizes = shard_sizes
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
-    def ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
         if epoch not in self._orders:
             # Keep the previous epoch: a step needs two epochs where one ends and the next begins.
             # It needs more only if the split is smaller than the step.

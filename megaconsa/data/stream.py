@@ -25,7 +25,7 @@ from megaconsa.data.dataset_info import TRAIN
 from megaconsa.data.order import StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
 from megaconsa.data.read_cost import ReadCost
-from megaconsa.data.token_shards import TokenShards
+from megaconsa.data.token_mixture import Sequences, open_sequences
 from megaconsa.errors import InputError, RunError
 
 PR_SET_PDEATHSIG = 1
@@ -44,7 +44,7 @@ class _Rows(Dataset[_Item]):
     traceback.
     """
 
-    def __init__(self, shards: TokenShards) -> None:
+    def __init__(self, shards: Sequences) -> None:
         self.shards = shards
 
     def __getitem__(self, ids: np.ndarray) -> _Item:
@@ -100,7 +100,7 @@ class BatchStream:
     ) -> None:
         """Opens the split.
 
-        path: the data folder.
+        path: a data folder or a mixture file.
         global_batch: sequences per step, over all data ranks.
         micro_batch: sequences per micro-batch.
         workers: number of processes that read ahead. With 0, the caller reads.
@@ -120,8 +120,8 @@ class BatchStream:
             )
         if seed < 0:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
-        self.folder = Path(path)
-        self.shards = TokenShards(path, split)
+        self.path = Path(path)
+        self.shards = open_sequences(path, split)
         self.info = self.shards.info
         self.seed = seed
         self.global_batch = global_batch
@@ -130,7 +130,7 @@ class BatchStream:
         self.dp_size = dp_size
         self.workers = workers
         self.separate_documents = separate_documents
-        self.order = self.shards.order(seed) if shuffle else StoredOrder()
+        self.order = self.shards.order(seed) if shuffle else StoredOrder(len(self.shards))
         self.cost = ReadCost()
         """What it has cost to read the micro-batches that `steps` has taken."""
         self.awaited: np.ndarray | None = None
@@ -176,12 +176,7 @@ class BatchStream:
 
     def ids(self, places: np.ndarray) -> np.ndarray:
         """The ids in the split of the sequences at some places of the stream, in any shape."""
-        epochs, offsets = np.divmod(places, len(self.shards))
-        ids = np.empty_like(offsets)
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            ids[now] = self.order.ids(int(epoch), offsets[now])
-        return ids
+        return self.order.ids(places)
 
     def files(self, places: np.ndarray) -> list[Path]:
         """The shards that hold the sequences at some places of the stream, sorted."""

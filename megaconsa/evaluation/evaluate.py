@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from megaconsa.console import console, progress
-from megaconsa.data import TOKENIZER
-from megaconsa.data.dataset_info import DatasetInfo
+from megaconsa.data.mixture_file import read_info, tokenizer_folder
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation import needle, perplexity
@@ -34,7 +33,7 @@ def evaluate(request: Request) -> Evaluation:
     request cannot work or if `out` holds an evaluation with other settings. Raises RunError if a
     model or a task fails. Earlier results are kept then.
     """
-    info = DatasetInfo.load(request.data)
+    info = read_info(request.data)
     models = open_models(request.models, request.data, info)
     record = _existing(request.out)
     harness = Harness(request.tasks, request.task_folder) if request.tasks else None
@@ -47,7 +46,7 @@ def evaluate(request: Request) -> Evaluation:
     held_out = HeldOut(request.data)
     needles = None
     if request.needles:
-        tokenizer = Tokenizer.load(request.data / TOKENIZER)
+        tokenizer = Tokenizer.load(tokenizer_folder(request.data))
         needles = Needles(tokenizer, held_out, request.seed)
     settings = settle(request, held_out, models, needles, harness)
     if record is None:

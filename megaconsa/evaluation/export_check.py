@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
-from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.token_shards import TokenShards
+from megaconsa.data.mixture_file import read_info
+from megaconsa.data.token_mixture import open_sequences
 from megaconsa.errors import InputError, RunError
 from megaconsa.huggingface.load import compare_logits
 from megaconsa.model.config import ModelConfig
@@ -31,15 +32,16 @@ def held_out_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
     """
     folder = Path(checkpoint.state["config"]["data"]["path"])
     trained = checkpoint.state["data"]["tokenizer_fingerprint"]
-    found = DatasetInfo.load(folder).tokenizer_fingerprint
+    found = read_info(folder).tokenizer_fingerprint
     if not same_tokenizer(trained, found):
         raise InputError(
             f"data.path={folder} has come to hold data of another tokenizer (fingerprint {found}) "
             f"than the run was trained with ({trained}); restore the run's data, "
             "or give its tokenizer's folder with --tokenizer and leave --verify out"
         )
-    shards = TokenShards(folder, "validation")
-    return torch.from_numpy(shards[0][:length].astype("int64"))[None]
+    sequences = open_sequences(folder, "validation")
+    (row,) = sequences.rows(np.array([0]))
+    return torch.from_numpy(row[:length].astype("int64"))[None]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megaconsa.console import progress
 from megaconsa.data.dataset_info import VALIDATION
-from megaconsa.data.token_shards import TokenShards
+from megaconsa.data.token_mixture import open_sequences
 
 
 class HeldOut:
@@ -23,7 +23,7 @@ class HeldOut:
 
         Raises InputError or DataError if the data folder is damaged.
         """
-        self._shards = TokenShards(data, VALIDATION)
+        self._shards = open_sequences(data, VALIDATION)
         self.info = self._shards.info
         length = self.info.sequence_length
         sequences = len(self._shards)

@@ -12,8 +12,8 @@ from torch import Tensor
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.constraint import Constraint, Granularity
 from megaconsa.consa.scores import Estimate
-from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.mixture_file import read_info
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError, RunError
 from megaconsa.evaluation.frozen_scores import (
@@ -194,7 +194,7 @@ def _open_sample(checkpoint: Checkpoint, request: ScoreRequest, window: int) -> 
 
 def _check_data(checkpoint: Checkpoint, data: Path, window: int) -> None:
     """Raises InputError if the model cannot read the data, or if the window hides nothing in it."""
-    info = DatasetInfo.load(data)
+    info = read_info(data)
     model_config = checkpoint.model_config
     length = info.sequence_length
     if info.vocab_size > model_config.vocab_size:

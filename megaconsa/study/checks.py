@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from megaconsa import config as configuration
 from megaconsa.consa.allocation import Allocation
-from megaconsa.data.dataset_info import TRAIN, DatasetInfo
-from megaconsa.data.token_shards import TokenShards
+from megaconsa.data.dataset_info import TRAIN
+from megaconsa.data.mixture_file import read_info
+from megaconsa.data.token_mixture import open_sequences
 from megaconsa.errors import InputError
 from megaconsa.evaluation.unit_scores import TRAINED, ScoreRequest, check_sequences
 from megaconsa.study.fields import Overrides, Trial
@@ -37,7 +38,7 @@ Tables are made for one window, and losses are comparable only on the same data.
 def check(runs: Runs) -> None:
     """Raises InputError for every fault that can be found before a run starts. Writes nothing."""
     _check_overrides(runs)
-    DatasetInfo.load(runs.start_config.data.path)
+    read_info(runs.start_config.data.path)
     for trial in runs.study.trials():
         try:
             _check_trial(runs, trial)
@@ -102,7 +103,7 @@ def _check_scoring(runs: Runs, trial: Trial) -> None:
     config = runs.start_config
     data = config.data.path
     sequences = arm.options.sequences or ScoreRequest.sequences
-    available = len(TokenShards(data, TRAIN))
+    available = len(open_sequences(data, TRAIN))
     try:
         check_sequences(sequences, config.training.micro_batch, available, data)
     except InputError as error:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megaconsa.data import TOKENIZER
+from megaconsa.data.mixture_file import tokenizer_folder
 from megaconsa.data.stream import Batch
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.evaluation.held_out import HeldOut
@@ -53,7 +53,7 @@ def open_needles(data: Path, wanted: fields.Needles) -> Needles:
 
     Raises InputError if an example of some length cannot be made.
     """
-    needles = Needles(Tokenizer.load(data / TOKENIZER), HeldOut(data), NEEDLE_SEED)
+    needles = Needles(Tokenizer.load(tokenizer_folder(data)), HeldOut(data), NEEDLE_SEED)
     needles.check_lengths(wanted.lengths)
     return needles
 

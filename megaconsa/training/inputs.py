@@ -19,6 +19,7 @@ from megaconsa.config import Config, differences, with_defaults
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
+from megaconsa.data.mixture_file import read_info
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
@@ -99,7 +100,7 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     """
     model_config = config.to_model_config()
     topology = Topology.of(config, processes)
-    data = DatasetInfo.load(config.data.path)
+    data = read_info(config.data.path)
     _check_data(config, model_config, data)
     allocation = _table(config)
     if allocation is not None and allocation.window != config.attention.window:
@@ -305,7 +306,7 @@ def _check_origin(inputs: Inputs, origin: Checkpoint) -> Checkpoint:
 
 def describe_data(data: DatasetInfo) -> dict[str, Any]:
     """The description by which a checkpoint identifies its data set."""
-    return data.model_dump(mode="json", exclude={"source": {"names"}})
+    return data.identity()
 
 
 def same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:

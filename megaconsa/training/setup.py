@@ -14,14 +14,12 @@ import yaml
 from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
-from megaconsa.config import Config
 from megaconsa.consa.gates import GateBank
-from megaconsa.data.stream import Batch, BatchStream
+from megaconsa.data.stream import Batch
 from megaconsa.errors import UnreachableError
 from megaconsa.files import replace_text
 from megaconsa.parallel.deepspeed.engine import Engine
 from megaconsa.parallel.mesh import Mesh
-from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import World
 from megaconsa.run_paths import absolute
 from megaconsa.training.bad_steps import BadSteps
@@ -30,8 +28,8 @@ from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.stop_requests import job_end
-from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.inputs import Inputs, describe_data, same_data
+from megaconsa.training.run_data import describe_passes, open_training, open_validation
 from megaconsa.training.trainer import Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -49,8 +47,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     """
     config, model_config = inputs.config, inputs.model_config
     training, topology = config.training, inputs.topology
-    stream, held_out = mesh.world.agreed(lambda: _streams(config, mesh), alike=True)
-    validation = mesh.world.agreed(lambda: _validation(config, topology, mesh, held_out))
+    stream = mesh.world.agreed(lambda: open_training(config, mesh), alike=True)
+    validation = mesh.world.agreed(lambda: open_validation(config, topology, mesh))
     lock = mesh.world.agreed(lambda: _lock(inputs) if mesh.is_main else None)
     # Our code draws nothing from torch's own generators in a step. A library might.
     torch.manual_seed(config.run.seed)
@@ -82,12 +80,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
             inputs.allocation.save(config.run.dir / run_folder.ALLOCATION)
         if (budget := config.allocation.budget()) is not None:
             logger.info("sparsity %g from %s", config.allocation.sparsity, budget)
-        sequences = inputs.data.splits["train"].sequences
-        logger.info(
-            "%s sequences of data, %.2f epochs in this run",
-            f"{sequences:,}",
-            training.steps * training.global_batch / sequences,
-        )
+        for line in describe_passes(config, inputs.data):
+            logger.info("%s", line)
     description = {
         "learning": config.learning,
         "config": recorded,
@@ -130,36 +124,6 @@ def _lock(inputs: Inputs) -> RunLock:
             damaged.rename(aside)
             logger.warning("checkpoint %s is put aside as %s", damaged, aside.name)
     return lock
-
-
-def _validation(
-    config: Config, topology: Topology, mesh: Mesh, held_out: BatchStream
-) -> Validation:
-    wanted = config.validation.sequences
-    # DualPipeV runs no fewer micro-batches than it has stages.
-    least = topology.stages if topology.schedule == "dualpipev" else 1
-    batches = held_out.fixed_batches(wanted, least) if mesh.reads_data else NOTHING
-    return Validation(batches, held_out.fixed_count(wanted, least), config.validation.every)
-
-
-def _streams(config: Config, mesh: Mesh) -> tuple[BatchStream, BatchStream]:
-    """Training and held-out batches of this data rank."""
-    training = config.training
-
-    def stream(split: str, workers: int) -> BatchStream:
-        return BatchStream(
-            config.data.path,
-            split,
-            seed=config.run.seed,
-            global_batch=training.global_batch,
-            micro_batch=training.micro_batch,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            workers=workers,
-            separate_documents=config.attention.separate_documents,
-        )
-
-    return stream("train", config.data.workers), stream("validation", 0)
 
 
 def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: World) -> Progress:

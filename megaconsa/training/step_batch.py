@@ -14,8 +14,8 @@ from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, load, with_defaults
-from megaconsa.data import TOKENIZER
 from megaconsa.data.dataset_info import TRAIN, DatasetInfo
+from megaconsa.data.mixture_file import read_info, tokenizer_folder
 from megaconsa.data.packing import document_starts
 from megaconsa.data.stream import BatchStream
 from megaconsa.data.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def _checked_data(
     if not folder.is_dir():
         named = f"--data {data}" if data else f"data.path={folder} of {run}"
         raise InputError(f"{named} is not there; give the folder of the run's data with --data")
-    info = DatasetInfo.load(folder)
+    info = read_info(folder)
     is_same = info.sequence_length == config.training.sequence_length
     if checkpoint is not None:
         theirs = with_defaults(checkpoint.state["data"], DatasetInfo)
@@ -218,7 +218,7 @@ def _sequences(stream: BatchStream, ids: np.ndarray) -> list[Sequence]:
 
     ids: (B,) indices in the split.
     """
-    tokenizer = Tokenizer.load(stream.folder / TOKENIZER)
+    tokenizer = Tokenizer.load(tokenizer_folder(stream.path))
     # The last id of a row is only a label.
     tokens = stream.shards.rows(ids)[:, :-1]
     starts = document_starts(tokens, stream.info.end_of_text)
@@ -226,7 +226,8 @@ def _sequences(stream: BatchStream, ids: np.ndarray) -> list[Sequence]:
     for place, index in enumerate(ids):
         file, row = stream.shards.locate(int(index))
         documents = _documents(tokens[place], starts[place], tokenizer)
-        name = str(file.relative_to(stream.folder))
+        # The folders of a mixture may be anywhere.
+        name = str(file.relative_to(stream.path) if stream.path.is_dir() else file)
         found.append(Sequence(place, int(index), name, row, documents))
     return found
 

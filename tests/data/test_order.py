@@ -41,10 +41,10 @@ def test_a_permutation_stays_what_it_was() -> None:
 
 def test_any_part_of_an_epoch_is_a_part_of_the_whole() -> None:
     order = GlobalShuffle(1000, seed=3)
-    whole = order.ids(2, np.arange(1000))
-    assert np.array_equal(order.ids(2, np.array([999, 5, 5, 17])), whole[[999, 5, 5, 17]])
-    assert not np.array_equal(order.ids(3, np.arange(1000)), whole)
-    assert not np.array_equal(GlobalShuffle(1000, seed=4).ids(2, np.arange(1000)), whole)
+    whole = order.in_epoch(2, np.arange(1000))
+    assert np.array_equal(order.in_epoch(2, np.array([999, 5, 5, 17])), whole[[999, 5, 5, 17]])
+    assert not np.array_equal(order.in_epoch(3, np.arange(1000)), whole)
+    assert not np.array_equal(GlobalShuffle(1000, seed=4).in_epoch(2, np.arange(1000)), whole)
 
 
 @pytest.mark.parametrize("size", [3_000, 100_003, 2_000_000])
@@ -56,7 +56,7 @@ def test_batches_mix_sources_as_a_true_shuffle_does(size: int) -> None:
     """
     batch = min(4096, size // 10)
     for seed in range(5):
-        order = GlobalShuffle(size, seed).ids(0, np.arange(size // batch * batch))
+        order = GlobalShuffle(size, seed).in_epoch(0, np.arange(size // batch * batch))
         counts = (order < size // 10).reshape(-1, batch).sum(axis=1)
         share = (size // 10) / size
         variance = batch * share * (1 - share) * (size - batch) / (size - 1)
@@ -70,7 +70,7 @@ def test_batches_mix_sources_as_a_true_shuffle_does(size: int) -> None:
 def test_neighbours_are_not_kept_together() -> None:
     """The distance of neighbours is that of two random places: a third of the size on average."""
     size = 100_000
-    order = GlobalShuffle(size, seed=1).ids(0, np.arange(size))
+    order = GlobalShuffle(size, seed=1).in_epoch(0, np.arange(size))
     distances = np.abs(np.diff(order)) / size
     assert abs(distances.mean() - 1 / 3) < 0.005
     assert (distances < 0.01).mean() == pytest.approx(0.02, abs=0.003)

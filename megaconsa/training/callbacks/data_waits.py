@@ -160,7 +160,7 @@ def cause(waits: Waits, stream: BatchStream) -> str:
         )
     return (
         f"the workers of rank 0 (data.workers={workers}, {speed}) wait in {1 - computing:.0%} of "
-        f"their reading time for the storage of {stream.folder} or for a free core; raise "
+        f"their reading time for the storage of {stream.path} or for a free core; raise "
         "data.workers to read more at once, or copy the data to faster storage"
     )
 

@@ -1,0 +1,128 @@
+"""The sequences of a mixture of data folders, as if they were one split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from megaconsa.data.dataset_info import DatasetInfo
+from megaconsa.data.mixture import Mixture
+from megaconsa.data.mixture_file import MixtureInfo, is_mixture
+from megaconsa.data.order import Order
+from megaconsa.data.token_shards import TokenShards
+
+
+class Sequences(Protocol):
+    """The packed sequences of a split, of one data folder or of several."""
+
+    info: DatasetInfo
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    def rows(self, ids: np.ndarray) -> np.ndarray: ...
+
+    def order(self, seed: int) -> Order: ...
+
+    def sample(self, count: int) -> np.ndarray: ...
+
+    def locate(self, index: int) -> tuple[Path, int]: ...
+
+
+def open_sequences(path: Path, split: str) -> Sequences:
+    """Opens a split of a data folder or of a mixture.
+
+    Raises InputError, naming the file, where something is missing.
+    """
+    path = Path(path)
+    return TokenMixture(path, split) if is_mixture(path) else TokenShards(path, split)
+
+
+class TokenMixture:
+    """Random access to the sequences of all sources. Their ids follow each other."""
+
+    def __init__(self, file: Path, split: str) -> None:
+        """Opens a split of each data folder.
+
+        file: the mixture file.
+
+        Raises InputError, naming the file, where something is missing.
+        """
+        self._mixture = MixtureInfo(file)
+        self.info = self._mixture.combined()
+        self._sources: list[TokenShards] = []
+        for folder in self._mixture.folders.values():
+            self._sources.append(TokenShards(folder, split))
+        self._ends = np.cumsum([len(source) for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of a sequence, (S + 1,). Raises as `rows` does."""
+        return self.rows(np.array([index]))[0]
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of several sequences.
+
+        ids: (B,) indices of the sequences.
+
+        Returns (B, S + 1) in the stored type. Raises DataError, naming the file, where a shard is
+        damaged.
+        """
+        numbers, indices = self._split(ids)
+        rows: np.ndarray | None = None
+        for number in np.unique(numbers):
+            here = numbers == number
+            found = self._sources[number].rows(indices[here])
+            if rows is None:
+                rows = np.empty((len(ids), found.shape[1]), found.dtype)
+            rows[here] = found
+        assert rows is not None
+        return rows
+
+    def order(self, seed: int) -> Order:
+        """The stream in which the sources have their weights, each in a shuffled order."""
+        orders = []
+        for name, source in zip(self._mixture.folders, self._sources, strict=True):
+            # Sources of one size would be shuffled alike by one seed.
+            orders.append(source.order(xxhash.xxh3_64_intdigest(name, seed)))
+        begins = self._ends - [len(source) for source in self._sources]
+        return _MixedOrder(Mixture(self._mixture.phases, seed), orders, begins)
+
+    def sample(self, count: int) -> np.ndarray:
+        """The ids, (count,), of sequences that are evenly spaced over all sources."""
+        return np.arange(count) * len(self) // count
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file that holds a sequence, and the sequence's row in it, from 0."""
+        numbers, indices = self._split(np.array([index]))
+        return self._sources[numbers[0]].locate(int(indices[0]))
+
+    def _split(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sequence, (B,), and the sequence's index in it, (B,)."""
+        numbers = np.searchsorted(self._ends, ids, side="right")
+        begins = np.concatenate([[0], self._ends])
+        return numbers, ids - begins[numbers]
+
+
+class _MixedOrder:
+    """The stream of a mixture."""
+
+    def __init__(self, mixture: Mixture, orders: list[Order], begins: np.ndarray) -> None:
+        """orders: of each source. begins: the id of the first sequence of each."""
+        self._mixture = mixture
+        self._orders = orders
+        self._begins = begins
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        numbers, given = self._mixture.locate(places.reshape(-1))
+        ids = np.empty_like(given)
+        for number in np.unique(numbers):
+            here = numbers == number
+            ids[here] = self._orders[number].ids(given[here]) + self._begins[number]
+        return ids.reshape(places.shape)
