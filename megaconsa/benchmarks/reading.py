@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from megaconsa.data.dataset_info import INFO, TRAIN, DatasetInfo, SourceInfo, SplitInfo
+from megaconsa.data.packing import cut_stream
 from megaconsa.data.shards import SHARD_BYTES, write_split
 from megaconsa.data.stream import BatchStream
 from megaconsa.data.token_shards import TokenShards
@@ -58,8 +59,7 @@ class Megaconsa:
 
     @staticmethod
     def write(folder: Path, tokens: np.ndarray, length: int, vocab_size: int) -> None:
-        rows = (tokens[k : k + length + 1] for k in range(0, len(tokens) - 1, length))
-        write_split(folder, TRAIN, rows, vocab_size, length)
+        write_split(folder, TRAIN, cut_stream([tokens], length), vocab_size, length)
         sequences = len(tokens) // length
         split = SplitInfo(sequences=sequences, tokens=sequences * length, documents=1)
         source = SourceInfo(

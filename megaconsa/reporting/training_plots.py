@@ -25,6 +25,9 @@ from megaconsa.reporting.plot_style import (
     with_legend,
 )
 
+SOURCE_LOSS = "validation_loss_"
+"""Beginning of the field with the loss on one source of a mixture."""
+
 
 def loss(rows: Sequence[Row], unigram_entropy: float | None) -> Figure:
     """Draws training and validation loss, with the unigram entropy in nats if it is known."""
@@ -39,9 +42,23 @@ def loss(rows: Sequence[Row], unigram_entropy: float | None) -> Figure:
         markersize=3.5,
         label="validation" if len(steps) else None,
     )
+    for number, name in enumerate(_sources(rows)):
+        steps, values = series(rows, SOURCE_LOSS + name)
+        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+        axis.plot(steps, values, color=colour, linewidth=0.9, label=f"validation on {name}")
     _draw_entropy(axis, unigram_entropy)
     axis.set(title="Loss, nats a token", xlabel="step")
     return with_legend(figure, axis)
+
+
+def _sources(rows: Sequence[Row]) -> list[str]:
+    """The sources of a mixture that the run was validated on."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for field in row:
+            if field.startswith(SOURCE_LOSS):
+                found[field.removeprefix(SOURCE_LOSS)] = None
+    return list(found)
 
 
 def losses_together(
