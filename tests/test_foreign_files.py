@@ -18,6 +18,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.documents import read_documents
+from megaconsa.data.megatron_file import MegatronFile
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
 from megaconsa.evaluation.score_file import read_scores
@@ -33,6 +34,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "parquet": ("x.parquet", lambda file: list(read_documents([SourceFile(file, "parquet")]))),
     "arrow": ("x.arrow", lambda file: list(read_documents([SourceFile(file, "arrow")]))),
     "source": ("source", lambda file: list(read_documents(find_files([str(file)]).files))),
+    "megatron": ("x.idx", lambda file: MegatronFile(file, file)),
+    "mds": ("index.json", lambda file: list(read_documents(find_files([str(file)]).files))),
     "scores": ("scores.json", lambda file: read_scores(file, Constraint(2, 2, 0.5))),
     "configuration": ("run.yaml", config.load),
     "study": ("study.yaml", study_settings.load),

@@ -18,13 +18,17 @@ def main(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Files of documents (text, JSON lines, Parquet, Arrow; compressed or not), "
-            "folders of them, or `python`",
+            help="Files of documents (text, JSON lines, Parquet, Arrow; compressed or not; "
+            "Megatron-LM's .bin and .idx; index.json of MDS), folders of them, or `python`",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DATA", help="The folder to make")],
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face tokenizer folder")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A Hugging Face tokenizer folder. Sources of ids need the one that they are from",
+        ),
     ] = None,
     train_tokenizer: Annotated[
         int | None,
@@ -37,7 +41,12 @@ def main(
         float, typer.Option(help="Share of the documents that is held out for validation")
     ] = 0.02,
     field: Annotated[
-        str, typer.Option(metavar="NAME", help="Field or column that holds a document")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Field or column that holds a document. In MDS, `tokens` or `input_ids` takes the "
+            "place of the default where it is missing",
+        ),
     ] = "text",
     separator: Annotated[
         str | None,
@@ -125,7 +134,7 @@ def _print(info: DatasetInfo, out: Path) -> None:
             f"{source.exact_duplicates:,}",
             "" if near is None else f"{near:,}",
             f"{source.tokens:,}",
-            f"{source.characters / source.tokens:.2f} a token",
+            f"{source.characters / source.tokens:.2f} a token" if source.characters else "",
             f"{source.unknown_tokens / source.tokens:.2%}",
             f"{source.byte_tokens / source.tokens:.2%}",
         )

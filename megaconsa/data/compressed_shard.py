@@ -10,7 +10,7 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
-from megaconsa.data.shard_file import COLUMN, HASH, twice
+from megaconsa.data.shard_file import COLUMN, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import read_bytes
 
@@ -96,7 +96,7 @@ class CompressedShard(MDSReader):
         return self._data[begin:end]
 
     def _check(self, data: bytes, expected: FileInfo, what: str) -> None:
-        """Raises DataError unless size and hash are as expected.
+        """Raises DataError unless size and hashes are as expected.
 
         what: an adjective of the data for the error message, or "".
         """
@@ -104,7 +104,8 @@ class CompressedShard(MDSReader):
             raise DataError(
                 f"{self.path}: {what}shard has {len(data)} bytes instead of {expected.bytes}"
             )
-        if get_hash(HASH, data) != expected.hashes[HASH]:
-            raise DataError(
-                f"{self.path}: {what}shard does not match its {HASH} hash, the file is damaged"
-            )
+        for name, digest in expected.hashes.items():
+            if get_hash(name, data) != digest:
+                raise DataError(
+                    f"{self.path}: {what}shard does not match its {name} hash, the file is damaged"
+                )

@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from megaconsa.data.formats import DAMAGE, open_bytes
+from megaconsa.data.document import Document, Vocabulary
+from megaconsa.data.formats import DAMAGE, INDEXED, open_bytes
+from megaconsa.data.megatron_file import MegatronFile
 from megaconsa.data.sources import SourceFile
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
+
+if TYPE_CHECKING:
+    from megaconsa.data.mds_documents import MdsDocuments
 
 FIELD = "text"
 """The usual name of the field or column that holds a document."""
@@ -50,7 +55,7 @@ class Layout:
     """Where the documents are in their files."""
 
     field: str = FIELD
-    """The field of JSON lines, or the column of a table, that holds a document."""
+    """The field of JSON lines, or the column of a table or of MDS, that holds a document."""
     separator: str | None = None
     """Text that divides a text file into documents. None: a text file is one document."""
 
@@ -59,10 +64,14 @@ def read_documents(
     files: Iterable[SourceFile],
     layout: Layout | None = None,
     bad: BadDocuments | None = None,
-) -> Iterator[str]:
-    """The documents, exactly as stored. Empty ones are left out.
+    vocabulary: Vocabulary | None = None,
+) -> Iterator[Document]:
+    """The documents. Empty ones are left out.
+
+    Texts are exactly as stored. Ids end with one end-of-text token at least.
 
     bad: counts documents that cannot be read. None: the first one is refused.
+    vocabulary: that of the documents that are ids. None: such documents are refused.
 
     Raises InputError, with file and place, for a bad document too many and for a damaged file.
     """
@@ -70,9 +79,26 @@ def read_documents(
     bad = bad or BadDocuments()
     for file in files:
         with reading(file):
-            for text in _documents_of(file, layout, bad):
-                if text:
-                    yield text
+            if file.format in INDEXED:
+                found = _indexed(file, layout, bad, vocabulary)
+            else:
+                found = map(Document, _texts(file, layout, bad))
+            for document in found:
+                if not document.is_empty:
+                    yield document
+
+
+def holds_ids(file: SourceFile, layout: Layout) -> bool:
+    """Whether the documents of a file were tokenized elsewhere.
+
+    Raises InputError where the file lacks the column that the layout names.
+    """
+    if file.format == "mds":
+        from megaconsa.data import mds_documents
+
+        assert file.index is not None
+        return mds_documents.holds_ids(file.path, file.index, layout.field, FIELD)
+    return file.format == "megatron"
 
 
 @contextmanager
@@ -107,7 +133,37 @@ def _fault_of_file(file: SourceFile, error: Exception) -> str | None:
     return None
 
 
-def _documents_of(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterator[str]:
+def _indexed(
+    file: SourceFile, layout: Layout, bad: BadDocuments, vocabulary: Vocabulary | None
+) -> Iterator[Document]:
+    """The documents of a file that has an index, or of a part of such a file."""
+    opened = _open(file, layout)
+    end = len(opened) if file.end is None else file.end
+    for number in range(file.begin, end):
+        try:
+            document = opened.document(number)
+            if document.ids is not None:
+                if vocabulary is None:
+                    raise InputError(f"{file.path}: its documents are ids, give their --tokenizer")
+                document = document.ended(vocabulary)
+        except ValueError as error:
+            bad.add(f"{file.path}, document {number + 1}: {error}")
+        else:
+            yield document
+
+
+def _open(file: SourceFile, layout: Layout) -> MegatronFile | MdsDocuments:
+    """A file that has an index."""
+    assert file.index is not None
+    if file.format == "megatron":
+        return MegatronFile(file.path, file.index)
+    # Imported here because most sources have no such shards, and the import takes a while.
+    from megaconsa.data.mds_documents import MdsDocuments
+
+    return MdsDocuments(file.path, file.index, layout.field, FIELD)
+
+
+def _texts(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterator[str]:
     if file.format == "lines":
         return _lines(file, layout.field, bad)
     if file.format == "text":

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from megaconsa.data.document import Document
 from megaconsa.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1_000_000
@@ -19,9 +20,11 @@ AGREEING = 16
 
 
 def encode(
-    documents: Iterable[str], tokenizer: Tokenizer, threads: int = 1
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Each document with its ids, int64, in order.
+    documents: Iterable[Document], tokenizer: Tokenizer, threads: int = 1
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its ids, int64 with the end-of-text token, in order.
+
+    Documents that are ids are passed on.
 
     A document of more than BATCH_CHARACTERS is encoded in overlapping parts, because a tokenizer
     takes more than a hundred bytes for each character.
@@ -29,7 +32,7 @@ def encode(
     threads: how many batches are encoded at a time, while the caller's thread reads on.
     """
     with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[list[tuple[str, np.ndarray]]]] = deque()
+        running: deque[Future[list[tuple[Document, np.ndarray]]]] = deque()
         for batch in _batches(documents):
             running.append(pool.submit(_encode_batch, batch, tokenizer))
             if len(running) > threads:
@@ -38,26 +41,37 @@ def encode(
             yield from running.popleft().result()
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """The documents in batches. A long one is a batch of its own."""
-    batch: list[str] = []
+    batch: list[Document] = []
     held = 0
     for document in documents:
-        if batch and held + len(document) > BATCH_CHARACTERS:
+        if batch and held + document.size > BATCH_CHARACTERS:
             yield batch
             batch = []
             held = 0
         batch.append(document)
-        held += len(document)
+        held += document.size
     if batch:
         yield batch
 
 
-def _encode_batch(batch: list[str], tokenizer: Tokenizer) -> list[tuple[str, np.ndarray]]:
-    if len(batch[0]) > BATCH_CHARACTERS:
-        return [(batch[0], _encode_long(batch[0], tokenizer))]
-    encoded = tokenizer.encode_batch(batch)
-    return [(text, np.array(ids, np.int64)) for text, ids in zip(batch, encoded, strict=True)]
+def _encode_batch(batch: list[Document], tokenizer: Tokenizer) -> list[tuple[Document, np.ndarray]]:
+    encoded = iter(_encode_texts([each.text for each in batch if each.ids is None], tokenizer))
+    found = []
+    for document in batch:
+        ids = document.ids
+        if ids is None:
+            ids = np.append(next(encoded), tokenizer.end_of_text)
+        found.append((document, ids))
+    return found
+
+
+def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each text, int64. A long text must be the only one."""
+    if len(texts) == 1 and len(texts[0]) > BATCH_CHARACTERS:
+        return [_encode_long(texts[0], tokenizer)]
+    return [np.array(ids, np.int64) for ids in tokenizer.encode_batch(texts)]
 
 
 def _encode_long(text: str, tokenizer: Tokenizer) -> np.ndarray:

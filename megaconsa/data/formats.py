@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from megaconsa.data.mds_index import is_index
+from megaconsa.data.megatron_file import MAGIC
 from megaconsa.files import parse_json
 
 if sys.version_info >= (3, 14):
@@ -18,8 +20,13 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-Format = Literal["text", "lines", "parquet", "arrow"]
-"""text: one document a file. lines: one JSON object a line. parquet, arrow: one document a row."""
+Format = Literal["text", "lines", "parquet", "arrow", "megatron", "mds"]
+"""text: one document a file. lines: one JSON object a line. parquet, arrow: one document a row.
+
+megatron: ids, with an index beside them. mds: a shard of an MDS folder, which has an index too.
+"""
+INDEXED: tuple[Format, ...] = ("megatron", "mds")
+"""Formats whose documents are found through an index. The index is what is recognised."""
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html")
 _CODE_SUFFIXES = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh"),
@@ -90,6 +97,8 @@ def recognise(path: Path) -> Format | None:
     known = _FORMATS.get(Path(name).suffix)
     if known is not None:
         return known
+    if is_index(path):
+        return "mds"
     try:
         with open_bytes(path) as file:
             start = file.read(_LOOK_BYTES)
@@ -103,6 +112,8 @@ def recognise(path: Path) -> Format | None:
         return "parquet"
     if start.startswith(b"ARROW1"):
         return "arrow"
+    if start.startswith(MAGIC):
+        return "megatron"
     return "lines" if _begins_with_an_object(start) else None
 
 

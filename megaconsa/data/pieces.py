@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import xxhash
 
 from megaconsa.data.documents import reading
 from megaconsa.data.formats import is_compressed, open_bytes
+from megaconsa.data.megatron_file import MegatronFile
 from megaconsa.data.sources import SourceFile
 
 PIECE_BYTES = 32 << 20
@@ -37,16 +39,24 @@ class Piece:
 
 
 def identity(file: SourceFile) -> list[object]:
-    """Path, size and time of the last change of a file. They tell whether it was replaced."""
-    status = file.path.stat()
-    return [str(file.path), status.st_size, status.st_mtime_ns]
+    """Path, size and time of the last change of a file. They tell whether it was replaced.
+
+    Those of its index follow, if it has one.
+    """
+    found: list[object] = []
+    for path in (file.path, file.index):
+        if path is not None:
+            status = path.stat()
+            found += [str(path), status.st_size, status.st_mtime_ns]
+    return found
 
 
 def cut(files: Iterable[SourceFile]) -> Iterator[Piece]:
     """Cuts files into pieces of about PIECE_BYTES, in order. Small files share a piece.
 
-    Files of uncompressed lines and Parquet files are divided. Others are not, because they can only
-    be read from their beginning. The pieces depend on the files alone, not on the machine.
+    Files of uncompressed lines, Parquet files and Megatron-LM's are divided. Others are not,
+    because they can only be read from their beginning or are shards already. The pieces depend on
+    the files alone, not on the machine.
 
     Raises InputError where a file is damaged.
     """
@@ -76,6 +86,8 @@ def _parts(file: SourceFile) -> Iterator[tuple[SourceFile, int]]:
                 yield replace(file, begin=begin, end=end), end - begin
         elif file.format == "parquet":
             yield from _row_groups(file)
+        elif file.format == "megatron":
+            yield from _runs_of_documents(file)
         else:
             yield file, size
 
@@ -95,3 +107,17 @@ def _row_groups(file: SourceFile) -> Iterator[tuple[SourceFile, int]]:
             yield replace(file, begin=begin, end=group + 1), size
             begin = group + 1
             size = 0
+
+
+def _runs_of_documents(file: SourceFile) -> Iterator[tuple[SourceFile, int]]:
+    """Runs of documents of a Megatron-LM file, each with its bytes on disk."""
+    assert file.index is not None
+    before = MegatronFile(file.path, file.index).bytes_before()
+    last = len(before) - 1
+    begin = 0
+    while begin < last:
+        end = int(np.searchsorted(before, before[begin] + PIECE_BYTES))
+        # A document of no bytes may stand at the beginning of a run.
+        end = min(max(end, begin + 1), last)
+        yield replace(file, begin=begin, end=end), int(before[end] - before[begin])
+        begin = end

@@ -20,7 +20,7 @@ from megaconsa.data.dataset_info import (
     SourceInfo,
     SplitInfo,
 )
-from megaconsa.data.documents import BadDocuments, read_documents
+from megaconsa.data.documents import BadDocuments, holds_ids, read_documents
 from megaconsa.data.duplicates import UNIQUE, find_duplicates
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
@@ -70,6 +70,8 @@ def prepare(
     skipped = [f"{file.path}: {file.reason}" for file in found.skipped[:NAMED_FILES]]
     _say("files that are not read", len(found.skipped), skipped)
     given = Tokenizer.load(tokenizer) if tokenizer else None
+    if train_tokenizer:
+        _refuse_ids(found, options)
     source = _describe(sources, found, options, train_tokenizer)
     if (out / INFO).is_file():
         return _same(out, DatasetInfo.load(out), source, options, given)
@@ -91,6 +93,16 @@ def prepare(
         info = _pack(out, named, used, source, options)
         finish(out, info)
     return info
+
+
+def _refuse_ids(found: SourceFiles, options: Options) -> None:
+    """Raises InputError for a file of ids, which are of one certain tokenizer."""
+    for file in found.files:
+        if holds_ids(file, options.layout):
+            raise InputError(
+                f"{file.path}: its documents are ids already, "
+                "give the tokenizer that they are from with --tokenizer"
+            )
 
 
 def _say(title: str, count: int, lines: Sequence[str]) -> None:
@@ -193,16 +205,12 @@ def _training_sample(pieces: Sequence[Piece], options: Options) -> list[str]:
                 number += 1
                 if in_validation(document, options.validation_share):
                     continue
-                heapq.heappush(kept, (-_sampling_hash(document), number, document))
-                characters += len(document)
+                # The seed makes it another hash than the one that chooses the split.
+                heapq.heappush(kept, (-document.hash(seed=1), number, document.text))
+                characters += document.characters
                 while characters > TRAINING_CHARACTERS and len(kept) > 1:
                     characters -= len(heapq.heappop(kept)[2])
     return [document for _, _, document in sorted(kept, key=lambda entry: entry[1])]
-
-
-def _sampling_hash(document: str) -> int:
-    """A hash that does not depend on that which chooses the split."""
-    return xxhash.xxh3_64_intdigest(document.encode(), seed=1)
 
 
 def _pack(

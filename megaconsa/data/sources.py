@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megaconsa.data.formats import Format, recognise
+from megaconsa.data.dataset_info import INFO
+from megaconsa.data.formats import INDEXED, Format, recognise
+from megaconsa.data.mds_index import shard_records
 from megaconsa.errors import InputError
 
 PYTHON = "python"
@@ -29,12 +31,15 @@ class SourceFile:
     source: str = ""
     """The source that it belongs to, as the user named it."""
     begin: int = 0
-    """First byte of a file of lines, or first row group of a Parquet file."""
+    """First byte of a file of lines, first row group of a Parquet file, or first document of a
+    Megatron-LM file."""
     end: int | None = None
     """End of the part, not included. None: the end of the file.
 
     A line belongs to the part in which it begins.
     """
+    index: Path | None = None
+    """The file that says where the documents are, in formats that have one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def find_files(sources: Sequence[str]) -> SourceFiles:
         if source == PYTHON:
             found.files += [SourceFile(file, "text", source) for file in python_sources()]
         elif path.is_file():
-            found.files.append(SourceFile(path, _format_of_named(path), source))
+            found.files += _named(path, source)
         elif path.is_dir():
             _add_folder(found, path, source)
         else:
@@ -96,17 +101,37 @@ def find_files(sources: Sequence[str]) -> SourceFiles:
         if len(found.files) == before:
             raise InputError(
                 f"source {source}: the folder holds no files of documents "
-                "(text, source code, JSON lines, Parquet or Arrow)"
+                "(text, source code, JSON lines, Parquet, Arrow, Megatron-LM or MDS)"
             )
     return found
 
 
-def _format_of_named(path: Path) -> Format:
-    """The format of a file that the user named."""
+def _named(path: Path, source: str) -> list[SourceFile]:
+    """The files of documents that a file named by the user stands for."""
+    index = path.with_suffix(".idx")
+    if path.suffix == ".bin" and index.is_file() and _recognised(index) == "megatron":
+        path = index
     known = _recognised(path)
+    if known in INDEXED:
+        return [SourceFile(data, known, source, index=path) for data in _indexed(path, known)]
     if known is None and path.suffix.lower() == ".json":
         raise InputError(f"{path}: expected one JSON object a line, it is one JSON value or none")
-    return known or "text"
+    return [SourceFile(path, known or "text", source)]
+
+
+def _indexed(index: Path, known: Format) -> list[Path]:
+    """The files that an index describes. Raises InputError where one is missing."""
+    if known == "mds":
+        if (index.parent.parent / INFO).exists():
+            raise InputError(
+                f"{index}: it belongs to a data folder of megaconsa, which is prepared already; "
+                "give its sources, or name it in a mixture"
+            )
+        return list(shard_records(index))
+    data = index.with_suffix(".bin")
+    if not data.is_file():
+        raise InputError(f"{data}: the file of {index.name} cannot be found, download it")
+    return [data]
 
 
 def _recognised(path: Path) -> Format | None:
@@ -122,18 +147,31 @@ def _recognised(path: Path) -> Format | None:
 def _add_folder(found: SourceFiles, folder: Path, source: str) -> None:
     """Adds the files below a folder."""
     formats: dict[Path, Format] = {}
+    indices: dict[Path, Path] = {}
+    described: dict[Path, Format] = {}
+    unknown: list[Path] = []
     for file in _visible_files(folder):
         known = _recognised(folder / file)
         if known is None:
-            found.skipped.append(SkippedFile(folder / file, "its format is not known"))
+            unknown.append(file)
+        elif known in INDEXED:
+            for data in _indexed(folder / file, known):
+                indices[data.relative_to(folder)] = folder / file
+                described[data.relative_to(folder)] = known
         else:
             formats[file] = known
+    # The bytes of such a file may look like any format.
+    formats.update(described)
+    for file in unknown:
+        if file not in described:
+            found.skipped.append(SkippedFile(folder / file, "its format is not known"))
     if set(formats.values()) - {"text"}:
         for file in [file for file in formats if formats[file] == "text" and _is_card(file)]:
             del formats[file]
             found.skipped.append(SkippedFile(folder / file, "it describes the data beside it"))
     for file in _shuffled(formats):
-        found.files.append(SourceFile(folder / file, formats[file], source))
+        index = indices.get(file)
+        found.files.append(SourceFile(folder / file, formats[file], source, index=index))
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

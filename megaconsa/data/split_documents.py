@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from megaconsa.console import progress
 from megaconsa.data import tokenized
 from megaconsa.data.dataset_info import VALIDATION
+from megaconsa.data.document import Document
 from megaconsa.data.duplicates import UNIQUE
 from megaconsa.data.packing import cut_stream, fit_documents
 from megaconsa.data.preparation_options import Options
@@ -19,9 +19,9 @@ from megaconsa.data.tokenization import NamedPiece
 from megaconsa.data.tokenizer import Tokenizer
 
 
-def in_validation(document: str, share: float) -> bool:
+def in_validation(document: Document, share: float) -> bool:
     """Whether a document is held out. The result depends on its content and the share alone."""
-    return xxhash.xxh3_64_intdigest(document.encode()) < _limit(share)
+    return document.hash() < _limit(share)
 
 
 def _limit(share: float) -> int:

@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import xxhash
-
 from megaconsa.console import progress
 from megaconsa.data import tokenized
+from megaconsa.data.document import Vocabulary
 from megaconsa.data.documents import BadDocuments, Layout, read_documents
 from megaconsa.data.encoding import encode
 from megaconsa.data.pieces import Piece
@@ -195,9 +193,9 @@ def _tokenize_piece(folder: Path, name: str) -> TokenizedPiece:
     settings = _work.settings
     tokenizer = _work.tokenizer
     bad = BadDocuments(settings.skip_bad)
-    documents = read_documents(_work.pieces[name].files, settings.layout, bad)
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
+    documents = read_documents(_work.pieces[name].files, settings.layout, bad, vocabulary)
     writer = PieceWriter(folder, name, tokenizer.vocab_size)
-    for text, encoded in encode(documents, tokenizer, _work.threads):
-        ids = np.append(encoded, tokenizer.end_of_text)
-        writer.add(xxhash.xxh3_64_intdigest(text.encode()), len(text), ids)
+    for document, ids in encode(documents, tokenizer, _work.threads):
+        writer.add(document.hash(), document.characters, ids)
     return writer.finish(bad.count, bad.first)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("characters", "<u4"), ("tokens", "<u4")])
-"""hash: of the text (xxh3_64). tokens: end-of-text included."""
+"""hash: of the content (xxh3_64). characters: 0 where it came as ids. tokens: with end-of-text."""
 FINISHED = ".json"
 
 
@@ -55,15 +55,15 @@ class PieceWriter:
         self._file = (folder / f"{name}.tokens").open("wb")
         self._documents: list[tuple[int, int, int]] = []
 
-    def add(self, text_hash: int, characters: int, ids: np.ndarray) -> None:
+    def add(self, content_hash: int, characters: int, ids: np.ndarray) -> None:
         """Adds a document.
 
-        text_hash: xxh3_64 of the text.
-        characters: length of the text.
+        content_hash: xxh3_64 of the text, or of the ids where they are all that is known.
+        characters: length of the text, or 0.
         ids: (n,) with the end-of-text token at the end.
         """
         self._file.write(ids.astype(self._type).tobytes())
-        self._documents.append((text_hash, characters, len(ids)))
+        self._documents.append((content_hash, characters, len(ids)))
 
     def finish(self, bad_documents: int, bad: list[str]) -> TokenizedPiece:
         """Writes the counts, which finishes the piece."""

@@ -15,9 +15,10 @@ import pytest
 from pyarrow import parquet
 
 from megaconsa.data import documents
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.documents import BadDocuments, Layout
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
+from tests.support.texts import read_texts
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -40,7 +41,7 @@ def json_lines(texts: list[str], field: str = "text") -> bytes:
 
 def read(file: Path, **options: object) -> list[str]:
     layout = Layout(**options)  # type: ignore[arg-type]
-    return list(read_documents(find_files([str(file)]).files, layout))
+    return read_texts(find_files([str(file)]).files, layout)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -114,7 +115,7 @@ def test_a_table_may_lack_some_documents(tmp_path: Path) -> None:
     with pytest.raises(InputError, match='row 2: column "text" is NoneType'):
         read(file)
     bad = BadDocuments(limit=1)
-    assert list(read_documents([SourceFile(file, "parquet")], bad=bad)) == ["a", "b"]
+    assert read_texts([SourceFile(file, "parquet")], bad=bad) == ["a", "b"]
     assert bad.count == 1
 
 
@@ -144,11 +145,11 @@ def test_bad_lines_are_refused_or_counted(tmp_path: Path, line: str, message: st
         read(file)
     files = [SourceFile(file, "lines")]
     bad = BadDocuments(limit=2)
-    assert list(read_documents(files, bad=bad)) == ["fine", "also"]
+    assert read_texts(files, bad=bad) == ["fine", "also"]
     assert bad.count == 2
     assert len(bad.first) == 2
     with pytest.raises(InputError, match=r"line 4: .*; it is the bad document number 2 of at most"):
-        list(read_documents(files, bad=BadDocuments(limit=1)))
+        read_texts(files, bad=BadDocuments(limit=1))
 
 
 def test_text_in_another_encoding_is_refused_or_counted(tmp_path: Path) -> None:
@@ -157,5 +158,5 @@ def test_text_in_another_encoding_is_refused_or_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"latin.txt: not UTF-8 at byte 2"):
         read(file)
     bad = BadDocuments(limit=1)
-    assert list(read_documents([SourceFile(file, "text")], bad=bad)) == []
+    assert read_texts([SourceFile(file, "text")], bad=bad) == []
     assert bad.count == 1

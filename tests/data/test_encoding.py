@@ -12,6 +12,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from megaconsa.data import encoding
+from megaconsa.data.document import Document
 from megaconsa.data.encoding import encode
 from megaconsa.data.tokenizer import Tokenizer
 from tests.data.conftest import make_documents
@@ -59,10 +60,11 @@ def test_parts_of_a_document_are_the_whole(
     monkeypatch.setattr(encoding, "OVERLAP", 200)
     tokenizer = Tokenizer.load(tokenizer_folder if kind == "characters" else byte_tokenizer)
     texts = long_texts()
-    found = list(encode(iter(texts), tokenizer, threads=2))
-    assert [text for text, _ in found] == texts
-    for text, ids in found:
-        assert np.array_equal(ids, tokenizer.encode_batch([text])[0])
+    found = list(encode(map(Document, texts), tokenizer, threads=2))
+    assert [document.text for document, _ in found] == texts
+    for document, ids in found:
+        expected = [*tokenizer.encode_batch([document.text])[0], tokenizer.end_of_text]
+        assert np.array_equal(ids, expected)
 
 
 def test_no_part_is_longer_than_a_batch(
@@ -80,5 +82,5 @@ def test_no_part_is_longer_than_a_batch(
 
     monkeypatch.setattr(tokenizer, "encode_with_places", watched)
     monkeypatch.setattr(tokenizer, "encode_batch", None)
-    assert len(list(encode(long_texts()[:1], tokenizer))) == 1
+    assert len(list(encode([Document(long_texts()[0])], tokenizer))) == 1
     assert 1000 < longest <= 1400

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megaconsa.data import pieces
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.documents import BadDocuments, Layout
 from megaconsa.data.pieces import Piece, cut
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
+from tests.support.texts import read_texts
 
 
 def documents_of(found: list[Piece]) -> list[str]:
-    return [text for piece in found for text in read_documents(piece.files)]
+    return [text for piece in found for text in read_texts(piece.files)]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -72,7 +73,7 @@ def test_a_bad_line_or_row_of_a_part_is_named_by_its_place_in_the_file(
     file.write_text("\n".join(lines))
     bad = BadDocuments(1)
     found = list(cut([SourceFile(file, "lines")]))
-    texts = [text for piece in found for text in read_documents(piece.files, bad=bad)]
+    texts = [text for piece in found for text in read_texts(piece.files, bad=bad)]
     assert len(texts) == 499
     assert bad.first[0].startswith(f"{file}, line 334: ")
     values = [f"text {i} " * 20 for i in range(100)]
@@ -98,5 +99,5 @@ def test_texts_between_separators_are_the_documents(tmp_path: Path) -> None:
     texts = ["", "one", "two\n" * 1_000_000, "three"]
     (tmp_path / "text.txt").write_text("\ufeff" + "<|end|>".join(["zero", *texts]))
     files = [SourceFile(tmp_path / "text.txt", "text")]
-    found = list(read_documents(files, Layout(separator="<|end|>")))
+    found = read_texts(files, Layout(separator="<|end|>"))
     assert found == ["zero", *texts[1:]]

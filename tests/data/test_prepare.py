@@ -20,7 +20,7 @@ from streaming import LocalDataset
 
 from megaconsa.data import split_documents
 from megaconsa.data.dataset_info import INFO, UNFINISHED, DatasetInfo
-from megaconsa.data.documents import read_documents
+from megaconsa.data.document import Document
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.shards import open_split, verify, write_split
@@ -29,6 +29,7 @@ from megaconsa.data.split_documents import in_validation
 from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
+from tests.support.texts import read_texts
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -43,10 +44,12 @@ def test_data_is_the_packed_text(prepared: Path, text_folder: Path, info: Datase
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     assert (info.vocab_size, info.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
     assert info.tokenizer_fingerprint == tokenizer.fingerprint
-    documents = list(read_documents(find_files([str(text_folder)]).files))
+    documents = read_texts(find_files([str(text_folder)]).files)
     counts: Counter[int] = Counter()
     for split, held_out in (("train", False), ("validation", True)):
-        texts = [document for document in documents if in_validation(document, 0.1) == held_out]
+        texts = [
+            document for document in documents if in_validation(Document(document), 0.1) == held_out
+        ]
         encoded = tokenizer.encode_batch(texts)
         stream = np.concatenate([[*ids, tokenizer.end_of_text] for ids in encoded])
         expected = [stream[i : i + 33] for i in range(0, len(stream) - 32, 32)]
@@ -301,8 +304,8 @@ def test_bad_options_are_refused_before_writing(
 
 
 def test_held_out_share_is_a_function_of_content(documents: list[str]) -> None:
-    held_out = [in_validation(document, 0.3) for document in documents]
-    assert held_out == [in_validation(document, 0.3) for document in documents]
+    held_out = [in_validation(Document(document), 0.3) for document in documents]
+    assert held_out == [in_validation(Document(document), 0.3) for document in documents]
     assert 0.2 < sum(held_out) / len(held_out) < 0.4
 
 

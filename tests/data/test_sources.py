@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megaconsa.data.documents import read_documents
 from megaconsa.data.sources import find_files, python_sources
 from megaconsa.errors import InputError
+from tests.support.texts import read_texts
 
 
 def test_python_sources_are_real_text_without_packages_and_tests() -> None:
@@ -32,7 +32,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     other = tmp_path / "other.weird"
     other.write_text("other")
     found = find_files([str(folder), str(other)])
-    texts = list(read_documents(found.files))
+    texts = read_texts(found.files)
     assert sorted(texts[:2]) == ["a", "b"]
     assert texts[2:] == ["other"]
     assert [(file.path.name, file.reason) for file in found.skipped] == [
@@ -64,7 +64,7 @@ def test_a_folder_as_downloads_leave_it(tmp_path: Path) -> None:
     (linked / "back").symlink_to("../mixed")
 
     found = find_files([str(folder)])
-    texts = list(read_documents(found.files))
+    texts = read_texts(found.files)
     kinds = ("plain", "gz", "json", "upper", "nosuffix", "linked")
     assert sorted(texts) == sorted(f"{kind} {n}" for kind in kinds for n in range(10))
     reasons = {file.path.name: file.reason for file in found.skipped}
@@ -79,7 +79,7 @@ def test_a_card_among_text_is_text(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("card")
     (tmp_path / "a.txt").write_text("a")
     found = find_files([str(tmp_path)])
-    assert sorted(read_documents(found.files)) == ["a", "card"]
+    assert sorted(read_texts(found.files)) == ["a", "card"]
     assert found.skipped == []
 
 

@@ -11,10 +11,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaconsa.data.documents import read_documents
 from megaconsa.data.sources import find_files
 from megaconsa.data.tokenizer import END_OF_TEXT, Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
+from tests.support.texts import read_texts
 
 TEXTS = [
     "def f(x):\n\treturn  x   # two\n\n\n    four\t\ttabs\r\n",
@@ -62,7 +62,7 @@ def test_any_text_has_equal_ids(
 
 
 def test_python_sources_round_trip(tokenizer: Tokenizer) -> None:
-    texts = list(read_documents(find_files(["python"]).files[:10]))
+    texts = read_texts(find_files(["python"]).files[:10])
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megaconsa.data.dataset_info import VALIDATION
+from megaconsa.data.document import Document
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.split_documents import in_validation
@@ -38,7 +39,7 @@ def test_documents_are_the_texts(small_data: Path, tmp_path: Path) -> None:
         Options(sequence_length=16, validation_share=0.8),
         tokenizer=small_data / "tokenizer",
     )
-    expected = [text for text in texts if in_validation(text, 0.8)]
+    expected = [text for text in texts if in_validation(Document(text), 0.8)]
     held_out = HeldOut(data)
     documents = [held_out.document(index, 10**6).tolist() for index in range(len(held_out.starts))]
     assert len(expected) - 3 <= len(documents) <= len(expected)
