@@ -48,6 +48,13 @@ def main(
             "place of the default where it is missing",
         ),
     ] = "text",
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Field or column of the text before a document, which is not to be predicted",
+        ),
+    ] = None,
     separator: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +106,10 @@ def main(
         megaconsa prepare-data books/ --out data/books --separator '<|end|>' \
             --near-duplicates 0.8 --drop-duplicates --packing best-fit \
             --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
+
+        megaconsa prepare-data chats.jsonl --out data/chats --prompt-field question \
+            --field answer --packing best-fit \
+            --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
     """
     from megaconsa.data.documents import Layout
     from megaconsa.data.preparation_options import Options, packing_named
@@ -108,7 +119,7 @@ def main(
     options = Options(
         sequence_length=sequence_length,
         validation_share=validation_share,
-        layout=Layout(field, separator),
+        layout=Layout(field, separator, prompt_field),
         skip_bad=skip_bad,
         packing=packing_named(packing),
         similarity=near_duplicates,

@@ -67,8 +67,11 @@ class CompressedShard(MDSReader):
         self._check(data, self._stored, "")
         return data
 
-    def read(self, number: int, ids: np.ndarray) -> None:
-        """Copies a row to `ids`, (S + 1,). Loads the shard before that, and raises as `load`."""
+    def read(self, number: int, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Copies a row to `ids`, (S + 1,). Loads the shard before that, and raises as `load`.
+
+        mask: None, because these shards have no masks.
+        """
         if self._data is None:
             self.load()
         ids[:] = self[number][COLUMN]

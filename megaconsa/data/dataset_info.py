@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from megaconsa.errors import InputError
 from megaconsa.reading import patiently
@@ -30,7 +36,8 @@ class SplitInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     sequences: int
     tokens: int
-    """Tokens that follow another one in a sequence, without those that fill sequences up."""
+    """Tokens that follow another one in a sequence, without those that fill sequences up and those
+    that a mask leaves out."""
     documents: int
     """Number of packed documents. It includes the document in the dropped tail."""
 
@@ -52,6 +59,8 @@ class SourceInfo(BaseModel):
     """Duplicates that were left out."""
     field: str = "text"
     """The field or column that held a document."""
+    prompt_field: str | None = None
+    """The field or column of what stood before a document and is not predicted."""
     separator: str | None = None
     """What divided text files into documents."""
     similarity: float | None = None
@@ -64,6 +73,14 @@ class SourceInfo(BaseModel):
 
     None where a tokenizer was given.
     """
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a prompt the record is that of earlier versions, and so is its identity."""
+        content: dict[str, Any] = handler(self)
+        if self.prompt_field is None:
+            content.pop("prompt_field", None)
+        return content
 
 
 class SourceStatistics(BaseModel):
@@ -104,10 +121,20 @@ class DatasetInfo(BaseModel):
     A model that knows only these frequencies has this loss. None for a mixture.
     """
     packing: Packing = "cut"
+    loss_mask: bool = False
+    """Whether each row has a mask that says which of its tokens are to be predicted."""
     splits: dict[str, SplitInfo]
     source: SourceInfo
     sources: list[SourceStatistics] = []
     """Statistics of each source. Empty in folders of earlier versions."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without masks the record is that of earlier versions, and so is its identity."""
+        content: dict[str, Any] = handler(self)
+        if not self.loss_mask:
+            content.pop("loss_mask", None)
+        return content
 
     @property
     def compressed(self) -> bool:

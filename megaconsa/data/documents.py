@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megaconsa.data.bad_documents import OPTIONS, BadDocuments, fault_of_text
 from megaconsa.data.document import Document, Vocabulary
 from megaconsa.data.formats import DAMAGE, INDEXED, open_bytes
 from megaconsa.data.megatron_file import MegatronFile
 from megaconsa.data.sources import SourceFile
+from megaconsa.data.tables import table_rows
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
@@ -21,33 +23,8 @@ if TYPE_CHECKING:
 
 FIELD = "text"
 """The usual name of the field or column that holds a document."""
-ROWS = 1024
-"""Rows of a table that are read at a time."""
 BLOCK_BYTES = 1 << 20
 """Bytes of a text file that are read at a time."""
-NAMED = 3
-"""How many bad documents are named."""
-
-
-@dataclass
-class BadDocuments:
-    """Counts the documents that cannot be read, and refuses more than the user allows."""
-
-    limit: int = 0
-    """How many of them are skipped."""
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-    """What is wrong with the first few, each with its file and place."""
-
-    def add(self, fault: str) -> None:
-        """Counts a bad document. Raises InputError if it is one too many."""
-        self.count += 1
-        if self.count > self.limit:
-            if self.limit:
-                fault += f"; it is the bad document number {self.count} of at most {self.limit}"
-            raise InputError(fault)
-        if len(self.first) < NAMED:
-            self.first.append(fault)
 
 
 @dataclass(frozen=True)
@@ -58,6 +35,14 @@ class Layout:
     """The field of JSON lines, or the column of a table or of MDS, that holds a document."""
     separator: str | None = None
     """Text that divides a text file into documents. None: a text file is one document."""
+    prompt: str | None = None
+    """The field or column of the text before a document, which is not predicted. None: there is
+    none."""
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that are read: the document's, and the prompt's if there is one."""
+        return [self.field] if self.prompt is None else [self.field, self.prompt]
 
 
 def read_documents(
@@ -82,7 +67,7 @@ def read_documents(
             if file.format in INDEXED:
                 found = _indexed(file, layout, bad, vocabulary)
             else:
-                found = map(Document, _texts(file, layout, bad))
+                found = _texts(file, layout, bad)
             for document in found:
                 if not document.is_empty:
                     yield document
@@ -99,6 +84,14 @@ def holds_ids(file: SourceFile, layout: Layout) -> bool:
         assert file.index is not None
         return mds_documents.holds_ids(file.path, file.index, layout.field, FIELD)
     return file.format == "megatron"
+
+
+def has_fields(file: SourceFile, layout: Layout) -> bool:
+    """Whether the documents of a file are texts in fields, so that others may stand beside them.
+
+    Raises as `holds_ids` does.
+    """
+    return file.format != "text" and not holds_ids(file, layout)
 
 
 @contextmanager
@@ -160,15 +153,20 @@ def _open(file: SourceFile, layout: Layout) -> MegatronFile | MdsDocuments:
     # Imported here because most sources have no such shards, and the import takes a while.
     from megaconsa.data.mds_documents import MdsDocuments
 
-    return MdsDocuments(file.path, file.index, layout.field, FIELD)
+    return MdsDocuments(file.path, file.index, layout.field, FIELD, layout.prompt)
 
 
-def _texts(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterator[str]:
-    if file.format == "lines":
-        return _lines(file, layout.field, bad)
+def _texts(file: SourceFile, layout: Layout, bad: BadDocuments) -> Iterator[Document]:
     if file.format == "text":
-        return _text(file.path, layout.separator, bad)
-    return _rows(file, layout.field, bad)
+        return map(Document, _text(file.path, layout.separator, bad))
+    records = _lines if file.format == "lines" else table_rows
+    return (_document(values) for values in records(file, layout.fields, bad))
+
+
+def _document(values: Sequence[str]) -> Document:
+    """The document of the values of the layout's fields."""
+    text, *prompt = values
+    return Document(text, prompt=prompt[0] if prompt else None)
 
 
 def _text(path: Path, separator: str | None, bad: BadDocuments) -> Iterator[str]:
@@ -197,8 +195,8 @@ def _split(file: IO[bytes], separator: bytes) -> Iterator[bytes]:
     yield rest
 
 
-def _lines(file: SourceFile, name: str, bad: BadDocuments) -> Iterator[str]:
-    """The documents of a file with one JSON object a line, or of a part of such a file."""
+def _lines(file: SourceFile, names: list[str], bad: BadDocuments) -> Iterator[list[str]]:
+    """The fields of each object of a file with one a line, or of a part of such a file."""
     with open_bytes(file.path) as opened:
         position = file.begin
         if file.begin:
@@ -208,16 +206,16 @@ def _lines(file: SourceFile, name: str, bad: BadDocuments) -> Iterator[str]:
         for number, line in enumerate(opened, start=1):
             if file.end is not None and position >= file.end:
                 return
-            record, fault = _record(line, name, is_first=position == 0)
+            record, fault = _record(line, names, is_first=position == 0)
             position += len(line)
             if fault:
                 place = _lines_before(file) + number
                 bad.add(f"{file.path}, line {place}: {fault}")
             elif record is not None:
-                yield record[name]
+                yield [record[name] for name in names]
 
 
-def _record(line: bytes, name: str, *, is_first: bool) -> tuple[Any, str | None]:
+def _record(line: bytes, names: list[str], *, is_first: bool) -> tuple[Any, str | None]:
     """The record of a line, and what is wrong with it. Both are None for a blank line.
 
     is_first: whether it is the first line of its file, which may begin with a byte-order mark.
@@ -230,7 +228,7 @@ def _record(line: bytes, name: str, *, is_first: bool) -> tuple[Any, str | None]
         return None, f"not UTF-8 at byte {error.start} of the line"
     except ValueError:
         return None, "expected a JSON object, fix the line"
-    return record, _fault_of_record(record, name)
+    return record, _fault_of_record(record, names)
 
 
 def _lines_before(file: SourceFile) -> int:
@@ -249,86 +247,15 @@ def _lines_before(file: SourceFile) -> int:
     return lines if ends_with_a_line else lines + 1
 
 
-def _fault_of_record(record: Any, name: str) -> str | None:
+def _fault_of_record(record: Any, names: list[str]) -> str | None:
     """What is wrong with a JSON record, or None."""
     if not isinstance(record, dict):
         return "expected a JSON object, fix the line"
-    if name not in record:
-        # Surrogates would not print.
-        others = ", ".join(ascii(key) for key in list(record)[:8]) or "none"
-        return f'it has no field "{name}" but {others}; name the field with --field'
-    return _fault_of_text(record[name], f'field "{name}"')
-
-
-def _fault_of_text(text: object, place: str) -> str | None:
-    if not isinstance(text, str):
-        return f"{place} is {type(text).__name__}, make it a string"
-    try:
-        # JSON can spell half a surrogate pair, which UTF-8 cannot hold.
-        text.encode()
-    except UnicodeEncodeError:
-        return f"{place} has half a surrogate pair, fix it"
+    for name, option in zip(names, OPTIONS, strict=False):
+        if name not in record:
+            # Surrogates would not print.
+            others = ", ".join(ascii(key) for key in list(record)[:8]) or "none"
+            return f'it has no field "{name}" but {others}; name the field with {option}'
+        if fault := fault_of_text(record[name], f'field "{name}"'):
+            return fault
     return None
-
-
-def _rows(file: SourceFile, name: str, bad: BadDocuments) -> Iterator[str]:
-    """The documents of a Parquet or Arrow file, read some rows at a time."""
-    row = 0
-    try:
-        for values in _columns(file, name):
-            for value in values:
-                row += 1
-                if fault := _fault_of_text(value, f'column "{name}"'):
-                    bad.add(f"{file.path}, row {_rows_before(file) + row}: {fault}")
-                else:
-                    yield value
-    except UnicodeDecodeError as error:
-        place = _rows_before(file) + row
-        raise InputError(
-            f'{file.path}, after row {place}: column "{name}" is not UTF-8 ({error.reason})'
-        ) from error
-
-
-def _rows_before(file: SourceFile) -> int:
-    """The number of rows before a part of a table."""
-    from pyarrow import parquet
-
-    if not file.begin:
-        return 0
-    metadata = parquet.read_metadata(file.path)
-    return sum(metadata.row_group(group).num_rows for group in range(file.begin))
-
-
-def _columns(file: SourceFile, name: str) -> Iterator[list[Any]]:
-    """The values of a column, some rows at a time."""
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    with open_bytes(file.path) as opened:
-        if file.format == "parquet":
-            table = parquet.ParquetFile(opened)
-            _check_column(file.path, table.schema_arrow.names, name)
-            groups = list(range(table.num_row_groups))[file.begin : file.end]
-            for batch in table.iter_batches(ROWS, columns=[name], row_groups=groups):
-                yield batch.column(0).to_pylist()
-            return
-        magic = opened.read(6)
-        opened.seek(0)
-        if magic == b"ARROW1":
-            reader = arrow.ipc.open_file(opened)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            # The datasets library writes streams.
-            reader = arrow.ipc.open_stream(opened)
-            batches = iter(reader)
-        _check_column(file.path, reader.schema.names, name)
-        for batch in batches:
-            for start in range(0, batch.num_rows, ROWS):
-                yield batch.column(name).slice(start, ROWS).to_pylist()
-
-
-def _check_column(path: Path, columns: list[str], name: str) -> None:
-    """Raises InputError where the column is missing."""
-    if name not in columns:
-        found = ", ".join(map(ascii, columns[:8])) or "none"
-        raise InputError(f'{path}: it has no column "{name}" but {found}; name it with --field')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,12 +20,20 @@ AGREEING = 16
 """Tokens on each side of a cut that must be the same in both parts."""
 
 
+class Encoded(NamedTuple):
+    """A document and its ids."""
+
+    document: Document
+    ids: np.ndarray
+    """(n,) int64, with the end-of-text token."""
+    mask: np.ndarray | None
+    """(n,) uint8, 1 where an id is to be predicted. None: all are."""
+
+
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, threads: int = 1
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its ids, int64 with the end-of-text token, in order.
-
-    Documents that are ids are passed on.
+) -> Iterator[Encoded]:
+    """Each document with its ids, in order. Documents that are ids are passed on.
 
     A document of more than BATCH_CHARACTERS is encoded in overlapping parts, because a tokenizer
     takes more than a hundred bytes for each character.
@@ -32,7 +41,7 @@ def encode(
     threads: how many batches are encoded at a time, while the caller's thread reads on.
     """
     with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[list[tuple[Document, np.ndarray]]]] = deque()
+        running: deque[Future[list[Encoded]]] = deque()
         for batch in _batches(documents):
             running.append(pool.submit(_encode_batch, batch, tokenizer))
             if len(running) > threads:
@@ -56,22 +65,37 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode_batch(batch: list[Document], tokenizer: Tokenizer) -> list[tuple[Document, np.ndarray]]:
-    encoded = iter(_encode_texts([each.text for each in batch if each.ids is None], tokenizer))
+def _encode_batch(batch: list[Document], tokenizer: Tokenizer) -> list[Encoded]:
+    texts = [text for document in batch for text in document.texts]
+    encoded = iter(_encode_texts(texts, tokenizer))
     found = []
     for document in batch:
-        ids = document.ids
-        if ids is None:
-            ids = np.append(next(encoded), tokenizer.end_of_text)
-        found.append((document, ids))
+        if document.ids is not None:
+            found.append(Encoded(document, document.ids, document.mask))
+            continue
+        parts = [next(encoded) for _ in document.texts]
+        ids = np.concatenate([*parts, [tokenizer.end_of_text]])
+        mask = None
+        if document.prompt is not None:
+            mask = np.ones(len(ids), np.uint8)
+            mask[: len(parts[0])] = 0
+        found.append(Encoded(document, ids, mask))
     return found
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each text, int64. A long text must be the only one."""
-    if len(texts) == 1 and len(texts[0]) > BATCH_CHARACTERS:
-        return [_encode_long(texts[0], tokenizer)]
+    """The ids of each text, int64."""
+    if any(len(text) > BATCH_CHARACTERS for text in texts):
+        # They are a prompt and its document at most, because a long document is a batch alone.
+        return [_encode_text(text, tokenizer) for text in texts]
     return [np.array(ids, np.int64) for ids in tokenizer.encode_batch(texts)]
+
+
+def _encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of one text of any length, int64."""
+    if len(text) > BATCH_CHARACTERS:
+        return _encode_long(text, tokenizer)
+    return np.array(tokenizer.encode_batch([text])[0], np.int64)
 
 
 def _encode_long(text: str, tokenizer: Tokenizer) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from megaconsa.data.shard_file import HASH, again, twice
+from megaconsa.data.shard_file import HASH, LOSS_MASK, again, twice
 from megaconsa.errors import DataError
 from megaconsa.reading import patiently, read_bytes
 
@@ -34,8 +34,9 @@ class FlatShard:
     """One uncompressed MDS shard.
 
     The file begins with the number of rows n and n + 1 offsets, all uint32, and a description. The
-    rows follow. A row is a hash and S + 1 ids. The hash covers the ids and the row's place in the
-    split, so a row in the wrong place is found too.
+    rows follow. A row is a hash and S + 1 ids, behind a mask of S + 1 bytes where the folder has
+    masks. The hash covers the ids, the mask and the row's place in the split, so a row in the wrong
+    place is found too.
 
     Reading writes nothing. Any number of processes can share a folder, even a read-only one.
     """
@@ -49,7 +50,7 @@ class FlatShard:
         folder: holds the file.
         record: what the index says about it.
         first: place of the first row in the split.
-        columns: a row's type: ROW_HASH, then the ids.
+        columns: a row's type (row_type).
         """
         self.path = folder / record.name
         self.record = record
@@ -60,11 +61,12 @@ class FlatShard:
         self._file: int | None = None
         self._digest = memoryview(bytearray(8)).cast("Q")
 
-    def read(self, number: int, ids: np.ndarray) -> None:
+    def read(self, number: int, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Reads a row.
 
         number: counts from the shard's first row.
         ids: gets the ids, (S + 1,) of the stored type without gaps.
+        mask: gets the mask, (S + 1,) uint8 without gaps. None: the rows have no masks.
 
         Raises DataError, which names the file, where the row is not what was written. Raises
         UnreachableError where the file stays out of reach.
@@ -72,11 +74,11 @@ class FlatShard:
         # The calls for other attempts come after the first one, which succeeds nearly always. They
         # would take as long as reading a short row.
         try:
-            self._read_once(number, ids)
+            self._read_once(number, ids, mask)
         except DataError as error:
-            again(error, self._read, number, ids)
+            again(error, self._read, number, ids, mask)
         except OSError:
-            twice(self._read, number, ids)
+            twice(self._read, number, ids, mask)
 
     def unload(self) -> None:
         """Closes the file."""
@@ -99,21 +101,26 @@ class FlatShard:
                 f"{self.path}: shard does not match its {HASH} hash, the file is damaged"
             )
         rows = np.frombuffer(data, self.columns, offset=self._begin)
+        names = self.columns.names or ()
         largest = 0
-        for number, (digest, ids) in enumerate(rows):
-            if row_hash(ids, self.first + number) != digest:
+        for number, row in enumerate(rows):
+            ids = row[names[-1]]
+            mask = row[LOSS_MASK] if LOSS_MASK in names else None
+            if row_hash(ids, self.first + number, mask) != row[ROW_HASH]:
                 raise self._damage(number)
+            if mask is not None and mask.max() > 1:
+                raise DataError(f"{self.path}: the mask of row {number} has other values than 0, 1")
             largest = max(largest, int(ids.max()))
         return largest
 
-    def _read(self, number: int, ids: np.ndarray) -> None:
+    def _read(self, number: int, ids: np.ndarray, mask: np.ndarray | None) -> None:
         """Reads a row, and waits while the file is out of reach."""
         try:
-            patiently(lambda: self._read_once(number, ids), self.path, self.path.parent)
+            patiently(lambda: self._read_once(number, ids, mask), self.path, self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
 
-    def _read_once(self, number: int, ids: np.ndarray) -> None:
+    def _read_once(self, number: int, ids: np.ndarray, mask: np.ndarray | None) -> None:
         """Reads a row. Raises OSError where the system cannot read the file."""
         fresh = self._file is None
         try:
@@ -122,13 +129,17 @@ class FlatShard:
             begin = self._begin + number * self._row_bytes
             # The ids go to their place without a copy.
             view = ids.data
-            count = os.preadv(self._file, (self._digest, view), begin)
+            buffers = (self._digest, view) if mask is None else (mask.data, self._digest, view)
+            count = os.preadv(self._file, buffers, begin)
             if fresh:
                 self._check_size(os.fstat(self._file).st_size)
             if count != self._row_bytes:
                 raise DataError(f"{self.path}: shard ends before its row {number}")
             # The same as row_hash.
-            if xxhash.xxh3_64_intdigest(view, self.first + number) != self._digest[0]:
+            digest = xxhash.xxh3_64_intdigest(view, self.first + number)
+            if mask is not None:
+                digest = xxhash.xxh3_64_intdigest(mask.data, digest)
+            if digest != self._digest[0]:
                 raise self._damage(number)
         except (OSError, DataError):
             # The open file may be the cause, for example after the server has restarted.
@@ -145,20 +156,25 @@ class FlatShard:
         return DataError(f"{self.path}: row {number} does not match its hash, the file is damaged")
 
 
-def row_hash(ids: np.ndarray, place: int) -> int:
+def row_hash(ids: np.ndarray, place: int, mask: np.ndarray | None = None) -> int:
     """The hash of a row.
 
     ids: (S + 1,) in the stored type, without gaps.
     place: index of the row in its split.
+    mask: (S + 1,) uint8 without gaps, if the row has one.
     """
-    return xxhash.xxh3_64_intdigest(ids.data, seed=place)
+    digest = xxhash.xxh3_64_intdigest(ids.data, seed=place)
+    return digest if mask is None else xxhash.xxh3_64_intdigest(mask.data, seed=digest)
 
 
-def row_type(ids: str, column: str, length: int) -> np.dtype:
-    """The type of a row.
+def row_type(ids: str, column: str, length: int, *, masked: bool = False) -> np.dtype:
+    """The type of a row: its hash and its ids, behind a mask if there is one.
 
     ids: type of the ids.
     column: name of their column.
     length: S + 1.
+    masked: whether the row has a mask.
     """
-    return np.dtype([(ROW_HASH, "<u8"), (column, np.dtype(ids).newbyteorder("<"), (length,))])
+    mask = [(LOSS_MASK, "u1", (length,))] if masked else []
+    dtype = np.dtype(ids).newbyteorder("<")
+    return np.dtype([*mask, (ROW_HASH, "<u8"), (column, dtype, (length,))])

@@ -130,6 +130,7 @@ class MixtureInfo:
             end_of_text=first.end_of_text,
             sequence_length=first.sequence_length,
             unigram_entropy=None,
+            loss_mask=any(info.loss_mask for info in self.infos.values()),
             splits=splits,
             source=SourceInfo(
                 names=[str(self.file)],

@@ -6,10 +6,21 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
+
+from megaconsa.data.shard_file import COLUMN, LOSS_MASK
 
 IGNORED = -100
 """The label of a position that is not predicted (cross_entropy's ignore_index)."""
+
+
+def masked_type(ids: npt.DTypeLike) -> np.dtype:
+    """The type of an id that knows whether it is predicted. Packing takes it in place of ids.
+
+    ids: type of an id.
+    """
+    return np.dtype([(COLUMN, ids), (LOSS_MASK, np.uint8)])
 
 
 def cut_stream(blocks: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
@@ -32,18 +43,18 @@ def cut_stream(blocks: Iterable[np.ndarray], sequence_length: int) -> Iterator[n
 
 
 def fit_documents(
-    ids: np.ndarray, lengths: np.ndarray, sequence_length: int, end_of_text: int
+    ids: np.ndarray, lengths: np.ndarray, sequence_length: int, filling: int | np.ndarray
 ) -> np.ndarray:
     """Packs documents into as few samples as possible, without cutting those that fit.
 
     ids: (n,) all documents, each with its end-of-text token.
     lengths: (documents,) number of tokens of each.
     sequence_length: S, in tokens.
+    filling: what fills free places: the end-of-text token, of the type of ids.
 
     Returns (samples, S + 1). A longer document is cut as in cut_stream, so that each of its tokens
     but the first is predicted. The parts are placed from the longest to the shortest, each where it
-    leaves the least room (best-fit decreasing, Ding et al. 2024, arXiv 2404.10830). What stays free
-    is filled with end-of-text tokens.
+    leaves the least room (best-fit decreasing, Ding et al. 2024, arXiv 2404.10830).
     """
     room = sequence_length + 1
     parts: list[tuple[int, int]] = []
@@ -66,7 +77,7 @@ def fit_documents(
         samples[sample].append(part)
         if left > part[1]:
             insort(free, (left - part[1], sample))
-    packed = np.full((len(samples), room), end_of_text, ids.dtype)
+    packed = np.full((len(samples), room), filling, ids.dtype)
     for row, members in zip(packed, samples, strict=True):
         position = 0
         for start, length in members:
@@ -94,10 +105,16 @@ def document_starts(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
     return np.repeat(starts, ends - begins).reshape(tokens.shape)
 
 
-def mask_labels(tokens: np.ndarray, end_of_text: int, separate_documents: bool) -> np.ndarray:
+def mask_labels(
+    tokens: np.ndarray,
+    end_of_text: int,
+    separate_documents: bool,
+    masks: np.ndarray | None = None,
+) -> np.ndarray:
     """The labels of a batch: the next tokens.
 
     tokens: (B, S + 1) integers.
+    masks: (B, S + 1), 0 where a token is never predicted. None: there are no such tokens.
 
     Returns (B, S) int64. Where documents are separate, an end_of_text input predicts nothing
     (-100), because the first token of another document follows it. An end_of_text token after
@@ -107,5 +124,7 @@ def mask_labels(tokens: np.ndarray, end_of_text: int, separate_documents: bool) 
     ignored = tokens[:, :-1] == end_of_text
     if not separate_documents:
         ignored &= labels == end_of_text
+    if masks is not None:
+        ignored |= masks[:, 1:] == 0
     labels[ignored] = IGNORED
     return labels

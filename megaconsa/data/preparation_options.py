@@ -53,6 +53,11 @@ class Options:
             )
         if self.layout.separator == "":
             raise InputError("--separator is empty, give the text between two documents")
+        if self.layout.prompt == self.layout.field:
+            raise InputError(
+                f"--prompt-field {self.layout.prompt} is the field of the documents too, "
+                "name the field of what stands before them"
+            )
         if self.similarity is not None and not 0 < self.similarity <= 1:
             raise InputError(
                 f"--near-duplicates {self.similarity} is outside (0, 1], "

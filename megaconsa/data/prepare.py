@@ -12,6 +12,7 @@ import xxhash
 
 from megaconsa.console import console, progress
 from megaconsa.data import PIECES, TOKENIZER, tokenized
+from megaconsa.data.bad_documents import BadDocuments
 from megaconsa.data.dataset_info import (
     INFO,
     TRAIN,
@@ -20,7 +21,8 @@ from megaconsa.data.dataset_info import (
     SourceInfo,
     SplitInfo,
 )
-from megaconsa.data.documents import BadDocuments, holds_ids, read_documents
+from megaconsa.data.document import Document
+from megaconsa.data.documents import has_fields, holds_ids, read_documents
 from megaconsa.data.duplicates import UNIQUE, find_duplicates
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
@@ -72,6 +74,8 @@ def prepare(
     given = Tokenizer.load(tokenizer) if tokenizer else None
     if train_tokenizer:
         _refuse_ids(found, options)
+    if options.layout.prompt is not None:
+        _refuse_without_fields(found, options)
     source = _describe(sources, found, options, train_tokenizer)
     if (out / INFO).is_file():
         return _same(out, DatasetInfo.load(out), source, options, given)
@@ -102,6 +106,16 @@ def _refuse_ids(found: SourceFiles, options: Options) -> None:
             raise InputError(
                 f"{file.path}: its documents are ids already, "
                 "give the tokenizer that they are from with --tokenizer"
+            )
+
+
+def _refuse_without_fields(found: SourceFiles, options: Options) -> None:
+    """Raises InputError for a file whose documents can have no prompt beside them."""
+    for file in found.files:
+        if not has_fields(file, options.layout):
+            raise InputError(
+                f"{file.path}: its documents have no fields, so --prompt-field "
+                f"{options.layout.prompt} is not there; prepare it alone and mix both folders"
             )
 
 
@@ -138,6 +152,7 @@ def _describe(
         validation_share=options.validation_share,
         trained_vocabulary=trained,
         field=options.layout.field,
+        prompt_field=options.layout.prompt,
         separator=options.layout.separator,
         similarity=options.similarity,
         drop_duplicates=options.drop_duplicates,
@@ -162,6 +177,7 @@ def _same(
         "--packing": (info.packing, options.packing),
         "--validation-share": (there.validation_share, source.validation_share),
         "--field": (there.field, source.field),
+        "--prompt-field": (there.prompt_field, source.prompt_field),
         "--separator": (there.separator, source.separator),
         "--near-duplicates": (there.similarity, source.similarity),
         "--drop-duplicates": (there.drop_duplicates, source.drop_duplicates),
@@ -195,7 +211,7 @@ def _training_sample(pieces: Sequence[Piece], options: Options) -> list[str]:
     stride = max(1, size // TRAINING_BYTES)
     bad = BadDocuments(options.skip_bad)
     # Largest hash first.
-    kept: list[tuple[int, int, str]] = []
+    kept: list[tuple[int, int, Document]] = []
     characters = 0
     number = 0
     with progress("reading", None, "documents") as task:
@@ -206,11 +222,12 @@ def _training_sample(pieces: Sequence[Piece], options: Options) -> list[str]:
                 if in_validation(document, options.validation_share):
                     continue
                 # The seed makes it another hash than the one that chooses the split.
-                heapq.heappush(kept, (-document.hash(seed=1), number, document.text))
+                heapq.heappush(kept, (-document.hash(seed=1), number, document))
                 characters += document.characters
                 while characters > TRAINING_CHARACTERS and len(kept) > 1:
-                    characters -= len(heapq.heappop(kept)[2])
-    return [document for _, _, document in sorted(kept, key=lambda entry: entry[1])]
+                    characters -= heapq.heappop(kept)[2].characters
+    chosen = [document for _, _, document in sorted(kept, key=lambda entry: entry[1])]
+    return [text for document in chosen for text in document.texts]
 
 
 def _pack(
@@ -248,7 +265,12 @@ def _pack(
                 "give more text or change --validation-share (0 for no validation split)"
             )
         sequences, split_counts = write_split(
-            out, split, text.sequences(), tokenizer.vocab_size, options.sequence_length
+            out,
+            split,
+            text.sequences(),
+            tokenizer.vocab_size,
+            options.sequence_length,
+            masked=text.masked,
         )
         if not sequences:
             option = "--validation-share" if split == VALIDATION else "more text"
@@ -257,6 +279,10 @@ def _pack(
                 f"tokens, raise {option}"
             )
         split_counts[tokenizer.end_of_text] -= text.filling
+        if not split_counts.any():
+            raise InputError(
+                f"no token of the {split} split is to be predicted, change the masks or the prompts"
+            )
         counts += split_counts
         splits[split] = SplitInfo(
             sequences=sequences, tokens=int(split_counts.sum()), documents=text.documents
@@ -268,6 +294,7 @@ def _pack(
         sequence_length=options.sequence_length,
         unigram_entropy=_entropy(counts),
         packing=options.packing,
+        loss_mask=any(piece.counts.masked for piece in pieces),
         splits=splits,
         source=source.model_copy(
             update={

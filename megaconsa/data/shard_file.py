@@ -12,6 +12,11 @@ logger = logging.getLogger(__name__)
 
 HASH = "xxh3_64"
 COLUMN = "tokens"
+LOSS_MASK = "loss_mask"
+"""The column, in folders that have it, that says which ids are to be predicted.
+
+Its name sorts before the others, as in the file.
+"""
 
 Result = TypeVar("Result")
 

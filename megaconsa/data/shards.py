@@ -13,7 +13,7 @@ dataset.json is written last and atomically. A folder without it is unfinished.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from megaconsa.data.compressed_shard import CompressedShard
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.flat_shard import ROW_HASH, FlatRecord, FlatShard, row_hash, row_type
-from megaconsa.data.shard_file import COLUMN, HASH
+from megaconsa.data.shard_file import COLUMN, HASH, LOSS_MASK
 from megaconsa.errors import DataError, InputError
 from megaconsa.files import is_bare_name, parse_json
 from megaconsa.reading import patiently, read_bytes
@@ -44,7 +44,7 @@ class Shard(Protocol):
     @property
     def path(self) -> Path: ...
 
-    def read(self, number: int, ids: np.ndarray) -> None: ...
+    def read(self, number: int, ids: np.ndarray, mask: np.ndarray | None = None) -> None: ...
 
     def unload(self) -> None: ...
 
@@ -113,6 +113,11 @@ def encoding(vocab_size: int, sequence_length: int) -> str:
     return f"ndarray:{dtype}:{sequence_length + 1}"
 
 
+def mask_encoding(sequence_length: int) -> str:
+    """The MDS encoding of a sample's mask of S + 1 bytes."""
+    return f"ndarray:uint8:{sequence_length + 1}"
+
+
 def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
     """The shards of a split. None of them is opened, and their files are not looked at.
 
@@ -126,8 +131,10 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
     columns = {COLUMN: encoding(info.vocab_size, info.sequence_length)}
     if not info.compressed:
         columns[ROW_HASH] = "uint64"
+    if info.loss_mask:
+        columns[LOSS_MASK] = mask_encoding(info.sequence_length)
     _, dtype, length = columns[COLUMN].split(":")
-    row = row_type(dtype, COLUMN, int(length))
+    row = row_type(dtype, COLUMN, int(length), masked=info.loss_mask)
 
     def compact(found: dict[str, Any]) -> Any:
         """Replaces the records of shards. The other objects of the file stay as they are."""
@@ -244,16 +251,25 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
 
 
 def write_split(
-    folder: Path, split: str, blocks: Iterable[np.ndarray], vocab_size: int, sequence_length: int
+    folder: Path,
+    split: str,
+    blocks: Iterable[np.ndarray],
+    vocab_size: int,
+    sequence_length: int,
+    *,
+    masked: bool = False,
 ) -> tuple[int, np.ndarray]:
     """Writes the shards of a split.
 
     blocks: its sequences, (n, S + 1) ids at a time.
+    masked: whether the sequences have masks. The blocks are then of packing's `masked_type`.
 
-    Returns the number of sequences, and how often each id follows another in them, (vocab_size,)
-    int64.
+    Returns the number of sequences, and how often each id follows another in them and is not masked
+    out, (vocab_size,) int64.
     """
     columns = {COLUMN: encoding(vocab_size, sequence_length), ROW_HASH: "uint64"}
+    if masked:
+        columns[LOSS_MASK] = mask_encoding(sequence_length)
     dtype = np.dtype(columns[COLUMN].split(":")[1]).newbyteorder("<")
     counts = np.zeros(vocab_size, np.int64)
     out = str(folder / split)
@@ -261,8 +277,28 @@ def write_split(
     with MDSWriter(columns=columns, out=out, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
         for block in blocks:
             # The first token of a sequence follows nothing.
-            counts += np.bincount(block[:, 1:].reshape(-1), minlength=vocab_size)
-            for ids in block.astype(dtype):
-                writer.write({COLUMN: ids, ROW_HASH: row_hash(ids, place)})
+            predicted = block[:, 1:].reshape(-1)
+            if masked:
+                predicted = predicted[COLUMN][predicted[LOSS_MASK] == 1]
+            counts += np.bincount(predicted, minlength=vocab_size)
+            for row in _samples(block, dtype, masked=masked):
+                digest = row_hash(row[COLUMN], place, row.get(LOSS_MASK))
+                writer.write({**row, ROW_HASH: digest})
                 place += 1
     return place, counts
+
+
+def _samples(
+    block: np.ndarray, dtype: np.dtype, *, masked: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of each sequence of a block, without gaps.
+
+    dtype: of the stored ids.
+    """
+    if not masked:
+        for ids in block.astype(dtype):
+            yield {COLUMN: ids}
+        return
+    masks = block[LOSS_MASK].astype(np.uint8)
+    for ids, mask in zip(block[COLUMN].astype(dtype), masks, strict=True):
+        yield {COLUMN: ids, LOSS_MASK: mask}

@@ -56,28 +56,37 @@ class SplitDocuments:
                 chosen &= kind == UNIQUE
             self._chosen.append(chosen)
         self.documents = int(sum(chosen.sum() for chosen in self._chosen))
+        self.masked = any(piece.counts.masked for piece in pieces)
+        """Whether sequences have masks."""
         self.filling = 0
-        """Tokens that fill sequences up, among the sequences so far."""
+        """Tokens that fill sequences up without a mask that says so, among the sequences so far."""
 
     def sequences(self) -> Iterator[np.ndarray]:
-        """The packed sequences, (n, S + 1) ids at a time."""
+        """The packed sequences, (n, S + 1) ids at a time. With masks, they are of `masked_type`."""
         length = self._options.sequence_length
         if self._options.packing == "cut":
             yield from cut_stream((ids for ids, _ in self._ids()), length)
             return
+        end = self._tokenizer.end_of_text
         for ids, lengths in self._ids():
-            packed = fit_documents(ids, lengths, length, self._tokenizer.end_of_text)
-            ends = packed == self._tokenizer.end_of_text
+            if self.masked:
+                # What fills a sequence up is never predicted.
+                filling = np.array((end, 0), ids.dtype)
+                yield fit_documents(ids, lengths, length, filling)
+                continue
+            packed = fit_documents(ids, lengths, length, end)
+            ends = packed == end
             self.filling += int((ends[:, 1:] & ends[:, :-1]).sum())
             yield packed
 
     def _ids(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of the documents of each piece, joined, and the documents' lengths."""
+        read = tokenized.masked_tokens if self.masked else tokenized.tokens
         title = f"packing {self._split}"
         with progress(title, self.documents, "documents") as task:
             for piece, chosen in zip(self._pieces, self._chosen, strict=True):
                 lengths = tokenized.documents(self._folder, piece.name)["tokens"]
-                ids = tokenized.tokens(self._folder, piece.name, self._tokenizer.vocab_size)
+                ids = read(self._folder, piece.name, self._tokenizer.vocab_size)
                 if chosen.any():
                     yield ids[np.repeat(chosen, lengths)], lengths[chosen]
                 task.advance(int(chosen.sum()))

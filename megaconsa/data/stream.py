@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,28 @@ PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl(2). It sets the signal that a process gets when its parent dies."""
 
 
-_Item = tuple[np.ndarray | RunError, ReadCost]
-"""What a reader gives for a micro-batch: its (B, S + 1) rows or an error, and what it cost."""
+class RowsAndMasks(NamedTuple):
+    """The rows of a micro-batch."""
+
+    ids: np.ndarray
+    """(B, S + 1) in the stored type."""
+    masks: np.ndarray | None
+    """(B, S + 1) uint8, 0 where a token is not to be predicted. None: the data have no masks."""
+
+
+_Item = tuple[RowsAndMasks | RunError, ReadCost]
+"""What a reader gives for a micro-batch: its rows or an error, and what it cost."""
+
+
+def _read(shards: Sequences, ids: np.ndarray) -> RowsAndMasks:
+    """Reads rows, with their masks where the data have some.
+
+    ids: (B,) indices in the split.
+    """
+    if not shards.info.loss_mask:
+        return RowsAndMasks(shards.rows(ids), None)
+    masks = np.empty((len(ids), shards.info.sequence_length + 1), np.uint8)
+    return RowsAndMasks(shards.rows(ids, masks), masks)
 
 
 class _Rows(Dataset[_Item]):
@@ -51,10 +71,10 @@ class _Rows(Dataset[_Item]):
         cost = ReadCost()
         try:
             with cost.timed():
-                rows = self.shards.rows(ids)
+                rows = _read(self.shards, ids)
         except RunError as error:
             return error, cost
-        cost.bytes = rows.nbytes
+        cost.bytes = sum(part.nbytes for part in rows if part is not None)
         return rows, cost
 
 
@@ -65,7 +85,7 @@ class Batch:
     tokens: Tensor
     """(B, S) int64."""
     labels: Tensor
-    """(B, S) int64. -100 is not predicted."""
+    """(B, S) int64. -100 is not predicted, by the rules of packing or by the data's masks."""
     documents: Tensor
     """(B, S) int32: index in the sequence at which the position's document begins.
 
@@ -197,7 +217,7 @@ class BatchStream:
         ids = self.shards.sample(count)
         batches = []
         for place in self._places(padded):
-            rows = self.shards.rows(ids[np.where(place < count, place, 0)])
+            rows = _read(self.shards, ids[np.where(place < count, place, 0)])
             batch = self._batch(rows, place)
             batch.labels[torch.from_numpy(place >= count)] = IGNORED
             batches.append(batch)
@@ -232,7 +252,7 @@ class BatchStream:
             yield from self.ids(taken + places)
             taken += self.global_batch
 
-    def _received(self, item: _Item) -> np.ndarray:
+    def _received(self, item: _Item) -> RowsAndMasks:
         """The rows of an item. Counts their cost. Raises the error that came in their place."""
         rows, cost = item
         self.cost += cost
@@ -240,21 +260,21 @@ class BatchStream:
             raise type(rows)(str(rows))
         return rows
 
-    def _batch(self, rows: np.ndarray, place: np.ndarray) -> Batch:
+    def _batch(self, rows: RowsAndMasks, place: np.ndarray) -> Batch:
         """A micro-batch from its rows.
 
-        rows: (B, S + 1) ids.
         place: (B,) indices of the rows within the global batch.
         """
-        inputs = rows[:, :-1]
+        inputs = rows.ids[:, :-1]
         end = self.info.end_of_text
         if self.separate_documents:
             documents = document_starts(inputs, end)
         else:
             documents = np.zeros(inputs.shape, np.int32)
+        labels = mask_labels(rows.ids, end, self.separate_documents, rows.masks)
         return Batch(
             tokens=torch.from_numpy(inputs.astype(np.int64)),
-            labels=torch.from_numpy(mask_labels(rows, end, self.separate_documents)),
+            labels=torch.from_numpy(labels),
             documents=torch.from_numpy(documents),
             sequences=torch.from_numpy(place.astype(np.int64)),
         )

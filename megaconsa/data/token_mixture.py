@@ -24,7 +24,7 @@ class Sequences(Protocol):
 
     def __getitem__(self, index: int) -> np.ndarray: ...
 
-    def rows(self, ids: np.ndarray) -> np.ndarray: ...
+    def rows(self, ids: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray: ...
 
     def order(self, seed: int) -> Order: ...
 
@@ -66,10 +66,11 @@ class TokenMixture:
         """The ids of a sequence, (S + 1,). Raises as `rows` does."""
         return self.rows(np.array([index]))[0]
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
+    def rows(self, ids: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
         """The ids of several sequences.
 
         ids: (B,) indices of the sequences.
+        masks: gets their masks, (B, S + 1) uint8. Those of folders without masks are 1.
 
         Returns (B, S + 1) in the stored type. Raises DataError, naming the file, where a shard is
         damaged.
@@ -78,7 +79,12 @@ class TokenMixture:
         rows: np.ndarray | None = None
         for number in np.unique(numbers):
             here = numbers == number
-            found = self._sources[number].rows(indices[here])
+            if masks is None:
+                found = self._sources[number].rows(indices[here])
+            else:
+                part = np.empty((int(here.sum()), masks.shape[1]), np.uint8)
+                found = self._sources[number].rows(indices[here], part)
+                masks[here] = part
             if rows is None:
                 rows = np.empty((len(ids), found.shape[1]), found.dtype)
             rows[here] = found

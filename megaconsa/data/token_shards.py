@@ -45,16 +45,25 @@ class TokenShards(Dataset[np.ndarray]):
         number = int(self._split.ends.searchsorted(index, side="right"))
         return self._split.path(number), index - int(self._split.begins[number])
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
+    def rows(self, ids: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
         """The ids of several sequences.
 
         ids: (B,) indices of the sequences.
+        masks: gets their masks, (B, S + 1) uint8: 0 where a token is not to be predicted.
 
         Returns (B, S + 1) in the stored type. Raises as `__getitem__` does.
         """
         numbers = self._split.ends.searchsorted(ids, side="right")
         places = ids - self._split.begins[numbers]
         rows = np.empty((len(ids), self.info.sequence_length + 1), self._split.id_type)
+        if self.info.loss_mask:
+            # A row's hash covers its mask, so it is read in any case.
+            found = np.empty(rows.shape, np.uint8) if masks is None else masks
+            for row, mask, number, place in zip(rows, found, numbers, places, strict=True):
+                self._shard(int(number)).read(int(place), row, mask)
+            return rows
+        if masks is not None:
+            masks[:] = 1
         for row, number, place in zip(rows, numbers.tolist(), places.tolist(), strict=True):
             self._shard(number).read(place, row)
         return rows

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from megaconsa.console import progress
 from megaconsa.data import tokenized
+from megaconsa.data.bad_documents import BadDocuments
 from megaconsa.data.document import Vocabulary
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.documents import Layout, read_documents
 from megaconsa.data.encoding import encode
 from megaconsa.data.pieces import Piece
 from megaconsa.data.tokenized import PieceWriter, TokenizedPiece
@@ -60,7 +61,7 @@ def tokenize(
     Raises InputError for a piece that has a fault. Raises RunError where a process dies.
     """
     layout = settings.layout
-    key = [tokenizer.fingerprint, tokenizer.end_of_text, layout.field, layout.separator]
+    key = [tokenizer.fingerprint, tokenizer.end_of_text, *layout.fields, layout.separator]
     names = [piece.key(key) for piece in pieces]
     tokenized.remove_unfinished(folder, names)
     found = {name: tokenized.find(folder, name) for name in names}
@@ -196,6 +197,6 @@ def _tokenize_piece(folder: Path, name: str) -> TokenizedPiece:
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
     documents = read_documents(_work.pieces[name].files, settings.layout, bad, vocabulary)
     writer = PieceWriter(folder, name, tokenizer.vocab_size)
-    for document, ids in encode(documents, tokenizer, _work.threads):
-        writer.add(document.hash(), document.characters, ids)
+    for document, ids, mask in encode(documents, tokenizer, _work.threads):
+        writer.add(document.hash(), document.characters, ids, mask)
     return writer.finish(bad.count, bad.first)

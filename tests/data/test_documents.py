@@ -14,8 +14,9 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from megaconsa.data import documents
-from megaconsa.data.documents import BadDocuments, Layout
+from megaconsa.data import tables
+from megaconsa.data.bad_documents import BadDocuments
+from megaconsa.data.documents import Layout
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError
 from tests.support.texts import read_texts
@@ -90,7 +91,7 @@ def test_damaged_compressed_files_are_refused(
 
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_tables(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "ROWS", 3)
+    monkeypatch.setattr(tables, "ROWS", 3)
     table = arrow.table({"id": list(range(20)), "content": TEXTS})
     file = tmp_path / "x"
     if kind == "parquet":

@@ -61,8 +61,9 @@ def test_parts_of_a_document_are_the_whole(
     tokenizer = Tokenizer.load(tokenizer_folder if kind == "characters" else byte_tokenizer)
     texts = long_texts()
     found = list(encode(map(Document, texts), tokenizer, threads=2))
-    assert [document.text for document, _ in found] == texts
-    for document, ids in found:
+    assert [each.document.text for each in found] == texts
+    for document, ids, mask in found:
+        assert mask is None
         expected = [*tokenizer.encode_batch([document.text])[0], tokenizer.end_of_text]
         assert np.array_equal(ids, expected)
 

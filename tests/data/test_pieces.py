@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megaconsa.data import pieces
-from megaconsa.data.documents import BadDocuments, Layout
+from megaconsa.data.bad_documents import BadDocuments
+from megaconsa.data.documents import Layout
 from megaconsa.data.pieces import Piece, cut
 from megaconsa.data.sources import SourceFile, find_files
 from megaconsa.errors import InputError

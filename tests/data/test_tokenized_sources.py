@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 
 from megaconsa.data import pieces
+from megaconsa.data.bad_documents import BadDocuments
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.document import Vocabulary
-from megaconsa.data.documents import BadDocuments, Layout, read_documents
+from megaconsa.data.documents import Layout, read_documents
 from megaconsa.data.megatron_file import TYPES, MegatronFile
 from megaconsa.data.pieces import cut, identity
 from megaconsa.data.preparation_options import Options
