@@ -237,7 +237,7 @@ class TrainingSection(Section):
 
 class DataSection(Section):
     path: Path
-    """A folder made by prepare-data."""
+    """A folder made by prepare-data, or a mixture file of several."""
     workers: int = Field(0, ge=0)
     """Processes that prefetch data."""
 
