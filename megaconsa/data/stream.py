@@ -74,7 +74,9 @@ class _Rows(Dataset[_Item]):
                 rows = _read(self.shards, ids)
         except RunError as error:
             return error, cost
-        cost.bytes = sum(part.nbytes for part in rows if part is not None)
+        cost.bytes = rows.ids.nbytes
+        if rows.masks is not None:
+            cost.bytes += rows.masks.nbytes
         return rows, cost
 
 
