@@ -124,6 +124,7 @@ class MixtureInfo:
         sources = [info.source for info in self.infos.values()]
         phases = [[phase.begin, *map(str, phase.shares)] for phase in self.phases]
         content = {name: info.identity() for name, info in self.infos.items()}
+        identity = json.dumps([content, phases], sort_keys=True)
         return DatasetInfo(
             vocab_size=first.vocab_size,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
@@ -134,7 +135,7 @@ class MixtureInfo:
             splits=splits,
             source=SourceInfo(
                 names=[str(self.file)],
-                digest=xxhash.xxh3_128_hexdigest(json.dumps([content, phases], sort_keys=True)),
+                digest=xxhash.xxh3_128_hexdigest(identity.encode()),
                 documents=sum(source.documents for source in sources),
                 characters=sum(source.characters for source in sources),
                 validation_share=first.source.validation_share,

@@ -35,7 +35,7 @@ class Piece:
         parts = []
         for file in self.files:
             parts.append([*identity(file), file.begin, file.end])
-        return xxhash.xxh3_128_hexdigest(json.dumps([settings, parts]))
+        return xxhash.xxh3_128_hexdigest(json.dumps([settings, parts]).encode())
 
 
 def identity(file: SourceFile) -> list[object]:

@@ -145,7 +145,7 @@ def _describe(
     files = [identity(file) for file in found.files]
     return SourceInfo(
         names=list(sources),
-        files=xxhash.xxh3_128_hexdigest(json.dumps(files)),
+        files=xxhash.xxh3_128_hexdigest(json.dumps(files).encode()),
         digest="",
         documents=0,
         characters=0,

@@ -96,7 +96,7 @@ class TokenMixture:
         orders = []
         for name, source in zip(self._mixture.folders, self._sources, strict=True):
             # Sources of one size would be shuffled alike by one seed.
-            orders.append(source.order(xxhash.xxh3_64_intdigest(name, seed)))
+            orders.append(source.order(xxhash.xxh3_64_intdigest(name.encode(), seed)))
         begins = self._ends - [len(source) for source in self._sources]
         return _MixedOrder(Mixture(self._mixture.phases, seed), orders, begins)
 
