@@ -15,6 +15,7 @@ from megaconsa.tools import (
     checkpoints,
     evaluate_models,
     export_hf,
+    fetch_checkpoint,
     finalize_masks,
     import_hf,
     plan,
@@ -76,6 +77,7 @@ for name, tool in {
     # As a script, a file named evaluate.py would hide the package of that name from lm-eval.
     "evaluate": evaluate_models,
     "checkpoints": checkpoints,
+    "fetch-checkpoint": fetch_checkpoint,
     "status": status,
     "show-batch": show_batch,
     "verify": verify,

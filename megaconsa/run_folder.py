@@ -5,6 +5,8 @@ from __future__ import annotations
 CONFIG = "config.yaml"
 """The resolved configuration."""
 CHECKPOINTS = "checkpoints"
+UPLOADS = "uploads.json"
+"""Which checkpoints have verified copies in an object store."""
 METRICS = "metrics.jsonl"
 """Metrics, one JSON object per step."""
 PROMETHEUS = "metrics.prom"

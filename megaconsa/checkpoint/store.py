@@ -290,6 +290,11 @@ def newest_of(run: Path, count: int) -> list[Checkpoint]:
     return [resolve(path) for path in paths]
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder of that name would be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def committed(run: Path) -> list[Path]:
     """Returns the checkpoint folders of a run, newest first."""
     folder = run / run_folder.CHECKPOINTS

@@ -237,7 +237,7 @@ class TrainingSection(Section):
 
 class DataSection(Section):
     path: Path
-    """A folder made by prepare-data."""
+    """A folder made by prepare-data, or a mixture file of several."""
     workers: int = Field(0, ge=0)
     """Processes that prefetch data."""
     shuffle_shards: int | None = Field(None, ge=0)
@@ -262,6 +262,8 @@ class CheckpointSection(Section):
     """Number of newest checkpoints to keep."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this step are kept forever. 0 keeps none this way."""
+    upload: str | None = None
+    """Folder in an object store, such as s3://bucket/runs/one, for copies of checkpoints."""
 
 
 class BadStepsSection(Section):

@@ -22,6 +22,8 @@ PATIENCE_SECONDS = 600.0
 
 It is long, because a rank may load its imports from a busy file system.
 """
+GRACE_SECONDS = 10.0
+"""Time after its timeout within which TCPStore returns, unless another program has the port."""
 NOTICE_SECONDS = 10.0
 """Time after which a waiting rank prints which ranks it waits for."""
 REPEAT_SECONDS = 60.0
@@ -86,7 +88,9 @@ def _connect(launch: Launch, deadline: float) -> Store:
     threading.Thread(target=connect, name="rendezvous", daemon=True).start()
     try:
         with _notice(f"{_place(launch)} waits for rank 0 at {_meeting(launch)}"):
-            return connecting.result(deadline - time.monotonic())
+            # A process must not end while the thread returns from TCPStore, which aborts it. So
+            # TCPStore's own timeout comes first.
+            return connecting.result(deadline - time.monotonic() + GRACE_SECONDS)
     except (DistError, TimeoutError) as error:
         if "EADDRINUSE" in str(error):
             raise UnreachableError(

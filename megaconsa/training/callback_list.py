@@ -5,6 +5,7 @@ from __future__ import annotations
 from megaconsa.config import Config
 from megaconsa.data.stream import BatchStream
 from megaconsa.parallel.mesh import Mesh
+from megaconsa.training.callbacks.checkpoint_upload import CheckpointUpload
 from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.data_waits import DataWaits
 from megaconsa.training.callbacks.incident_log import IncidentLog
@@ -46,6 +47,8 @@ def build_callbacks(
         assert lock is not None
         found += [lock, DataWaits(run, stream), *_reporters(config)]
         found += [IncidentLog(run), Rewinds(run), StopFile(run)]
+        if config.checkpoint.upload is not None:
+            found.append(CheckpointUpload(run, config.checkpoint))
         if job_end is not None:
             found.append(TimeLimit(job_end, checkpointing))
     assert mesh.is_main or not any(callback.main_rank_only for callback in found)

@@ -61,7 +61,7 @@ def test_batches_mix_sources_as_a_true_shuffle_does(size: int) -> None:
         share = (size // 10) / size
         variance = batch * share * (1 - share) * (size - batch) / (size - 1)
         deviations = (counts - batch * share) / np.sqrt(variance)
-        assert np.abs(deviations).max() < 4.5
+        assert np.abs(deviations).max() < 4
         # The mean square of n standard deviates, with a standard error of sqrt(2 / n).
         found = float((deviations**2).mean())
         assert abs(found - 1) < 5 * np.sqrt(2 / len(counts))

@@ -97,6 +97,9 @@ class DataWaits(Callback):
         cost = self.stream.cost - self.cost
         self.cost = self.stream.cost
         self.steps += 1
+        if "step_seconds" not in row:
+            # The step passed over its batch and did nothing else.
+            return
         seconds = row["step_seconds"]
         if self.steps <= WARM_UP_STEPS or self.pause > LONGEST_PAUSE * seconds:
             return
