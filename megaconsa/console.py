@@ -101,11 +101,11 @@ class _PlainTask:
     def _print(self) -> None:
         self.printed = time.monotonic()
         self.printed_done = self.done
-        of = f"/{self.total:.12g}" if self.total is not None else ""
+        of = f"/{self.total:.0f}" if self.total is not None else ""
         seconds = self.printed - self.started
         note = f"  {self.note}" if self.note else ""
         console.print(
-            f"{self.description}: {self.done:.12g}{of} {self.unit}  {seconds:.0f} s{note}",
+            f"{self.description}: {self.done:.0f}{of} {self.unit}  {seconds:.0f} s{note}",
             markup=False,
         )
 

@@ -240,6 +240,8 @@ class DataSection(Section):
     """A folder made by prepare-data, or a mixture file of several."""
     workers: int = Field(0, ge=0)
     """Processes that prefetch data."""
+    shuffle_shards: int | None = Field(None, ge=0)
+    """Number of shards whose sequences are mixed with each other. null and 0 mix all."""
 
 
 class ValidationSection(Section):

@@ -61,6 +61,73 @@ class GlobalShuffle(EpochOrder):
         return Permutation(self.size, self.seed, epoch)(places)
 
 
+class WindowShuffle(EpochOrder):
+    """Mixes the sequences of a window of shards at a time. Windows follow each other.
+
+    Each epoch puts the shards into another order and cuts it into windows. It suits shards that
+    have to be downloaded: only those of one or two windows are needed at any time. It holds some
+    numbers for each shard, and none for each sequence.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int, window: int) -> None:
+        """Makes the order.
+
+        shard_sizes: number of sequences in each shard, (shards,).
+        window: largest number of shards in a window, at least 1. Windows differ by one at most.
+        """
+        super().__init__(int(shard_sizes.sum()))
+        self.shard_sizes = shard_sizes
+        self.seed = seed
+        self.window = window
+        self._begins = np.cumsum(shard_sizes) - shard_sizes
+        self._epochs: dict[int, _Windows] = {}
+
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        windows = self._windows(epoch)
+        numbers = windows.ends.searchsorted(places, side="right")
+        mixed = np.empty_like(places)
+        for number in np.unique(numbers):
+            here = numbers == number
+            begin = windows.begins[number]
+            size = int(windows.ends[number] - begin)
+            # The key with a 0 in place of the window's number is that of the shards.
+            permutation = Permutation(size, self.seed, epoch, int(number) + 1)
+            mixed[here] = begin + permutation(places[here] - begin)
+        ranks = windows.shard_ends.searchsorted(mixed, side="right")
+        shards = windows.shards[ranks]
+        return mixed - windows.shard_begins[ranks] + self._begins[shards]
+
+    def _windows(self, epoch: int) -> _Windows:
+        """The windows of an epoch."""
+        if epoch not in self._epochs:
+            # Keep the previous epoch: a step needs two epochs where one ends and the next begins.
+            self._epochs = {e: kept for e, kept in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = _Windows(self.shard_sizes, self.seed, epoch, self.window)
+        return self._epochs[epoch]
+
+
+class _Windows:
+    """The shards of an epoch in the order of WindowShuffle, and how they are cut into windows."""
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int, epoch: int, window: int) -> None:
+        count = len(shard_sizes)
+        self.shards = Permutation(count, seed, epoch, 0)(np.arange(count))
+        """The shards in the order of the epoch, (shards,)."""
+        sizes = shard_sizes[self.shards]
+        self.shard_ends = np.cumsum(sizes)
+        """Number of sequences up to the end of each of them, (shards,)."""
+        self.shard_begins = self.shard_ends - sizes
+        """Number of sequences before each of them, (shards,)."""
+        windows = -(-count // window)
+        # A last window of few shards would mix little, so all windows are about equal.
+        self.bounds = np.arange(windows + 1) * count // windows
+        """Number of shards before each window, and the number of all, (windows + 1,)."""
+        self.begins = self.shard_begins[self.bounds[:-1]]
+        """Number of sequences before each window, (windows,)."""
+        self.ends = self.shard_ends[self.bounds[1:] - 1]
+        """Number of sequences up to the end of each window, (windows,)."""
+
+
 class ShardShuffle(EpochOrder):
     """Mixes the sequences of a few shards at a time, so that each shard is read once per epoch.
 

@@ -119,6 +119,7 @@ class BatchStream:
         workers: int = 0,
         separate_documents: bool = True,
         shuffle: bool = True,
+        shuffle_shards: int = 0,
     ) -> None:
         """Opens the split.
 
@@ -128,6 +129,7 @@ class BatchStream:
         workers: number of processes that read ahead. With 0, the caller reads.
         separate_documents: whether batches mark the documents of a sequence.
         shuffle: False keeps the stored order.
+        shuffle_shards: number of shards whose sequences are mixed with each other. 0 mixes all.
 
         Raises InputError for settings that cannot work.
         """
@@ -152,7 +154,10 @@ class BatchStream:
         self.dp_size = dp_size
         self.workers = workers
         self.separate_documents = separate_documents
-        self.order = self.shards.order(seed) if shuffle else StoredOrder(len(self.shards))
+        if shuffle:
+            self.order = self.shards.order(seed, shuffle_shards)
+        else:
+            self.order = StoredOrder(len(self.shards))
         self.cost = ReadCost()
         """What it has cost to read the micro-batches that `steps` has taken."""
         self.awaited: np.ndarray | None = None

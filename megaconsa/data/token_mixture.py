@@ -26,7 +26,7 @@ class Sequences(Protocol):
 
     def rows(self, ids: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray: ...
 
-    def order(self, seed: int) -> Order: ...
+    def order(self, seed: int, shuffle_shards: int = 0) -> Order: ...
 
     def sample(self, count: int) -> np.ndarray: ...
 
@@ -91,12 +91,16 @@ class TokenMixture:
         assert rows is not None
         return rows
 
-    def order(self, seed: int) -> Order:
-        """The stream in which the sources have their weights, each in a shuffled order."""
+    def order(self, seed: int, shuffle_shards: int = 0) -> Order:
+        """The stream in which the sources have their weights, each in a shuffled order.
+
+        shuffle_shards: as in TokenShards.order, for each source.
+        """
         orders = []
         for name, source in zip(self._mixture.folders, self._sources, strict=True):
             # Sources of one size would be shuffled alike by one seed.
-            orders.append(source.order(xxhash.xxh3_64_intdigest(name.encode(), seed)))
+            own_seed = xxhash.xxh3_64_intdigest(name.encode(), seed)
+            orders.append(source.order(own_seed, shuffle_shards))
         begins = self._ends - [len(source) for source in self._sources]
         return _MixedOrder(Mixture(self._mixture.phases, seed), orders, begins)
 

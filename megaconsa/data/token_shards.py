@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from megaconsa.data.dataset_info import DatasetInfo
-from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle
+from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle, WindowShuffle
 from megaconsa.data.shards import Shard, open_split
 from megaconsa.errors import InputError
 
@@ -68,10 +68,22 @@ class TokenShards(Dataset[np.ndarray]):
             self._shard(number).read(place, row)
         return rows
 
-    def order(self, seed: int) -> Order:
-        """The shuffled order of its sequences."""
+    def order(self, seed: int, shuffle_shards: int = 0) -> Order:
+        """The shuffled order of its sequences.
+
+        shuffle_shards: number of shards whose sequences are mixed with each other. 0 mixes all.
+
+        Raises InputError where the folder is of version 1, which mixes in one way only.
+        """
         if self.info.compressed:
+            if shuffle_shards:
+                raise InputError(
+                    f"data.shuffle_shards={shuffle_shards}: {self._split.folder.parent} is a "
+                    "folder of version 1, which has an order of its own; leave the field out"
+                )
             return ShardShuffle(self._split.sizes, seed)
+        if shuffle_shards:
+            return WindowShuffle(self._split.sizes, seed, shuffle_shards)
         return GlobalShuffle(len(self), seed)
 
     def sample(self, count: int) -> np.ndarray:

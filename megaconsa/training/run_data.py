@@ -16,7 +16,8 @@ from megaconsa.training.callbacks.validation import HeldOutSet, Validation
 
 def open_training(config: Config, mesh: Mesh) -> BatchStream:
     """The training batches of this data rank. Raises InputError where data cannot be opened."""
-    return _open(config, mesh, config.data.path, TRAIN, config.data.workers)
+    shuffle_shards = config.data.shuffle_shards or 0
+    return _open(config, mesh, config.data.path, TRAIN, config.data.workers, shuffle_shards)
 
 
 def open_validation(config: Config, topology: Topology, mesh: Mesh) -> Validation:
@@ -79,7 +80,9 @@ def _held_out(
     return HeldOutSet(batches, stream.fixed_count(wanted, least), share, name)
 
 
-def _open(config: Config, mesh: Mesh, path: Path, split: str, workers: int) -> BatchStream:
+def _open(
+    config: Config, mesh: Mesh, path: Path, split: str, workers: int, shuffle_shards: int = 0
+) -> BatchStream:
     training = config.training
     return BatchStream(
         path,
@@ -91,4 +94,5 @@ def _open(config: Config, mesh: Mesh, path: Path, split: str, workers: int) -> B
         dp_size=mesh.dp_size,
         workers=workers,
         separate_documents=config.attention.separate_documents,
+        shuffle_shards=shuffle_shards,
     )

@@ -51,7 +51,8 @@ def check_same_run(
     changed: list[str] = []
     harmless: list[str] = []
     reason = None
-    for line in differences(resolved(old), resolved(config.to_dict())):
+    before = _one_spelling(resolved(old))
+    for line in differences(before, _one_spelling(resolved(config.to_dict()))):
         name = line.split(":")[0]
         if name == "training.steps" and trained_steps is not None:
             reason = why_not_longer(config, old["training"]["steps"], trained_steps)
@@ -71,6 +72,15 @@ def check_same_run(
             f"with model.init_from={config.run.dir} to continue from its newest checkpoint"
         )
     return harmless
+
+
+def _one_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration's plain values in which equal orders of the data are equal.
+
+    A recorded null means the same as 0: it comes from a local folder, or from an earlier version.
+    """
+    data = values["data"]
+    return values | {"data": data | {"shuffle_shards": data["shuffle_shards"] or 0}}
 
 
 def why_not_longer(config: Config, old_steps: int, trained_steps: int) -> str | None:

@@ -149,15 +149,20 @@ def _restore(inputs: Inputs, engine: Engine, gates: GateBank | None, world: Worl
             source.imported["folder"],
         )
         return Progress()
-    continues = same_data(source.state["data"], describe_data(inputs.data)) and (
-        source.state["config"]["run"]["seed"] == inputs.config.run.seed
+    recorded = source.state["config"]
+    continues = (
+        same_data(source.state["data"], describe_data(inputs.data))
+        and recorded["run"]["seed"] == inputs.config.run.seed
+        # null means the same as 0, as in same_run.
+        and (recorded["data"].get("shuffle_shards") or 0)
+        == (inputs.config.data.shuffle_shards or 0)
     )
     logger.log(
         logging.INFO if continues else logging.WARNING,
         "weights%s from %s; the data order %s",
         " and optimizer" if takes_moments else "",
         source.path,
-        "continues" if continues else "starts anew (other data or seed)",
+        "continues" if continues else "starts anew (other data, seed or shuffle)",
     )
     return Progress(sequences=source.state["sequences"] if continues else 0)
 

@@ -99,7 +99,12 @@ def step_batch(run: Path, step: int, data: Path | None, count: int) -> StepBatch
     first = _first_place(run, config, step, rows, checkpoint)
     global_batch = config.training.global_batch
     stream = BatchStream(
-        folder, TRAIN, seed=config.run.seed, global_batch=global_batch, micro_batch=global_batch
+        folder,
+        TRAIN,
+        seed=config.run.seed,
+        global_batch=global_batch,
+        micro_batch=global_batch,
+        shuffle_shards=config.data.shuffle_shards or 0,
     )
     ids = stream.ids(first + np.arange(min(count, global_batch)))
     return StepBatch(

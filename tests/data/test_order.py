@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaconsa.data.compressed_shard import CompressedShard
-from megaconsa.data.order import GlobalShuffle, shard_order
+from megaconsa.data.order import GlobalShuffle, WindowShuffle, shard_order
 from megaconsa.data.permutation import Permutation
 
 
@@ -113,3 +113,74 @@ def test_an_epoch_loads_each_shard_once() -> None:
                 loads += 1
             held = [*held, number][-CompressedShard.loaded_at_once :]
         assert loads == 61
+
+
+shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shard_sizes, st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 5))
+def test_windows_have_every_sequence_once_and_touch_few_shards(
+    sizes: list[int], window: int, seed: int, epoch: int
+) -> None:
+    total = sum(sizes)
+    order = WindowShuffle(np.array(sizes), seed, window)
+    found = order.in_epoch(epoch, np.arange(total))
+    assert np.array_equal(np.sort(found), np.arange(total))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)[found]
+    seen: set[int] = set()
+    begin = 0
+    counts = []
+    while begin < total:
+        # A window ends where the sequences of its shards do.
+        shards: set[int] = set()
+        end = begin
+        while end == begin or end - begin < sum(sizes[shard] for shard in shards):
+            shards.add(int(shard_of[end]))
+            end += 1
+        counts.append(len(shards))
+        assert not shards & seen
+        seen |= shards
+        begin = end
+    assert max(counts) <= window
+
+
+@settings(max_examples=50, deadline=None)
+@given(shard_sizes, st.integers(1, 50), st.integers(0, 5), st.data())
+def test_any_part_of_a_windowed_epoch_is_a_part_of_the_whole(
+    sizes: list[int], window: int, epoch: int, data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    whole = WindowShuffle(np.array(sizes), 3, window).in_epoch(epoch, np.arange(total))
+    places = np.array(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20)))
+    order = WindowShuffle(np.array(sizes), 3, window)
+    # Other epochs before it leave nothing behind.
+    order.ids(np.array([0, total, 5 * total]))
+    assert np.array_equal(order.ids(epoch * total + places), whole[places])
+
+
+def test_windows_mix_and_differ_between_epochs_and_seeds() -> None:
+    sizes = np.full(100, 50)
+    first = WindowShuffle(sizes, 1, 10).in_epoch(0, np.arange(5000))
+    others = [
+        WindowShuffle(sizes, 1, 10).in_epoch(1, np.arange(5000)),
+        WindowShuffle(sizes, 2, 10).in_epoch(0, np.arange(5000)),
+    ]
+    for other in others:
+        assert set(first[:500] // 50) != set(other[:500] // 50)
+    # The first tenth of a window has sequences of all its shards.
+    assert len(set(first[:50] // 50)) == 10
+
+
+def test_windows_are_about_equal() -> None:
+    """A last window of a single shard would bring its sequences one after the other."""
+    shard_of = WindowShuffle(np.full(65, 20), 1, 64).in_epoch(0, np.arange(65 * 20)) // 20
+    assert len(set(shard_of[-200:].tolist())) > 25
+
+
+def test_windows_stay_what_they_were() -> None:
+    """Runs resume across releases of NumPy only while this holds."""
+    order = WindowShuffle(np.array([4, 3, 4, 2, 1]), 1, 2)
+    first = [8, 7, 10, 9, 13, 12, 11]
+    second = [4, 6, 3, 1, 5, 2, 0]
+    assert order.in_epoch(2, np.arange(14)).tolist() == first + second
