@@ -132,6 +132,7 @@ def main(
 
 def _print(info: DatasetInfo, out: Path) -> None:
     """Prints what a data folder holds."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("source", box=None)
@@ -139,15 +140,17 @@ def _print(info: DatasetInfo, out: Path) -> None:
         table.add_column(title, justify="right")
     for source in info.sources:
         near = source.near_duplicates
+        # A source may hold nothing.
+        tokens = max(1, source.tokens)
         table.add_row(
-            source.name,
+            escape(source.name),
             f"{source.documents:,}",
             f"{source.exact_duplicates:,}",
             "" if near is None else f"{near:,}",
             f"{source.tokens:,}",
-            f"{source.characters / source.tokens:.2f} a token" if source.characters else "",
-            f"{source.unknown_tokens / source.tokens:.2%}",
-            f"{source.byte_tokens / source.tokens:.2%}",
+            f"{source.characters / tokens:.2f} a token" if source.characters else "",
+            f"{source.unknown_tokens / tokens:.2%}",
+            f"{source.byte_tokens / tokens:.2%}",
         )
     console.print(table)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

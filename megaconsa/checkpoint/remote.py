@@ -110,21 +110,27 @@ class Uploads:
         copied = self._read()
         paths = store.committed(self._run)
         wanted = [path for path in paths if path == paths[0] or is_kept_for_ever(path)]
-        return [path for path in reversed(wanted) if path.name not in copied]
+        return [path for path in reversed(wanted) if copied.get(path.name) != _mark(path)]
 
     def add(self, path: Path) -> None:
         """Records a verified copy."""
-        copied = [*self._read(), path.name]
+        copied = {**self._read(), path.name: _mark(path)}
         content = {"remote": self._remote, "checkpoints": copied}
         replace_text(self._file, json.dumps(content, indent=2) + "\n")
 
-    def _read(self) -> list[str]:
+    def _read(self) -> dict[str, str]:
+        """The mark of each copied checkpoint, by name."""
         if not self._file.exists():
-            return []
+            return {}
         content = parse_json(self._file.read_text())
         if content["remote"] != self._remote:
-            return []
-        return list(content["checkpoints"])
+            return {}
+        return dict(content["checkpoints"])
+
+
+def _mark(path: Path) -> str:
+    """What tells a checkpoint from another one of the same step."""
+    return checksum(path / MANIFEST)
 
 
 def _download(remote: str, local: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,9 @@ from megaconsa.config.run_config import Config
 from megaconsa.errors import InputError
 from megaconsa.reading import read_text
 from megaconsa.run_paths import has_moved_to, relocated
+from megaconsa.strict_yaml import UniqueKeyLoader
 
 logger = logging.getLogger(__name__)
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader that refuses what YAML's own loader silently reads as something else.
-
-    It refuses a key that is given twice, and the number formats of YAML 1.1.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is given twice")
-        return super().construct_mapping(node, deep)
-
-    def construct_plain_int(self, node: yaml.ScalarNode) -> int:
-        """Accepts decimal digits only: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
-        text = str(self.construct_scalar(node))
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
-            raise yaml.YAMLError(
-                f"{text} is not a plain decimal number, and YAML would read it as "
-                f"{self.construct_yaml_int(node)}"
-            )
-        return int(text)
-
-
-UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", UniqueKeyLoader.construct_plain_int)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:

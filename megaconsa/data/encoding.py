@@ -140,6 +140,8 @@ def _joint(left: _Part, right: _Part) -> tuple[int, int] | None:
 
     None if there is no such place.
     """
+    if not len(left.ids) or not len(right.ids):
+        return None
     # The left part is whole up to its last token, the right one from its first token on.
     first = int(np.searchsorted(left.starts, right.starts[0]))
     places = left.starts[first:]

@@ -16,11 +16,12 @@ from megaconsa.errors import InputError
 
 
 @contextmanager
-def preparation(folder: Path) -> Iterator[None]:
+def preparation(folder: Path, *, keeps_pieces: bool) -> Iterator[None]:
     """Context that locks `folder` while it is filled, and empties it again on failure.
 
-    Tokenized pieces stay on failure, if there are several, so that the same command continues with
-    them. Everything else that an earlier preparation left is removed. `finish` must be the last
+    keeps_pieces: whether tokenized pieces stay on failure, so that the same command continues.
+
+    Everything else that an earlier preparation left is removed. `finish` must be the last
     call inside. Raises InputError, with nothing touched, where the folder holds anything else, or
     where another process is preparing it.
     """
@@ -57,7 +58,7 @@ def preparation(folder: Path) -> Iterator[None]:
         except BaseException:
             _clear(folder)
             pieces = len(list((folder / PIECES).glob("*.json")))
-            if pieces > 1:
+            if pieces and keeps_pieces:
                 console.print(
                     f"{pieces} tokenized pieces stay in {folder}; the same command continues",
                     markup=False,
@@ -68,7 +69,7 @@ def preparation(folder: Path) -> Iterator[None]:
             if not existed:
                 folder.rmdir()
             raise
-        shutil.rmtree(folder / PIECES)
+        shutil.rmtree(folder / PIECES, ignore_errors=True)
 
 
 def finish(folder: Path, info: DatasetInfo) -> None:

@@ -26,6 +26,7 @@ from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.mixture import Phase
 from megaconsa.errors import InputError
 from megaconsa.reading import patiently
+from megaconsa.strict_yaml import UniqueKeyLoader
 
 SUFFIXES = (".yaml", ".yml")
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")]
@@ -50,7 +51,7 @@ class MixtureSource(_Strict):
 class MixturePhase(_Strict):
     """Other weights from some point of the training on."""
 
-    from_tokens: int = Field(gt=0)
+    from_tokens: int = Field(gt=0, lt=1 << 63)
     """Tokens of the stream before the phase."""
     weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     """Weight of each source. Sources that are not named give nothing."""
@@ -90,6 +91,11 @@ class MixtureInfo:
 
     def _check_folders(self) -> None:
         """Raises InputError where a folder has other sequences than the first one."""
+        for name, info in self.infos.items():
+            if info.compressed:
+                raise InputError(
+                    f"{self.file}: source {name} is a folder of version 1, prepare it again"
+                )
         (first_name, first), *others = self.infos.items()
         for name, info in others:
             pairs: dict[str, tuple[object, object]] = {
@@ -105,10 +111,6 @@ class MixtureInfo:
                         f"{self.file}: source {name} has the {what} {theirs} but {first_name} has "
                         f"{mine}, prepare both alike"
                     )
-            if info.compressed:
-                raise InputError(
-                    f"{self.file}: source {name} is a folder of version 1, prepare it again"
-                )
 
     def combined(self) -> DatasetInfo:
         """One description of all sources. It changes with their data, weights and phases."""
@@ -123,7 +125,8 @@ class MixtureInfo:
             )
         sources = [info.source for info in self.infos.values()]
         phases = [[phase.begin, *map(str, phase.shares)] for phase in self.phases]
-        content = {name: info.identity() for name, info in self.infos.items()}
+        # The order of the sources matters too.
+        content = [[name, info.identity()] for name, info in self.infos.items()]
         identity = json.dumps([content, phases], sort_keys=True)
         return DatasetInfo(
             vocab_size=first.vocab_size,
@@ -168,7 +171,7 @@ def _read(file: Path) -> MixtureFile:
     """The content of a mixture file. Raises InputError where it is none."""
     try:
         content = patiently(file.read_bytes, file)
-        return MixtureFile.model_validate(yaml.safe_load(content))
+        return MixtureFile.model_validate(yaml.load(content, UniqueKeyLoader))
     except OSError as error:
         raise InputError(f"data {file}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:

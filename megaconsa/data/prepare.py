@@ -34,7 +34,7 @@ from megaconsa.data.split_documents import SplitDocuments, in_validation
 from megaconsa.data.statistics import source_statistics
 from megaconsa.data.tokenization import NamedPiece, Settings, tokenize
 from megaconsa.data.tokenizer import Tokenizer, train_sentencepiece
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 
 TRAINING_CHARACTERS = 20_000_000
 """Size of the text that a tokenizer is trained on."""
@@ -81,20 +81,27 @@ def prepare(
         return _same(out, DatasetInfo.load(out), source, options, given)
 
     pieces = list(cut(found.files))
-    with preparation(out):
-        if given:
-            given.copy(out / TOKENIZER)
-        else:
-            assert train_tokenizer is not None
-            sample = _training_sample(pieces, options)
-            with progress("training the tokenizer", len(sample), "documents") as task:
-                train_sentencepiece(_counted(sample, task), out / TOKENIZER, train_tokenizer)
-        used = given or Tokenizer.load(out / TOKENIZER)
-        (out / PIECES).mkdir(exist_ok=True)
-        settings = Settings(options.layout, options.skip_bad)
-        named = tokenize(pieces, out / PIECES, used, settings, options.workers)
-        info = _pack(out, named, used, source, options)
-        finish(out, info)
+    try:
+        # A single piece is soon tokenized again.
+        with preparation(out, keeps_pieces=len(pieces) > 1):
+            if given:
+                given.copy(out / TOKENIZER)
+            else:
+                assert train_tokenizer is not None
+                sample = _training_sample(pieces, options)
+                with progress("training the tokenizer", len(sample), "documents") as task:
+                    train_sentencepiece(_counted(sample, task), out / TOKENIZER, train_tokenizer)
+            used = given or Tokenizer.load(out / TOKENIZER)
+            (out / PIECES).mkdir(exist_ok=True)
+            settings = Settings(options.layout, options.skip_bad)
+            named = tokenize(pieces, out / PIECES, used, settings, options.workers)
+            info = _pack(out, named, used, source, options)
+            finish(out, info)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or out}: cannot be written ({error.strerror}), make room or give "
+            "another --out and run the command again"
+        ) from error
     return info
 
 

@@ -9,6 +9,7 @@ from megaconsa.data.dataset_info import TRAIN, VALIDATION, DatasetInfo
 from megaconsa.data.mixture import Mixture
 from megaconsa.data.mixture_file import MixtureInfo, is_mixture
 from megaconsa.data.stream import BatchStream
+from megaconsa.errors import InputError
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.training.callbacks.validation import HeldOutSet, Validation
@@ -34,6 +35,12 @@ def open_validation(config: Config, topology: Topology, mesh: Mesh) -> Validatio
         )
     mixture = MixtureInfo(config.data.path)
     of_each = -(-wanted // len(mixture.folders))
+    if of_each < config.training.micro_batch:
+        raise InputError(
+            f"validation.sequences={wanted} gives each of the {len(mixture.folders)} sources of "
+            f"{config.data.path} {of_each}, less than one micro-batch of "
+            f"{config.training.micro_batch}; raise it"
+        )
     sets = []
     for (name, folder), share in zip(
         mixture.folders.items(), mixture.phases[0].shares, strict=True

@@ -147,6 +147,11 @@ def test_which_checkpoints_are_copied(checkpoint: Path) -> None:
     assert pending() == ["step_4", "step_8"]
     uploads.add(checkpoint.with_name("step_8"))
     assert pending() == ["step_4"]
+    manifest = checkpoint.with_name("step_8") / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content + " ")
+    assert pending() == ["step_4", "step_8"]
+    manifest.write_text(content)
     assert Uploads(run, "s3://runs/other").pending(lambda path: False) == [
         checkpoint.with_name("step_8")
     ]

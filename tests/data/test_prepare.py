@@ -28,7 +28,7 @@ from megaconsa.data.sources import find_files
 from megaconsa.data.split_documents import in_validation
 from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
-from megaconsa.errors import InputError
+from megaconsa.errors import InputError, RunError
 from tests.support.texts import read_texts
 
 
@@ -316,3 +316,24 @@ def test_the_split_that_is_asked_for_must_exist(prepared: Path, info: DatasetInf
             info.model_copy(update={"splits": {"train": info.splits["train"]}}),
             "validation",
         )
+
+
+def test_a_source_without_documents_is_shown(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty[b].txt").touch()
+    command = [sys.executable, "-m", "megaconsa.cli", "prepare-data", str(text_folder)]
+    command += ["empty[b].txt", "--out", "data", "--tokenizer", str(tokenizer_folder)]
+    command += ["--sequence-length", "32", "--validation-share", "0.1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(DatasetInfo.load(tmp_path / "data").sources) == 2
+
+
+def test_output_that_cannot_be_written_is_named(
+    text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = Options(sequence_length=32)
+    with pytest.raises(RunError, match=r"file.*: cannot be written \(Not a directory\)"):
+        prepare([str(text_folder)], tmp_path / "file" / "x", options, tokenizer=tokenizer_folder)

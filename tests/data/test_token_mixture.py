@@ -156,6 +156,9 @@ def test_the_description_changes_with_the_mixture(mixture: WriteMixture, folders
     assert one != read_info(mixture(THREE.replace("0.5", "0.6"))).identity()
     assert one != read_info(mixture(THREE.replace("9600", "9632"))).identity()
     assert one != read_info(mixture(THREE.replace("path: two", "path: one"))).identity()
+    equal = "sources: {one: {path: one, weight: 1}, two: {path: two, weight: 1}}"
+    turned = "sources: {two: {path: two, weight: 1}, one: {path: one, weight: 1}}"
+    assert read_info(mixture(equal)).identity() != read_info(mixture(turned)).identity()
     # Only the data matter, not where they are.
     moved = THREE.replace("path: ", f"path: {folders}/")
     assert one == read_info(mixture(moved)).identity()
@@ -166,6 +169,8 @@ def test_the_description_changes_with_the_mixture(mixture: WriteMixture, folders
     [
         ("sources: [", "not YAML"),
         ("sources: {}", "sources: "),
+        ("sources: {one: {path: one, weight: 1}, one: {path: two, weight: 1}}", "given twice"),
+        (ONE + "phases: [{from_tokens: 99999999999999999999, weights: {one: 1}}]", "from_tokens"),
         ("sources: {one: {path: one}}", "give source one either a weight or a repeat"),
         ("sources: {one: {path: one, weight: 1, repeat: 1}}", "either a weight or a repeat"),
         ("sources: {one: {path: one, weight: 0}}", "all weights are 0"),
