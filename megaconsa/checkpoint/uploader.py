@@ -2,7 +2,7 @@
 
     python -m megaconsa.checkpoint.uploader RUN REMOTE KEEP_EVERY
 
-It is a process of its own, because compression and encryption would slow the trainer's thread down.
+It is a process of its own, because checksums and encryption would slow the trainer down.
 It ends when its standard input is closed, once the newest checkpoint is copied.
 """
 

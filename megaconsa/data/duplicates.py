@@ -11,7 +11,7 @@ from rensa import RMinHash, RMinHashDeduplicator
 
 from megaconsa.console import progress
 from megaconsa.data import tokenized
-from megaconsa.data.tokenization import NamedPiece
+from megaconsa.data.tokenization import NamedPiece, by_source
 
 SHINGLE = 5
 """Tokens of a shingle. Two documents are as similar as the sets of their shingles."""
@@ -56,12 +56,8 @@ def find_duplicates(
 
 def _exact(pieces: Sequence[NamedPiece], folder: Path) -> list[np.ndarray]:
     """For each piece, whether each document repeats an earlier one exactly."""
-    kinds: list[np.ndarray] = []
-    by_source: dict[str, list[int]] = {}
-    for index, piece in enumerate(pieces):
-        kinds.append(np.full(piece.counts.documents, EXACT, np.uint8))
-        by_source.setdefault(piece.source, []).append(index)
-    for indices in by_source.values():
+    kinds = [np.full(piece.counts.documents, EXACT, np.uint8) for piece in pieces]
+    for indices in by_source(pieces).values():
         hashes = [tokenized.documents(folder, pieces[index].name)["hash"] for index in indices]
         _, firsts = np.unique(np.concatenate(hashes), return_index=True)
         joined = np.full(sum(map(len, hashes)), EXACT, np.uint8)

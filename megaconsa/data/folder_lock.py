@@ -21,8 +21,8 @@ def preparation(folder: Path, *, keeps_pieces: bool) -> Iterator[None]:
 
     keeps_pieces: whether tokenized pieces stay on failure, so that the same command continues.
 
-    Everything else that an earlier preparation left is removed. `finish` must be the last
-    call inside. Raises InputError, with nothing touched, where the folder holds anything else, or
+    Everything else that an earlier preparation left is removed. `finish` must be the last call
+    inside. Raises InputError, with nothing touched, where the folder holds anything else, or
     where another process is preparing it.
     """
     if folder.exists() and not folder.is_dir():

@@ -322,7 +322,6 @@ def _pack(
             pieces,
             kinds,
             folder,
-            tokenizer,
             near_duplicates_counted=options.similarity is not None,
         ),
     )

@@ -1,4 +1,4 @@
-"""What each source of a data folder holds: documents, their lengths, and rare characters."""
+"""What each source of a data folder holds: its documents, their lengths, and rare tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import numpy as np
 from megaconsa.data import tokenized
 from megaconsa.data.dataset_info import SourceStatistics
 from megaconsa.data.duplicates import EXACT, NEAR
-from megaconsa.data.tokenization import NamedPiece
-from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.tokenization import NamedPiece, by_source
 
 
 def source_statistics(
     pieces: Sequence[NamedPiece],
     kinds: Sequence[np.ndarray],
     folder: Path,
-    tokenizer: Tokenizer,
     *,
     near_duplicates_counted: bool,
 ) -> list[SourceStatistics]:
@@ -26,41 +24,26 @@ def source_statistics(
 
     kinds: for each piece, what its documents are (duplicates.py).
     """
-    by_source: dict[str, list[int]] = {}
-    for index, piece in enumerate(pieces):
-        by_source.setdefault(piece.source, []).append(index)
-    is_byte = np.zeros(tokenizer.vocab_size, bool)
-    is_byte[tokenizer.byte_ids()] = True
     found = []
-    for source, indices in by_source.items():
-        characters = 0
-        near = 0
-        exact = 0
-        frequencies = np.zeros(tokenizer.vocab_size, np.int64)
-        lengths = np.zeros(33, np.int64)
-        for index in indices:
-            name = pieces[index].name
-            documents = tokenized.documents(folder, name)
-            ids = tokenized.tokens(folder, name, tokenizer.vocab_size)
-            characters += int(documents["characters"].sum(dtype=np.int64))
-            exact += int((kinds[index] == EXACT).sum())
-            near += int((kinds[index] == NEAR).sum())
-            frequencies += np.bincount(ids, minlength=tokenizer.vocab_size)
-            powers = np.log2(documents["tokens"]).astype(np.int64)
-            lengths += np.bincount(powers, minlength=len(lengths))
-        unknown = tokenizer.unknown_id
+    for source, indices in by_source(pieces).items():
+        counts = [pieces[index].counts for index in indices]
+        repeats = np.concatenate([kinds[index] for index in indices])
+        records = [tokenized.documents(folder, pieces[index].name) for index in indices]
+        documents = np.concatenate(records)
+        lengths = np.bincount(np.log2(documents["tokens"]).astype(np.int64))
+        near = int((repeats == NEAR).sum())
         found.append(
             SourceStatistics(
                 name=source,
-                documents=sum(pieces[index].counts.documents for index in indices),
-                bad_documents=sum(pieces[index].counts.bad_documents for index in indices),
-                exact_duplicates=exact,
+                documents=len(documents),
+                bad_documents=sum(piece.bad_documents for piece in counts),
+                exact_duplicates=int((repeats == EXACT).sum()),
                 near_duplicates=near if near_duplicates_counted else None,
-                characters=characters,
-                tokens=int(frequencies.sum()),
-                unknown_tokens=0 if unknown is None else int(frequencies[unknown]),
-                byte_tokens=int(frequencies[is_byte].sum()),
-                lengths={1 << k: int(lengths[k]) for k in np.flatnonzero(lengths)},
+                characters=int(documents["characters"].sum(dtype=np.int64)),
+                tokens=sum(piece.tokens for piece in counts),
+                unknown_tokens=sum(piece.unknown_tokens for piece in counts),
+                byte_tokens=sum(piece.byte_tokens for piece in counts),
+                lengths={1 << k: int(lengths[k]) for k in np.flatnonzero(lengths).tolist()},
             )
         )
     return found

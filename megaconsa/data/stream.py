@@ -5,10 +5,8 @@ We use streaming's format, but not its iteration. docs/data.md says why.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +24,8 @@ from megaconsa.data.order import StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
 from megaconsa.data.read_cost import ReadCost
 from megaconsa.data.token_mixture import Sequences, open_sequences
+from megaconsa.data.worker_process import die_with_parent
 from megaconsa.errors import InputError, RunError
-
-PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl(2). It sets the signal that a process gets when its parent dies."""
 
 
 class RowsAndMasks(NamedTuple):
@@ -298,12 +294,7 @@ def _leave_signals_to_parent(parent: int, worker: int) -> None:
     The trainer responds to such a signal by saving. It needs the batches of the current step for
     that. The parent's own SIGTERM (its clean-up) still ends the worker.
     """
-    if sys.platform == "linux":
-        # A worker that is blocked on a full pipe would not notice that its parent was killed.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before that call. In a container it may itself be process 1.
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent(parent)
     # A process group for the worker alone. Signals to the trainer's group (Ctrl-C, timeout) do not
     # reach it.
     os.setpgid(0, 0)

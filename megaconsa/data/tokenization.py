@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from megaconsa.console import progress
 from megaconsa.data import tokenized
@@ -24,11 +24,15 @@ from megaconsa.data.encoding import encode
 from megaconsa.data.pieces import Piece
 from megaconsa.data.tokenized import PieceWriter, TokenizedPiece
 from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.worker_process import die_with_parent
 from megaconsa.errors import InputError, RunError
 
 MIB = 1 << 20
-PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl(2). It sets the signal that a process gets when its parent dies."""
+COMMON = 0
+UNKNOWN = 1
+"""A token that stands for characters which the vocabulary cannot write."""
+BYTE = 2
+"""A token that is a single byte of a character that has several."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class NamedPiece:
     source: str
     name: str
     counts: TokenizedPiece
+
+
+def by_source(pieces: Sequence[NamedPiece]) -> dict[str, list[int]]:
+    """The indices of the pieces of each source, in order."""
+    found: dict[str, list[int]] = {}
+    for index, piece in enumerate(pieces):
+        found.setdefault(piece.source, []).append(index)
+    return found
 
 
 def tokenize(
@@ -70,7 +82,7 @@ def tokenize(
         name: piece for name, piece in zip(names, pieces, strict=True) if found[name] is None
     }
     total = math.ceil(sum(piece.size for piece in missing.values()) / MIB)
-    work = _Work(missing, settings, tokenizer)
+    work = _Work(missing, settings, tokenizer, _rarity(tokenizer))
     with (
         progress("tokenizing", total, "MiB") as task,
         _single_threaded_tokenizers(),
@@ -169,7 +181,18 @@ class _Work:
     """By name."""
     settings: Settings
     tokenizer: Tokenizer
+    rarity: np.ndarray
+    """What each id stands for (_rarity)."""
     threads: int = 1
+
+
+def _rarity(tokenizer: Tokenizer) -> np.ndarray:
+    """COMMON, UNKNOWN or BYTE for each id, (vocab_size,) uint8."""
+    rarity = np.full(tokenizer.vocab_size, COMMON, np.uint8)
+    rarity[tokenizer.byte_ids()] = BYTE
+    if tokenizer.unknown_id is not None:
+        rarity[tokenizer.unknown_id] = UNKNOWN
+    return rarity
 
 
 _work: _Work
@@ -179,11 +202,7 @@ _work: _Work
 def _begin(parent: int, work: _Work) -> None:
     """Begins a process."""
     global _work
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before that call.
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent(parent)
     # Ctrl-C reaches the parent, which ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _work = work
@@ -197,6 +216,13 @@ def _tokenize_piece(folder: Path, name: str) -> TokenizedPiece:
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
     documents = read_documents(_work.pieces[name].files, settings.layout, bad, vocabulary)
     writer = PieceWriter(folder, name, tokenizer.vocab_size)
+    rare = np.zeros(3, np.int64)
     for document, ids, mask in encode(documents, tokenizer, _work.threads):
         writer.add(document.hash(), document.characters, ids, mask)
-    return writer.finish(bad.count, bad.first)
+        rare += np.bincount(_work.rarity[ids], minlength=len(rare))
+    return writer.finish(
+        unknown_tokens=int(rare[UNKNOWN]),
+        byte_tokens=int(rare[BYTE]),
+        bad_documents=bad.count,
+        bad=bad.first,
+    )

@@ -35,6 +35,8 @@ class TokenizedPiece(BaseModel):
     tokens: int
     masked: bool = False
     """Whether it has a mask."""
+    unknown_tokens: int
+    byte_tokens: int
     bad_documents: int
     bad: list[str]
     """What is wrong with the first few bad documents."""
@@ -88,7 +90,9 @@ class PieceWriter:
             self._mask.write(b"\1" * count if mask is None else mask.tobytes())
         self._tokens += count
 
-    def finish(self, bad_documents: int, bad: list[str]) -> TokenizedPiece:
+    def finish(
+        self, *, unknown_tokens: int, byte_tokens: int, bad_documents: int, bad: list[str]
+    ) -> TokenizedPiece:
         """Writes the counts, which finishes the piece."""
         self._file.close()
         if self._mask is not None:
@@ -99,6 +103,8 @@ class PieceWriter:
             documents=len(documents),
             tokens=self._tokens,
             masked=self._mask is not None,
+            unknown_tokens=unknown_tokens,
+            byte_tokens=byte_tokens,
             bad_documents=bad_documents,
             bad=bad,
         )

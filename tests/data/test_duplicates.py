@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +45,10 @@ def test_duplicates_are_counted_and_dropped(tokenizer_folder: Path, tmp_path: Pa
     random.Random(0).shuffle(one)
     sources = [write(tmp_path / "one.jsonl", one), write(tmp_path / "two.jsonl", texts)]
 
-    def prepared(name: str, **options: object) -> list[tuple[int, int | None]]:
-        chosen = Options(sequence_length=16, validation_share=0, **options)  # type: ignore[arg-type]
+    basis = Options(sequence_length=16, validation_share=0)
+
+    def prepared(name: str, **options: Any) -> list[tuple[int, int | None]]:
+        chosen = replace(basis, **options)
         info = prepare(sources, tmp_path / name, chosen, tokenizer=tokenizer_folder)
         split = info.splits["train"].documents
         assert split == info.source.documents - info.source.dropped_documents

@@ -32,26 +32,18 @@ guarded(lambda: prepare.prepare(
     [{source!r}], Path({out!r}), options, tokenizer=Path({tokenizer!r})
 ))
 """
-KILLED = """
+KILLING = """
 begin = tokenization._tokenize_piece
 names = []
-def killed(folder, name):
+def killing(folder, name):
     names.append(name)
     if len(names) == 4:
-        os.kill(os.getppid(), 9)
+        os.kill(os.{victim}(), 9)
     return begin(folder, name)
-tokenization._tokenize_piece = killed
+tokenization._tokenize_piece = killing
 """
-DEAD = """
-begin = tokenization._tokenize_piece
-names = []
-def dead(folder, name):
-    names.append(name)
-    if len(names) == 4:
-        os.kill(os.getpid(), 9)
-    return begin(folder, name)
-tokenization._tokenize_piece = dead
-"""
+KILLED = KILLING.format(victim="getppid")
+DEAD = KILLING.format(victim="getpid")
 
 
 @pytest.fixture
