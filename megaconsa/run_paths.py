@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megaconsa import run_folder
+from megaconsa.remote_path import is_remote
 
-PATHS = (("run", "dir"), ("model", "init_from"), ("allocation", "file"), ("data", "path"))
+PATHS = (
+    ("run", "dir"),
+    ("model", "init_from"),
+    ("allocation", "file"),
+    ("data", "path"),
+    ("data", "cache"),
+)
 """Section and field of every path in a configuration."""
 
 
@@ -87,10 +94,13 @@ def _run_dir(config: object) -> str | None:
 
 
 def _with_paths(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A copy of the configuration with `change` applied to each path."""
+    """A copy of the configuration with `change` applied to each path on a disk."""
     changed = dict(config)
     for section, field in PATHS:
         fields = changed.get(section)
-        if isinstance(fields, dict) and isinstance(fields.get(field), str):
-            changed[section] = fields | {field: change(fields[field])}
+        if not isinstance(fields, dict):
+            continue
+        path = fields.get(field)
+        if isinstance(path, str) and not is_remote(path):
+            changed[section] = fields | {field: change(path)}
     return changed

@@ -19,8 +19,10 @@ from pydantic import (
 from megaconsa.consa import rules
 from megaconsa.consa.constraint import Granularity, Scope
 from megaconsa.consa.gates import ControllerName
+from megaconsa.data.cache_settings import CACHE_GIB, CacheSettings
 from megaconsa.errors import InputError
 from megaconsa.model.budget import QUANTITIES, Budget
+from megaconsa.remote_path import with_address
 
 PipelineSchedule = Literal["1f1b", "dualpipev"]
 """Order of the pipeline's forward and backward passes."""
@@ -237,11 +239,28 @@ class TrainingSection(Section):
 
 class DataSection(Section):
     path: Path
-    """A folder made by prepare-data, or a mixture file of several."""
+    """A folder made by prepare-data, on a disk or in an object store, or a mixture file."""
     workers: int = Field(0, ge=0)
     """Processes that prefetch data."""
     shuffle_shards: int | None = Field(None, ge=0)
-    """Number of shards whose sequences are mixed with each other. null and 0 mix all."""
+    """Number of shards whose sequences are mixed with each other. 0 mixes all.
+
+    null: 0, or 64 for data in an object store."""
+    cache: Path | None = None
+    """Folder on each node for data from an object store. null: in the temporary folder."""
+    cache_gib: float = Field(CACHE_GIB, gt=0)
+    """Limit of that folder in GiB."""
+
+    @field_validator("path")
+    @classmethod
+    def _keep_address(cls, value: Path) -> Path:
+        """Keeps the address of a folder in an object store, whose slashes a path would join."""
+        return with_address(value)
+
+    @property
+    def cache_settings(self) -> CacheSettings:
+        """The cache of this node."""
+        return CacheSettings(self.cache, self.cache_gib)
 
 
 class ValidationSection(Section):

@@ -13,8 +13,11 @@ from pydantic import (
     model_serializer,
 )
 
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
+from megaconsa.data.remote_cache import read_description
 from megaconsa.errors import InputError
 from megaconsa.reading import patiently
+from megaconsa.remote_path import is_remote, with_address
 
 TRAIN = "train"
 VALIDATION = "validation"
@@ -146,12 +149,18 @@ class DatasetInfo(BaseModel):
         return self.model_dump(mode="json", exclude={"source": {"names", "files"}, "sources": True})
 
     @classmethod
-    def load(cls, folder: Path) -> DatasetInfo:
+    def load(cls, folder: Path, cache: CacheSettings = DEFAULT_CACHE) -> DatasetInfo:
         """Reads `folder`/dataset.json.
 
+        cache: for a folder in an object store.
+
         Raises InputError where the folder is missing, empty, unfinished or not a data folder.
+        Raises UnreachableError where its storage stays away.
         """
-        return patiently(lambda: cls._load(Path(folder)), folder)
+        folder = with_address(Path(folder))
+        if is_remote(folder):
+            return cls._parsed(folder / INFO, read_description(folder, INFO, cache))
+        return patiently(lambda: cls._load(folder), folder)
 
     @classmethod
     def _load(cls, folder: Path) -> DatasetInfo:
@@ -168,8 +177,12 @@ class DatasetInfo(BaseModel):
             raise InputError(
                 f"data {folder}: {state}, run `megaconsa prepare-data` with --out {folder}"
             )
+        return cls._parsed(file, file.read_bytes())
+
+    @classmethod
+    def _parsed(cls, file: Path, content: bytes) -> DatasetInfo:
         try:
-            return cls.model_validate_json(file.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"

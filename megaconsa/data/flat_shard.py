@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
 from megaconsa.data.shard_file import HASH, LOSS_MASK, again, twice
 from megaconsa.errors import DataError
-from megaconsa.reading import patiently, read_bytes
+from megaconsa.reading import patiently
 
 ROW_HASH = "row_hash"
 """The column that holds a row's hash. Its name sorts before `tokens`, as in the file."""
@@ -30,6 +30,16 @@ class FlatRecord(NamedTuple):
     """Hash of the file."""
 
 
+class Cache(Protocol):
+    """Local copies of shards in an object store."""
+
+    open_at_once: int
+
+    def open(self, record: FlatRecord) -> int: ...
+
+    def discard(self, record: FlatRecord) -> None: ...
+
+
 class FlatShard:
     """One uncompressed MDS shard.
 
@@ -44,14 +54,25 @@ class FlatShard:
     loaded_at_once = 64
     """How many shards of a split are open in a process."""
 
-    def __init__(self, folder: Path, record: FlatRecord, first: int, columns: np.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: FlatRecord,
+        first: int,
+        columns: np.dtype,
+        cache: Cache | None = None,
+    ) -> None:
         """Describes the shard. Nothing is read.
 
         folder: holds the file.
         record: what the index says about it.
         first: place of the first row in the split.
         columns: a row's type (row_type).
+        cache: holds the file instead, if `folder` is in an object store.
         """
+        if cache is not None:
+            self.loaded_at_once = cache.open_at_once
+        self._cache = cache
         self.path = folder / record.name
         self.record = record
         self.first = first
@@ -92,7 +113,7 @@ class FlatShard:
 
     def _largest_id(self) -> int:
         try:
-            data = read_bytes(self.path, within=self.path.parent)
+            data = patiently(self._content, self.path, self.path.parent)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
         self._check_size(len(data))
@@ -125,7 +146,7 @@ class FlatShard:
         fresh = self._file is None
         try:
             if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._file = self._open()
             begin = self._begin + number * self._row_bytes
             # The ids go to their place without a copy.
             view = ids.data
@@ -141,10 +162,23 @@ class FlatShard:
                 digest = xxhash.xxh3_64_intdigest(mask.data, digest)
             if digest != self._digest[0]:
                 raise self._damage(number)
-        except (OSError, DataError):
+        except (OSError, DataError) as error:
             # The open file may be the cause, for example after the server has restarted.
             self.unload()
+            if self._cache is not None and isinstance(error, DataError):
+                self._cache.discard(self.record)
             raise
+
+    def _open(self) -> int:
+        """Opens the file. Returns its descriptor."""
+        if self._cache is not None:
+            return self._cache.open(self.record)
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _content(self) -> bytes:
+        """The whole file."""
+        with os.fdopen(self._open(), "rb") as file:
+            return file.read()
 
     def _check_size(self, found: int) -> None:
         """Raises DataError unless the file has as many bytes as the index says."""

@@ -20,12 +20,13 @@ import xxhash
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from megaconsa.data import TOKENIZER
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.dataset_info import TRAIN, DatasetInfo, SourceInfo, SplitInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.mixture import Phase
 from megaconsa.errors import InputError
 from megaconsa.reading import patiently
+from megaconsa.remote_path import is_remote, with_address
 from megaconsa.strict_yaml import UniqueKeyLoader
 
 SUFFIXES = (".yaml", ".yml")
@@ -41,7 +42,7 @@ class MixtureSource(_Strict):
     """One data folder of a mixture."""
 
     path: Path
-    """Relative to the folder of the mixture file."""
+    """A folder in an object store, or relative to the folder of the mixture file."""
     weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Its share of the tokens, relative to the other weights."""
     repeat: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -65,15 +66,22 @@ class MixtureFile(_Strict):
 
 
 def is_mixture(path: Path) -> bool:
-    """Whether a data path is a mixture file rather than a data folder."""
+    """Whether a data path is a mixture file rather than a data folder.
+
+    A mixture file is on a disk. Its data folders may be in an object store.
+    """
+    if is_remote(path):
+        return False
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 class MixtureInfo:
     """A mixture file and the descriptions of its data folders."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, cache: CacheSettings = DEFAULT_CACHE) -> None:
         """Reads the file and each folder's dataset.json.
+
+        cache: for data folders in an object store.
 
         Raises InputError where one is missing, or where the folders do not fit together.
         """
@@ -83,8 +91,11 @@ class MixtureInfo:
         """The data folder of each source."""
         self.infos: dict[str, DatasetInfo] = {}
         for name, source in content.sources.items():
-            self.folders[name] = file.parent / source.path.expanduser()
-            self.infos[name] = DatasetInfo.load(self.folders[name])
+            folder = with_address(source.path)
+            if not is_remote(folder):
+                folder = file.parent / folder.expanduser()
+            self.folders[name] = folder
+            self.infos[name] = DatasetInfo.load(folder, cache)
         self._check_folders()
         first = next(iter(self.infos.values()))
         self.phases = _phases(file, content, self.infos, first.sequence_length)
@@ -147,24 +158,33 @@ class MixtureInfo:
         )
 
 
-def read_info(path: Path) -> DatasetInfo:
+def read_info(path: Path, cache: CacheSettings = DEFAULT_CACHE) -> DatasetInfo:
     """The description of a data folder or of a mixture.
+
+    cache: for data folders in an object store.
 
     Raises InputError where it is none.
     """
     path = Path(path)
-    return MixtureInfo(path).combined() if is_mixture(path) else DatasetInfo.load(path)
+    if is_mixture(path):
+        return MixtureInfo(path, cache).combined()
+    return DatasetInfo.load(path, cache)
 
 
-def data_folders(path: Path) -> list[Path]:
+def data_folders(path: Path, cache: CacheSettings = DEFAULT_CACHE) -> list[Path]:
     """The data folders of a data path: itself, or those of a mixture."""
     path = Path(path)
-    return list(MixtureInfo(path).folders.values()) if is_mixture(path) else [path]
+    if is_mixture(path):
+        return list(MixtureInfo(path, cache).folders.values())
+    return [with_address(path)]
 
 
 def tokenizer_folder(path: Path) -> Path:
-    """The tokenizer of a data folder or of a mixture."""
-    return data_folders(path)[0] / TOKENIZER
+    """The tokenizer of a data folder or of a mixture, on a disk."""
+    # Reading a mixture needs no transformers.
+    from megaconsa.data.tokenizer_folder import local_tokenizer
+
+    return local_tokenizer(data_folders(path)[0])
 
 
 def _read(file: Path) -> MixtureFile:

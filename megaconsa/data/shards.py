@@ -22,14 +22,17 @@ from streaming.base.format.mds.writer import MDSWriter
 
 from megaconsa.console import Task
 from megaconsa.data import TOKENIZER
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.compressed_shard import CompressedShard
 from megaconsa.data.dataset_info import INFO, DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.flat_shard import ROW_HASH, FlatRecord, FlatShard, row_hash, row_type
+from megaconsa.data.remote_cache import RemoteFolder, ShardCache, read_description
 from megaconsa.data.shard_file import COLUMN, HASH, LOSS_MASK
 from megaconsa.errors import DataError, InputError
 from megaconsa.files import is_bare_name, parse_json
-from megaconsa.reading import patiently, read_bytes
+from megaconsa.reading import patiently
+from megaconsa.remote_path import is_remote, with_address
 
 INDEX = "index.json"
 SHARD_BYTES = 64 << 20
@@ -59,15 +62,21 @@ class Split:
     """
 
     def __init__(
-        self, folder: Path, records: Sequence[FlatRecord | CompressedShard], columns: np.dtype
+        self,
+        folder: Path,
+        records: Sequence[FlatRecord | CompressedShard],
+        columns: np.dtype,
+        cache: ShardCache | None = None,
     ) -> None:
         """Describes the split. Nothing is read.
 
         folder: the folder of the split.
         records: its shards.
         columns: the type of a row of a flat shard.
+        cache: holds the shards if `folder` is in an object store.
         """
         self.folder = folder
+        self.cache = cache
         self.sizes = np.array([record.samples for record in records], np.int64)
         """Number of sequences in each shard, (shards,)."""
         self.ends = np.cumsum(self.sizes)
@@ -88,7 +97,8 @@ class Split:
         record = self._records[number]
         if isinstance(record, CompressedShard):
             return record
-        return FlatShard(self.folder, record, int(self.begins[number]), self._columns)
+        first = int(self.begins[number])
+        return FlatShard(self.folder, record, first, self._columns, self.cache)
 
     def path(self, number: int) -> Path:
         """The file of a shard."""
@@ -99,10 +109,13 @@ class Split:
         """The names of the shards that have no file, in stored order.
 
         The folder is listed once, which costs less than reading the index did. The sizes are left
-        to the moment when a shard is opened: every rank would ask for those of all shards.
+        to the moment when a shard is opened: every rank would ask for those of all shards. Shards
+        in an object store are looked for when they are needed.
 
         Raises OSError where the folder cannot be listed.
         """
+        if self.cache is not None:
+            return []
         found = set(patiently(lambda: os.listdir(self.folder), self.folder))
         return [record.name for record in self._records if record.name not in found]
 
@@ -118,11 +131,22 @@ def mask_encoding(sequence_length: int) -> str:
     return f"ndarray:uint8:{sequence_length + 1}"
 
 
-def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
+def open_split(
+    folder: Path, info: DatasetInfo, split: str, settings: CacheSettings = DEFAULT_CACHE
+) -> Split:
     """The shards of a split. None of them is opened, and their files are not looked at.
 
-    Raises InputError where the index is damaged or disagrees with dataset.json.
+    settings: for a folder in an object store.
+
+    Raises InputError where the index is damaged or disagrees with dataset.json. Raises
+    UnreachableError where its storage stays away.
     """
+    folder = with_address(folder)
+    if is_remote(folder) and info.compressed:
+        raise InputError(
+            f"data {folder}: a folder of version 1 cannot be read from an object store; "
+            "prepare it again"
+        )
     if split not in info.splits:
         raise InputError(
             f"data {folder}: it has no {split} split, prepare it with --validation-share above 0"
@@ -141,7 +165,8 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
         return _record(file.parent, found, info, columns, row) if "raw_data" in found else found
 
     try:
-        records = parse_json(read_bytes(file), compact)["shards"]
+        content = read_description(folder, f"{split}/{INDEX}", settings)
+        records = parse_json(content, compact)["shards"]
         for record in records:
             if record.samples < 1:
                 raise ValueError(f"{record.name} is empty")
@@ -160,7 +185,11 @@ def open_split(folder: Path, info: DatasetInfo, split: str) -> Split:
             f"{file}: it counts {samples} sequences but {INFO} promises {promised}, "
             "prepare the data again"
         )
-    return Split(file.parent, records, row)
+    cache = None
+    if is_remote(folder):
+        largest = max(record.size for record in records)
+        cache = ShardCache(RemoteFolder(folder, settings), split, largest)
+    return Split(file.parent, records, row, cache)
 
 
 def _record(
@@ -215,11 +244,13 @@ def verify(folder: Path, task: Task | None = None) -> list[str]:
     and the tokenizer's fingerprint. Raises InputError where the folder is not a data folder.
     """
     from megaconsa.data.tokenizer import Tokenizer
+    from megaconsa.data.tokenizer_folder import local_tokenizer
 
+    folder = with_address(folder)
     info = DatasetInfo.load(folder)
     faults = []
     try:
-        fingerprint = Tokenizer.load(folder / TOKENIZER).fingerprint
+        fingerprint = Tokenizer.load(local_tokenizer(folder)).fingerprint
         if not same_tokenizer(fingerprint, info.tokenizer_fingerprint):
             expected = info.tokenizer_fingerprint
             faults.append(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.dataset_info import TRAIN
 from megaconsa.data.order import StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
@@ -26,6 +27,7 @@ from megaconsa.data.read_cost import ReadCost
 from megaconsa.data.token_mixture import Sequences, open_sequences
 from megaconsa.data.worker_process import die_with_parent
 from megaconsa.errors import InputError, RunError
+from megaconsa.remote_path import with_address
 
 
 class RowsAndMasks(NamedTuple):
@@ -116,6 +118,7 @@ class BatchStream:
         separate_documents: bool = True,
         shuffle: bool = True,
         shuffle_shards: int = 0,
+        cache: CacheSettings = DEFAULT_CACHE,
     ) -> None:
         """Opens the split.
 
@@ -126,6 +129,7 @@ class BatchStream:
         separate_documents: whether batches mark the documents of a sequence.
         shuffle: False keeps the stored order.
         shuffle_shards: number of shards whose sequences are mixed with each other. 0 mixes all.
+        cache: for data folders in an object store.
 
         Raises InputError for settings that cannot work.
         """
@@ -140,8 +144,8 @@ class BatchStream:
             )
         if seed < 0:
             raise InputError(f"seed {seed} is negative, choose 0 or more")
-        self.path = Path(path)
-        self.shards = open_sequences(path, split)
+        self.path = with_address(Path(path))
+        self.shards = open_sequences(path, split, cache)
         self.info = self.shards.info
         self.seed = seed
         self.global_batch = global_batch

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.mixture import Mixture
 from megaconsa.data.mixture_file import MixtureInfo, is_mixture
@@ -33,30 +34,35 @@ class Sequences(Protocol):
     def locate(self, index: int) -> tuple[Path, int]: ...
 
 
-def open_sequences(path: Path, split: str) -> Sequences:
+def open_sequences(path: Path, split: str, cache: CacheSettings = DEFAULT_CACHE) -> Sequences:
     """Opens a split of a data folder or of a mixture.
+
+    cache: for data folders in an object store.
 
     Raises InputError, naming the file, where something is missing.
     """
     path = Path(path)
-    return TokenMixture(path, split) if is_mixture(path) else TokenShards(path, split)
+    if is_mixture(path):
+        return TokenMixture(path, split, cache)
+    return TokenShards(path, split, cache)
 
 
 class TokenMixture:
     """Random access to the sequences of all sources. Their ids follow each other."""
 
-    def __init__(self, file: Path, split: str) -> None:
+    def __init__(self, file: Path, split: str, cache: CacheSettings = DEFAULT_CACHE) -> None:
         """Opens a split of each data folder.
 
         file: the mixture file.
+        cache: for data folders in an object store.
 
         Raises InputError, naming the file, where something is missing.
         """
-        self._mixture = MixtureInfo(file)
+        self._mixture = MixtureInfo(file, cache)
         self.info = self._mixture.combined()
         self._sources: list[TokenShards] = []
         for folder in self._mixture.folders.values():
-            self._sources.append(TokenShards(folder, split))
+            self._sources.append(TokenShards(folder, split, cache))
         self._ends = np.cumsum([len(source) for source in self._sources])
 
     def __len__(self) -> int:

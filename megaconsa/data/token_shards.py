@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.order import GlobalShuffle, Order, ShardShuffle, WindowShuffle
 from megaconsa.data.shards import Shard, open_split
@@ -17,16 +18,17 @@ from megaconsa.errors import InputError
 class TokenShards(Dataset[np.ndarray]):
     """Random access to the packed sequences of one split."""
 
-    def __init__(self, path: Path, split: str) -> None:
+    def __init__(self, path: Path, split: str, cache: CacheSettings = DEFAULT_CACHE) -> None:
         """Opens a split.
 
         path: the data folder.
+        cache: for a folder in an object store.
 
         Raises InputError, naming the file, where a shard is missing. A shard with another size than
         the index says is found when it is opened.
         """
-        self.info = DatasetInfo.load(path)
-        self._split = open_split(Path(path), self.info, split)
+        self.info = DatasetInfo.load(path, cache)
+        self._split = open_split(Path(path), self.info, split, cache)
         self._check_presence()
         self._loaded: OrderedDict[int, Shard] = OrderedDict()
 

@@ -13,8 +13,12 @@ import tokenizers
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megaconsa.data import TOKENIZER
+from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
+from megaconsa.data.remote_cache import RemoteFolder
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
+from megaconsa.remote_path import is_remote
 
 GENERATION_CONFIG = "generation_config.json"
 """A file of a model's folder. It says which ids end the model's answers, and how it samples.
@@ -50,6 +54,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def local_tokenizer(data: Path, cache: CacheSettings = DEFAULT_CACHE) -> Path:
+    """The tokenizer's folder in a data folder. One in an object store is copied to the cache.
+
+    Raises InputError where the store has none, and UnreachableError where it stays away.
+    """
+    if is_remote(data):
+        return RemoteFolder(data, cache).files(TOKENIZER, TOKENIZER_FILES)
+    return data / TOKENIZER
 
 
 def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:

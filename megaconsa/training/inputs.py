@@ -19,7 +19,7 @@ from megaconsa.config import Config, differences, with_defaults
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.mixture_file import read_info
+from megaconsa.data.mixture_file import data_folders, read_info
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
@@ -27,6 +27,7 @@ from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
 from megaconsa.reading import read_text
+from megaconsa.remote_path import is_remote
 from megaconsa.run_paths import relocated
 from megaconsa.training.callbacks.run_lock import refuse_if_held
 from megaconsa.training.same_run import check_same_run
@@ -41,6 +42,10 @@ _DEFAULT_SHAPE = {
     field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING
 }
 """Default values for checkpoints of earlier versions, whose shapes had fewer fields."""
+REMOTE_SHUFFLE_SHARDS = 64
+"""Default of data.shuffle_shards for data in an object store.
+
+A window then has 4 GiB. The first step needs most of it."""
 SMALLEST_SHARE_OF_VOCABULARY = 0.9
 """Smallest vocabulary that data may have, as a fraction of the rows of the model's embedding.
 
@@ -81,7 +86,7 @@ def check_inputs(config: Config, world: World = ALONE) -> Inputs:
     if resume is not None:
         own = world.agreed(lambda: store.read(resume), alike=True)
         return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, own)))
-    world.agreed(lambda: _check_begun_run(config))
+    world.agreed(lambda: _check_begun_run(inputs.config))
     if (init_from := config.model.init_from) is None:
         return inputs
     origin = world.from_main(lambda: store.resolve(init_from).path)
@@ -100,7 +105,8 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     """
     model_config = config.to_model_config()
     topology = Topology.of(config, processes)
-    data = read_info(config.data.path)
+    config = _with_shuffle(config)
+    data = read_info(config.data.path, config.data.cache_settings)
     _check_data(config, model_config, data)
     allocation = _table(config)
     if allocation is not None and allocation.window != config.attention.window:
@@ -117,6 +123,23 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             "install it with pip install 'megaconsa[wandb]'"
         )
     return Inputs(config, model_config, data, topology, allocation)
+
+
+def _with_shuffle(config: Config) -> Config:
+    """The configuration with the default of data.shuffle_shards for its kind of storage.
+
+    The run records it, because it belongs to the order of its data.
+    """
+    if config.data.shuffle_shards is not None:
+        return config
+    folders = data_folders(config.data.path, config.data.cache_settings)
+    if not any(is_remote(folder) for folder in folders):
+        return config
+    logger.info(
+        "data.shuffle_shards=%d, because data come from an object store", REMOTE_SHUFFLE_SHARDS
+    )
+    data = config.data.model_copy(update={"shuffle_shards": REMOTE_SHUFFLE_SHARDS})
+    return config.model_copy(update={"data": data})
 
 
 def _table(config: Config) -> Allocation | None:

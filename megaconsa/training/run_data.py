@@ -33,7 +33,7 @@ def open_validation(config: Config, topology: Topology, mesh: Mesh) -> Validatio
         return Validation(
             [_held_out(config, mesh, config.data.path, wanted, least)], config.validation.every
         )
-    mixture = MixtureInfo(config.data.path)
+    mixture = MixtureInfo(config.data.path, config.data.cache_settings)
     of_each = -(-wanted // len(mixture.folders))
     if of_each < config.training.micro_batch:
         raise InputError(
@@ -55,7 +55,7 @@ def describe_passes(config: Config, data: DatasetInfo) -> list[str]:
     if not is_mixture(config.data.path):
         sequences = data.splits[TRAIN].sequences
         return [f"{sequences:,} sequences of data, {wanted / sequences:.2f} epochs in this run"]
-    mixture = MixtureInfo(config.data.path)
+    mixture = MixtureInfo(config.data.path, config.data.cache_settings)
     counts = Mixture(mixture.phases, config.run.seed).counts(wanted)
     lines = []
     for (name, info), count in zip(mixture.infos.items(), counts.tolist(), strict=True):
@@ -102,4 +102,5 @@ def _open(
         workers=workers,
         separate_documents=config.attention.separate_documents,
         shuffle_shards=shuffle_shards,
+        cache=config.data.cache_settings,
     )

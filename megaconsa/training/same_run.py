@@ -24,6 +24,8 @@ FREE = {
     "training.activation_checkpointing",
     "data.path",
     "data.workers",
+    "data.cache",
+    "data.cache_gib",
 }
 """Sections and fields that may change on resume.
 

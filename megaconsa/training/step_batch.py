@@ -20,6 +20,7 @@ from megaconsa.data.packing import document_starts
 from megaconsa.data.stream import BatchStream
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
+from megaconsa.remote_path import is_remote, with_address
 from megaconsa.reporting.metrics import Row, read_metrics
 from megaconsa.training.callbacks.rewinds import read_rewinds, rewound
 from megaconsa.training.inputs import describe_data, same_data
@@ -105,6 +106,7 @@ def step_batch(run: Path, step: int, data: Path | None, count: int) -> StepBatch
         global_batch=global_batch,
         micro_batch=global_batch,
         shuffle_shards=config.data.shuffle_shards or 0,
+        cache=config.data.cache_settings,
     )
     ids = stream.ids(first + np.arange(min(count, global_batch)))
     return StepBatch(
@@ -141,11 +143,11 @@ def _checked_data(
     run: Path, config: Config, data: Path | None, checkpoint: Checkpoint | None
 ) -> Path:
     """The folder of the run's data. Raises InputError if it is missing or holds other data."""
-    folder = data or config.data.path
-    if not folder.is_dir():
+    folder = with_address(data or config.data.path)
+    if not is_remote(folder) and not folder.is_dir():
         named = f"--data {data}" if data else f"data.path={folder} of {run}"
         raise InputError(f"{named} is not there; give the folder of the run's data with --data")
-    info = read_info(folder)
+    info = read_info(folder, config.data.cache_settings)
     is_same = info.sequence_length == config.training.sequence_length
     if checkpoint is not None:
         theirs = with_defaults(checkpoint.state["data"], DatasetInfo)
