@@ -22,6 +22,14 @@ class Order(Protocol):
         """The ids of the sequences at some places of the stream, in any shape."""
         ...
 
+    def ahead(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """What to download from a place of the stream on.
+
+        Returns the ids of one sequence of each shard of the window at the place, and of each shard
+        of the next window. Both are (shards,) int64, and empty where the order has no windows.
+        """
+        ...
+
 
 class EpochOrder(ABC):
     """A stream that is one epoch after the other. Each epoch has every sequence once."""
@@ -37,6 +45,10 @@ class EpochOrder(ABC):
             now = epochs == epoch
             ids[now] = self.in_epoch(int(epoch), offsets[now])
         return ids
+
+    def ahead(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        none = np.empty(0, np.int64)
+        return none, none
 
     @abstractmethod
     def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
@@ -97,6 +109,17 @@ class WindowShuffle(EpochOrder):
         shards = windows.shards[ranks]
         return mixed - windows.shard_begins[ranks] + self._begins[shards]
 
+    def ahead(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, offset = divmod(place, self.size)
+        windows = self._windows(epoch)
+        number = int(windows.ends.searchsorted(offset, side="right"))
+        now = windows.shards_of(number)
+        if number + 1 < len(windows.ends):
+            following = windows.shards_of(number + 1)
+        else:
+            following = self._windows(epoch + 1).shards_of(0)
+        return self._begins[now], self._begins[following]
+
     def _windows(self, epoch: int) -> _Windows:
         """The windows of an epoch."""
         if epoch not in self._epochs:
@@ -126,6 +149,10 @@ class _Windows:
         """Number of sequences before each window, (windows,)."""
         self.ends = self.shard_ends[self.bounds[1:] - 1]
         """Number of sequences up to the end of each window, (windows,)."""
+
+    def shards_of(self, number: int) -> np.ndarray:
+        """The shards of a window, (shards,)."""
+        return self.shards[self.bounds[number] : self.bounds[number + 1]]
 
 
 class ShardShuffle(EpochOrder):

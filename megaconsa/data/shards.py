@@ -105,6 +105,22 @@ class Split:
         record = self._records[number]
         return self.folder / record.name
 
+    def shard_bytes(self, number: int) -> int:
+        """Bytes of a shard in an object store. 0 for one on a disk."""
+        record = self._records[number]
+        if self.cache is None or isinstance(record, CompressedShard):
+            return 0
+        return record.size
+
+    def fetch_ahead(self, number: int) -> None:
+        """Downloads a shard that will be needed soon, if it is in an object store.
+
+        Raises OSError, RunError or InputError if that fails.
+        """
+        record = self._records[number]
+        if self.cache is not None and isinstance(record, FlatRecord):
+            self.cache.fetch_ahead(record)
+
     def missing(self) -> list[str]:
         """The names of the shards that have no file, in stored order.
 

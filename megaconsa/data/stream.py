@@ -23,6 +23,7 @@ from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
 from megaconsa.data.dataset_info import TRAIN
 from megaconsa.data.order import StoredOrder
 from megaconsa.data.packing import IGNORED, document_starts, mask_labels
+from megaconsa.data.prefetch import Prefetcher
 from megaconsa.data.read_cost import ReadCost
 from megaconsa.data.token_mixture import Sequences, open_sequences
 from megaconsa.data.worker_process import die_with_parent
@@ -119,6 +120,7 @@ class BatchStream:
         shuffle: bool = True,
         shuffle_shards: int = 0,
         cache: CacheSettings = DEFAULT_CACHE,
+        prefetches: bool = True,
     ) -> None:
         """Opens the split.
 
@@ -130,6 +132,7 @@ class BatchStream:
         shuffle: False keeps the stored order.
         shuffle_shards: number of shards whose sequences are mixed with each other. 0 mixes all.
         cache: for data folders in an object store.
+        prefetches: whether to download the shards of the next window while one is read.
 
         Raises InputError for settings that cannot work.
         """
@@ -158,6 +161,9 @@ class BatchStream:
             self.order = self.shards.order(seed, shuffle_shards)
         else:
             self.order = StoredOrder(len(self.shards))
+        self.cache = cache
+        self.shuffle_shards = shuffle_shards
+        self.prefetches = prefetches and shuffle
         self.cost = ReadCost()
         """What it has cost to read the micro-batches that `steps` has taken."""
         self.awaited: np.ndarray | None = None
@@ -186,6 +192,8 @@ class BatchStream:
             generator=torch.Generator(),
         )
         rows = iter(loader)
+        # Workers were forked before it starts its thread.
+        prefetcher = self._prefetcher(taken)
         places = self._places(self.global_batch)
         try:
             while True:
@@ -196,7 +204,11 @@ class BatchStream:
                 self.awaited = None
                 yield batches
                 taken += self.global_batch
+                if prefetcher is not None:
+                    prefetcher.move(taken)
         finally:
+            if prefetcher is not None:
+                prefetcher.close()
             # Ends the workers now. Where the garbage collector does it, torch waits five seconds
             # for each worker.
             del rows
@@ -240,6 +252,16 @@ class BatchStream:
             )
         rounded_up = -(-count // (self.micro_batch * self.dp_size))
         return max(least, rounded_up)
+
+    def _prefetcher(self, taken: int) -> Prefetcher | None:
+        """What downloads ahead, or None if there is nothing to download."""
+        if not self.prefetches:
+            return None
+        order = self.shards.order(self.seed, self.shuffle_shards)
+        wanted = np.concatenate(order.ahead(taken)).tolist()
+        if not any(self.shards.shard_bytes(index) for index in wanted):
+            return None
+        return Prefetcher(self.shards, order, taken, self.cache.limit)
 
     def _places(self, sequences: int) -> list[np.ndarray]:
         """The (B,) places of this rank's rows for each micro-step.

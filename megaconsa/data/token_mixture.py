@@ -33,6 +33,10 @@ class Sequences(Protocol):
 
     def locate(self, index: int) -> tuple[Path, int]: ...
 
+    def shard_bytes(self, index: int) -> int: ...
+
+    def fetch_ahead(self, index: int) -> None: ...
+
 
 def open_sequences(path: Path, split: str, cache: CacheSettings = DEFAULT_CACHE) -> Sequences:
     """Opens a split of a data folder or of a mixture.
@@ -119,6 +123,16 @@ class TokenMixture:
         numbers, indices = self._split(np.array([index]))
         return self._sources[numbers[0]].locate(int(indices[0]))
 
+    def shard_bytes(self, index: int) -> int:
+        """Bytes of the shard that holds a sequence, if it is in an object store, or 0."""
+        numbers, indices = self._split(np.array([index]))
+        return self._sources[numbers[0]].shard_bytes(int(indices[0]))
+
+    def fetch_ahead(self, index: int) -> None:
+        """Downloads the shard that holds a sequence, as Split.fetch_ahead does."""
+        numbers, indices = self._split(np.array([index]))
+        self._sources[numbers[0]].fetch_ahead(int(indices[0]))
+
     def _split(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sequence, (B,), and the sequence's index in it, (B,)."""
         numbers = np.searchsorted(self._ends, ids, side="right")
@@ -142,3 +156,13 @@ class _MixedOrder:
             here = numbers == number
             ids[here] = self._orders[number].ids(given[here]) + self._begins[number]
         return ids.reshape(places.shape)
+
+    def ahead(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        now = []
+        following = []
+        counts = self._mixture.counts(place)
+        for order, count, begin in zip(self._orders, counts, self._begins, strict=True):
+            own, own_following = order.ahead(int(count))
+            now.append(own + begin)
+            following.append(own_following + begin)
+        return np.concatenate(now), np.concatenate(following)

@@ -44,8 +44,16 @@ class TokenShards(Dataset[np.ndarray]):
 
     def locate(self, index: int) -> tuple[Path, int]:
         """The file that holds a sequence, and the sequence's row in it, from 0."""
-        number = int(self._split.ends.searchsorted(index, side="right"))
+        number = self._number(index)
         return self._split.path(number), index - int(self._split.begins[number])
+
+    def shard_bytes(self, index: int) -> int:
+        """Bytes of the shard that holds a sequence, if it is in an object store, or 0."""
+        return self._split.shard_bytes(self._number(index))
+
+    def fetch_ahead(self, index: int) -> None:
+        """Downloads the shard that holds a sequence, as Split.fetch_ahead does."""
+        self._split.fetch_ahead(self._number(index))
 
     def rows(self, ids: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
         """The ids of several sequences.
@@ -97,6 +105,10 @@ class TokenShards(Dataset[np.ndarray]):
         if self.info.compressed:
             return np.arange(count)
         return np.arange(count) * len(self) // count
+
+    def _number(self, index: int) -> int:
+        """The number of the shard that holds a sequence."""
+        return int(self._split.ends.searchsorted(index, side="right"))
 
     def _shard(self, number: int) -> Shard:
         """A shard. It stays loaded until enough others were used after it."""

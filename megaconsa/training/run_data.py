@@ -10,6 +10,7 @@ from megaconsa.data.mixture import Mixture
 from megaconsa.data.mixture_file import MixtureInfo, is_mixture
 from megaconsa.data.stream import BatchStream
 from megaconsa.errors import InputError
+from megaconsa.parallel.launcher import launch
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.topology import Topology
 from megaconsa.training.callbacks.validation import HeldOutSet, Validation
@@ -103,4 +104,5 @@ def _open(
         separate_documents=config.attention.separate_documents,
         shuffle_shards=shuffle_shards,
         cache=config.data.cache_settings,
+        prefetches=launch().local_rank == 0,
     )

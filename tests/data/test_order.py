@@ -172,6 +172,25 @@ def test_windows_mix_and_differ_between_epochs_and_seeds() -> None:
     assert len(set(first[:50] // 50)) == 10
 
 
+@settings(max_examples=50, deadline=None)
+@given(shard_sizes, st.integers(1, 50), st.data())
+def test_what_is_ahead_is_what_comes(sizes: list[int], window: int, data: st.DataObject) -> None:
+    total = sum(sizes)
+    order = WindowShuffle(np.array(sizes), 3, window)
+    place = data.draw(st.integers(0, 3 * total))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    now, following = (shard_of[ids].tolist() for ids in order.ahead(place))
+    assert max(len(now), len(following)) <= window
+    assert shard_of[order.ids(np.array([place]))[0]] in now
+    # The window ends at the first place that holds another shard. The next epoch may repeat some.
+    epoch_left = total - place % total
+    coming = shard_of[order.ids(place + np.arange(epoch_left))]
+    outside = np.flatnonzero(~np.isin(coming, now))
+    next_place = place + int(outside[0]) if len(outside) else place + epoch_left
+    found = shard_of[order.ids(np.array([next_place]))[0]]
+    assert found in following
+
+
 def test_windows_are_about_equal() -> None:
     """A last window of a single shard would bring its sequences one after the other."""
     shard_of = WindowShuffle(np.full(65, 20), 1, 64).in_epoch(0, np.arange(65 * 20)) // 20

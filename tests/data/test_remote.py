@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,74 @@ def test_a_limit_below_what_is_in_use_is_said(
         read_all(address, cache)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("data.cache_gib: the limit of 1 B is too small")
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_window_is_downloaded_ahead(
+    store: ObjectStore, address: Path, cache: CacheSettings, workers: int
+) -> None:
+    stream = open_stream(address, cache, workers, shuffle_shards=2, micro_batch=2, global_batch=2)
+    steps = stream.steps()
+    next(steps)
+    now, following = stream.order.ahead(0)
+    expected = {stream.shards.locate(int(i))[0].name for i in [*now, *following]}
+    wait_for(lambda: {file.name for file in cached(cache)} == expected)
+    place = 2
+    while set(stream.order.ahead(place)[0]) == set(now):
+        next(steps)
+        place += 2
+    # The window has ended, and the one after the next is downloaded.
+    last = {stream.shards.locate(int(i))[0].name for i in stream.order.ahead(place)[1]}
+    next(steps)
+    wait_for(lambda: last <= {file.name for file in cached(cache)})
+    steps.close()
+    assert max(store.gets.values()) == 1
+
+
+def test_a_stream_without_prefetching_downloads_what_it_reads(
+    store: ObjectStore, address: Path, cache: CacheSettings
+) -> None:
+    stream = open_stream(address, cache, shuffle_shards=3, prefetches=False)
+    next(stream.steps())
+    read = stream.files(np.arange(8))
+    assert {file.name for file in cached(cache)} == {file.name for file in read}
+
+
+def test_what_is_downloaded_ahead_fits_into_the_cache(
+    store: ObjectStore, address: Path, prepared: Path, tmp_path: Path
+) -> None:
+    size = max(file.stat().st_size for file in (prepared / "train").glob("*.mds"))
+    cache = CacheSettings(tmp_path / "cache", 3.5 * size / 2**30)
+    stream = open_stream(address, cache, shuffle_shards=2, micro_batch=2, global_batch=2)
+    steps = stream.steps()
+    next(steps)
+    now, following = stream.order.ahead(0)
+    wanted = [stream.shards.locate(int(i))[0].name for i in [*now, *following]]
+    wait_for(lambda: {file.name for file in cached(cache)} == set(wanted[:3]))
+    time.sleep(0.2)
+    assert {file.name for file in cached(cache)} == set(wanted[:3])
+    steps.close()
+
+
+def test_a_failure_ahead_of_need_is_not_the_runs(
+    store: ObjectStore,
+    address: Path,
+    prepared: Path,
+    cache: CacheSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 30.0)
+    stream = open_stream(address, cache, shuffle_shards=2)
+    store.faults["*"] = [answers(503)] * 4
+    local = open_stream(prepared, cache, shuffle_shards=2)
+    assert np.array_equal(tokens(stream), tokens(local))
 
 
 @pytest.mark.parametrize(

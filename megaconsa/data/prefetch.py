@@ -1,0 +1,72 @@
+"""Downloads the shards of the next window while the current one is read."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import numpy as np
+
+from megaconsa.data.order import Order
+from megaconsa.data.token_mixture import Sequences
+from megaconsa.errors import InputError, RunError
+
+logger = logging.getLogger(__name__)
+
+
+class Prefetcher:
+    """A thread that downloads ahead of a place in the stream. One process of a node needs it.
+
+    It tries each download once. The reader of a shard retries, and reports failures.
+    """
+
+    def __init__(self, sequences: Sequences, order: Order, place: int, limit: int) -> None:
+        """Starts at a place.
+
+        order: of the sequences. No other thread may use it.
+        limit: size of the cache in bytes. More is not downloaded ahead, because it would displace
+            what is needed sooner.
+        """
+        self._sequences = sequences
+        self._order = order
+        self._place = place
+        self._limit = limit
+        self._moved = threading.Event()
+        self._closed = False
+        # A daemon, because a download may outlast the run.
+        threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+
+    def move(self, place: int) -> None:
+        """Says which place the stream has reached."""
+        self._place = place
+        self._moved.set()
+
+    def close(self) -> None:
+        """Ends the thread after its current download. Does not wait for it."""
+        self._closed = True
+        self._moved.set()
+
+    def _work(self) -> None:
+        done = np.empty(0, np.int64)
+        while not self._closed:
+            self._moved.clear()
+            wanted = np.concatenate(self._order.ahead(self._place))
+            if not np.array_equal(wanted, done) and self._fetch(wanted):
+                done = wanted
+            self._moved.wait()
+
+    def _fetch(self, wanted: np.ndarray) -> bool:
+        """Downloads the shards of some sequences, in this order. Returns whether all went well."""
+        room = self._limit
+        for index in wanted.tolist():
+            if self._closed:
+                return False
+            room -= self._sequences.shard_bytes(index)
+            if room < 0:
+                break
+            try:
+                self._sequences.fetch_ahead(index)
+            except (OSError, RunError, InputError) as error:
+                logger.debug("not downloaded ahead: %s", error)
+                return False
+        return True
