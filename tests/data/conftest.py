@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megaconsa.data import shards
+from megaconsa.data.cache_settings import CacheSettings
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.preparation_options import Options
 from megaconsa.data.prepare import prepare
 from megaconsa.data.tokenizer import train_sentencepiece
 from tests.support.compressed_data import compress
+from tests.support.object_stores import ObjectStore, object_store
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -90,3 +93,53 @@ def either(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def info(prepared: Path) -> DatasetInfo:
     return DatasetInfo.load(prepared)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def store(
+    server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ObjectStore]:
+    """The server, without faults and with its requests forgotten."""
+    server.use(monkeypatch, tmp_path)
+    yield server
+    server.faults.clear()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CacheSettings:
+    return CacheSettings(tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def few_shards(
+    text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A data folder of a few shards."""
+    folder = tmp_path_factory.mktemp("remote") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_BYTES", 1 << 14)
+        prepare(
+            [str(text_folder)],
+            folder,
+            Options(sequence_length=32, validation_share=0.1),
+            tokenizer=tokenizer_folder,
+        )
+    assert 5 < len(list((folder / "train").glob("shard.*"))) < 15
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(server: ObjectStore, few_shards: Path) -> Path:
+    return Path(server.upload(few_shards, "data"))
+
+
+@pytest.fixture
+def own_address(store: ObjectStore, few_shards: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(store.upload(few_shards, tmp_path.name))
