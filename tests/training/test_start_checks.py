@@ -41,7 +41,7 @@ ELSEWHERE = "start_checks._appears = lambda path: False"
 NO_DATA = """
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.errors import InputError
-def missing(folder):
+def missing(folder, cache):
     raise InputError(f"data {folder}: no such folder")
 if other:
     DatasetInfo.load = missing
