@@ -9,7 +9,7 @@ from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
-from megaconsa.model.rope import rotary_angles
+from megaconsa.model.rope import document_angles
 
 
 class Attention(nn.Module):
@@ -32,22 +32,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, model_config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, model_config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, documents: Tensor, sequences: Tensor, *, separate: bool) -> Tensor:
         """Attends within each sequence.
 
         x: (B, S, hidden).
-        positions: (B, S) integers, positions within the documents.
-        documents: (B, S) int32, index at which each position's document starts. None lets
-            attention cross documents.
+        documents: (B, S) int32, index at which each position's document starts. Positions restart
+            there.
+        separate: whether attention stays within a document.
         sequences: (B,) int64, indices within the step's global batch.
 
         Returns (B, S, hidden).
         """
         shape = (*x.shape[:2], -1, self.model_config.head_dim)
-        cos, sin = rotary_angles(
-            positions, self.model_config.head_dim, self.model_config.rope_theta
+        cos, sin = document_angles(
+            documents, self.model_config.head_dim, self.model_config.rope_theta
         )
         q = rotate(self.q_norm(self.q_proj(x).view(shape)), cos, sin)  # (B, S, heads, head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)), cos, sin)  # (B, S, kv_heads, head_dim)
@@ -59,7 +57,7 @@ class Attention(nn.Module):
             v,
             window=pattern.windows,
             gate=pattern.gate,
-            documents=documents,
+            documents=documents if separate else None,
             backend=self.backend,
         )
         return self.o_proj(out.flatten(2))

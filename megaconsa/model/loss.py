@@ -14,6 +14,7 @@ from megaconsa.kernels.cross_entropy.cross_entropy import (
     softmax_and_target,
 )
 from megaconsa.kernels.cross_entropy.softmax import Softmax
+from megaconsa.model.weight_gradients import add_product, main_grad
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
@@ -80,7 +81,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_weight = None
         if wanted:
             d_hidden = torch.empty_like(hidden)
-            # The chunks' products add up in fp32, see `_add_product`.
+            # The chunks' products add up in fp32, see `add_product`.
             d_weight = torch.zeros(weight.shape, device=weight.device)
         rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
         for start in range(0, len(labels), rows):
@@ -91,19 +92,24 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if d_hidden is not None and d_weight is not None:
                 # `logits` was overwritten with its gradient.
                 torch.mm(logits, weight, out=d_hidden[chunk])
-                _add_product(d_weight, logits.T, x)
+                add_product(d_weight, logits.T, x)
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
+            ctx.main_grad = main_grad(weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         narrow = d_hidden.dtype
         # The product is taken in fp32. bf16 would round the factor itself by up to 0.4 %, which
         # shifts every element in the same direction.
         d_hidden = (d_hidden.float() * gradient).to(narrow)
-        d_weight = (d_weight * gradient).to(narrow)
+        if ctx.main_grad is None:
+            d_weight = (d_weight * gradient).to(narrow)
+        else:
+            ctx.main_grad.addcmul_(d_weight, gradient)
+            d_weight = None
         return d_hidden, d_weight, None, None
 
 
@@ -133,13 +139,3 @@ def _losses_(
     if gradient:
         gradient_(logits, own, IGNORED, Softmax(maximum, total), part.rows)
     return (total.log() - target).masked_fill(labels == IGNORED, 0.0)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Computes total += a @ b in fp32, even where a and b are narrower."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a.float() @ b.float()

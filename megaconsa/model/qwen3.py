@@ -5,6 +5,8 @@ Module and parameter names are those of transformers' Qwen3. They are megaconsa'
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,37 @@ from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
+
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Precisions in which blocks run by their own kernels on a GPU."""
+
+
+class Ranks(Protocol):
+    """The ranks of a tensor group, which divide the parts of a block around attention and the MLP.
+
+    Neither function is differentiable. Each is the other's transpose.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """From the residual stream into a divided part: (B, S / size or S, ...) to (B, S, ...)."""
+
+    def summed(self, x: Tensor) -> Tensor:
+        """From a divided part to the residual stream: the sum over the ranks."""
+
+
+class Alone:
+    """A block that is not divided."""
+
+    size = 1
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return x
+
+    def summed(self, x: Tensor) -> Tensor:
+        return x
 
 
 class MLP(nn.Module):
@@ -50,6 +83,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.separate = separate
+        self.ranks: Ranks = Alone()
+        """The ranks that the block is divided over."""
         self.self_attn = Attention(model_config, layer, heads, backend)
         self.mlp = MLP(model_config)
         self.input_layernorm = RMSNorm(model_config.hidden_size, model_config.rms_norm_eps)
@@ -64,18 +99,18 @@ class Block(nn.Module):
 
         Returns (B, S, hidden).
         """
-        # The start of a document is both its id and its origin.
-        # Positions restart with each document.
-        positions = torch.arange(documents.shape[1], device=documents.device) - documents
-        separated = documents if self.separate else None
-        x = x + self.attend(self.input_layernorm(x), positions, separated, sequences)
+        if x.is_cuda and x.dtype in FUSED_DTYPES:
+            # Imported here, because machines without a GPU may lack Triton.
+            from megaconsa.model.fused_block import run_block
+
+            return run_block(self, x, documents, sequences)
+        normed = self.input_layernorm(x)
+        x = x + self.attend(normed, documents, sequences)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
-    def attend(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
-    ) -> Tensor:
+    def attend(self, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
         """The attention's contribution to the residual stream."""
-        return self.self_attn(x, positions, documents, sequences)
+        return self.self_attn(x, documents, sequences, separate=self.separate)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP's contribution to the residual stream."""

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.last_result import kept
+
 
 @lru_cache(maxsize=8)
 def _inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -25,3 +27,16 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     frequencies = _inverse_frequencies(head_dim, theta, positions.device)
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+@kept
+def document_angles(documents: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles of positions that restart with each document.
+
+    documents: (B, S) int32, index at which each position's document starts.
+
+    Returns as `rotary_angles` does. All layers of a micro-batch share the result.
+    """
+    # The start of a document is both its id and its origin.
+    positions = torch.arange(documents.shape[1], device=documents.device) - documents
+    return rotary_angles(positions, head_dim, theta)

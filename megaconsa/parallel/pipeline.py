@@ -59,6 +59,7 @@ class BlockLayer(Block):
             sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate
         )
         self.tp = tp
+        self.ranks = tp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry
@@ -70,10 +71,8 @@ class BlockLayer(Block):
             normalizer,
         )
 
-    def attend(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, sequences: Tensor
-    ) -> Tensor:
-        return self.tp.leave(super().attend(self.tp.enter(x), positions, documents, sequences))
+    def attend(self, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
+        return self.tp.leave(super().attend(self.tp.enter(x), documents, sequences))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.tp.leave(super().feed_forward(self.tp.enter(x)))

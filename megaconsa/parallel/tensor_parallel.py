@@ -28,20 +28,37 @@ class TensorParallel:
     """Sequence parallelism: in the residual stream each rank holds S / size consecutive tokens."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """Enters a divided part of the model: (B, S or S / size, ...) to (B, S, ...) on every
-        rank."""
+        """`gathered`, differentiable."""
         if self.size == 1:
             return x
-        return _Gather.apply(x, self) if self.sequence else _Copy.apply(x, self)
+        entered: Tensor = _Enter.apply(x, self)
+        return entered
 
     def leave(self, x: Tensor) -> Tensor:
-        """Returns to the residual stream: sums (B, S, ...) over the ranks.
+        """`summed`, differentiable."""
+        if self.size == 1:
+            return x
+        left: Tensor = _Leave.apply(x, self)
+        return left
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Enters a divided part of the model: (B, S or S / size, ...) to (B, S, ...) on every
+        rank. Not differentiable."""
+        if self.size == 1 or not self.sequence:
+            return x
+        return self.all_gather_sequence(x)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Returns to the residual stream: sums (B, S, ...) over the ranks. Not differentiable.
 
         Every rank gets the whole sum, or its part of the sequence with sequence parallelism.
         """
         if self.size == 1:
             return x
-        return _Scatter.apply(x, self) if self.sequence else _Reduce.apply(x, self)
+        if self.sequence:
+            return self.reduce_scatter_sequence(x)
+        # A collective ignores strides.
+        return self.all_reduce(x.clone(memory_format=torch.contiguous_format))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place. Not differentiable."""
@@ -77,45 +94,24 @@ class TensorParallel:
         return own
 
 
-# Each collective and its transpose. Tensors are made contiguous: a collective ignores strides.
-class _Copy(torch.autograd.Function):
+class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return x.view_as(x)
+        entered = tp.gathered(x)
+        return x.view_as(x) if entered is x else entered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.all_reduce(gradient.clone(memory_format=torch.contiguous_format)), None
+        return ctx.tp.summed(gradient), None
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        return tp.all_reduce(x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _Gather(torch.autograd.Function):
+class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return tp.all_gather_sequence(x)
+        return tp.summed(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.reduce_scatter_sequence(gradient), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return tp.reduce_scatter_sequence(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.all_gather_sequence(gradient), None
+        return ctx.tp.gathered(gradient), None

@@ -19,6 +19,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes
 from megaconsa.parallel.deepspeed.compute_clock import ComputeClock
+from megaconsa.parallel.deepspeed.main_grads import expect_gradients, give_main_grads
 from megaconsa.parallel.deepspeed.optimizer import (
     MOMENTS,
     CheckedAdamW,
@@ -94,6 +95,9 @@ class Engine:
             )
         if bf16:
             patch_bf16(self.engine)
+        self._has_main_grads = bf16 and mesh.device.type == "cuda"
+        if self._has_main_grads:
+            give_main_grads(self.optimizer)
         self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(model_config)
         owners = {
@@ -133,6 +137,8 @@ class Engine:
             return check(loss, float(self.optimizer._global_grad_norm))
 
         self.adamw.begin(check_step)
+        if self._has_main_grads:
+            expect_gradients(self.optimizer)
         self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -1,0 +1,1 @@
+"""SwiGLU: silu(gate) * up, of the two halves of a row."""

@@ -1,0 +1,29 @@
+"""The fp32 gradients of DeepSpeed's BF16 optimizer as the buffers that the model adds to.
+
+DeepSpeed itself takes bf16 gradients from autograd, and adds them with two launches a weight. On a
+GPU the model's own backward passes add to the fp32 gradients instead (`model/weight_gradients.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megaconsa.model.weight_gradients import MAIN_GRAD
+
+
+def give_main_grads(optimizer: Any) -> None:
+    """Gives each weight its part of the flat fp32 gradients."""
+    for weights, gradients in zip(
+        optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True
+    ):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            setattr(weight, MAIN_GRAD, gradient.view(weight.shape))
+
+
+def expect_gradients(optimizer: Any) -> None:
+    """Tells the optimizer before a step that each weight will have a gradient.
+
+    It only knows of gradients that it has added itself, and leaves the others out of the norm.
+    """
+    for known in optimizer.fp32_groups_has_gradients:
+        known[:] = [True] * len(known)
