@@ -63,7 +63,7 @@ def rms_norm_backward(
     out = torch.empty_like(x)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _backward[(programs,)](
+        rms_norm_backward_kernel[(programs,)](
             gradient,
             x,
             weight,
@@ -91,7 +91,7 @@ def _launch_forward(
     columns = triton.next_power_of_2(width)
     block = max(1, TILE // columns)
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(rows, block),)](
+        rms_norm_kernel[(triton.cdiv(rows, block),)](
             x,
             delta,
             total,
@@ -121,7 +121,7 @@ def _units(device: torch.device) -> int:
 
 
 @triton.jit
-def _forward(
+def rms_norm_kernel(
     x_ptr: tl.tensor,
     delta_ptr: tl.tensor,
     total_ptr: tl.tensor,
@@ -152,7 +152,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def rms_norm_backward_kernel(
     gradient_ptr: tl.tensor,
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,

@@ -44,7 +44,7 @@ def normed_heads(
     tokens = batch * length
     block = _tokens_of_tile(dim)
     with torch.cuda.device_of(rows):
-        _forward[(triton.cdiv(tokens, block),)](
+        normed_heads_kernel[(triton.cdiv(tokens, block),)](
             rows,
             q_weight,
             k_weight,
@@ -88,7 +88,7 @@ def normed_heads_backward(
     d_rows = torch.empty_like(rows)
     parts = torch.empty(programs, 2, dim, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
-        _backward[(programs,)](
+        normed_heads_backward_kernel[(programs,)](
             d_q,
             d_k,
             d_v,
@@ -123,7 +123,7 @@ def _units(device: torch.device) -> int:
 
 
 @triton.jit
-def _forward(
+def normed_heads_kernel(
     rows_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
@@ -180,7 +180,7 @@ def _turn(
 
 
 @triton.jit
-def _backward(
+def normed_heads_backward_kernel(
     d_q_ptr: tl.tensor,
     d_k_ptr: tl.tensor,
     d_v_ptr: tl.tensor,

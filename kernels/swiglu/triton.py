@@ -21,7 +21,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     with torch.cuda.device_of(gate_up):
-        _forward[_grid(out)](gate_up, out, width, BLOCK=_block(width))
+        swiglu_kernel[_grid(out)](gate_up, out, width, BLOCK=_block(width))
     return out
 
 
@@ -35,7 +35,9 @@ def swiglu_backward(gradient: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(gradient)
     width = out.shape[-1]
     with torch.cuda.device_of(gate_up):
-        _backward[_grid(out)](gradient, gate_up, d_gate_up, out, width, BLOCK=_block(width))
+        swiglu_backward_kernel[_grid(out)](
+            gradient, gate_up, d_gate_up, out, width, BLOCK=_block(width)
+        )
     return d_gate_up, out
 
 
@@ -49,7 +51,7 @@ def _grid(out: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _forward(
+def swiglu_kernel(
     gate_up_ptr: tl.tensor, out_ptr: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -63,7 +65,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def swiglu_backward_kernel(
     gradient_ptr: tl.tensor,
     gate_up_ptr: tl.tensor,
     d_gate_up_ptr: tl.tensor,
