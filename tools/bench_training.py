@@ -5,13 +5,11 @@ Each topology is compared with one process on the same batches.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megaconsa import run_folder
 from megaconsa.console import check_out, console, run_tool
 
 
@@ -46,9 +44,9 @@ def main(
     from json import dumps
     from tempfile import TemporaryDirectory
 
+    from megaconsa.benchmarks.short_run import run_processes, schedule_fields
     from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
     from megaconsa.config import load
-    from megaconsa.consa.evidence_gates import CLOSING_SHARE
     from megaconsa.errors import InputError
     from megaconsa.files import replace_text
     from megaconsa.parallel.topology import Topology
@@ -58,20 +56,10 @@ def main(
     if out is not None:
         check_out(out)
     layouts = [Layout(), *(Layout.parse(text) for text in topology or [])]
-    schedule = [
-        f"training.steps={steps}",
-        "training.warmup_steps=0",
-        "training.decay_steps=0",
-        "training.schedule=cosine",
-        # The run's own warm-up may be longer than these steps.
-        f"gates.warmup_steps={math.floor((1 - CLOSING_SHARE) * steps)}",
-        # The controller `paper` could not reach its target in so few steps at the usual rate.
-        "gates.learning_rate=2",
-    ]
     fields = {
         layout: [
             *(overrides or []),
-            *schedule,
+            *schedule_fields(steps),
             f"parallel.tensor={layout.tensor}",
             f"parallel.pipeline={layout.pipeline}",
         ]
@@ -88,7 +76,13 @@ def main(
             run = Path(folder) / str(number)
             result_file = Path(folder) / f"{number}.json"
             run_fields = [*fields[layout], f"run.dir={run}"]
-            results[layout] = _run(config, run_fields, layout.processes, result_file)
+            results[layout] = run_processes(
+                "megaconsa.benchmarks.training.rank",
+                config,
+                result_file,
+                run_fields,
+                layout.processes,
+            )
             measured = measure(layout, results[layout], skip, results[layouts[0]])
             measurements.append(measured)
             console.print(f"{layout}: {measured.tokens_per_second:,.0f} tokens/s", markup=False)
@@ -106,47 +100,6 @@ def main(
     console.print(training_table(measurements))
     if out is not None:
         console.print(f"wrote {out}", markup=False)
-
-
-def _run(config: Path, fields: list[str], processes: int, out: Path) -> dict[str, object]:
-    """Trains in new processes and returns what they measured.
-
-    out: file that the processes write their result to.
-
-    Raises RunError with the error of the rank that failed first.
-    """
-    import json
-    import subprocess
-    import sys
-
-    from megaconsa.cluster.bad_nodes import FIRST
-    from megaconsa.errors import RunError
-
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    command = [
-        *launcher,
-        "-m",
-        "megaconsa.benchmarks.training.rank",
-        str(config),
-        str(out),
-        *fields,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        first = out.parent.glob(f"{run_folder.FAILURES}/*/{FIRST}")
-        said = [path.read_text() for path in first]
-        if not said:
-            said = [done.stderr[-3000:]]
-        raise RunError(f"{processes} processes failed:\n{said[0]}")
-    result: dict[str, object] = json.loads(out.read_text())
-    return result
 
 
 if __name__ == "__main__":
