@@ -20,6 +20,7 @@ from megaconsa.tools import (
     import_hf,
     plan,
     prepare_data,
+    profile_training,
     quickstart,
     report,
     rule_masks,
@@ -87,6 +88,9 @@ for name, tool in {
     "sweep": sweep,
     "bench-attention": bench_attention,
     "bench-training": bench_training,
+    # As a script, a file named profile.py would hide the module of that name from the standard
+    # library's cProfile.
+    "profile": profile_training,
     "quickstart": quickstart,
 }.items():
     app.command(name)(tool.main)

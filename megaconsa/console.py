@@ -117,6 +117,17 @@ def check_out(path: Path) -> None:
     """
     if path.is_dir():
         raise InputError(f"out={path} is a folder; name a file in it")
+    _check_parents(path)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises InputError if `path` exists, or lies below something that is not a folder."""
+    if path.exists():
+        raise InputError(f"out={path} exists; choose another folder or remove it")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
     for parent in path.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise InputError(f"out={path} cannot be written: {parent} is not a folder")

@@ -89,7 +89,7 @@ def check_command(words: list[str]) -> None:
     if words[0] == "megaconsa" and len(words) > 1:
         assert words[1] in COMMANDS
         parsed = COMMANDS[words[1]].make_context(words[1], words[2:]).params
-        if words[1] in ("train", "plan") and parsed["config"].name != "CONFIG":
+        if words[1] in ("train", "plan", "profile") and parsed["config"].name != "CONFIG":
             configuration.load(ROOT / parsed["config"], list(parsed["overrides"] or []))
         if words[1] == "submit":
             for word in parsed["arguments"]:

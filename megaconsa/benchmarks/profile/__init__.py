@@ -1,0 +1,1 @@
+"""`megaconsa profile`: where the time of a training step goes."""
