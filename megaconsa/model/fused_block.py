@@ -1,6 +1,6 @@
 """A block on a GPU: what stands before and after attention, each as one autograd function.
 
-The plain block of `qwen3.py` and `attention.py` says what is computed. Here each function
+The plain block in `qwen3.py` says what is computed. Here each function
 
 - runs a norm, a rotation or a SwiGLU as one kernel, with its intermediate values in fp32,
 - multiplies with several weights at once,
@@ -11,7 +11,7 @@ The plain block of `qwen3.py` and `attention.py` says what is computed. Here eac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,26 @@ from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.norm import triton as norm
 from megaconsa.kernels.rotary import normed_heads as rotary
 from megaconsa.kernels.swiglu import triton as gating
+from megaconsa.model.attention import Attention
+from megaconsa.model.mlp import MLP
+from megaconsa.model.norm import RMSNorm
+from megaconsa.model.ranks import Ranks
 from megaconsa.model.rope import document_angles
 from megaconsa.model.weight_gradients import matrix_gradients, own_gradient, stacked
 
-if TYPE_CHECKING:
-    from megaconsa.model.qwen3 import Block
+
+class Parts(Protocol):
+    """The parts of a `qwen3.Block`."""
+
+    self_attn: Attention
+    mlp: MLP
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    separate: bool
+    ranks: Ranks
 
 
-def run_block(block: Block, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
+def run_block(block: Parts, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
     """As `Block.forward`."""
     attention = block.self_attn
     config = attention.model_config
@@ -78,7 +90,7 @@ class _BeforeAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        block: Block,
+        block: Parts,
         cos: Tensor,
         sin: Tensor,
         norm_weight: Tensor,
@@ -153,7 +165,7 @@ class _AfterAttention(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         attended: Tensor,
-        block: Block,
+        block: Parts,
         o_proj: Tensor,
         norm_weight: Tensor,
         gate_proj: Tensor,

@@ -5,8 +5,6 @@ Module and parameter names are those of transformers' Qwen3. They are megaconsa'
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
@@ -14,57 +12,12 @@ from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
+from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
+from megaconsa.model.ranks import Alone, Ranks
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Precisions in which blocks run by their own kernels on a GPU."""
-
-
-class Ranks(Protocol):
-    """The ranks of a tensor group, which divide the parts of a block around attention and the MLP.
-
-    Neither function is differentiable. Each is the other's transpose.
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    def gathered(self, x: Tensor) -> Tensor:
-        """From the residual stream into a divided part: (B, S / size or S, ...) to (B, S, ...)."""
-
-    def summed(self, x: Tensor) -> Tensor:
-        """From a divided part to the residual stream: the sum over the ranks."""
-
-
-class Alone:
-    """A block that is not divided."""
-
-    size = 1
-
-    def gathered(self, x: Tensor) -> Tensor:
-        return x
-
-    def summed(self, x: Tensor) -> Tensor:
-        return x
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, model_config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(
-            model_config.hidden_size, model_config.intermediate_size, bias=False
-        )
-        self.up_proj = nn.Linear(
-            model_config.hidden_size, model_config.intermediate_size, bias=False
-        )
-        self.down_proj = nn.Linear(
-            model_config.intermediate_size, model_config.hidden_size, bias=False
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

@@ -295,7 +295,9 @@ def test_our_own_kernels_have_a_group() -> None:
     groups = {
         "attention": Group.ATTENTION,
         "cross_entropy": Group.CROSS_ENTROPY,
+        "norm": Group.NORMS,
         "rotary": Group.ROTARY,
+        "swiglu": Group.SWIGLU,
     }
     files = {path: path.read_text() for path in sorted((ROOT / "kernels").rglob("*.py"))}
     code = "\n".join(files.values())

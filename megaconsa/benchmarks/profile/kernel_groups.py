@@ -12,6 +12,7 @@ class Group(StrEnum):
     ATTENTION = "attention"
     NORMS = "norms"
     ROTARY = "rotary"
+    SWIGLU = "swiglu"
     CROSS_ENTROPY = "cross-entropy"
     OPTIMIZER = "optimizer"
     ELEMENTWISE = "elementwise"
@@ -31,7 +32,8 @@ PATTERNS = (
     (Group.ATTENTION, r"^(hopper_)?(forward|backward|prepare|finish|bound|order)_kernel$"),
     (Group.ATTENTION, r"[Ff]lash|fmha|sdpa"),
     (Group.NORMS, r"layer_?norm|rms_?norm|GammaBeta|LayerNorm|RMSNorm"),
-    (Group.ROTARY, r"^_rotate$"),
+    (Group.ROTARY, r"^_rotate$|^normed_heads"),
+    (Group.SWIGLU, r"^swiglu"),
     (Group.CROSS_ENTROPY, r"cross_entropy|[Ss]oft[Mm]ax|nll_loss"),
     (Group.MATRIX_PRODUCTS, r"gemm|nvjet|cutlass|splitK|gemv|xmma"),
     (Group.INDEXING, r"index_|index[A-Z]|[Ee]mbedding|gather|scatter|[Ss]ort"),
