@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.attention import flash_library
+from megaconsa.kernels.attention.flash_library import Packed
 from megaconsa.kernels.attention.gating import mix
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
+from megaconsa.kernels.last_result import kept
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -37,11 +39,8 @@ def refusal(problem: Problem) -> str | None:
     served = flash_library.served_head_dims(problem.device)
     if problem.head_dim not in served:
         return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
-    if problem.packed:
-        return (
-            "flash does not hide packed documents from each other; take triton or sdpa, or set "
-            "attention.separate_documents=false"
-        )
+    if problem.packed and torch.compiler.is_compiling():
+        return "flash cannot be traced with packed documents; take triton or sdpa"
     return None
 
 
@@ -56,14 +55,30 @@ def attention(
     """Hybrid attention. Shapes are those of `hybrid_attention`, except for these two:
 
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
-    documents: None.
     """
     windows, gate = heads
-    out, _ = forward(q, k, v, windows, scale)
+    bounds = None if documents is None else document_bounds(documents)
+    out, _ = forward(q, k, v, windows, bounds, scale)
     if gate is None:
         return out
-    full, _ = forward(q, k, v, [q.shape[1]] * len(windows), scale)
+    full, _ = forward(q, k, v, [q.shape[1]] * len(windows), bounds, scale)
     return mix(full, out, gate)
+
+
+@kept
+def document_bounds(documents: Tensor) -> Tensor:
+    """The bounds of all documents in the batch, as `flash_library.Packed` has them.
+
+    documents: (B, S), non-decreasing ids in each sequence.
+    """
+    # Their number decides on the shape, so the host must know it. All layers share the result,
+    # so it waits for the GPU once for a micro-batch.
+    ids = documents.cpu()
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    first_tokens = begins.flatten().nonzero().flatten()
+    bounds = torch.cat((first_tokens, torch.tensor([ids.numel()]))).int()
+    return bounds.to(documents.device, non_blocking=True)
 
 
 class Run(NamedTuple):
@@ -92,23 +107,34 @@ def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
 
 @torch.library.custom_op("megaconsa::flash_attention", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Sequence[int],
+    bounds: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, S, heads, D), and lse: the log of the softmaxes' sums, fp32.
+    """bounds: those of packed documents, or None.
 
-    lse is one vector that holds one (B, heads, S) block per run, run after run.
+    Returns out (B, S, heads, D), and lse: the log of the softmaxes' sums, fp32.
+
+    lse is one vector that holds one (B, heads, S) block per run, run after run. With documents a
+    block is (heads, B S).
     """
     out, lse = _outputs(q)
     library = flash_library.find(q.device)
-    for run, run_lse in _with_lse(q, k, windows, lse):
+    packed = _packed(bounds, q.shape[1])
+    q_, k_, v_, out_ = (_in_tokens(x, packed) for x in (q, k, v, out))
+    for run, run_lse in _with_lse(q, k, windows, lse, packed):
         library.forward(
-            q[:, :, run.q],
-            k[:, :, run.kv],
-            v[:, :, run.kv],
-            out[:, :, run.q],
+            q_[..., run.q, :],
+            k_[..., run.kv, :],
+            v_[..., run.kv, :],
+            out_[..., run.q, :],
             run_lse,
             run.window,
             scale,
+            packed,
         )
     return out, lse
 
@@ -122,6 +148,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     windows: Sequence[int],
+    bounds: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv.
@@ -130,38 +157,45 @@ def backward(
     """
     dq, dk, dv = _gradients(q, k)
     library = flash_library.find(q.device)
-    dout = dout.contiguous()
-    for run, run_lse in _with_lse(q, k, windows, lse):
-        library.backward(
-            dout[:, :, run.q],
-            q[:, :, run.q],
-            k[:, :, run.kv],
-            v[:, :, run.kv],
-            out[:, :, run.q],
-            run_lse,
-            dq[:, :, run.q],
-            dk[:, :, run.kv],
-            dv[:, :, run.kv],
-            run.window,
-            scale,
-        )
+    packed = _packed(bounds, q.shape[1])
+    of_queries = tuple(_in_tokens(x, packed) for x in (dout.contiguous(), q, out, dq))
+    of_keys = tuple(_in_tokens(x, packed) for x in (k, v, dk, dv))
+    for run, run_lse in _with_lse(q, k, windows, lse, packed):
+        dout_, q_, out_, dq_ = (x[..., run.q, :] for x in of_queries)
+        k_, v_, dk_, dv_ = (x[..., run.kv, :] for x in of_keys)
+        library.backward(dout_, q_, k_, v_, out_, run_lse, dq_, dk_, dv_, run.window, scale, packed)
     return dq, dk, dv
 
 
+def _packed(bounds: Tensor | None, length: int) -> Packed | None:
+    return None if bounds is None else Packed(bounds, length)
+
+
+def _in_tokens(x: Tensor, packed: Packed | None) -> Tensor:
+    """x (B, S, heads, D), or as (B S, heads, D) if documents are packed."""
+    return x if packed is None else x.flatten(0, 1)
+
+
 def _with_lse(
-    q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor
+    q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor, packed: Packed | None
 ) -> Iterator[tuple[Run, Tensor]]:
-    """Each run with its part of lse as (B, heads, S)."""
+    """Each run with its part of lse, as `flash_library.Library` takes it."""
     batch, length, heads, _ = q.shape
     per_head = batch * length
     for run in runs(windows, length, heads // k.shape[2]):
         block = lse[run.q.start * per_head : run.q.stop * per_head]
-        yield run, block.view(batch, -1, length)
+        shape = (batch, -1, length) if packed is None else (-1, per_head)
+        yield run, block.view(shape)
 
 
 @forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Sequence[int],
+    bounds: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
@@ -175,6 +209,7 @@ def _(
     out: Tensor,
     lse: Tensor,
     windows: Sequence[int],
+    bounds: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(q, k)
@@ -190,15 +225,15 @@ def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.windows, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, ctx.windows, bounds, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bounds, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, dout, _):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse = ctx.saved_tensors
-    dq, dk, dv = backward(dout, q, k, v, out, lse, ctx.windows, ctx.scale)
-    return dq, dk, dv, None, None
+    q, k, v, bounds, out, lse = ctx.saved_tensors
+    dq, dk, dv = backward(dout, q, k, v, out, lse, ctx.windows, bounds, ctx.scale)
+    return dq, dk, dv, None, None, None
 
 
 forward.register_autograd(_autograd, setup_context=_save)

@@ -7,20 +7,59 @@ and do not leave the backward pass to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], None]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float],
-    None,
-]
+
+class Packed(NamedTuple):
+    """Documents that follow each other without gaps."""
+
+    bounds: Tensor
+    """First token of each document, then the number of all tokens, int32 (documents + 1,)."""
+    longest: int
+    """No document has more tokens."""
+
+
+class Forward(Protocol):
+    """Writes out and lse."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        window: int | None,
+        scale: float,
+        packed: Packed | None = None,
+    ) -> None: ...
+
+
+class Backward(Protocol):
+    """Writes dq, dk and dv."""
+
+    def __call__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None,
+        scale: float,
+        packed: Packed | None = None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +70,12 @@ class Library:
     k, v, dk, dv: (B, S, kv_heads, D), with contiguous rows and any strides.
     lse: fp32 (B, heads, S), contiguous.
     window: None is full attention.
+    packed: None makes each sequence one document. Otherwise B and S are one dimension of tokens,
+        and lse is (heads, tokens).
     """
 
     forward: Forward
-    """(q, k, v, out, lse, window, scale) writes out and lse."""
     backward: Backward
-    """(dout, q, k, v, out, lse, dq, dk, dv, window, scale) writes dq, dk and dv."""
 
 
 def find(device: torch.device) -> Library:
@@ -96,18 +135,32 @@ def _is_for_4(capability: int) -> bool:
 def _flash_attn_4() -> Library:
     interface: ModuleType = import_module("flash_attn.cute.interface")
 
-    def bounds(window: int | None) -> dict[str, int | None]:
-        if window is None:
-            return {"window_size_left": None, "window_size_right": None}
+    def options(
+        window: int | None, scale: float, packed: Packed | None
+    ) -> dict[str, int | float | bool | Tensor | None]:
         # Our windows count the query itself, theirs do not.
-        return {"window_size_left": window - 1, "window_size_right": 0}
+        chosen: dict[str, int | float | bool | Tensor | None] = {
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size_left": None if window is None else window - 1,
+            "window_size_right": None if window is None else 0,
+        }
+        if packed is not None:
+            chosen["cu_seqlens_q"] = chosen["cu_seqlens_k"] = packed.bounds
+            chosen["max_seqlen_q"] = chosen["max_seqlen_k"] = packed.longest
+        return chosen
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        window: int | None,
+        scale: float,
+        packed: Packed | None = None,
     ) -> None:
-        interface._flash_attn_fwd(
-            q, k, v, softmax_scale=scale, causal=True, out=out, lse=lse, **bounds(window)
-        )
+        interface._flash_attn_fwd(q, k, v, out=out, lse=lse, **options(window, scale, packed))
 
     def backward(
         dout: Tensor,
@@ -121,6 +174,7 @@ def _flash_attn_4() -> Library:
         dv: Tensor,
         window: int | None,
         scale: float,
+        packed: Packed | None = None,
     ) -> None:
         interface._flash_attn_bwd(
             q,
@@ -129,13 +183,11 @@ def _flash_attn_4() -> Library:
             out,
             dout,
             lse,
-            softmax_scale=scale,
-            causal=True,
             dq=dq,
             dk=dk,
             dv=dv,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            **bounds(window),
+            **options(window, scale, packed),
         )
 
     return Library(forward, backward)
@@ -159,12 +211,26 @@ def _flash_attn_2() -> Library:
             "alibi_slopes": None,
         }
 
+    def bounds(packed: Packed) -> tuple[Tensor, Tensor, int, int]:
+        return packed.bounds, packed.bounds, packed.longest, packed.longest
+
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        window: int | None,
+        scale: float,
+        packed: Packed | None = None,
     ) -> None:
-        result = interface._flash_attn_forward(
-            q, k, v, return_softmax=False, **options(window, scale)
-        )
+        chosen = options(window, scale)
+        if packed is None:
+            result = interface._flash_attn_forward(q, k, v, return_softmax=False, **chosen)
+        else:
+            result = interface._flash_attn_varlen_forward(
+                q, k, v, *bounds(packed), return_softmax=False, **chosen
+            )
         out.copy_(result[0])
         lse.copy_(result[1])
 
@@ -180,19 +246,14 @@ def _flash_attn_2() -> Library:
         dv: Tensor,
         window: int | None,
         scale: float,
+        packed: Packed | None = None,
     ) -> None:
-        interface._flash_attn_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dq,
-            dk,
-            dv,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **options(window, scale),
-        )
+        tensors = (dout, q, k, v, out, lse, dq, dk, dv)
+        chosen = options(window, scale)
+        chosen["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        if packed is None:
+            interface._flash_attn_backward(*tensors, **chosen)
+        else:
+            interface._flash_attn_varlen_backward(*tensors, *bounds(packed), **chosen)
 
     return Library(forward, backward)

@@ -18,22 +18,46 @@ from torch.utils.checkpoint import checkpoint
 
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.kernels.attention import flash, flash_library, reference
-from megaconsa.kernels.attention.flash_library import Library
+from megaconsa.kernels.attention.flash_library import Library, Packed
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.visibility import visible
 
 
-def log_weights(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:
+def log_weights(
+    q: Tensor, k: Tensor, window: int | None, scale: float, documents: Tensor | None
+) -> Tensor:
     """Computes scores (B, heads, S, S), minus infinity where a key is not visible."""
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    mask = visible(q.shape[1], window or q.shape[1], None, q.device)
+    mask = visible(q.shape[1], window or q.shape[1], documents, q.device)
     return torch.einsum("bihd,bjhd->bhij", q, keys).mul(scale).masked_fill(~mask, float("-inf"))
 
 
+def as_one_sequence(
+    packed: Packed | None, *tensors: Tensor
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Packed tensors (tokens, ...) as a sequence of documents, (1, tokens, ...)."""
+    if packed is None:
+        return None, tensors
+    assert packed.bounds.dtype == torch.int32
+    lengths = packed.bounds.diff()
+    assert lengths.min() > 0
+    assert lengths.max() <= packed.longest
+    documents = torch.arange(len(lengths)).repeat_interleave(lengths)[None]
+    return documents, tuple(tensor[None] for tensor in tensors)
+
+
 def textbook_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    scale: float,
+    packed: Packed | None = None,
 ) -> None:
-    scores = log_weights(q, k, window, scale)
+    documents, (q, k, v, out, lse) = as_one_sequence(packed, q, k, v, out, lse)
+    scores = log_weights(q, k, window, scale, documents)
     values = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     lse.copy_(scores.logsumexp(-1))
     out.copy_(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), values))
@@ -51,6 +75,7 @@ def textbook_backward(
     dv: Tensor,
     window: int | None,
     scale: float,
+    packed: Packed | None = None,
 ) -> None:
     """Computes the gradients from the saved out and lse, as the packages do.
 
@@ -58,8 +83,10 @@ def textbook_backward(
     """
     assert 0 not in dout.stride()
     assert lse.is_contiguous()
+    documents, tensors = as_one_sequence(packed, dout, q, k, v, out, lse, dq, dk, dv)
+    dout, q, k, v, out, lse, dq, dk, dv = tensors
     group = q.shape[2] // k.shape[2]
-    weights = (log_weights(q, k, window, scale) - lse[..., None]).exp()
+    weights = (log_weights(q, k, window, scale, documents) - lse[..., None]).exp()
     dweights = torch.einsum("bihd,bjhd->bhij", dout, v.repeat_interleave(group, dim=2))
     dscores = weights * (dweights - (dout * out).sum(-1).transpose(1, 2)[..., None]) * scale
     dq.copy_(torch.einsum("bhij,bjhd->bihd", dscores, k.repeat_interleave(group, dim=2)))
@@ -87,14 +114,17 @@ def draw(
 
 
 def check_equals_reference(
-    shape: tuple[int, int, int, int, int], windows: tuple[int, ...], gate: Tensor | None = None
+    shape: tuple[int, int, int, int, int],
+    windows: tuple[int, ...],
+    gate: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> None:
     leaves = draw(*shape) if gate is None else [*draw(*shape), gate.clone().requires_grad_()]
     z = None if gate is None else leaves[3]
     dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
     for attention in (flash.attention, reference.attention):
-        out = attention(*leaves[:3], HeadPattern(windows, z), None, 0.4)
+        out = attention(*leaves[:3], HeadPattern(windows, z), documents, 0.4)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
@@ -107,12 +137,21 @@ def test_any_order_of_heads_equals_the_reference(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(low, high)) for low, high in bounds)
     kinds = st.sampled_from([1, 3, 9, FULL_WINDOW])
     windows = data.draw(st.tuples(*[kinds] * shape[2]))
-    check_equals_reference(shape, windows)  # type: ignore[arg-type]
+    documents = None
+    if data.draw(st.booleans()):
+        begins = data.draw(st.lists(st.booleans(), min_size=18, max_size=18))
+        places = torch.tensor(begins * 2).int()[: shape[0] * shape[1]]
+        documents = places.view(shape[:2]).cumsum(dim=1).int()
+    check_equals_reference(shape, windows, None, documents)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0] * 9, [1] * 4 + [7] * 5]).int()])
 @pytest.mark.parametrize("windows", [(3, 3), (3, FULL_WINDOW)])
-def test_gated_heads_equal_the_reference(windows: tuple[int, int]) -> None:
-    check_equals_reference((2, 9, 2, 2, 4), windows, torch.tensor([[0.3, 0.9], [0.01, 0.6]]))
+def test_gated_heads_equal_the_reference(
+    windows: tuple[int, int], documents: Tensor | None
+) -> None:
+    gate = torch.tensor([[0.3, 0.9], [0.01, 0.6]])
+    check_equals_reference((2, 9, 2, 2, 4), windows, gate, documents)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +207,13 @@ def test_operators_are_registered_rightly() -> None:
     """torch's own checks cover schema, fake implementation, autograd and tracing."""
     q, k, v = draw(2, 7, 3, 2, 4)
     windows = [3, FULL_WINDOW, 3]
-    torch.library.opcheck(torch.ops.megaconsa.flash_attention.default, (q, k, v, windows, 0.5))
-    leaves = [x.detach() for x in (q, k, v)]
-    out, lse = flash.forward(*leaves, windows, 0.5)
-    arguments = (torch.randn(out.shape), *leaves, out, lse, windows, 0.5)
-    torch.library.opcheck(torch.ops.megaconsa.flash_attention_backward.default, arguments)
+    operators = torch.ops.megaconsa
+    for bounds in (None, torch.tensor([0, 3, 7, 14]).int()):
+        torch.library.opcheck(operators.flash_attention.default, (q, k, v, windows, bounds, 0.5))
+        leaves = [x.detach() for x in (q, k, v)]
+        out, lse = flash.forward(*leaves, windows, bounds, 0.5)
+        arguments = (torch.randn(out.shape), *leaves, out, lse, windows, bounds, 0.5)
+        torch.library.opcheck(operators.flash_attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("gated", [False, True])

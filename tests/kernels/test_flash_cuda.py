@@ -47,7 +47,14 @@ def skip_if_refused(dtype: torch.dtype, dim: int) -> None:
 
 
 def check(
-    dtype: torch.dtype, length: int, group: int, dim: int, windows: tuple[int, ...], gated: bool
+    dtype: torch.dtype,
+    length: int,
+    group: int,
+    dim: int,
+    windows: tuple[int, ...],
+    *,
+    gated: bool,
+    documents: Tensor | None = None,
 ) -> None:
     """Checks that errors are at most 5e-3 in bf16.
 
@@ -72,7 +79,9 @@ def check(
         if gate is not None:
             z = gate.to(torch.promote_types(kind, torch.float32)).requires_grad_()
             differentiated = [*leaves, z]
-        out = hybrid_attention(*leaves, window=windows, gate=z, backend=backend)
+        out = hybrid_attention(
+            *leaves, window=windows, gate=z, documents=documents, backend=backend
+        )
         gradients = torch.autograd.grad(out, differentiated, upstream.to(kind))
         return [out.detach(), *gradients]
 
@@ -94,6 +103,16 @@ def test_equals_the_reference(dtype: torch.dtype, length: int, table: str) -> No
 def test_any_group_and_head_dim(group: int, dim: int) -> None:
     skip_if_refused(torch.bfloat16, dim)
     check(torch.bfloat16, 257, group, dim, TABLES["alternating"], gated=False)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_documents(table: str, gated: bool) -> None:
+    skip_if_refused(torch.bfloat16, 128)
+    documents = torch.zeros(2, 1000, dtype=torch.int32, device="cuda")
+    for begin in (1, 130, 131, 640, 999):
+        documents[0, begin:] = begin
+    check(torch.bfloat16, 1000, 2, 128, TABLES[table], gated=gated, documents=documents)
 
 
 def test_gated_heads() -> None:

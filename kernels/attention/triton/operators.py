@@ -9,6 +9,7 @@ from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.triton.backward_operator import backward
 from megaconsa.kernels.attention.triton.forward_operator import forward
+from megaconsa.kernels.last_result import kept
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS, INTERPRETED
 
 
@@ -52,10 +53,11 @@ def attention(
     return out
 
 
+@kept
 def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
     """First position and end (exclusive) of each token's document, int32 (B, S) each.
 
-    documents: (B, S), non-decreasing ids.
+    documents: (B, S), non-decreasing ids. All layers of a micro-batch share the result.
     """
     documents = documents.contiguous()
     starts = torch.searchsorted(documents, documents, out_int32=True)
