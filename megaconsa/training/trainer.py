@@ -257,7 +257,7 @@ class Trainer:
             "mfu": self._mfu(batches, seconds),
             "step_seconds": seconds,
             "data_seconds": fetched.data_seconds,
-            "memory_gib": self._memory(),
+            "memory_gib": peak_memory_gib(self.mesh.device),
             **gate_metrics,
         }
 
@@ -327,11 +327,12 @@ class Trainer:
         )
         return flops / seconds / (peak * self.mesh.tp.size * self.mesh.pp_size)
 
-    def _memory(self) -> float:
-        """Peak memory so far in GiB: allocated on a GPU, resident on a CPU."""
-        if self.mesh.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.mesh.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _number(value: float) -> float | None:

@@ -13,6 +13,8 @@ from megaconsa.parallel.step_result import NOT_FINITE, Fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's states of a parameter, by torch's names."""
+EPSILON = 1e-8
+"""Adam's term against division by zero."""
 
 
 class CheckedAdamW(torch.optim.AdamW):
@@ -40,15 +42,23 @@ class CheckedAdamW(torch.optim.AdamW):
 
 def build_optimizer(module: nn.Module, training: TrainingSection, fused: bool) -> CheckedAdamW:
     """AdamW with weight decay on matrices only, not on norms."""
+    return CheckedAdamW(
+        parameter_groups(module, training),
+        lr=training.learning_rate,
+        betas=training.betas,
+        eps=EPSILON,
+        fused=fused,
+    )
+
+
+def parameter_groups(module: nn.Module, training: TrainingSection) -> list[dict[str, Any]]:
+    """The matrices, which decay, and the norms, which do not."""
     matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
     norms = [parameter for parameter in module.parameters() if parameter.dim() == 1]
-    groups = [
+    return [
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    return CheckedAdamW(
-        groups, lr=training.learning_rate, betas=training.betas, eps=1e-8, fused=fused
-    )
 
 
 def create_moments(zero_optimizer: Any) -> None:
