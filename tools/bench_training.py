@@ -1,16 +1,22 @@
 """`megaconsa bench-training`: compares a configuration's speed at several topologies.
 
-Each topology is compared with one process on the same batches.
+Each topology, and each peer, is compared with one process on the same batches.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megaconsa.console import check_out, console, run_tool
+
+if TYPE_CHECKING:
+    from megaconsa.benchmarks.training.layouts import Layout
+
+RANK = "megaconsa.benchmarks.training.rank"
+PEER_RANK = "megaconsa.benchmarks.training.peer_rank"
 
 
 def main(
@@ -25,6 +31,10 @@ def main(
             "Default: one process alone."
         ),
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Another trainer: liger or torchtitan; may be repeated."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each.")] = 20,
     skip: Annotated[int, typer.Option(min=0, help="First steps that are not timed.")] = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -34,20 +44,24 @@ def main(
 
     Every topology gets the same global batches.
     The processes run on this machine, one for each GPU (or on the CPU).
+    Peers train a dense model of the same shape on the same batches: `liger` is transformers
+    with Liger's kernels.
 
     Example:
 
         megaconsa bench-training configs/qwen3_1p7b_learn.yaml \
-            --topology tensor=2 --topology pipeline=2 --topology data=2
+            --topology tensor=2 --topology pipeline=2 --topology data=2 \
+            --peer liger --peer torchtitan
     """
     from datetime import UTC, datetime
     from json import dumps
     from tempfile import TemporaryDirectory
 
-    from megaconsa.benchmarks.short_run import run_processes, schedule_fields
+    from megaconsa.benchmarks.short_run import run_alone, run_processes, schedule_fields
     from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
+    from megaconsa.benchmarks.training.peers import TITLES, installed_version, obstacle
     from megaconsa.config import load
-    from megaconsa.errors import InputError
+    from megaconsa.errors import InputError, RunError
     from megaconsa.files import replace_text
     from megaconsa.parallel.topology import Topology
 
@@ -65,29 +79,44 @@ def main(
         ]
         for layout in layouts
     }
-    # Refuse every impossible topology before the first one is measured.
+    # Refuse every impossible topology and every missing peer before anything is measured.
     for layout in layouts:
         Topology.of(load(config, fields[layout]), layout.processes)
-    results = {}
+    versions = {name: installed_version(name) for name in peer or []}
+    trainers: list[tuple[Layout, str | None]] = [(layout, None) for layout in layouts]
+    not_measured = {}
+    for name in versions:
+        reason = obstacle(name, load(config, fields[layouts[0]]))
+        if reason is None:
+            trainers.append((layouts[0], name))
+        else:
+            not_measured[name] = reason
+    first = None
     measurements = []
     with TemporaryDirectory() as folder:
-        for number, layout in enumerate(layouts):
-            console.print(f"{layout}: {steps} steps", markup=False)
+        for number, (layout, trainer) in enumerate(trainers):
+            title = str(layout) if trainer is None else TITLES[trainer]
+            console.print(f"{title}: {steps} steps", markup=False)
             run = Path(folder) / str(number)
             result_file = Path(folder) / f"{number}.json"
             run_fields = [*fields[layout], f"run.dir={run}"]
-            results[layout] = run_processes(
-                "megaconsa.benchmarks.training.rank",
-                config,
-                result_file,
-                run_fields,
-                layout.processes,
-            )
-            measured = measure(layout, results[layout], skip, results[layouts[0]])
-            measurements.append(measured)
-            console.print(f"{layout}: {measured.tokens_per_second:,.0f} tokens/s", markup=False)
+            try:
+                if trainer is None:
+                    result = run_processes(RANK, config, result_file, run_fields, layout.processes)
+                else:
+                    result = run_alone(PEER_RANK, config, result_file, [trainer, *run_fields])
+            except RunError as error:
+                if trainer is None:
+                    raise
+                not_measured[trainer] = str(error)
+            else:
+                first = first or result
+                measured = measure(layout, result, skip, first, trainer)
+                measurements.append(measured)
+                speed = f"{measured.tokens_per_second:,.0f} tokens/s"
+                console.print(f"{title}: {speed}", markup=False)
             if out is not None:
-                # Written after every topology, so that a time limit does not lose the results.
+                # Written after every trainer, so that a time limit does not lose the results.
                 content = {
                     "config": str(config),
                     "overrides": overrides or [],
@@ -95,9 +124,13 @@ def main(
                     "steps": steps,
                     "skip": skip,
                     "measurements": [measurement.to_dict() for measurement in measurements],
+                    "peer_versions": versions,
+                    "not_measured": not_measured,
                 }
                 replace_text(out, dumps(content, indent=1) + "\n")
     console.print(training_table(measurements))
+    for name, reason in not_measured.items():
+        console.print(f"not measured: {TITLES[name]}: {reason}", markup=False)
     if out is not None:
         console.print(f"wrote {out}", markup=False)
 

@@ -1,1 +1,1 @@
-"""`megaconsa bench-training`: the speed of topologies beside one process on the same batches."""
+"""`megaconsa bench-training`: the speed of topologies and of other trainers on the same batches."""

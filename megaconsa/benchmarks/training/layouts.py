@@ -1,7 +1,7 @@
 """The results of `megaconsa bench-training`, and their table.
 
-Each topology is compared with one process on the same batches: its speed, and how far its losses
-deviate.
+Each topology and each peer is compared with one process on the same batches: its speed, and how far
+its losses deviate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megaconsa.benchmarks.training.peers import TITLES
 from megaconsa.errors import InputError
 
 AXES = ("tensor", "pipeline", "data")
@@ -50,9 +51,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The speed, the memory and the losses of one layout."""
+    """The speed, the memory and the losses of one layout, or of a peer."""
 
     layout: Layout
+    peer: str | None
+    """None for our own trainer."""
     tokens_per_second: float
     """From the median duration of the steps after the first `skip`."""
     step_seconds: float
@@ -65,18 +68,26 @@ class Measurement:
     """Largest relative distance from the first layout's loss at the same step."""
     losses: list[float]
 
+    @property
+    def title(self) -> str:
+        return str(self.layout) if self.peer is None else TITLES[self.peer]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def measure(
-    layout: Layout, result: dict[str, Any], skip: int, first: dict[str, Any]
+    layout: Layout,
+    result: dict[str, Any],
+    skip: int,
+    first: dict[str, Any],
+    peer: str | None = None,
 ) -> Measurement:
-    """Compares a layout with the first one.
+    """Compares a layout, or a peer, with the first layout.
 
-    result: what megaconsa.benchmarks.training.rank wrote for this layout.
+    result: what the module rank, or peer_rank, wrote for it.
     skip: steps at the beginning that are not timed.
-    first: what it wrote for the layout to compare with.
+    first: what the module rank wrote for the layout to compare with.
     """
 
     def seconds(rows: list[dict[str, Any]]) -> float:
@@ -91,6 +102,7 @@ def measure(
     ]
     return Measurement(
         layout=layout,
+        peer=peer,
         tokens_per_second=rows[0]["tokens"] / own_seconds,
         step_seconds=own_seconds,
         mfu=median(shares) if shares else None,
@@ -102,7 +114,7 @@ def measure(
 
 
 def training_table(measurements: list[Measurement]) -> Table:
-    """The measurements as a table for the terminal, one row per layout."""
+    """The measurements as a table for the terminal, one row per layout or peer."""
     table = Table("topology", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("processes", "tokens/s", "speed-up", "MFU", "memory", "loss differs by"):
         table.add_column(name, justify="right")
@@ -115,5 +127,5 @@ def training_table(measurements: list[Measurement]) -> Table:
             f"{m.memory_gib:.1f} GiB",
             f"{m.loss_deviation:.2%}",
         ]
-        table.add_row(str(m.layout), str(m.layout.processes), *figures)
+        table.add_row(m.title, str(m.layout.processes), *figures)
     return table
