@@ -58,10 +58,11 @@ def attention(
     """
     windows, gate = heads
     bounds = None if documents is None else document_bounds(documents)
-    out, _ = forward(q, k, v, windows, bounds, scale)
+    run = forward if torch.compiler.is_compiling() else _Eager.apply
+    out: Tensor = run(q, k, v, windows, bounds, scale)[0]
     if gate is None:
         return out
-    full, _ = forward(q, k, v, [q.shape[1]] * len(windows), bounds, scale)
+    full: Tensor = run(q, k, v, [q.shape[1]] * len(windows), bounds, scale)[0]
     return mix(full, out, gate)
 
 
@@ -105,8 +106,7 @@ def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
         first = last
 
 
-@torch.library.custom_op("megaconsa::flash_attention", mutates_args=())
-def forward(
+def compute_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -139,8 +139,7 @@ def forward(
     return out, lse
 
 
-@torch.library.custom_op("megaconsa::flash_attention_backward", mutates_args=())
-def backward(
+def compute_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -188,6 +187,13 @@ def _with_lse(
         yield run, block.view(shape)
 
 
+forward = torch.library.custom_op("megaconsa::flash_attention", compute_forward, mutates_args=())
+"""`compute_forward` as an operator, which torch.compile can trace."""
+backward = torch.library.custom_op(
+    "megaconsa::flash_attention_backward", compute_backward, mutates_args=()
+)
+
+
 @forward.register_fake
 def _(
     q: Tensor,
@@ -230,10 +236,26 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, dout, _):  # type: ignore[no-untyped-def]
+def _traced(ctx, dout, _):  # type: ignore[no-untyped-def]
+    return _of_inputs(ctx, dout, backward)
+
+
+forward.register_autograd(_traced, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without torch's dispatch, which takes the host longer than the launches."""
+
+    forward = staticmethod(compute_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx, dout, _):  # type: ignore[no-untyped-def]
+        return _of_inputs(ctx, dout, compute_backward)
+
+
+def _of_inputs(ctx, dout, run):  # type: ignore[no-untyped-def]
+    """run: `backward`, or what it computes."""
     q, k, v, bounds, out, lse = ctx.saved_tensors
-    dq, dk, dv = backward(dout, q, k, v, out, lse, ctx.windows, bounds, ctx.scale)
+    dq, dk, dv = run(dout, q, k, v, out, lse, ctx.windows, bounds, ctx.scale)
     return dq, dk, dv, None, None, None
-
-
-forward.register_autograd(_autograd, setup_context=_save)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 TILE = 4096
 """Elements of a tile: one long row, or several short ones."""
-PROGRAMS_PER_UNIT = 4
+PROGRAMS_PER_UNIT = 8
 """Programs per streaming multiprocessor in the backward pass."""
 
 
@@ -43,13 +43,13 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def rms_norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor
+    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the norm, and the norm itself once more.
 
     gradient: of the norm, (..., C), contiguous.
     x: input of the norm, (..., C), contiguous.
-    residual: gradient that reaches x beside the norm, (..., C), contiguous.
+    residual: gradient that reaches x beside the norm, (..., C), contiguous. None: there is none.
 
     Returns the gradient of x (..., C), partial sums (programs, C) in fp32 of the gradient of
     weight, and the norm (..., C).
@@ -67,13 +67,14 @@ def rms_norm_backward(
             gradient,
             x,
             weight,
-            residual,
+            gradient if residual is None else residual,
             d_x,
             out,
             parts,
             rows,
             width,
             eps,
+            ADDED=residual is not None,
             ROWS=block,
             COLUMNS=columns,
             num_warps=_warps(columns * block),
@@ -163,6 +164,7 @@ def rms_norm_backward_kernel(
     rows: tl.tensor,
     width: tl.tensor,
     eps: tl.tensor,
+    ADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -176,7 +178,6 @@ def rms_norm_backward_kernel(
         inside = (row < rows)[:, None] & (column < width)[None]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps)
         unit = x * scale[:, None]
         tl.store(out_ptr + place, (unit * weight[None]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -184,6 +185,8 @@ def rms_norm_backward_kernel(
         d_unit = gradient * weight[None]
         # The part of the gradient along x changes nothing, because the norm divides it out.
         along = tl.sum(d_unit * unit, axis=1) / width
-        d_x = residual + scale[:, None] * (d_unit - unit * along[:, None])
+        d_x = scale[:, None] * (d_unit - unit * along[:, None])
+        if ADDED:
+            d_x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x_ptr + place, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
     tl.store(parts_ptr + program * width + column, d_weight, mask=column < width)

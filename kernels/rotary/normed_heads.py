@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048
+TILE = 4096
 """Elements of a head's tile: tokens times head_dim."""
 PROGRAMS_PER_UNIT = 4
 """Programs per streaming multiprocessor in the backward pass."""

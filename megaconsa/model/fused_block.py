@@ -21,11 +21,14 @@ from megaconsa.kernels.norm import triton as norm
 from megaconsa.kernels.rotary import normed_heads as rotary
 from megaconsa.kernels.swiglu import triton as gating
 from megaconsa.model.attention import Attention
+from megaconsa.model.fused_norm import serves
 from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.ranks import Ranks
 from megaconsa.model.rope import document_angles
-from megaconsa.model.weight_gradients import matrix_gradients, own_gradient, stacked
+from megaconsa.model.weight_gradients import own_gradient
+
+__all__ = ["run_block", "serves"]
 
 
 class Parts(Protocol):
@@ -103,7 +106,7 @@ class _BeforeAttention(torch.autograd.Function):
         config = block.self_attn.model_config
         x = x.contiguous()
         normed = block.ranks.gathered(norm.rms_norm(x, norm_weight, config.rms_norm_eps))
-        rows = normed @ stacked((q_proj, k_proj, v_proj)).T
+        rows = normed @ block.self_attn.projections.matrix().T
         rows = rows.unflatten(-1, (-1, config.head_dim))
         heads = config.num_attention_heads
         q, k = rotary.normed_heads(rows, heads, q_norm, k_norm, config.rms_norm_eps, cos, sin)
@@ -131,19 +134,13 @@ class _BeforeAttention(torch.autograd.Function):
             sin,
         )
         d_rows = d_rows.flatten(2)
-        projections = (
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-        )
-        d_normed = block.ranks.summed(d_rows @ stacked(projections))
+        projections = attention.projections
+        d_normed = block.ranks.summed(d_rows @ projections.matrix())
         norm_weight = block.input_layernorm.weight
         d_x, parts, normed = norm.rms_norm_backward(
             d_normed, x, norm_weight, eps, d_residual.contiguous()
         )
-        of_projections = matrix_gradients(
-            projections, d_rows, normed if gathered is None else gathered
-        )
+        of_projections = projections.gradients(d_rows, normed if gathered is None else gathered)
         of_heads = head_parts.sum(dim=0)
         return (
             d_x,
@@ -177,7 +174,7 @@ class _AfterAttention(torch.autograd.Function):
         delta = ranks.summed(attended @ o_proj.T)
         x, normed = norm.add_rms_norm(x, delta, norm_weight, eps)
         normed = ranks.gathered(normed)
-        gate_up = normed @ stacked((gate_proj, up_proj)).T
+        gate_up = normed @ block.mlp.gate_up.matrix().T
         out = ranks.summed(gating.swiglu(gate_up) @ down_proj.T)
         ctx.block = block
         ctx.save_for_backward(attended, x, gate_up, normed if ranks.size > 1 else None)
@@ -189,26 +186,25 @@ class _AfterAttention(torch.autograd.Function):
         ranks = block.ranks
         attended, x, gate_up, gathered = ctx.saved_tensors
         mlp = block.mlp
-        o_proj = block.self_attn.o_proj.weight
+        attention = block.self_attn
         norm_weight = block.post_attention_layernorm.weight
         d_out = d_out.contiguous()
         d_down = ranks.gathered(d_out)
-        d_gated = d_down @ mlp.down_proj.weight
+        d_gated = d_down @ mlp.down.matrix()
         d_gate_up, gated = gating.swiglu_backward(d_gated, gate_up)
-        of_down = matrix_gradients((mlp.down_proj.weight,), d_down, gated)
-        inputs = (mlp.gate_proj.weight, mlp.up_proj.weight)
-        d_normed = ranks.summed(d_gate_up @ stacked(inputs))
+        of_down = mlp.down.gradients(d_down, gated)
+        d_normed = ranks.summed(d_gate_up @ mlp.gate_up.matrix())
         d_x, parts, normed = norm.rms_norm_backward(
-            d_normed, x, norm_weight, block.self_attn.model_config.rms_norm_eps, d_out
+            d_normed, x, norm_weight, attention.model_config.rms_norm_eps, d_out
         )
-        of_inputs = matrix_gradients(inputs, d_gate_up, normed if gathered is None else gathered)
+        of_inputs = mlp.gate_up.gradients(d_gate_up, normed if gathered is None else gathered)
         d_delta = ranks.gathered(d_x)
-        d_attended = d_delta @ o_proj
+        d_attended = d_delta @ attention.output.matrix()
         return (
             d_x,
             d_attended,
             None,
-            *matrix_gradients((o_proj,), d_delta, attended),
+            *attention.output.gradients(d_delta, attended),
             own_gradient(norm_weight, parts.sum(dim=0)),
             *of_inputs,
             *of_down,

@@ -20,7 +20,7 @@ IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
 ELSEWHERE = -1
 """Label whose row of the head is on another rank. It is negative too, and differs from IGNORED."""
-CHUNK_BYTES = 2**30
+CHUNK_BYTES = 2**29
 """Bytes of logits in memory at a time. Large enough for efficient matrix products."""
 
 

@@ -16,9 +16,6 @@ from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.ranks import Alone, Ranks
 
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Precisions in which blocks run by their own kernels on a GPU."""
-
 
 class Block(nn.Module):
     """One pre-norm decoder layer.
@@ -52,11 +49,12 @@ class Block(nn.Module):
 
         Returns (B, S, hidden).
         """
-        if x.is_cuda and x.dtype in FUSED_DTYPES:
+        if x.is_cuda:
             # Imported here, because machines without a GPU may lack Triton.
-            from megaconsa.model.fused_block import run_block
+            from megaconsa.model import fused_block
 
-            return run_block(self, x, documents, sequences)
+            if fused_block.serves(x):
+                return fused_block.run_block(self, x, documents, sequences)
         normed = self.input_layernorm(x)
         x = x + self.attend(normed, documents, sequences)
         return x + self.feed_forward(self.post_attention_layernorm(x))

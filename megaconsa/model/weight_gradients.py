@@ -7,10 +7,12 @@ rounded to bf16 or copied. Without such a buffer they return the gradients to au
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAIN_GRAD = "main_grad"
 """Name of a weight's attribute."""
@@ -22,15 +24,67 @@ def main_grad(weight: Tensor) -> Tensor | None:
     return found
 
 
-def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices (rows, C) below each other, copied only if they are not neighbours in memory.
+class Stack:
+    """The weights of linear layers that get the same input, as one matrix."""
 
-    DeepSpeed keeps the weights of a rank in one flat tensor, in the order of the modules.
-    """
-    view = _neighbours(matrices)
-    if view is None:
-        return torch.cat([matrix.detach() for matrix in matrices])
-    return view
+    def __init__(self, *layers: nn.Linear) -> None:
+        self.layers = layers
+        self._places: tuple[int, ...] = ()
+        self._views: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        return Stack(*copy.deepcopy(self.layers, memo))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]
+
+    def matrix(self) -> Tensor:
+        """The weights below each other, (all rows, C), without a gradient.
+
+        They are copied only if they are not neighbours in memory. DeepSpeed keeps all weights of a
+        rank in one flat tensor, in the order of the modules.
+        """
+        weights = self.weights
+        view = self._look(weights)[0]
+        if view is None:
+            return torch.cat([weight.detach() for weight in weights])
+        return view
+
+    def gradients(self, gradient: Tensor, x: Tensor) -> list[Tensor | None]:
+        """The gradients of the weights.
+
+        gradient: of the layers' results, which lie beside each other, (..., all rows).
+        x: the layers' input, (..., C).
+
+        Returns what autograd takes for each weight: None where the gradient went to `main_grad`.
+        """
+        weights = self.weights
+        columns = gradient.flatten(0, -2).T
+        x = x.flatten(0, -2)
+        total = self._look(weights)[1]
+        if total is not None:
+            add_product(total, columns, x)
+            return [None] * len(weights)
+        sizes = [len(weight) for weight in weights]
+        if any(main_grad(weight) is None for weight in weights):
+            return list((columns @ x).split(sizes))
+        for weight, part in zip(weights, columns.split(sizes), strict=True):
+            buffer = main_grad(weight)
+            assert buffer is not None
+            add_product(buffer, part, x)
+        return [None] * len(weights)
+
+    def _look(self, weights: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The weights and their buffers, each as one view of memory, or None."""
+        buffers = [main_grad(weight) for weight in weights]
+        places = tuple(0 if x is None else x.data_ptr() for x in (*weights, *buffers))
+        if places != self._places:
+            self._places = places
+            found = [buffer for buffer in buffers if buffer is not None]
+            whole = _neighbours(found) if len(found) == len(weights) else None
+            self._views = _neighbours(weights), whole
+        return self._views
 
 
 def _neighbours(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -57,30 +111,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a.float() @ b.float()
-
-
-def matrix_gradients(weights: Sequence[Tensor], gradient: Tensor, x: Tensor) -> list[Tensor | None]:
-    """The gradients of weights that were multiplied with the same x.
-
-    weights: of shape (rows, C). Their results lie beside each other.
-    gradient: of the results, (..., all rows).
-    x: (..., C).
-
-    Returns what autograd takes for each weight: None where the gradient went to `main_grad`.
-    """
-    columns = gradient.flatten(0, -2).T
-    x = x.flatten(0, -2)
-    sizes = [len(weight) for weight in weights]
-    buffers = [buffer for weight in weights if (buffer := main_grad(weight)) is not None]
-    if len(buffers) < len(weights):
-        return list((columns @ x).split(sizes))
-    total = _neighbours(buffers)
-    if total is not None:
-        add_product(total, columns, x)
-    else:
-        for buffer, part in zip(buffers, columns.split(sizes), strict=True):
-            add_product(buffer, part, x)
-    return [None] * len(weights)
 
 
 def own_gradient(weight: Tensor, gradient: Tensor) -> Tensor | None:

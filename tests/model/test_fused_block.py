@@ -13,7 +13,7 @@ from megaconsa.kernels import limits
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.fused_block import run_block
 from megaconsa.model.qwen3 import Block
-from megaconsa.model.weight_gradients import MAIN_GRAD, stacked
+from megaconsa.model.weight_gradients import MAIN_GRAD, Stack
 
 SHAPE = ModelConfig(61, 48, 80, 1, 6, 2, head_dim=16, rope_theta=10_000.0, rms_norm_eps=1e-5)
 TABLE = Allocation(5, ((True, False),))
@@ -115,9 +115,25 @@ def test_equals_the_plain_block(buffers: str, device: str, dtype: torch.dtype) -
 
 def test_neighbours_are_not_copied() -> None:
     flat = torch.arange(24.0)
-    above, below = nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(3, 4))
-    view = stacked((above, below))
-    assert view.data_ptr() == flat.data_ptr()
+    above, below = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    stack, turned = Stack(above, below), Stack(below, above)
+    above.weight.data, below.weight.data = flat.view(2, 3, 4).clone().unbind()
+    view = stack.matrix()
+    assert view.data_ptr() == above.weight.data_ptr()
     assert torch.equal(view, flat.view(6, 4))
-    assert torch.equal(stacked((below, above)), torch.cat((below, above)))
-    assert torch.equal(stacked((above, above)), torch.cat((above, above)))
+    assert torch.equal(turned.matrix(), torch.cat((below.weight, above.weight)))
+    # As after a checkpoint was loaded, or the module was moved.
+    below.weight.data = torch.ones(3, 4)
+    assert torch.equal(stack.matrix(), torch.cat((above.weight, below.weight)))
+
+
+def test_a_copied_block_has_its_own_weights() -> None:
+    block = build("cpu", torch.float32)
+    put_in_one_tensor(block)
+    before = block.mlp.gate_up.matrix().clone()
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    assert not other.mlp.gate_up.matrix().any()
+    assert torch.equal(block.mlp.gate_up.matrix(), before)

@@ -35,8 +35,7 @@ BOUND_BLOCKS = 16
 """How many times a program of `bound_kernel` loads keys."""
 
 
-@torch.library.custom_op("megaconsa::hybrid_attention_backward", mutates_args=())
-def backward(
+def compute_backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -219,6 +218,12 @@ def _launch_backward(
     )
     if gate is not None:
         torch.sum(parts, dim=-1, out=d_gate)
+
+
+backward = torch.library.custom_op(
+    "megaconsa::hybrid_attention_backward", compute_backward, mutates_args=()
+)
+"""`compute_backward` as an operator, which torch.compile can trace."""
 
 
 @backward.register_fake

@@ -22,8 +22,7 @@ from megaconsa.kernels.attention.triton.state import ForwardState
 from megaconsa.kernels.limits import LOG2_E
 
 
-@torch.library.custom_op("megaconsa::hybrid_attention", mutates_args=())
-def forward(
+def compute_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,6 +118,10 @@ def _launch_forward(
             **constants,
             num_stages=launch.num_stages,
         )
+
+
+forward = torch.library.custom_op("megaconsa::hybrid_attention", compute_forward, mutates_args=())
+"""`compute_forward` as an operator, which torch.compile can trace."""
 
 
 @forward.register_fake

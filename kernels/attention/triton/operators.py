@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
-from megaconsa.kernels.attention.triton.backward_operator import backward
-from megaconsa.kernels.attention.triton.forward_operator import forward
+from megaconsa.kernels.attention.triton.backward_operator import backward, compute_backward
+from megaconsa.kernels.attention.triton.forward_operator import compute_forward, forward
 from megaconsa.kernels.last_result import kept
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS, INTERPRETED
 
@@ -49,7 +49,8 @@ def attention(
     if gate is not None:
         gate = gate.float()
     windows = tuple(min(window, q.shape[1]) for window in windows)
-    out: Tensor = forward(q, k, v, windows, gate, starts, ends, scale)[0]
+    run = forward if torch.compiler.is_compiling() else _Eager.apply
+    out: Tensor = run(q, k, v, windows, gate, starts, ends, scale)[0]
     return out
 
 
@@ -71,12 +72,26 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd(ctx, d_out, *_):  # type: ignore[no-untyped-def]
+def _traced(ctx, d_out, *_):  # type: ignore[no-untyped-def]
+    return _gradients(ctx, d_out, backward)
+
+
+forward.register_autograd(_traced, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without torch's dispatch, which takes the host longer than the launches."""
+
+    forward = staticmethod(compute_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, d_out, compute_backward)
+
+
+def _gradients(ctx, d_out, run):  # type: ignore[no-untyped-def]
+    """run: `backward`, or what it computes."""
     q, k, v, gate, ends, *statistics = ctx.saved_tensors
-    d_q, d_k, d_v, d_gate = backward(
-        d_out, q, k, v, ctx.windows, gate, ends, ctx.scale, *statistics
-    )
+    d_q, d_k, d_v, d_gate = run(d_out, q, k, v, ctx.windows, gate, ends, ctx.scale, *statistics)
     return d_q, d_k, d_v, None, None if gate is None else d_gate, None, None, None
-
-
-forward.register_autograd(_autograd, setup_context=_save)

@@ -225,7 +225,10 @@ class Engine:
         no_labels = torch.empty(0)
         if not self.mesh.reads_data:
             return repeat(((), no_labels))
-        return ((batch, no_labels) for batch in batches)
+        # All at once: DeepSpeed's own copy of each micro-batch would wait for the one before.
+        device = self.mesh.device
+        uploaded = [tuple(x.to(device) for x in batch) for batch in batches]
+        return iter([(batch, no_labels) for batch in uploaded])
 
 
 def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tensor, Any]]:

@@ -18,6 +18,9 @@ def give_main_grads(optimizer: Any) -> None:
     ):
         for weight, gradient in zip(weights, gradients, strict=True):
             setattr(weight, MAIN_GRAD, gradient.view(weight.shape))
+    # Autograd keeps no gradients, so there are none to add or to clear after each micro-batch.
+    optimizer.update_hp_grads = _nothing
+    optimizer.clear_lp_grads = _nothing
 
 
 def expect_gradients(optimizer: Any) -> None:
@@ -27,3 +30,7 @@ def expect_gradients(optimizer: Any) -> None:
     """
     for known in optimizer.fp32_groups_has_gradients:
         known[:] = [True] * len(known)
+
+
+def _nothing(*arguments: Any, **named: Any) -> None:
+    pass
