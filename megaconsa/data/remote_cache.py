@@ -12,7 +12,6 @@ by a rename. Shards are checked before that, by the size and hash in the index.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,10 +28,6 @@ from megaconsa.errors import DataError, InputError, RunError, UnreachableError
 from megaconsa.reading import patiently, read_bytes
 from megaconsa.remote_path import RemotePath, is_remote
 
-logger = logging.getLogger(__name__)
-
-DOWNLOADS = 3
-"""How often a shard is downloaded before it counts as damaged in its store."""
 BLOCK = 1 << 22
 """Bytes that are hashed at a time."""
 
@@ -104,10 +99,9 @@ class RemoteFolder:
 
         once: whether to give up at the first failure, for downloads ahead of need.
 
-        Raises DataError if the store does not have it, or if it is damaged after several
-        downloads. Raises UnreachableError if the store stays away or refuses access. Raises
-        RunError if the cache's disk is full. With `once`, raises OSError where the store does not
-        respond.
+        Raises DataError if the store does not have it, or if the download is damaged. Raises
+        UnreachableError if the store stays away or refuses access. Raises RunError if the cache's
+        disk is full. With `once`, raises OSError where the store does not respond.
         """
         final = self.local / split / record.name
         remote = self.remote / split / record.name
@@ -120,27 +114,23 @@ class RemoteFolder:
                     _check(part / "file", record, remote)
                     os.replace(part / "file", final)
 
-        for attempt in range(1, DOWNLOADS + 1):
-            if final.exists():
-                break
-            try:
-                if once:
-                    download()
-                else:
-                    self._written(download, remote)
-            except FileNotFoundError as error:
-                raise DataError(f"{remote}: shard is missing from its store") from error
-            except PermissionError as error:
-                raise UnreachableError(
-                    f"{remote}: access is refused ({error.strerror}); "
-                    "the same command continues with valid credentials"
-                ) from error
-            except DataError as error:
-                if once or attempt == DOWNLOADS:
-                    raise DataError(
-                        f"{error}; if the folder was made anew, remove {self.local}"
-                    ) from error
-                logger.warning("%s; downloading it again", error)
+        if final.exists():
+            return final
+        try:
+            if once:
+                download()
+            else:
+                self._written(download, remote)
+        except FileNotFoundError as error:
+            raise DataError(f"{remote}: shard is missing from its store") from error
+        except PermissionError as error:
+            raise UnreachableError(
+                f"{remote}: access is refused ({error.strerror}); "
+                "the same command continues with valid credentials"
+            ) from error
+        except DataError as error:
+            # The reader tries again.
+            raise DataError(f"{error}; if the folder was made anew, remove {self.local}") from error
         return final
 
     def _written(self, download: Callable[[], None], remote: Path) -> None:

@@ -74,8 +74,10 @@ def test_a_damaged_shard(
     with pytest.raises(DataError, match=rf"^s3://.*{NAME}: shard does not match its xxh3_64 hash"):
         tokens(open_stream(own_address, cache, workers), 40)
     store.change(key(own_address), lambda content: content[:-5])
+    store.gets.clear()
     with pytest.raises(DataError, match=rf"{NAME}: shard has \d+ bytes instead of \d+"):
         read_all(own_address, cache)
+    assert store.gets[NAME] == 2
     assert NAME not in {file.name for file in cached(cache)}
 
 
