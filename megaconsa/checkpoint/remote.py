@@ -7,7 +7,6 @@ unfinished.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -19,11 +18,12 @@ from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import MANIFEST, checksum
 from megaconsa.errors import DataError, InputError, UnreachableError
 from megaconsa.files import is_bare_name, parse_json, replace_text
-
-logger = logging.getLogger(__name__)
+from megaconsa.object_store import ObjectStore
+from megaconsa.reading import patiently
+from megaconsa.remote_path import RemotePath, is_remote
 
 ATTEMPTS = 5
-"""How often a file is transferred before its store counts as out of reach."""
+"""How often a file is uploaded before its store counts as out of reach."""
 
 
 def upload(path: Path, remote: str) -> None:
@@ -33,7 +33,7 @@ def upload(path: Path, remote: str) -> None:
     remote: the folder of the run in the store, such as s3://bucket/runs/one.
 
     Raises UnreachableError where the store stays out of reach. Raises DataError where a copy is not
-    what was written.
+    what was written. Raises InputError where a package or credentials are missing.
     """
     from streaming.base.storage.upload import CloudUploader
 
@@ -52,7 +52,7 @@ def upload(path: Path, remote: str) -> None:
                     _check(copy, recorded, f"{target}/{name}")
                     copy.unlink()
             uploader.upload_file(MANIFEST)
-        except (DataError, UnreachableError):
+        except (DataError, InputError, UnreachableError):
             raise
         except Exception as error:
             # Each store has its own exceptions.
@@ -135,23 +135,15 @@ def _mark(path: Path) -> str:
 
 def _download(remote: str, local: Path) -> None:
     """Copies a file from a store. Raises UnreachableError where that fails."""
-    if "://" not in remote:
-        try:
+    try:
+        if is_remote(remote):
+            address = RemotePath(remote)
+            objects = ObjectStore(address.scheme)
+            patiently(lambda: objects.download(address, local), address)
+        else:
             shutil.copyfile(remote, local)
-        except OSError as error:
-            raise UnreachableError(f"{remote}: cannot be read ({error.strerror})") from error
-        return
-    from streaming.base.storage.download import CloudDownloader
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            CloudDownloader.direct_download(remote, str(local), timeout=600)
-            return
-        except Exception as error:
-            # Each store has its own exceptions.
-            if attempt == ATTEMPTS:
-                raise UnreachableError(f"{remote}: cannot be read ({error!r})") from error
-            logger.warning("%s: cannot be read (%r); trying again", remote, error)
+    except OSError as error:
+        raise UnreachableError(f"{remote}: cannot be read ({error.strerror})") from error
 
 
 def _check(copy: Path, recorded: dict[str, object], remote: str) -> None:

@@ -22,9 +22,9 @@ import xxhash
 from megaconsa.data.cache_settings import CacheSettings
 from megaconsa.data.cache_space import CacheSpace, download_folder
 from megaconsa.data.flat_shard import FlatRecord, FlatShard
-from megaconsa.data.object_store import DISK_ERRORS, ObjectStore
 from megaconsa.data.shard_file import HASH
 from megaconsa.errors import DataError, InputError, RunError, UnreachableError
+from megaconsa.object_store import DISK_ERRORS, ObjectStore
 from megaconsa.reading import patiently, read_bytes
 from megaconsa.remote_path import RemotePath, is_remote
 

@@ -16,6 +16,7 @@ from megaconsa import incidents
 from megaconsa.checkpoint import remote, store
 from megaconsa.checkpoint.remote import Uploads, fetch, upload
 from megaconsa.errors import DataError, InputError, UnreachableError
+from megaconsa.object_store import connection
 from megaconsa.reporting.metrics import computed
 from tests.support.interruptions import RULE, CrashAfter, interrupted
 
@@ -33,6 +34,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # Connections keep the environment in which they were made.
+    connection.cache_clear()
     client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     client.create_bucket(Bucket="runs")
     yield client

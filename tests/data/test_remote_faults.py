@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaconsa import reading
-from megaconsa.data import object_store
+from megaconsa import object_store, reading
 from megaconsa.data.cache_settings import CacheSettings
 from megaconsa.data.cache_space import PART
 from megaconsa.data.dataset_info import DatasetInfo

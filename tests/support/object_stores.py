@@ -17,7 +17,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from megaconsa.data.object_store import connection
+from megaconsa.object_store import connection
 
 BUCKET = "bucket"
 NO_BODY = (204, 304)

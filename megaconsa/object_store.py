@@ -51,14 +51,12 @@ class ObjectStore:
             return error
         if isinstance(error, ImportError):
             return InputError(
-                f"data {remote}: reading from {self._scheme}:// needs a package that is missing "
+                f"{remote}: reading from {self._scheme}:// needs a package that is missing "
                 f"({error}); install it with pip install {PACKAGES[self._scheme]}"
             )
         reason = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ in NO_CREDENTIALS:
-            return InputError(
-                f"data {remote}: no credentials ({reason}); set them in the environment"
-            )
+            return InputError(f"{remote}: no credentials ({reason}); set them in the environment")
         status = _status(error)
         if status == 404 or (status is None and _is_missing(error)):
             return FileNotFoundError(errno.ENOENT, reason)
