@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from streaming import MDSWriter
 
 from megaconsa.data import pieces
 from megaconsa.data.bad_documents import BadDocuments
@@ -28,41 +25,11 @@ from megaconsa.data.sources import find_files
 from megaconsa.data.token_shards import TokenShards
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
+from tests.support.source_files import Sequences, write_mds, write_megatron
 from tests.support.texts import read_texts
 
 END = 1
 WORDS = Vocabulary(300, END)
-Sequences = list[list[int]]
-"""A document of Megatron-LM: the ids of each of its sequences."""
-
-
-def write_megatron(path: Path, documents: Sequence[Sequences], code: int = 8) -> None:
-    """Writes a pair of files by the definition of the format. path: without suffix."""
-    dtype = np.dtype(TYPES.get(code, "f4"))
-    sequences = [sequence for document in documents for sequence in document]
-    lengths = [len(sequence) for sequence in sequences]
-    places = [sum(lengths[:number]) * dtype.itemsize for number in range(len(lengths))]
-    bounds = [0]
-    for document in documents:
-        bounds.append(bounds[-1] + len(document))
-    path.with_suffix(".bin").write_bytes(
-        b"".join(np.array(sequence, dtype).tobytes() for sequence in sequences)
-    )
-    path.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
-        + struct.pack(f"<{len(lengths)}i", *lengths)
-        + struct.pack(f"<{len(places)}q", *places)
-        + struct.pack(f"<{len(bounds)}q", *bounds)
-    )
-
-
-def write_mds(
-    folder: Path, columns: dict[str, str], rows: Sequence[dict[str, Any]], **options: Any
-) -> None:
-    with MDSWriter(out=str(folder), columns=columns, **options) as writer:
-        for row in rows:
-            writer.write(row)
 
 
 def read_ids(path: Path, **options: Any) -> list[list[int]]:
