@@ -1,4 +1,4 @@
-"""Downloads from object stores, with errors that say what to do about them.
+"""Downloads from object stores, and errors of stores that say what to do about them.
 
 The downloaders are those of mosaicml-streaming. Each store has exceptions of its own.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from megaconsa.errors import InputError
@@ -18,8 +20,18 @@ TIMEOUT_SECONDS = 60.0
 """Time limit for a store to send the next bytes."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """Errors of the disk that a download is written to."""
-NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-"""Exceptions of botocore."""
+NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"),
+    *("CredentialUnavailableError", "ClientAuthenticationError"),
+}
+"""Exceptions of botocore and of Azure."""
+REASON_LENGTH = 300
+"""The most characters of a store's message that are shown. Some have a page."""
+_REFUSED = re.compile(
+    r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)|HTTP status 40[013]"
+    r"|Status\((PERMISSION_DENIED|UNAUTHENTICATED)|Could not create a OAuth2 access token"
+)
+"""Refusals of S3 and Google. pyarrow puts them into the text of its exceptions only."""
 
 
 class ObjectStore:
@@ -43,26 +55,31 @@ class ObjectStore:
             downloader = connection(self._scheme, os.getpid())
             downloader.download(str(remote), str(local), timeout=TIMEOUT_SECONDS)
         except Exception as error:
-            raise self._translated(error, remote) from error
+            raise store_error(error, remote, PACKAGES[self._scheme]) from error
 
-    def _translated(self, error: Exception, remote: RemotePath) -> Exception:
-        """The exception that says the same in our terms."""
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return error
-        if isinstance(error, ImportError):
-            return InputError(
-                f"{remote}: reading from {self._scheme}:// needs a package that is missing "
-                f"({error}); install it with pip install {PACKAGES[self._scheme]}"
-            )
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if type(error).__name__ in NO_CREDENTIALS:
-            return InputError(f"{remote}: no credentials ({reason}); set them in the environment")
-        status = _status(error)
-        if status == 404 or (status is None and _is_missing(error)):
-            return FileNotFoundError(errno.ENOENT, reason)
-        if status in (400, 401, 403):
-            return PermissionError(errno.EACCES, reason)
-        return OSError(errno.EREMOTEIO, reason)
+
+def store_error(error: Exception, remote: RemotePath, package: str) -> Exception:
+    """The exception that says in our terms what one of a store's package says.
+
+    remote: the file or folder.
+    package: what must be installed to read it.
+    """
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return error
+    if isinstance(error, ImportError):
+        return InputError(
+            f"{remote}: reading from {remote.scheme}:// needs a package that is missing "
+            f"({error}); install it with pip install {package}"
+        )
+    reason = shorten(str(error), REASON_LENGTH, placeholder=" ...") or type(error).__name__
+    status = _status(error)
+    if status is None and type(error).__name__ in NO_CREDENTIALS:
+        return InputError(f"{remote}: no credentials ({reason}); set them in the environment")
+    if status == 404 or (status is None and _is_missing(error)):
+        return FileNotFoundError(errno.ENOENT, reason)
+    if status in (400, 401, 403) or _REFUSED.search(str(error)):
+        return PermissionError(errno.EACCES, reason)
+    return OSError(errno.EREMOTEIO, reason)
 
 
 @lru_cache
