@@ -19,7 +19,8 @@ def main(
         typer.Argument(
             metavar="SOURCE...",
             help="Files of documents (text, JSON lines, Parquet, Arrow; compressed or not; "
-            "Megatron-LM's .bin and .idx; index.json of MDS), folders of them, or `python`",
+            "Megatron-LM's .bin and .idx; index.json of MDS), folders of them, or `python`. "
+            "Files and folders may be in an object store (s3://, gs://, azure://, hf://)",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DATA", help="The folder to make")],
@@ -102,6 +103,9 @@ def main(
 
         megaconsa prepare-data downloads/ --out data/web --field content \
             --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
+
+        megaconsa prepare-data s3://bucket/web hf://datasets/owner/name/folder \
+            --out data/mixed --tokenizer Qwen3-0.6B-Base/ --sequence-length 8192
 
         megaconsa prepare-data books/ --out data/books --separator '<|end|>' \
             --near-duplicates 0.8 --drop-duplicates --packing best-fit \

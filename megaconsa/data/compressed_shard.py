@@ -10,9 +10,10 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
+from megaconsa.data import source_store
 from megaconsa.data.shard_file import COLUMN, twice
 from megaconsa.errors import DataError
-from megaconsa.reading import read_bytes
+from megaconsa.remote_path import with_address
 
 
 class CompressedShard(MDSReader):
@@ -30,8 +31,8 @@ class CompressedShard(MDSReader):
 
     @property
     def path(self) -> Path:
-        """The file on disk."""
-        return Path(self.dirname, self.split, self.name)
+        """The file, on a disk or in an object store."""
+        return with_address(Path(self.dirname, self.split, self.name))
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class CompressedShard(MDSReader):
     def _read(self) -> bytes:
         """The checked bytes of the file."""
         try:
-            data = read_bytes(self.path, within=self.path.parent)
+            data = source_store.read_bytes(self.path)
         except OSError as error:
             raise DataError(f"{self.path}: shard cannot be read ({error.strerror})") from error
         self._check(data, self._stored, "")

@@ -149,7 +149,7 @@ def _open(file: SourceFile, layout: Layout) -> MegatronFile | MdsDocuments:
     """A file that has an index."""
     assert file.index is not None
     if file.format == "megatron":
-        return MegatronFile(file.path, file.index)
+        return MegatronFile(file.path, file.index, file.begin, file.end)
     # Imported here because most sources have no such shards, and the import takes a while.
     from megaconsa.data.mds_documents import MdsDocuments
 

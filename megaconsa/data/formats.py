@@ -9,11 +9,13 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
+from megaconsa.data import source_store
 from megaconsa.data.mds_index import is_index
 from megaconsa.data.megatron_file import MAGIC
 from megaconsa.files import parse_json
+from megaconsa.remote_path import RemotePath
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -42,7 +44,7 @@ _FORMATS: dict[str, Format] = {
     ".ipc": "arrow",
     **dict.fromkeys(_TEXT_SUFFIXES + _CODE_SUFFIXES, "text"),
 }
-_COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
+_COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),
     ".zst": (b"\x28\xb5\x2f\xfd", zstd.open),
     ".bz2": (b"BZh", bz2.open),
@@ -60,22 +62,27 @@ def open_bytes(path: Path) -> IO[bytes]:
 
     Reading raises one of DAMAGE where the file is damaged.
     """
-    opener = _opener(path)
+    file = source_store.open_file(path)
+    opener = _opener(file)
     if opener is None:
-        return path.open("rb")
-    opened: IO[bytes] = opener(path)
-    return opened
+        return file
+    if isinstance(path, RemotePath):
+        # It would stay open behind the decompressed one, but holds nothing of the system.
+        return cast(IO[bytes], opener(file))
+    file.close()
+    return cast(IO[bytes], opener(path))
 
 
 def is_compressed(path: Path) -> bool:
     """Whether `open_bytes` decompresses the file."""
-    return _opener(path) is not None
+    with source_store.open_file(path) as file:
+        return _opener(file) is not None
 
 
-def _opener(path: Path) -> Callable[[Path], Any] | None:
-    """What decompresses the file, or None if it is not compressed."""
-    with path.open("rb") as file:
-        start = file.read(8)
+def _opener(file: IO[bytes]) -> Callable[[Any], Any] | None:
+    """What decompresses the file, or None if it is not compressed. The file is at its beginning."""
+    start = file.read(8)
+    file.seek(0)
     for magic, opener in _COMPRESSIONS.values():
         if start.startswith(magic):
             return opener

@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megaconsa.data import source_store
+from megaconsa.data.store_connections import Status
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 
@@ -22,7 +24,7 @@ def is_index(path: Path) -> bool:
     if path.name != NAME:
         return False
     try:
-        shards = parse_json(path.read_bytes())["shards"]
+        shards = parse_json(source_store.read_bytes(path))["shards"]
         return all(shard["format"] == "mds" for shard in shards)
     except (ValueError, KeyError, TypeError):
         return False
@@ -37,8 +39,10 @@ def shard_records(index: Path) -> dict[Path, dict[str, Any]]:
     Raises InputError where a shard is missing, or where the index is damaged.
     """
     records = {}
+    # One listing takes the place of a request for each shard.
+    source_store.list_folder(index.parent)
     try:
-        for record in parse_json(index.read_bytes())["shards"]:
+        for record in parse_json(source_store.read_bytes(index))["shards"]:
             stored = _stored(index.parent, record)
             records[index.parent / (stored["zip_data"] or stored["raw_data"])["basename"]] = stored
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -50,15 +54,14 @@ def shard_records(index: Path) -> dict[Path, dict[str, Any]]:
 
 def shard_record(path: Path, index: Path) -> dict[str, Any]:
     """What the index says about the shard of that file. Raises as `shard_records` does."""
-    status = index.stat()
-    return _records(index, status.st_mtime_ns, status.st_size)[path]
+    return _records(index, source_store.status(index))[path]
 
 
 @lru_cache(maxsize=8)
-def _records(index: Path, changed: int, size: int) -> dict[Path, dict[str, Any]]:
+def _records(index: Path, status: Status) -> dict[Path, dict[str, Any]]:
     """The records of an index, which its shards share.
 
-    changed, size: of the index, so that another one is read again.
+    status: of the index, so that another one is read again.
     """
     return shard_records(index)
 
@@ -73,7 +76,7 @@ def _stored(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         name = PurePosixPath(record[key]["basename"])
         if name.is_absolute() or ".." in name.parts:
             raise ValueError(f"it names {str(name)!r}, which is no file of its folder")
-        if (folder / name).is_file():
+        if source_store.is_file(folder / name):
             return (
                 record if key == "zip_data" else {**record, "zip_data": None, "compression": None}
             )

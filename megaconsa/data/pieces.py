@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
+from megaconsa.data import source_store
 from megaconsa.data.documents import reading
 from megaconsa.data.formats import is_compressed, open_bytes
 from megaconsa.data.megatron_file import MegatronFile
@@ -39,15 +40,14 @@ class Piece:
 
 
 def identity(file: SourceFile) -> list[object]:
-    """Path, size and time of the last change of a file. They tell whether it was replaced.
+    """Path, size and version of a file. They tell whether it was replaced.
 
     Those of its index follow, if it has one.
     """
     found: list[object] = []
     for path in (file.path, file.index):
         if path is not None:
-            status = path.stat()
-            found += [str(path), status.st_size, status.st_mtime_ns]
+            found += [str(path), *source_store.status(path)]
     return found
 
 
@@ -77,7 +77,7 @@ def cut(files: Iterable[SourceFile]) -> Iterator[Piece]:
 def _parts(file: SourceFile) -> Iterator[tuple[SourceFile, int]]:
     """The parts of a file, each with its bytes on disk."""
     with reading(file):
-        size = file.path.stat().st_size
+        size = source_store.status(file.path).size
         if size <= PIECE_BYTES:
             yield file, size
         elif file.format == "lines" and not is_compressed(file.path):

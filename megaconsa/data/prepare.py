@@ -54,7 +54,7 @@ def prepare(
 ) -> DatasetInfo:
     """Makes the data folder `out` from the sources and returns its description.
 
-    sources: `python`, files or folders.
+    sources: `python`, files or folders, on a disk or in an object store.
     tokenizer: a tokenizer's folder. Give either this or `train_tokenizer`.
     train_tokenizer: the vocabulary size of a tokenizer to train.
 

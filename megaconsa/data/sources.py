@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megaconsa.data import source_store
 from megaconsa.data.dataset_info import INFO
 from megaconsa.data.formats import INDEXED, Format, recognise
 from megaconsa.data.mds_index import shard_records
@@ -27,6 +27,7 @@ class SourceFile:
     """A file that holds documents, or a part of such a file."""
 
     path: Path
+    """A RemotePath if the file is in an object store."""
     format: Format
     source: str = ""
     """The source that it belongs to, as the user named it."""
@@ -75,23 +76,25 @@ def python_sources() -> list[Path]:
 def find_files(sources: Sequence[str]) -> SourceFiles:
     """Finds the files of all sources.
 
-    sources: `python`, files or folders.
+    sources: `python`, files or folders, on a disk or in an object store.
 
     A file that is named itself is always read, as text where its format is not recognised. The
     files of a folder come in a fixed shuffled order. Links are followed. Hidden files and folders
     are not looked at.
 
-    Raises InputError for a source that does not exist or holds no documents.
+    Raises InputError for a source that does not exist or holds no documents. Raises
+    UnreachableError for a store that stays away.
     """
+    source_store.forget()
     found = SourceFiles()
     for source in sources:
-        path = Path(source)
+        path = source_store.path_of(source)
         before = len(found.files)
         if source == PYTHON:
             found.files += [SourceFile(file, "text", source) for file in python_sources()]
-        elif path.is_file():
+        elif source_store.is_file(path):
             found.files += _named(path, source)
-        elif path.is_dir():
+        elif source_store.is_folder(path):
             _add_folder(found, path, source)
         else:
             raise InputError(
@@ -109,7 +112,7 @@ def find_files(sources: Sequence[str]) -> SourceFiles:
 def _named(path: Path, source: str) -> list[SourceFile]:
     """The files of documents that a file named by the user stands for."""
     index = path.with_suffix(".idx")
-    if path.suffix == ".bin" and index.is_file() and _recognised(index) == "megatron":
+    if path.suffix == ".bin" and source_store.is_file(index) and _recognised(index) == "megatron":
         path = index
     known = _recognised(path)
     if known in INDEXED:
@@ -122,14 +125,14 @@ def _named(path: Path, source: str) -> list[SourceFile]:
 def _indexed(index: Path, known: Format) -> list[Path]:
     """The files that an index describes. Raises InputError where one is missing."""
     if known == "mds":
-        if (index.parent.parent / INFO).exists():
+        if source_store.is_file(index.parent.parent / INFO):
             raise InputError(
                 f"{index}: it belongs to a data folder of megaconsa, which is prepared already; "
                 "give its sources, or name it in a mixture"
             )
         return list(shard_records(index))
     data = index.with_suffix(".bin")
-    if not data.is_file():
+    if not source_store.is_file(data):
         raise InputError(f"{data}: the file of {index.name} cannot be found, download it")
     return [data]
 
@@ -150,14 +153,15 @@ def _add_folder(found: SourceFiles, folder: Path, source: str) -> None:
     indices: dict[Path, Path] = {}
     described: dict[Path, Format] = {}
     unknown: list[Path] = []
-    for file in _visible_files(folder):
+    for file in source_store.visible_files(folder):
         known = _recognised(folder / file)
         if known is None:
             unknown.append(file)
         elif known in INDEXED:
             for data in _indexed(folder / file, known):
-                indices[data.relative_to(folder)] = folder / file
-                described[data.relative_to(folder)] = known
+                inner = Path(*data.relative_to(folder).parts)
+                indices[inner] = folder / file
+                described[inner] = known
         else:
             formats[file] = known
     # The bytes of such a file may look like any format.
@@ -172,23 +176,6 @@ def _add_folder(found: SourceFiles, folder: Path, source: str) -> None:
     for file in _shuffled(formats):
         index = indices.get(file)
         found.files.append(SourceFile(folder / file, formats[file], source, index=index))
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """The paths, relative to the folder, of the files below it that are not hidden."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        # A link may lead to a folder above it.
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(place, name)
-            if not name.startswith(".") and path.is_file():
-                yield path.relative_to(folder)
 
 
 def _is_card(file: Path) -> bool:

@@ -53,7 +53,8 @@ def _rows_before(file: SourceFile) -> int:
 
     if not file.begin:
         return 0
-    metadata = parquet.read_metadata(file.path)
+    with open_bytes(file.path) as opened:
+        metadata = parquet.read_metadata(opened)
     return sum(metadata.row_group(group).num_rows for group in range(file.begin))
 
 

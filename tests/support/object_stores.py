@@ -17,6 +17,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from megaconsa.data import store_connections
 from megaconsa.object_store import connection
 
 BUCKET = "bucket"
@@ -41,6 +42,10 @@ class ObjectStore:
         self.client.create_bucket(Bucket=BUCKET)
         self.gets: Counter[str] = Counter()
         """Number of GET requests by the name of the file."""
+        self.sent: Counter[str] = Counter()
+        """Bytes of their answers."""
+        self.requests = 0
+        """Number of all requests."""
         self.faults: dict[str, list[Fault]] = {}
         """The faults of a file's next GET requests. The name `*` means every file."""
         handler = type("Bound", (Handler,), {"store": self})
@@ -66,6 +71,7 @@ class ObjectStore:
         patch.setattr(tempfile, "tempdir", str(temporary))
         # Connections keep the environment in which they were made.
         connection.cache_clear()
+        store_connections.connect.cache_clear()
         self.gets.clear()
         self.faults.clear()
 
@@ -91,6 +97,7 @@ class ObjectStore:
 
     def forward(self, handler: Handler) -> tuple[int, list[tuple[str, str]], bytes]:
         """The server's answer to a request: status, headers and body."""
+        self.requests += 1
         connection = http.client.HTTPConnection(*self._server)
         connection.request(handler.command, handler.path, headers=dict(handler.headers.items()))
         answer = connection.getresponse()
@@ -117,6 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         self.store.gets[name] += 1
         fault = self.store.next_fault(name)
         status, headers, body = self.store.forward(self)
+        self.store.sent[name] += len(body)
         if fault is None:
             self._answer(status, headers, body)
             return
