@@ -29,7 +29,7 @@ class Memory:
 
     weights: int
     gradients: int
-    """Gradients in fp32, accumulated over micro-batches, and in bf16 those of the current one too.
+    """Gradients in fp32, which add up over micro-batches.
 
     Every data rank holds the gradients of all its weights.
     """
@@ -53,24 +53,24 @@ def activation_values(
 ) -> int:
     """Counts the values that one layer keeps of one token for the backward pass.
 
-    The count is for each of `tensor` ranks. A layer keeps:
+    The count is for each of `tensor` ranks, as blocks run on a GPU. A layer keeps:
 
-    - the inputs of the two norms and their outputs: 4 hidden,
-    - q before its norm and after rotation, and the attention's output: 3 of the queries' width,
-    - k before its norm and after rotation, and v: 3 of the keys' width,
-    - the gate before and after silu, up, and the product: 4 intermediate.
+    - the inputs of the two norms: 2 hidden,
+    - q and k before their norms and after rotation, and v: 2 queries' and 3 keys' widths,
+    - the attention's output: the queries' width,
+    - gate and up: 2 intermediate.
 
     The gated kernel also keeps the difference of its two outputs, which is one queries' width.
 
-    Tensor ranks divide all but the residual stream and the outputs of the norms. With `sequence`
-    they also divide the inputs of the norms. The outputs are gathered before they are kept.
+    Tensor ranks divide all but the residual stream. With `sequence` they also divide the inputs of
+    the norms. The outputs of the norms are then gathered, and kept: another 2 hidden.
     """
     queries = model_config.num_attention_heads * model_config.head_dim
     keys = model_config.num_key_value_heads * model_config.head_dim
     query_sized = 4 if learning else 3
-    divided = query_sized * queries + 3 * keys + 4 * model_config.intermediate_size
+    divided = query_sized * queries + 3 * keys + 2 * model_config.intermediate_size
     norm_inputs = 2 * residual_values(model_config, tensor, sequence)
-    norm_outputs = 2 * model_config.hidden_size
+    norm_outputs = 2 * model_config.hidden_size if tensor > 1 else 0
     return norm_inputs + norm_outputs + divided // tensor
 
 
@@ -114,12 +114,10 @@ def rank_memory(
     checkpointed = held * block_input
     if held:
         checkpointed += of_block
-    # fp32 sums, and for bf16 weights the gradients of the current micro-batch.
-    gradient_bytes = 4 + (value if value == 2 else 0)
     has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,
-        "gradients": gradient_bytes * weights,
+        "gradients": 4 * weights,
         # Three fp32 values for each weight, rounded up.
         "optimizer": -(-12 * weights // topology.data),
         "activations": checkpointed if training.activation_checkpointing else kept,
@@ -157,14 +155,14 @@ def _weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
 def _logit_bytes(model_config: ModelConfig, tokens: int, value: int, tensor: int) -> int:
     """Returns the bytes that the fused cross-entropy needs on one tensor rank.
 
-    They are a chunk of logits, the head's gradient in fp32 and again in the precision of the
-    weights, and the gradient of the hidden states.
+    They are a chunk of logits, the head's gradient of the micro-batch in fp32, and the gradient of
+    the hidden states.
 
     tokens: tokens of a micro-batch. value: bytes of a weight.
     """
     vocabulary = rows(model_config.vocab_size, tensor)
     chunk_tokens = min(tokens, max(1, CHUNK_BYTES // (value * vocabulary)))
     chunk = value * chunk_tokens * vocabulary
-    head_gradient = (4 + value) * vocabulary * model_config.hidden_size
+    head_gradient = 4 * vocabulary * model_config.hidden_size
     hidden_gradient = value * tokens * model_config.hidden_size
     return chunk + head_gradient + hidden_gradient

@@ -28,7 +28,7 @@ def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory = plan["memory"]
     parameters = plan["parameters"]
     assert memory["weights"] == 2 * parameters
-    assert memory["gradients"] == 6 * parameters
+    assert memory["gradients"] == 4 * parameters
     assert memory["optimizer"] == 12 * parameters // 8
     assert memory["total"] == sum(
         memory[part] for part in ("weights", "gradients", "optimizer", "activations", "logits")

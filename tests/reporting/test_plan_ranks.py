@@ -132,7 +132,7 @@ def test_pipeline_ranks(settings: Path) -> None:
         (rank.memory for rank in plan.pipeline), key=lambda memory: memory.total
     )
     for rank in plan.pipeline:
-        assert rank.memory.gradients == 3 * rank.memory.weights
+        assert rank.memory.gradients == 2 * rank.memory.weights
         assert rank.memory.optimizer == 6 * rank.memory.weights // 2
 
 
