@@ -18,6 +18,8 @@ def give_main_grads(optimizer: Any) -> None:
     ):
         for weight, gradient in zip(weights, gradients, strict=True):
             setattr(weight, MAIN_GRAD, gradient.view(weight.shape))
+            # By this name DeepSpeed finds the gradients that it sums over tied weights.
+            weight._hp_grad = gradient
     # Autograd keeps no gradients, so there are none to add or to clear after each micro-batch.
     optimizer.update_hp_grads = _nothing
     optimizer.clear_lp_grads = _nothing
