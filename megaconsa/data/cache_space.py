@@ -34,7 +34,9 @@ def download_folder(final: Path) -> Iterator[Path]:
     """
     part = final.with_name(final.name + PART)
     while True:
-        part.mkdir(parents=True, exist_ok=True)
+        # Raised also where another process has just removed it. It is then made in the next turn.
+        with suppress(FileExistsError):
+            part.mkdir(parents=True, exist_ok=True)
         held = _locked(part, fcntl.LOCK_EX)
         if held is not None:
             break

@@ -21,14 +21,11 @@ from megaconsa.kernels.norm import triton as norm
 from megaconsa.kernels.rotary import normed_heads as rotary
 from megaconsa.kernels.swiglu import triton as gating
 from megaconsa.model.attention import Attention
-from megaconsa.model.fused_norm import serves
 from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.ranks import Ranks
 from megaconsa.model.rope import document_angles
 from megaconsa.model.weight_gradients import own_gradient
-
-__all__ = ["run_block", "serves"]
 
 
 class Parts(Protocol):

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.limits import DTYPES
 from megaconsa.kernels.norm import triton as norm
 from megaconsa.model.weight_gradients import own_gradient
-
-
-def serves(x: Tensor) -> bool:
-    """Whether our kernels can take x."""
-    return x.is_cuda and x.dtype in DTYPES
 
 
 def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megaconsa.model import kernel_use
+
 
 class RMSNorm(nn.Module):
     """Normalises the last dimension. Its statistics are in fp32."""
@@ -15,10 +17,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if kernel_use.for_tensor(x):
             # Imported here, because machines without a GPU may lack Triton.
-            from megaconsa.model import fused_norm
+            from megaconsa.model.fused_norm import run_norm
 
-            if fused_norm.serves(x):
-                return fused_norm.run_norm(x, self.weight, self.eps)
+            return run_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels.attention.head_pattern import HeadPattern
+from megaconsa.model import kernel_use
 from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.mlp import MLP
@@ -49,12 +50,11 @@ class Block(nn.Module):
 
         Returns (B, S, hidden).
         """
-        if x.is_cuda:
+        if kernel_use.for_tensor(x):
             # Imported here, because machines without a GPU may lack Triton.
-            from megaconsa.model import fused_block
+            from megaconsa.model.fused_block import run_block
 
-            if fused_block.serves(x):
-                return fused_block.run_block(self, x, documents, sequences)
+            return run_block(self, x, documents, sequences)
         normed = self.input_layernorm(x)
         x = x + self.attend(normed, documents, sequences)
         return x + self.feed_forward(self.post_attention_layernorm(x))

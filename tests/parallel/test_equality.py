@@ -28,6 +28,7 @@ from megaconsa.data.packing import IGNORED
 from megaconsa.data.stream import BatchStream
 from megaconsa.huggingface.export import export
 from megaconsa.huggingface.load import compare_logits
+from megaconsa.kernels import limits
 from megaconsa.model.initialize import initial_weight
 from megaconsa.reporting.metrics import read_metrics
 from tests.support.comparison import checkpoint, differences, relative
@@ -39,6 +40,7 @@ from tests.support.topologies import (
     HEAD_ALONE,
     LEARN,
     LEARN_TIED,
+    ONE,
     PP2,
     PP2_DP2,
     PP2_DUALPIPEV,
@@ -215,6 +217,24 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
     check_bf16(runs, layout, [LEARN_TIED, TRAIN_UNTIED])
 
 
+@pytest.mark.skipif(not limits.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        (TP2_SEQUENCE, LEARN_TIED),
+        pytest.param(ONE, TRAIN_UNTIED, marks=pytest.mark.slow),
+        pytest.param(TP2, LEARN_TIED, marks=pytest.mark.slow),
+        pytest.param(PP2, LEARN_TIED, marks=pytest.mark.slow),
+        pytest.param(PP2_DUALPIPEV, LEARN_TIED, marks=pytest.mark.slow),
+        pytest.param(DP2, TRAIN_UNTIED, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value.name,
+)
+def test_bf16_by_the_kernels_of_a_gpu(runs: Runs, layout: Layout, case: Case) -> None:
+    """Gradients of weights then go to DeepSpeed's fp32 sums without autograd."""
+    check_bf16(runs, layout, [case], kernels=True)
+
+
 def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:
     run = check_bf16(runs, TP2_PP2, [HEAD_ALONE])[HEAD_ALONE.name]
     # Gradients are summed in fp32, over micro-batches and over data ranks. bf16 could not hold
@@ -245,13 +265,16 @@ def test_bf16_on_gpus(runs: Runs, layout: Layout) -> None:
     )
 
 
-def check_bf16(runs: Runs, layout: Layout, cases: Sequence[Case]) -> dict[str, Path]:
+def check_bf16(
+    runs: Runs, layout: Layout, cases: Sequence[Case], *, kernels: bool = False
+) -> dict[str, Path]:
     """Checks runs in bf16.
 
     DeepSpeed then trains with another optimizer class. This class drops the gradients of weights
     that are used where it does not look.
     """
-    done = runs.launch(layout, [Job(case.name, case, precision="bf16") for case in cases])
+    jobs = [Job(case.name, case, precision="bf16", kernels=kernels) for case in cases]
+    done = runs.launch(layout, jobs)
     for case in cases:
         run = done[case.name]
         reference = runs.reference(case, "bf16")

@@ -85,6 +85,8 @@ class Job:
     case: Case
     precision: str = "fp32"
     fault: str | None = None
+    kernels: bool = False
+    """Whether blocks run by the kernels of a GPU. Triton's interpreter runs them."""
     steps: int = STEPS
     stop: int | None = None
     """The step after which the job stops. It resumes when it is launched again by the same name."""
@@ -180,7 +182,8 @@ class Runs:
         return run
 
     def run_of(self, layout: Layout, job: Job) -> Path:
-        return self.folder / f"{layout.name}-{job.name}-{job.precision}"
+        kind = "-kernels" if job.kernels else ""
+        return self.folder / f"{layout.name}-{job.name}-{job.precision}{kind}"
 
     def launch(self, layout: Layout, jobs: Sequence[Job]) -> dict[str, Path]:
         """Trains all jobs in one launch of the layout.
@@ -199,6 +202,7 @@ class Runs:
                     job.every,
                 ),
                 "fault": job.fault,
+                "kernels": job.kernels,
                 "stop": job.stop,
             }
             for job in jobs

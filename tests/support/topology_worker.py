@@ -1,7 +1,8 @@
 """One rank that trains several configurations of one topology, one after the other.
 
-A job is {"config": plain values of a run, "fault": None or a name in FAULTS, "stop": None or the
-step after which the run stops as if by a signal}.
+A job is {"config": plain values of a run, "fault": None or a name in FAULTS, "kernels": whether
+blocks run by the kernels of a GPU, in Triton's interpreter, "stop": None or the step after which
+the run stops as if by a signal}.
 All configurations have the same numbers of ranks. DeepSpeed keeps the topology in globals, so
 another topology needs fresh processes.
 A run that resumes from its own checkpoint must hold the saved tensors, bit for bit, before it
@@ -22,6 +23,7 @@ import torch
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
+from megaconsa.model import kernel_use
 from megaconsa.parallel import mesh, world
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
@@ -104,6 +106,11 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+def with_kernels() -> Any:
+    """Runs blocks and norms as on a GPU, with the kernels in Triton's interpreter."""
+    return patch.object(kernel_use, "on_device", lambda device: True)
+
+
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
     """Checks that what the ranks hold, gathered, is what was saved.
 
@@ -127,7 +134,10 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
             )
             inputs = check_inputs(config, place.world)
-            with FAULTS[job["fault"]]() if job["fault"] else nullcontext():
+            with (
+                FAULTS[job["fault"]]() if job["fault"] else nullcontext(),
+                with_kernels() if job["kernels"] else nullcontext(),
+            ):
                 trainer = build_trainer(inputs, place)
                 if inputs.resume is not None:
                     check_loaded(trainer, inputs.resume)

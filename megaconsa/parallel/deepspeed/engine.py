@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaconsa.config import TrainingSection
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.head_selector import HeadSelector
+from megaconsa.model import kernel_use
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.qwen3 import weight_shapes
@@ -95,7 +96,7 @@ class Engine:
             )
         if bf16:
             patch_bf16(self.engine)
-        self._has_main_grads = bf16 and mesh.device.type == "cuda"
+        self._has_main_grads = bf16 and kernel_use.on_device(mesh.device)
         if self._has_main_grads:
             give_main_grads(self.optimizer)
         self._clock = ComputeClock(self.engine, mesh.device)

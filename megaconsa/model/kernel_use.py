@@ -1,0 +1,19 @@
+"""Where a model computes with kernels of its own instead of torch's operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Precisions that the kernels compute in."""
+
+
+def on_device(device: torch.device) -> bool:
+    """Whether blocks and norms run by our kernels on a device."""
+    return device.type == "cuda"
+
+
+def for_tensor(x: Tensor) -> bool:
+    """Whether our kernels compute with x."""
+    return on_device(x.device) and x.dtype in DTYPES
