@@ -227,10 +227,23 @@ class TrainingSection(Section):
     """Maximum global gradient norm. 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of a GPU in GiB, by `plan`'s estimate, that the run may take.
+
+    As few layers as possible are recomputed to keep it. null: activation_checkpointing decides."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     reset_optimizer: bool = False
     """With model.init_from: load the weights only, not the optimizer's moments."""
+
+    @model_validator(mode="after")
+    def _one_way_to_recompute(self) -> TrainingSection:
+        if self.memory_gib is not None and self.activation_checkpointing:
+            raise ValueError(
+                f"memory_gib={self.memory_gib:g} chooses the layers that are recomputed, but "
+                "activation_checkpointing=true recomputes all; leave one of them out"
+            )
+        return self
 
     def in_bf16(self, device_type: str) -> bool:
         """Whether the model computes in bf16 on a device of this type (cuda or cpu)."""

@@ -78,6 +78,11 @@ class BlockLayer(Block):
         return self.tp.leave(super().feed_forward(self.tp.enter(x)))
 
 
+class RecomputedBlockLayer(BlockLayer):
+    """A block whose activations are recomputed in the backward pass. DeepSpeed goes by the name of
+    the class."""
+
+
 class NormLayer(RMSNorm):
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         return super().forward(carry[0]), *carry[1:]

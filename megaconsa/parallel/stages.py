@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import forward_flops
+from megaconsa.parallel.topology import Topology
 
 
 def layer_costs(model_config: ModelConfig, allocation: Allocation | None, length: int) -> list[int]:
@@ -21,6 +22,18 @@ def layer_costs(model_config: ModelConfig, allocation: Allocation | None, length
     """
     *blocks, head = forward_flops(model_config, allocation, length, [length])
     return [0, *blocks, 0, head]
+
+
+def stages_by_rank(costs: Sequence[int], topology: Topology) -> list[list[tuple[int, int]]]:
+    """The stages of each pipeline rank: first layer, and the layer after the last.
+
+    costs: cost of each layer, from `layer_costs`.
+
+    Raises InputError as `cut` does.
+    """
+    bounds = cut(costs, topology.stages)
+    stages = list(pairwise(bounds))
+    return [[stages[s] for s in topology.stages_of(rank)] for rank in range(topology.pipeline)]
 
 
 def cut(costs: Sequence[int], stages: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megaconsa.config import Config
@@ -91,10 +91,13 @@ def rank_memory(
     topology: Topology,
     stages: Stages,
     in_flight: Sequence[int],
+    recomputed: Collection[int],
 ) -> Memory:
     """Returns the memory of the pipeline rank that holds these stages.
 
     in_flight: for each stage, the micro-batches whose activations are in memory at the peak.
+    recomputed: the model's layers, from 0, that are recomputed in the backward pass. Those of other
+        ranks do not matter.
     """
     training = config.training
     tensor = topology.tensor
@@ -106,21 +109,27 @@ def rank_memory(
     block_input = value * tokens * residual_values(model_config, tensor, sequence)
     # Blocks times micro-batches whose activations are in memory.
     held = 0
+    held_inputs = 0
     for (start, stop), passes in zip(stages, in_flight, strict=True):
         blocks = range(max(start, 1), min(stop, model_config.num_hidden_layers + 1))
         held += len(blocks) * passes
+        held_inputs += passes * sum(block - 1 in recomputed for block in blocks)
     kept = held * of_block
-    # Checkpointing keeps the inputs of all blocks, and recomputes the rest of one block at a time.
+    # The inputs of recomputed blocks are kept, and the rest of one block at a time is recomputed.
     checkpointed = held * block_input
     if held:
         checkpointed += of_block
+    activations = checkpointed
+    if held_inputs < held:
+        # The first blocks are recomputed, and by then those after them have freed their memory.
+        activations = (held - held_inputs) * of_block + held_inputs * block_input
     has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,
         "gradients": 4 * weights,
         # Three fp32 values for each weight, rounded up.
         "optimizer": -(-12 * weights // topology.data),
-        "activations": checkpointed if training.activation_checkpointing else kept,
+        "activations": activations,
         "logits": _logit_bytes(model_config, tokens, value, tensor) if has_head else 0,
     }
     return Memory(

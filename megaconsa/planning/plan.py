@@ -17,10 +17,11 @@ from megaconsa.errors import InputError
 from megaconsa.model.budget import Budget
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import kv_cache_bytes, parameter_count, peak_flops, training_flops
-from megaconsa.parallel.stages import cut, layer_costs
+from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
 from megaconsa.planning.balance import TensorBalance, busiest, costs_of_busiest, tensor_balance
 from megaconsa.planning.memory import Memory, rank_memory
+from megaconsa.planning.recomputation import recomputed_layers
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def make_plan(
     context: tokens in the KV cache. None is the training length.
 
     Raises InputError for a device whose peak is unknown, an MFU outside (0, 1], GPUs or a batch
-    that the ranks cannot share, and an allocation that does not fit.
+    that the ranks cannot share, an allocation that does not fit, and a memory budget that cannot be
+    kept.
     """
     peak = peak_flops(device)
     if peak is None:
@@ -139,11 +141,8 @@ def make_plan(
     count = parameter_count(model_config)
     tokens_per_step = training.global_batch * length
     costs = layer_costs(model_config, trained, length)
-    bounds = cut(costs, topology.stages)
-    layers: list[list[tuple[int, int]]] = []
-    for rank in range(topology.pipeline):
-        stages = [(bounds[stage], bounds[stage + 1]) for stage in topology.stages_of(rank)]
-        layers.append(stages)
+    layers = stages_by_rank(costs, topology)
+    recomputed = recomputed_layers(config, model_config, topology, layers)
     pipeline: list[PipelineRank] = []
     for rank, stages in enumerate(layers):
         in_flight = topology.in_flight(rank)
@@ -151,7 +150,7 @@ def make_plan(
             layers=stages,
             in_flight=list(in_flight),
             cost_share=busiest(costs, [stages]) / sum(costs),
-            memory=rank_memory(config, model_config, topology, stages, in_flight),
+            memory=rank_memory(config, model_config, topology, stages, in_flight, recomputed),
         )
         pipeline.append(pipeline_rank)
     # Cost of the rank that is busiest on both axes, over the mean of all ranks.

@@ -24,8 +24,10 @@ from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.sharding import Sharding
+from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
+from megaconsa.planning.recomputation import recomputed_layers
 from megaconsa.reading import read_text
 from megaconsa.remote_path import is_remote
 from megaconsa.run_paths import relocated
@@ -63,6 +65,8 @@ class Inputs:
     topology: Topology
     allocation: Allocation | None
     """None while learning."""
+    recomputed: frozenset[int] = frozenset()
+    """The model's layers, from 0, that are recomputed in the backward pass."""
     found: list[Path] = field(default_factory=list)
     """The run's own checkpoints, newest first."""
     resume: Checkpoint | None = None
@@ -122,7 +126,10 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             f"logging.wandb={config.logging.wandb} needs the package wandb; "
             "install it with pip install 'megaconsa[wandb]'"
         )
-    return Inputs(config, model_config, data, topology, allocation)
+    costs = layer_costs(model_config, allocation, config.training.sequence_length)
+    stages = stages_by_rank(costs, topology)
+    recomputed = recomputed_layers(config, model_config, topology, stages)
+    return Inputs(config, model_config, data, topology, allocation, recomputed)
 
 
 def _with_shuffle(config: Config) -> Config:

@@ -22,6 +22,7 @@ FREE = {
     "attention.backend",
     "training.micro_batch",
     "training.activation_checkpointing",
+    "training.memory_gib",
     "data.path",
     "data.workers",
     "data.cache",

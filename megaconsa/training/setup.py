@@ -63,6 +63,7 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
         mesh,
         backend=config.attention.backend,
         separate_documents=config.attention.separate_documents,
+        recomputed=inputs.recomputed,
     )
     progress = _restore(inputs, engine, gates, mesh.world)
     place, rewinds = mesh.world.from_main(
@@ -82,6 +83,13 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
             logger.info("sparsity %g from %s", config.allocation.sparsity, budget)
         for line in describe_passes(config, inputs.data):
             logger.info("%s", line)
+        if training.memory_gib is not None:
+            logger.info(
+                "recomputes %d of %d layers to keep training.memory_gib=%g",
+                len(inputs.recomputed),
+                model_config.num_hidden_layers,
+                training.memory_gib,
+            )
     description = {
         "learning": config.learning,
         "config": recorded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -31,7 +31,12 @@ from megaconsa.parallel.deepspeed.patches import patch_bf16
 from megaconsa.parallel.deepspeed.settings import deepspeed_settings
 from megaconsa.parallel.gathered_weights import DistributedWeights
 from megaconsa.parallel.mesh import Mesh
-from megaconsa.parallel.pipeline import Carry, canonical_name, layer_index
+from megaconsa.parallel.pipeline import (
+    Carry,
+    RecomputedBlockLayer,
+    canonical_name,
+    layer_index,
+)
 from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
@@ -54,8 +59,12 @@ class Engine:
         *,
         backend: str = "auto",
         separate_documents: bool = True,
+        recomputed: Collection[int] = (),
     ) -> None:
-        """heads: an Allocation, or a GateBank while learning."""
+        """heads: an Allocation, or a GateBank while learning.
+
+        recomputed: the model's layers, from 0, that are recomputed in the backward pass.
+        """
         import deepspeed
 
         from megaconsa.parallel.deepspeed.pipeline_modules import (
@@ -75,14 +84,16 @@ class Engine:
         module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
         with contextlib.redirect_stdout(io.StringIO()):
             module = module_type(
-                layers=layer_specs(sharding, mesh.tp, heads, backend, separate_documents),
+                layers=layer_specs(
+                    sharding, mesh.tp, heads, backend, separate_documents, recomputed
+                ),
                 bounds=cut(
                     layer_costs(model_config, allocation, training.sequence_length), topology.stages
                 ),
                 topology=mesh.grid,
                 loss_fn=lambda loss, _: loss,
-                activation_checkpoint_interval=int(training.activation_checkpointing),
-                checkpointable_layers=["BlockLayer"],
+                activation_checkpoint_interval=int(bool(recomputed)),
+                checkpointable_layers=[RecomputedBlockLayer.__name__],
             )
             parameters = {
                 canonical_name(name, model_config.num_hidden_layers): parameter

@@ -5,6 +5,7 @@ This file imports DeepSpeed at its head, so import it only after the mesh exists
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from megaconsa.parallel.pipeline import (
     EmbeddingLayer,
     LMHeadLayer,
     NormLayer,
+    RecomputedBlockLayer,
     head_loss,
 )
 from megaconsa.parallel.sharding import Sharding
@@ -63,11 +65,20 @@ def layer_specs(
     heads: HeadSelector,
     backend: str,
     separate_documents: bool,
+    recomputed: Collection[int],
 ) -> list[Any]:
     """The pipeline's layers: embedding, blocks, final norm, head with loss."""
     config = sharding.model_config
     blocks = [
-        LayerSpec(BlockLayer, sharding, layer, heads, backend, separate_documents, tp)
+        LayerSpec(
+            RecomputedBlockLayer if layer in recomputed else BlockLayer,
+            sharding,
+            layer,
+            heads,
+            backend,
+            separate_documents,
+            tp,
+        )
         for layer in range(config.num_hidden_layers)
     ]
     norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
