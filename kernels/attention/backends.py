@@ -17,6 +17,9 @@ from megaconsa.kernels.attention.problem import Problem
 
 logger = logging.getLogger(__name__)
 
+PACKED_FLASH_TOKENS = 32768
+"""Tokens of a micro-batch from which packed documents go to FlashAttention."""
+
 Attention = Callable[[Tensor, Tensor, Tensor, HeadPattern, Tensor | None, float], Tensor]
 """(q, k, v, heads, documents, scale) -> out, as `reference.attention`"""
 
@@ -132,9 +135,11 @@ def _preferred(problem: Problem) -> tuple[Backend, ...]:
 
     A gated head is faster with both softmaxes in one pass than with two calls. A finished
     allocation is faster as calls of FlashAttention, where that is installed and serves the
-    problem, than as one launch of our kernel.
+    problem, than as one launch of our kernel. With packed documents FlashAttention needs their
+    number, for which the host waits once a micro-batch. A small one does not make up for that.
     """
-    if problem.gated:
+    is_small = problem.batch * problem.length < PACKED_FLASH_TOKENS
+    if problem.gated or (problem.packed and is_small):
         return TRITON, FLASH, SDPA, REFERENCE
     return FLASH, TRITON, SDPA, REFERENCE
 
