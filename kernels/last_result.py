@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Result = TypeVar("Result")
 
 
 class _Last(NamedTuple):
-    tensor: weakref.ref[Tensor]
+    storage: StorageWeakRef
+    """Of the tensor. Its address cannot be used again while this exists."""
     key: tuple[Any, ...]
     result: Any
 
 
-def kept(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Makes a function return its last result again where it gets the same tensor again.
+def remember_last(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes a function return its last result where it gets the same elements again.
 
     function: takes a tensor, and then arguments that can be compared.
 
-    The tensor must be the same object, and must not have been changed.
+    The elements must be in the same memory, as after `detach`, and unchanged. Changes by torch's
+    operators are noticed, but not those through `.data`, NumPy or a kernel.
     """
     last: _Last | None = None
 
     def wrapped(tensor: Tensor, *arguments: Any) -> Result:
         nonlocal last
         # Dynamo cannot trace weak references. Inference tensors do not count their changes.
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        is_counted = not (torch.is_inference_mode_enabled() or tensor.is_inference())
+        if torch.compiler.is_compiling() or not is_counted:
             return function(tensor, *arguments)
-        key = (tensor._version, *arguments)
-        if last is None or last.tensor() is not tensor or last.key != key:
-            last = _Last(weakref.ref(tensor), key, function(tensor, *arguments))
-        result: Result = last.result
+        storage = StorageWeakRef(tensor.untyped_storage())
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage.cdata, tensor._version, *place, *arguments)
+        # Another thread may replace it meanwhile.
+        found = last
+        if found is None or found.key != key:
+            found = _Last(storage, key, function(tensor, *arguments))
+            last = found
+        result: Result = found.result
         return result
 
     return wrapped

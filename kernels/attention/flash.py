@@ -19,7 +19,7 @@ from megaconsa.kernels.attention.flash_library import Packed
 from megaconsa.kernels.attention.gating import mix
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
-from megaconsa.kernels.last_result import kept
+from megaconsa.kernels.last_result import remember_last
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ def attention(
     return mix(full, out, gate)
 
 
-@kept
+@remember_last
 def document_bounds(documents: Tensor) -> Tensor:
     """The bounds of all documents in the batch, as `flash_library.Packed` has them.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megaconsa.data.order import Order
 from megaconsa.data.token_mixture import Sequences
-from megaconsa.errors import InputError, RunError
+from megaconsa.errors import InputError, RunError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +47,32 @@ class Prefetcher:
         self._moved.set()
 
     def _work(self) -> None:
-        done = np.empty(0, np.int64)
+        done: set[int] = set()
         while not self._closed:
             self._moved.clear()
-            wanted = np.concatenate(self._order.ahead(self._place))
-            if not np.array_equal(wanted, done) and self._fetch(wanted):
-                done = wanted
+            wanted = np.concatenate(self._order.ahead(self._place)).tolist()
+            done.intersection_update(wanted)
+            self._fetch(wanted, done)
             self._moved.wait()
 
-    def _fetch(self, wanted: np.ndarray) -> bool:
-        """Downloads the shards of some sequences, in this order. Returns whether all went well."""
+    def _fetch(self, wanted: list[int], done: set[int]) -> None:
+        """Downloads the shards of some sequences, in this order, and adds the sequences to `done`.
+
+        A shard that is damaged is left to its reader. One that its store did not send is tried
+        again in the next step.
+        """
         room = self._limit
-        for index in wanted.tolist():
-            if self._closed:
-                return False
+        for index in wanted:
             room -= self._sequences.shard_bytes(index)
-            if room < 0:
-                break
+            if self._closed or room < 0:
+                return
+            if index in done:
+                continue
             try:
                 self._sequences.fetch_ahead(index)
-            except (OSError, RunError, InputError) as error:
+            except (OSError, UnreachableError) as error:
                 logger.debug("not downloaded ahead: %s", error)
-                return False
-        return True
+                continue
+            except (RunError, InputError) as error:
+                logger.debug("not downloaded ahead, and not tried again: %s", error)
+            done.add(index)

@@ -29,9 +29,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden, model_config.num_attention_heads * dim, bias=False)
         self.k_proj = nn.Linear(hidden, model_config.num_key_value_heads * dim, bias=False)
         self.v_proj = nn.Linear(hidden, model_config.num_key_value_heads * dim, bias=False)
-        self.projections = Stack(self.q_proj, self.k_proj, self.v_proj)
+        self.projections = Stack(self, "q_proj", "k_proj", "v_proj")
         self.o_proj = nn.Linear(model_config.num_attention_heads * dim, hidden, bias=False)
-        self.output = Stack(self.o_proj)
+        self.output = Stack(self, "o_proj")
         self.q_norm = RMSNorm(dim, model_config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, model_config.rms_norm_eps)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.norm import triton as norm
@@ -23,12 +24,12 @@ from megaconsa.kernels.swiglu import triton as gating
 from megaconsa.model.attention import Attention
 from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
-from megaconsa.model.ranks import Ranks
 from megaconsa.model.rope import document_angles
-from megaconsa.model.weight_gradients import own_gradient
+from megaconsa.model.tensor_group import TensorGroup
+from megaconsa.model.weight_gradients import add_gradient
 
 
-class Parts(Protocol):
+class BlockModules(Protocol):
     """The parts of a `qwen3.Block`."""
 
     self_attn: Attention
@@ -36,28 +37,43 @@ class Parts(Protocol):
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
     separate: bool
-    ranks: Ranks
+    group: TensorGroup
 
 
-def run_block(block: Parts, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
+def run_block(block: BlockModules, x: Tensor, documents: Tensor, sequences: Tensor) -> Tensor:
     """As `Block.forward`."""
+    q, k, v, x = before_attention(block, x, documents)
+    attended = attend(block, q, k, v, documents, sequences)
+    return after_attention(block, x, attended)
+
+
+def before_attention(
+    block: BlockModules, x: Tensor, documents: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The queries, keys and values of a block, and x itself."""
     attention = block.self_attn
     config = attention.model_config
     cos, sin = document_angles(documents, config.head_dim, config.rope_theta)
-    q, k, v, x = _BeforeAttention.apply(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _BeforeAttention.apply(
         x,
         block,
         cos,
         sin,
         block.input_layernorm.weight,
-        attention.q_proj.weight,
-        attention.k_proj.weight,
-        attention.v_proj.weight,
+        *attention.projections.weights,
         attention.q_norm.weight,
         attention.k_norm.weight,
     )
+    return results
+
+
+def attend(
+    block: BlockModules, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, sequences: Tensor
+) -> Tensor:
+    """The attention of the block's heads, (B, S, heads, D)."""
+    attention = block.self_attn
     pattern = attention.heads.select(attention.layer, sequences)
-    attended = hybrid_attention(
+    return hybrid_attention(
         q,
         k,
         v,
@@ -66,15 +82,18 @@ def run_block(block: Parts, x: Tensor, documents: Tensor, sequences: Tensor) -> 
         documents=documents if block.separate else None,
         backend=attention.backend,
     )
+
+
+def after_attention(block: BlockModules, x: Tensor, attended: Tensor) -> Tensor:
+    """The block's result from its input and what its heads attended to."""
     out: Tensor = _AfterAttention.apply(
         x,
         attended.flatten(2),
         block,
-        attention.o_proj.weight,
+        *block.self_attn.output.weights,
         block.post_attention_layernorm.weight,
-        block.mlp.gate_proj.weight,
-        block.mlp.up_proj.weight,
-        block.mlp.down_proj.weight,
+        *block.mlp.gate_up.weights,
+        *block.mlp.down.weights,
     )
     return out
 
@@ -82,7 +101,7 @@ def run_block(block: Parts, x: Tensor, documents: Tensor, sequences: Tensor) -> 
 class _BeforeAttention(torch.autograd.Function):
     """Norm, projections to heads, norms of queries and keys, rotary embedding.
 
-    Returns q, k, v, and x itself. The gradient that reaches x beside attention comes back through
+    Returns q, k, v, and x itself. The gradient that x gets from after attention comes back through
     the latter, so that the kernel of the norm can add it.
     """
 
@@ -90,7 +109,7 @@ class _BeforeAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        block: Parts,
+        block: BlockModules,
         cos: Tensor,
         sin: Tensor,
         norm_weight: Tensor,
@@ -102,7 +121,8 @@ class _BeforeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config = block.self_attn.model_config
         x = x.contiguous()
-        normed = block.ranks.gathered(norm.rms_norm(x, norm_weight, config.rms_norm_eps))
+        own = norm.rms_norm(x, norm_weight, config.rms_norm_eps)
+        normed = block.group.gather_input(own)
         rows = normed @ block.self_attn.projections.matrix().T
         rows = rows.unflatten(-1, (-1, config.head_dim))
         heads = config.num_attention_heads
@@ -110,10 +130,12 @@ class _BeforeAttention(torch.autograd.Function):
         v = rows[:, :, heads + config.num_key_value_heads :]
         ctx.block = block
         # Another rank's part of the norm cannot be computed again.
-        ctx.save_for_backward(x, rows, cos, sin, normed if block.ranks.size > 1 else None)
+        gathered = None if normed is own else normed
+        ctx.save_for_backward(x, rows, cos, sin, gathered)
         return q, k, v, x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_residual: Tensor) -> Any:
         block = ctx.block
         x, rows, cos, sin, gathered = ctx.saved_tensors
@@ -132,22 +154,25 @@ class _BeforeAttention(torch.autograd.Function):
         )
         d_rows = d_rows.flatten(2)
         projections = attention.projections
-        d_normed = block.ranks.summed(d_rows @ projections.matrix())
+        d_normed = block.group.reduce_output(d_rows @ projections.matrix())
         norm_weight = block.input_layernorm.weight
         d_x, parts, normed = norm.rms_norm_backward(
             d_normed, x, norm_weight, eps, d_residual.contiguous()
         )
-        of_projections = projections.gradients(d_rows, normed if gathered is None else gathered)
+        wanted = ctx.needs_input_grad
+        of_projections = projections.gradients(
+            d_rows, normed if gathered is None else gathered, wanted[5:8]
+        )
         of_heads = head_parts.sum(dim=0)
         return (
             d_x,
             None,
             None,
             None,
-            own_gradient(norm_weight, parts.sum(dim=0)),
+            add_gradient(norm_weight, parts.sum(dim=0)),
             *of_projections,
-            own_gradient(attention.q_norm.weight, of_heads[0]),
-            own_gradient(attention.k_norm.weight, of_heads[1]),
+            add_gradient(attention.q_norm.weight, of_heads[0]),
+            add_gradient(attention.k_norm.weight, of_heads[1]),
         )
 
 
@@ -159,50 +184,55 @@ class _AfterAttention(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         attended: Tensor,
-        block: Parts,
+        block: BlockModules,
         o_proj: Tensor,
         norm_weight: Tensor,
         gate_proj: Tensor,
         up_proj: Tensor,
         down_proj: Tensor,
     ) -> Tensor:
-        ranks = block.ranks
+        group = block.group
         eps = block.self_attn.model_config.rms_norm_eps
-        delta = ranks.summed(attended @ o_proj.T)
-        x, normed = norm.add_rms_norm(x, delta, norm_weight, eps)
-        normed = ranks.gathered(normed)
+        delta = group.reduce_output(attended @ o_proj.T)
+        x, own = norm.add_rms_norm(x, delta, norm_weight, eps)
+        normed = group.gather_input(own)
         gate_up = normed @ block.mlp.gate_up.matrix().T
-        out = ranks.summed(gating.swiglu(gate_up) @ down_proj.T)
+        out = group.reduce_output(gating.swiglu(gate_up) @ down_proj.T)
         ctx.block = block
-        ctx.save_for_backward(attended, x, gate_up, normed if ranks.size > 1 else None)
+        gathered = None if normed is own else normed
+        ctx.save_for_backward(attended, x, gate_up, gathered)
         return out.add_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         block = ctx.block
-        ranks = block.ranks
+        group = block.group
         attended, x, gate_up, gathered = ctx.saved_tensors
         mlp = block.mlp
         attention = block.self_attn
         norm_weight = block.post_attention_layernorm.weight
         d_out = d_out.contiguous()
-        d_down = ranks.gathered(d_out)
+        d_down = group.gather_input(d_out)
         d_gated = d_down @ mlp.down.matrix()
         d_gate_up, gated = gating.swiglu_backward(d_gated, gate_up)
-        of_down = mlp.down.gradients(d_down, gated)
-        d_normed = ranks.summed(d_gate_up @ mlp.gate_up.matrix())
+        wanted = ctx.needs_input_grad
+        of_down = mlp.down.gradients(d_down, gated, wanted[7:8])
+        d_normed = group.reduce_output(d_gate_up @ mlp.gate_up.matrix())
         d_x, parts, normed = norm.rms_norm_backward(
             d_normed, x, norm_weight, attention.model_config.rms_norm_eps, d_out
         )
-        of_inputs = mlp.gate_up.gradients(d_gate_up, normed if gathered is None else gathered)
-        d_delta = ranks.gathered(d_x)
+        of_inputs = mlp.gate_up.gradients(
+            d_gate_up, normed if gathered is None else gathered, wanted[5:7]
+        )
+        d_delta = group.gather_input(d_x)
         d_attended = d_delta @ attention.output.matrix()
         return (
             d_x,
             d_attended,
             None,
-            *attention.output.gradients(d_delta, attended),
-            own_gradient(norm_weight, parts.sum(dim=0)),
+            *attention.output.gradients(d_delta, attended, wanted[3:4]),
+            add_gradient(norm_weight, parts.sum(dim=0)),
             *of_inputs,
             *of_down,
         )

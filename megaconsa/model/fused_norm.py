@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megaconsa.kernels.norm import triton as norm
-from megaconsa.model.weight_gradients import own_gradient
+from megaconsa.model.weight_gradients import add_gradient
 
 
 def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,7 +28,8 @@ class _Norm(torch.autograd.Function):
         return norm.rms_norm(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (x,) = ctx.saved_tensors
         d_x, parts, _ = norm.rms_norm_backward(gradient.contiguous(), x, ctx.weight, ctx.eps)
-        return d_x, own_gradient(ctx.weight, parts.sum(dim=0)), None
+        return d_x, add_gradient(ctx.weight, parts.sum(dim=0)), None

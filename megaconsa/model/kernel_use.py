@@ -1,4 +1,4 @@
-"""Where a model computes with kernels of its own instead of torch's operators."""
+"""Decides whether a model computes with our kernels or with torch's operators."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Precisions that the kernels compute in."""
 
 
-def on_device(device: torch.device) -> bool:
+def kernels_serve_device(device: torch.device) -> bool:
     """Whether blocks and norms run by our kernels on a device."""
     return device.type == "cuda"
 
 
-def for_tensor(x: Tensor) -> bool:
+def kernels_serve(x: Tensor) -> bool:
     """Whether our kernels compute with x."""
-    return on_device(x.device) and x.dtype in DTYPES
+    return kernels_serve_device(x.device) and x.dtype in DTYPES

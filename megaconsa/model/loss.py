@@ -58,6 +58,10 @@ def summed_cross_entropy(
     Returns an fp32 scalar. The sum is the same on every rank. The gradient of hidden is this rank's
     part of a sum over ranks.
     """
+    if not torch.is_grad_enabled():
+        # The function computes gradients together with the loss, wherever an input asks for them.
+        hidden = hidden.detach()
+        weight = weight.detach()
     total: Tensor = _SummedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), part)
     return total
 
@@ -77,10 +81,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
-        d_hidden = None
+        d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = None
-        if wanted:
-            d_hidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
             # The chunks' products add up in fp32, see `add_product`.
             d_weight = torch.zeros(weight.shape, device=weight.device)
         rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
@@ -89,9 +92,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
             x = hidden[chunk]
             logits = x @ weight.T
             total += _losses_(logits, labels[chunk], part, gradient=wanted).sum()
-            if d_hidden is not None and d_weight is not None:
-                # `logits` was overwritten with its gradient.
+            # With gradients, `logits` was overwritten with its gradient.
+            if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[chunk])
+            if d_weight is not None:
                 add_product(d_weight, logits.T, x)
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
@@ -105,6 +109,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         # The product is taken in fp32. bf16 would round the factor itself by up to 0.4 %, which
         # shifts every element in the same direction.
         d_hidden = (d_hidden.float() * gradient).to(narrow)
+        if d_weight is None:
+            return d_hidden, None, None, None
         if ctx.main_grad is None:
             d_weight = (d_weight * gradient).to(narrow)
         else:

@@ -22,8 +22,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(
             model_config.intermediate_size, model_config.hidden_size, bias=False
         )
-        self.gate_up = Stack(self.gate_proj, self.up_proj)
-        self.down = Stack(self.down_proj)
+        self.gate_up = Stack(self, "gate_proj", "up_proj")
+        self.down = Stack(self, "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_use.for_tensor(x):
+        if kernel_use.kernels_serve(x):
             # Imported here, because machines without a GPU may lack Triton.
             from megaconsa.model.fused_norm import run_norm
 

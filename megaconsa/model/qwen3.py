@@ -15,7 +15,7 @@ from megaconsa.model.attention import Attention
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
-from megaconsa.model.ranks import Alone, Ranks
+from megaconsa.model.tensor_group import NoGroup, TensorGroup
 
 
 class Block(nn.Module):
@@ -34,7 +34,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.separate = separate
-        self.ranks: Ranks = Alone()
+        self.group: TensorGroup = NoGroup()
         """The ranks that the block is divided over."""
         self.self_attn = Attention(model_config, layer, heads, backend)
         self.mlp = MLP(model_config)
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
         Returns (B, S, hidden).
         """
-        if kernel_use.for_tensor(x):
+        if kernel_use.kernels_serve(x):
             # Imported here, because machines without a GPU may lack Triton.
             from megaconsa.model.fused_block import run_block
 

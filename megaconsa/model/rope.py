@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.last_result import kept
+from megaconsa.kernels.last_result import remember_last
 
 
 @lru_cache(maxsize=8)
@@ -29,7 +29,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-@kept
+@remember_last
 def document_angles(documents: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles of positions that restart with each document.
 

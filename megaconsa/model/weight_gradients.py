@@ -27,17 +27,19 @@ def main_grad(weight: Tensor) -> Tensor | None:
 class Stack:
     """The weights of linear layers that get the same input, as one matrix."""
 
-    def __init__(self, *layers: nn.Linear) -> None:
-        self.layers = layers
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        """owner: has the layers as attributes of these names."""
+        self._owner = owner
+        self._names = names
         self._places: tuple[int, ...] = ()
         self._views: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
-        return Stack(*copy.deepcopy(self.layers, memo))
+        return Stack(copy.deepcopy(self._owner, memo), *self._names)
 
     @property
     def weights(self) -> list[Tensor]:
-        return [layer.weight for layer in self.layers]
+        return [getattr(self._owner, name).weight for name in self._names]
 
     def matrix(self) -> Tensor:
         """The weights below each other, (all rows, C), without a gradient.
@@ -51,29 +53,30 @@ class Stack:
             return torch.cat([weight.detach() for weight in weights])
         return view
 
-    def gradients(self, gradient: Tensor, x: Tensor) -> list[Tensor | None]:
-        """The gradients of the weights.
+    def gradients(self, gradient: Tensor, x: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Computes the gradients of the weights.
 
         gradient: of the layers' results, which lie beside each other, (..., all rows).
         x: the layers' input, (..., C).
+        wanted: whether each weight needs a gradient.
 
-        Returns what autograd takes for each weight: None where the gradient went to `main_grad`.
+        Returns the values to return to autograd: None where there is no gradient, or where it was
+        added to `main_grad`.
         """
         weights = self.weights
+        if not any(wanted):
+            return [None] * len(weights)
         columns = gradient.flatten(0, -2).T
         x = x.flatten(0, -2)
         total = self._look(weights)[1]
-        if total is not None:
+        if total is not None and all(wanted):
             add_product(total, columns, x)
             return [None] * len(weights)
-        sizes = [len(weight) for weight in weights]
-        if any(main_grad(weight) is None for weight in weights):
-            return list((columns @ x).split(sizes))
-        for weight, part in zip(weights, columns.split(sizes), strict=True):
-            buffer = main_grad(weight)
-            assert buffer is not None
-            add_product(buffer, part, x)
-        return [None] * len(weights)
+        found: list[Tensor | None] = []
+        parts = columns.split([len(weight) for weight in weights])
+        for weight, part, is_wanted in zip(weights, parts, wanted, strict=True):
+            found.append(_product_gradient(weight, part, x) if is_wanted else None)
+        return found
 
     def _look(self, weights: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The weights and their buffers, each as one view of memory, or None."""
@@ -85,6 +88,15 @@ class Stack:
             whole = _neighbours(found) if len(found) == len(weights) else None
             self._views = _neighbours(weights), whole
         return self._views
+
+
+def _product_gradient(weight: Tensor, columns: Tensor, x: Tensor) -> Tensor | None:
+    """The product as the gradient of a weight, or None if it was added to `main_grad`."""
+    buffer = main_grad(weight)
+    if buffer is None:
+        return columns @ x
+    add_product(buffer, columns, x)
+    return None
 
 
 def _neighbours(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -113,10 +125,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a.float() @ b.float()
 
 
-def own_gradient(weight: Tensor, gradient: Tensor) -> Tensor | None:
-    """Takes the gradient of a weight as it is.
+def add_gradient(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """Adds the gradient of a weight to its `main_grad`.
 
-    Returns what autograd takes for the weight: None where the gradient went to `main_grad`.
+    Returns the value to return to autograd: None, or the gradient if the weight has no buffer.
     """
     buffer = main_grad(weight)
     if buffer is None:

@@ -59,7 +59,7 @@ class BlockLayer(Block):
             sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate
         )
         self.tp = tp
-        self.ranks = tp
+        self.group = tp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry

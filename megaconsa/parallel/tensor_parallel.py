@@ -28,27 +28,27 @@ class TensorParallel:
     """Sequence parallelism: in the residual stream each rank holds S / size consecutive tokens."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """`gathered`, differentiable."""
+        """`gather_input`, differentiable."""
         if self.size == 1:
             return x
         entered: Tensor = _Enter.apply(x, self)
         return entered
 
     def leave(self, x: Tensor) -> Tensor:
-        """`summed`, differentiable."""
+        """`reduce_output`, differentiable."""
         if self.size == 1:
             return x
         left: Tensor = _Leave.apply(x, self)
         return left
 
-    def gathered(self, x: Tensor) -> Tensor:
+    def gather_input(self, x: Tensor) -> Tensor:
         """Enters a divided part of the model: (B, S or S / size, ...) to (B, S, ...) on every
         rank. Not differentiable."""
         if self.size == 1 or not self.sequence:
             return x
         return self.all_gather_sequence(x)
 
-    def summed(self, x: Tensor) -> Tensor:
+    def reduce_output(self, x: Tensor) -> Tensor:
         """Returns to the residual stream: sums (B, S, ...) over the ranks. Not differentiable.
 
         Every rank gets the whole sum, or its part of the sequence with sequence parallelism.
@@ -98,20 +98,20 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        entered = tp.gathered(x)
+        entered = tp.gather_input(x)
         return x.view_as(x) if entered is x else entered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.summed(gradient), None
+        return ctx.tp.reduce_output(gradient), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return tp.summed(x)
+        return tp.reduce_output(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.gathered(gradient), None
+        return ctx.tp.gather_input(gradient), None

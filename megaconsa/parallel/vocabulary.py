@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megaconsa.model.loss import VocabularyPart
-from megaconsa.model.weight_gradients import main_grad, own_gradient
+from megaconsa.model.weight_gradients import add_gradient, main_grad
 from megaconsa.parallel.tensor_parallel import TensorParallel
 
 
@@ -49,8 +49,9 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         (tokens,) = ctx.saved_tensors
         rows = len(ctx.weight)
-        dense = torch.ops.aten.embedding_dense_backward(gradient, tokens, rows, -1, False)
-        own_gradient(ctx.weight, dense)
+        # In fp32, because the rows of tokens that occur often are sums of many gradients.
+        dense = torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, rows, -1, False)
+        add_gradient(ctx.weight, dense)
         return None, None
 
 

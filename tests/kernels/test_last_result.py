@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.last_result import kept
+from megaconsa.kernels.last_result import remember_last
 
 
 class Counted:
@@ -24,7 +24,7 @@ class Counted:
 
 def test_the_same_tensor_is_computed_once() -> None:
     counted = Counted()
-    function = kept(counted)
+    function = remember_last(counted)
     x = torch.arange(3)
     assert function(x, 2) is function(x, 2)
     assert counted.calls == 1
@@ -34,7 +34,7 @@ def test_the_same_tensor_is_computed_once() -> None:
 
 
 def test_a_changed_tensor_is_computed_again() -> None:
-    function = kept(Counted())
+    function = remember_last(Counted())
     x = torch.arange(3)
     function(x, 2)
     x += 1
@@ -42,7 +42,7 @@ def test_a_changed_tensor_is_computed_again() -> None:
 
 
 def test_no_result_of_inference_mode_reaches_autograd() -> None:
-    function = kept(Counted())
+    function = remember_last(Counted())
     x = torch.ones(3)
     with torch.inference_mode():
         function(x, 2)
@@ -51,8 +51,34 @@ def test_no_result_of_inference_mode_reaches_autograd() -> None:
     assert weight.grad is not None
 
 
+def test_a_detached_tensor_is_the_same() -> None:
+    """Recomputed layers get detached tensors."""
+    counted = Counted()
+    function = remember_last(counted)
+    x = torch.arange(3)
+    assert function(x.detach(), 2) is function(x, 2)
+    assert torch.equal(function(x[1:], 2), x[1:] * 2)
+    assert torch.equal(function(x.view(torch.float64), 2), x.view(torch.float64) * 2)
+    assert counted.calls == 3
+
+
+def test_inference_tensors_outside_their_mode() -> None:
+    function = remember_last(Counted())
+    with torch.inference_mode():
+        x = torch.ones(3)
+    assert torch.equal(function(x, 2), x * 2)
+
+
+def test_memory_that_is_used_again_is_another_tensor() -> None:
+    function = remember_last(Counted())
+    for value in range(50):
+        x = torch.full((1000,), value)
+        assert torch.equal(function(x, 2), x * 2)
+        del x
+
+
 def test_the_tensor_itself_is_not_kept() -> None:
-    function = kept(Counted())
+    function = remember_last(Counted())
     x = torch.ones(3)
     gone = weakref.ref(x)
     function(x, 2)

@@ -116,7 +116,8 @@ def test_equals_the_plain_block(buffers: str, device: str, dtype: torch.dtype) -
 def test_neighbours_are_not_copied() -> None:
     flat = torch.arange(24.0)
     above, below = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-    stack, turned = Stack(above, below), Stack(below, above)
+    owner = nn.ModuleDict({"above": above, "below": below})
+    stack, turned = Stack(owner, "above", "below"), Stack(owner, "below", "above")
     above.weight.data, below.weight.data = flat.view(2, 3, 4).clone().unbind()
     view = stack.matrix()
     assert view.data_ptr() == above.weight.data_ptr()
@@ -125,6 +126,8 @@ def test_neighbours_are_not_copied() -> None:
     # As after a checkpoint was loaded, or the module was moved.
     below.weight.data = torch.ones(3, 4)
     assert torch.equal(stack.matrix(), torch.cat((above.weight, below.weight)))
+    owner["above"] = nn.Linear(4, 3, bias=False)
+    assert torch.equal(stack.matrix(), torch.cat((owner["above"].weight, below.weight)))
 
 
 def test_a_copied_block_has_its_own_weights() -> None:
@@ -137,3 +140,24 @@ def test_a_copied_block_has_its_own_weights() -> None:
             weight.zero_()
     assert not other.mlp.gate_up.matrix().any()
     assert torch.equal(block.mlp.gate_up.matrix(), before)
+
+
+@interpreted
+@pytest.mark.parametrize("buffers", [False, True])
+def test_frozen_weights_get_no_gradients(buffers: bool) -> None:
+    block = build("cpu", torch.float32)
+    x, gradient, documents, sequences = inputs("cpu", torch.float32)
+    sums = give_buffers(block) if buffers else {}
+    for name, weight in block.named_parameters():
+        weight.requires_grad_("q_proj" not in name and "down_proj" not in name)
+    plain = copy.deepcopy(block)
+    plain(x, documents, sequences).backward(gradient)
+    run_block(block, x, documents, sequences).backward(gradient)
+    for name, weight in block.named_parameters():
+        wanted = plain.get_parameter(name).grad
+        found = sums[name] - 1 if buffers else weight.grad
+        if wanted is None:
+            assert found is None or not found.any()
+        else:
+            assert found is not None
+            check(found, wanted, 1e-4)

@@ -108,7 +108,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 def with_kernels() -> Any:
     """Runs blocks and norms as on a GPU, with the kernels in Triton's interpreter."""
-    return patch.object(kernel_use, "on_device", lambda device: True)
+    return patch.object(kernel_use, "kernels_serve_device", lambda device: True)
 
 
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:

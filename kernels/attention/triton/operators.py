@@ -9,7 +9,7 @@ from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.triton.backward_operator import backward, compute_backward
 from megaconsa.kernels.attention.triton.forward_operator import compute_forward, forward
-from megaconsa.kernels.last_result import kept
+from megaconsa.kernels.last_result import remember_last
 from megaconsa.kernels.limits import DTYPES, HEAD_DIMS, INTERPRETED
 
 
@@ -54,7 +54,7 @@ def attention(
     return out
 
 
-@kept
+@remember_last
 def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
     """First position and end (exclusive) of each token's document, int32 (B, S) each.
 

@@ -107,7 +107,7 @@ class Engine:
             )
         if bf16:
             patch_bf16(self.engine)
-        self._has_main_grads = bf16 and kernel_use.on_device(mesh.device)
+        self._has_main_grads = bf16 and kernel_use.kernels_serve_device(mesh.device)
         if self._has_main_grads:
             give_main_grads(self.optimizer)
         self._clock = ComputeClock(self.engine, mesh.device)

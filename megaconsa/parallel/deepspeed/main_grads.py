@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from megaconsa.model.weight_gradients import MAIN_GRAD
 
 
 def give_main_grads(optimizer: Any) -> None:
-    """Gives each weight its part of the flat fp32 gradients."""
+    """Gives each weight its part of the flat fp32 gradients.
+
+    A backward pass raises RuntimeError if autograd gets a gradient of a weight all the same.
+    """
     for weights, gradients in zip(
         optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True
     ):
         for weight, gradient in zip(weights, gradients, strict=True):
             setattr(weight, MAIN_GRAD, gradient.view(weight.shape))
+            weight.register_post_accumulate_grad_hook(_refuse)
             # By this name DeepSpeed finds the gradients that it sums over tied weights.
             weight._hp_grad = gradient
     # Autograd keeps no gradients, so there are none to add or to clear after each micro-batch.
@@ -32,6 +38,13 @@ def expect_gradients(optimizer: Any) -> None:
     """
     for known in optimizer.fp32_groups_has_gradients:
         known[:] = [True] * len(known)
+
+
+def _refuse(weight: Tensor) -> None:
+    raise RuntimeError(
+        f"a weight of shape {tuple(weight.shape)} got its gradient from autograd, where DeepSpeed "
+        "does not look; its layer must add to main_grad (model/weight_gradients.py)"
+    )
 
 
 def _nothing(*arguments: Any, **named: Any) -> None:

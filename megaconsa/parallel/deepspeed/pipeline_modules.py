@@ -65,7 +65,7 @@ def layer_specs(
     heads: HeadSelector,
     backend: str,
     separate_documents: bool,
-    recomputed: Collection[int],
+    recomputed: Collection[int] = (),
 ) -> list[Any]:
     """The pipeline's layers: embedding, blocks, final norm, head with loss."""
     config = sharding.model_config

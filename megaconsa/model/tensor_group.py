@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Ranks(Protocol):
+class TensorGroup(Protocol):
     """The ranks of a tensor group, which divide the parts of a block around attention and the MLP.
 
     Neither function is differentiable. Each is the other's transpose.
@@ -16,20 +16,20 @@ class Ranks(Protocol):
     @property
     def size(self) -> int: ...
 
-    def gathered(self, x: Tensor) -> Tensor:
+    def gather_input(self, x: Tensor) -> Tensor:
         """From the residual stream into a divided part: (B, S / size or S, ...) to (B, S, ...)."""
 
-    def summed(self, x: Tensor) -> Tensor:
+    def reduce_output(self, x: Tensor) -> Tensor:
         """From a divided part to the residual stream: the sum over the ranks."""
 
 
-class Alone:
+class NoGroup:
     """A block that is not divided."""
 
     size = 1
 
-    def gathered(self, x: Tensor) -> Tensor:
+    def gather_input(self, x: Tensor) -> Tensor:
         return x
 
-    def summed(self, x: Tensor) -> Tensor:
+    def reduce_output(self, x: Tensor) -> Tensor:
         return x
