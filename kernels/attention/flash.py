@@ -57,29 +57,29 @@ def attention(
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
     windows, gate = heads
-    bounds = None if documents is None else document_bounds(documents)
+    bounds, longest = (None, 0) if documents is None else document_bounds(documents)
     run = forward if torch.compiler.is_compiling() else _Eager.apply
-    out: Tensor = run(q, k, v, windows, bounds, scale)[0]
+    out: Tensor = run(q, k, v, windows, bounds, longest, scale)[0]
     if gate is None:
         return out
-    full: Tensor = run(q, k, v, [q.shape[1]] * len(windows), bounds, scale)[0]
+    full: Tensor = run(q, k, v, [q.shape[1]] * len(windows), bounds, longest, scale)[0]
     return mix(full, out, gate)
 
 
 @remember_last
-def document_bounds(documents: Tensor) -> Tensor:
-    """The bounds of all documents in the batch, as `flash_library.Packed` has them.
+def document_bounds(documents: Tensor) -> tuple[Tensor, int]:
+    """The bounds of all documents in the batch, and the tokens of the longest.
 
     documents: (B, S), non-decreasing ids in each sequence.
     """
-    # Their number decides on the shape, so the host must know it. All layers share the result,
-    # so it waits for the GPU once for a micro-batch.
+    # Their number determines the shape, so the host must know it. All layers share the result, so
+    # the host waits for the GPU once a micro-batch.
     ids = documents.cpu()
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     first_tokens = begins.flatten().nonzero().flatten()
     bounds = torch.cat((first_tokens, torch.tensor([ids.numel()]))).int()
-    return bounds.to(documents.device, non_blocking=True)
+    return bounds.to(documents.device, non_blocking=True), int(bounds.diff().max())
 
 
 class Run(NamedTuple):
@@ -112,9 +112,10 @@ def compute_forward(
     v: Tensor,
     windows: Sequence[int],
     bounds: Tensor | None,
+    longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """bounds: those of packed documents, or None.
+    """bounds, longest: those of packed documents, as in `flash_library.Packed`, or None.
 
     Returns out (B, S, heads, D), and lse: the log of the softmaxes' sums, fp32.
 
@@ -123,7 +124,7 @@ def compute_forward(
     """
     out, lse = _outputs(q)
     library = flash_library.find(q.device)
-    packed = _packed(bounds, q.shape[1])
+    packed = _packed(bounds, longest, q.shape[1])
     q_, k_, v_, out_ = (_in_tokens(x, packed) for x in (q, k, v, out))
     for run, run_lse in _with_lse(q, k, windows, lse, packed):
         library.forward(
@@ -148,6 +149,7 @@ def compute_backward(
     lse: Tensor,
     windows: Sequence[int],
     bounds: Tensor | None,
+    longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv.
@@ -156,7 +158,7 @@ def compute_backward(
     """
     dq, dk, dv = _gradients(q, k)
     library = flash_library.find(q.device)
-    packed = _packed(bounds, q.shape[1])
+    packed = _packed(bounds, longest, q.shape[1])
     of_queries = tuple(_in_tokens(x, packed) for x in (dout.contiguous(), q, out, dq))
     of_keys = tuple(_in_tokens(x, packed) for x in (k, v, dk, dv))
     for run, run_lse in _with_lse(q, k, windows, lse, packed):
@@ -166,8 +168,8 @@ def compute_backward(
     return dq, dk, dv
 
 
-def _packed(bounds: Tensor | None, length: int) -> Packed | None:
-    return None if bounds is None else Packed(bounds, length)
+def _packed(bounds: Tensor | None, longest: int, length: int) -> Packed | None:
+    return None if bounds is None else Packed(bounds, longest, length)
 
 
 def _in_tokens(x: Tensor, packed: Packed | None) -> Tensor:
@@ -201,6 +203,7 @@ def _(
     v: Tensor,
     windows: Sequence[int],
     bounds: Tensor | None,
+    longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(q)
@@ -216,6 +219,7 @@ def _(
     lse: Tensor,
     windows: Sequence[int],
     bounds: Tensor | None,
+    longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(q, k)
@@ -231,7 +235,7 @@ def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.windows, bounds, ctx.scale = inputs
+    q, k, v, ctx.windows, bounds, ctx.longest, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, bounds, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -257,5 +261,5 @@ class _Eager(torch.autograd.Function):
 def _of_inputs(ctx, dout, run):  # type: ignore[no-untyped-def]
     """run: `backward`, or what it computes."""
     q, k, v, bounds, out, lse = ctx.saved_tensors
-    dq, dk, dv = run(dout, q, k, v, out, lse, ctx.windows, bounds, ctx.scale)
-    return dq, dk, dv, None, None, None
+    dq, dk, dv = run(dout, q, k, v, out, lse, ctx.windows, bounds, ctx.longest, ctx.scale)
+    return dq, dk, dv, None, None, None, None

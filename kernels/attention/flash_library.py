@@ -23,7 +23,9 @@ class Packed(NamedTuple):
     bounds: Tensor
     """First token of each document, then the number of all tokens, int32 (documents + 1,)."""
     longest: int
-    """No document has more tokens."""
+    """Tokens of the longest document."""
+    length: int
+    """Tokens of a sequence. No document has more."""
 
 
 class Forward(Protocol):
@@ -147,7 +149,8 @@ def _flash_attn_4() -> Library:
         }
         if packed is not None:
             chosen["cu_seqlens_q"] = chosen["cu_seqlens_k"] = packed.bounds
-            chosen["max_seqlen_q"] = chosen["max_seqlen_k"] = packed.longest
+            # It chooses kernels by this bound. One that varies could compile others in a run.
+            chosen["max_seqlen_q"] = chosen["max_seqlen_k"] = packed.length
         return chosen
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -104,6 +105,10 @@ class FlatShard:
     def unload(self) -> None:
         """Closes the file."""
         if self._file is not None:
+            if self._cache is not None:
+                # A forked process may have it open too. Closing alone would leave it locked, and
+                # the cache could not remove it.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
 

@@ -183,6 +183,10 @@ class _RemoteFile(io.RawIOBase):
         self._ranges = None
         content = ranges(self._place, count)
         if not 0 < len(content) <= count:
+            if store.look(self._path) != _known[self._path]:
+                raise InputError(
+                    f"{self._path}: it was replaced while it was read; run the command again"
+                )
             raise OSError(errno.EREMOTEIO, f"{len(content)} bytes came in place of {count}")
         self._ranges = ranges
         return content

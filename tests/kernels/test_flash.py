@@ -41,7 +41,7 @@ def as_one_sequence(
     assert packed.bounds.dtype == torch.int32
     lengths = packed.bounds.diff()
     assert lengths.min() > 0
-    assert lengths.max() <= packed.longest
+    assert lengths.max() == packed.longest <= packed.length
     documents = torch.arange(len(lengths)).repeat_interleave(lengths)[None]
     return documents, tuple(tensor[None] for tensor in tensors)
 
@@ -208,11 +208,12 @@ def test_operators_are_registered_rightly() -> None:
     q, k, v = draw(2, 7, 3, 2, 4)
     windows = [3, FULL_WINDOW, 3]
     operators = torch.ops.megaconsa
-    for bounds in (None, torch.tensor([0, 3, 7, 14]).int()):
-        torch.library.opcheck(operators.flash_attention.default, (q, k, v, windows, bounds, 0.5))
+    for bounds, longest in ((None, 0), (torch.tensor([0, 3, 7, 14]).int(), 7)):
+        inputs = (q, k, v, windows, bounds, longest, 0.5)
+        torch.library.opcheck(operators.flash_attention.default, inputs)
         leaves = [x.detach() for x in (q, k, v)]
-        out, lse = flash.forward(*leaves, windows, bounds, 0.5)
-        arguments = (torch.randn(out.shape), *leaves, out, lse, windows, bounds, 0.5)
+        out, lse = flash.forward(*leaves, windows, bounds, longest, 0.5)
+        arguments = (torch.randn(out.shape), *leaves, out, lse, windows, bounds, longest, 0.5)
         torch.library.opcheck(operators.flash_attention_backward.default, arguments)
 
 
