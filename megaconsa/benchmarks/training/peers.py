@@ -63,6 +63,8 @@ def obstacle(name: str, config: Config) -> str | None:
     if config.model.init_from is not None:
         # Our trainer would go on in the data order of that run.
         return "it starts from random weights and the first batch; set model.init_from=null"
+    if config.training.memory_gib is not None:
+        return "it cannot recompute some layers only; set training.memory_gib=null"
     if name == "liger" and not has_gpu:
         return "its kernels need a GPU"
     if name == "liger" and separate:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from megaconsa.model import kernel_use
 from megaconsa.parallel.pipeline import BlockLayer, EmbeddingLayer, LMHeadLayer, NormLayer
 from megaconsa.parallel.step_parts import Part, Wrap
 
@@ -37,6 +39,8 @@ def wrap_parts(engine: Any, wrap: Wrap) -> None:
     }
     for module in engine.module.modules():
         _wrap_layer(module, wrap)
+    if kernel_use.kernels_serve_device(torch.device(engine.device)):
+        _wrap_fused_block(wrap)
     # A tied head is no module of its own, but a function of the embedding.
     # DualPipeV has two lists of layers.
     for functions in getattr(engine.module, "phase_funcs", [engine.module.forward_funcs]):
@@ -56,6 +60,19 @@ def _wrap_layer(module: nn.Module, wrap: Wrap) -> None:
         _wrap_forward(module, wrap, Part.FINAL_NORM)
     elif isinstance(module, LMHeadLayer):
         _wrap_forward(module, wrap, Part.HEAD)
+
+
+def _wrap_fused_block(wrap: Wrap) -> None:
+    """Wraps the functions of a block on a GPU, which go around its attention and MLP modules."""
+    from megaconsa.model import fused_block
+
+    parts = {
+        "before_attention": Part.ATTENTION,
+        "attend": Part.ATTENTION,
+        "after_attention": Part.MLP,
+    }
+    for name, part in parts.items():
+        setattr(fused_block, name, wrap(getattr(fused_block, name), part))
 
 
 def _wrap_forward(module: nn.Module, wrap: Wrap, name: str) -> None:
