@@ -15,6 +15,8 @@ from megaconsa.console import check_out, console, run_tool
 if TYPE_CHECKING:
     from megaconsa.benchmarks.attention.cases import Shape
 
+CASES = "dense, window, mixed, gated, gated-half, gated-partly, packed, packed-mixed, packed-gated"
+
 
 def main(
     batch: Annotated[
@@ -37,7 +39,7 @@ def main(
         str | None, typer.Option(help="bf16, fp16 or fp32. Default bf16; without a GPU fp32.")
     ] = None,
     case: Annotated[
-        list[str] | None, typer.Option(help="Case to run, may be repeated. Default: all.")
+        list[str] | None, typer.Option(help=f"Case to run, may be repeated: {CASES}. Default: all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     tune: Annotated[
@@ -77,6 +79,8 @@ def main(
     batch = batch or (4 if gpu else 1)
     length = length or (8192 if gpu else 256)
     window = window or (1024 if gpu else 64)
+    # Several documents must fit into a sequence, else the packed cases have none to hide.
+    document_median = 600 if gpu else 30
     if dtype not in dtypes:
         raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(dtypes)}")
     if heads % kv_heads:
@@ -88,7 +92,17 @@ def main(
         )
     if out is not None:
         check_out(out)
-    shape = Shape(batch, length, heads, kv_heads, head_dim, window, dtypes[dtype], device)
+    shape = Shape(
+        batch,
+        length,
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+        dtypes[dtype],
+        device,
+        document_median,
+    )
     if tune and (case or out is not None):
         raise InputError(
             "--tune does not go with --case or --out: "

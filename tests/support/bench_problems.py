@@ -10,8 +10,18 @@ from megaconsa.benchmarks.attention.contestants import OurBackend, Peer
 from megaconsa.benchmarks.attention.truth import Results
 
 CPU = torch.device("cpu")
-SHAPE = Shape(2, 37, 6, 3, 8, 5, torch.float32, CPU)
-NAMES = ["dense", "window", "mixed", "gated", "gated-half", "gated-partly"]
+SHAPE = Shape(2, 37, 6, 3, 8, 5, torch.float32, CPU, document_median=12)
+NAMES = [
+    "dense",
+    "window",
+    "mixed",
+    "gated",
+    "gated-half",
+    "gated-partly",
+    "packed",
+    "packed-mixed",
+    "packed-gated",
+]
 
 every_case = pytest.mark.parametrize("name", NAMES)
 

@@ -6,22 +6,27 @@ The problems are small and run on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 from megaconsa.benchmarks.attention import peers, timing
 from megaconsa.benchmarks.attention import truth as truth_module
 from megaconsa.benchmarks.attention.benchmark import Quartiles, Row, compare, forward_flops
 from megaconsa.benchmarks.attention.cases import Shape, all_cases
-from megaconsa.benchmarks.attention.contestants import OurBackend, Peer, Run
+from megaconsa.benchmarks.attention.contestants import Attention, OurBackend, Peer, Run
 from megaconsa.benchmarks.attention.timing import check, errors, time_in_turns
 from megaconsa.benchmarks.attention.truth import truth
 from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.attention import reference
 from megaconsa.kernels.attention.head_pattern import HeadPattern
+from megaconsa.kernels.attention.visibility import visible
 from tests.support.bench_problems import CPU, NAMES, SHAPE, every_case, inputs_of, results_of
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -29,15 +34,16 @@ pytestmark = pytest.mark.usefixtures("no_gpu")
 
 @every_case
 def test_flops_count_the_visible_pairs(name: str) -> None:
-    case = inputs_of(name).case
+    inputs = inputs_of(name)
+    case = inputs.case
     gate = case.gate or (0.0,) * SHAPE.kv_heads
     pairs = 0
     for head in range(SHAPE.heads):
-        window = case.windows[head // SHAPE.group]
         z = gate[head // SHAPE.group]
-        for query in range(SHAPE.length):
-            pairs += sum(1 for key in range(query + 1) if z > 0 or query - key < window)
-    assert forward_flops(SHAPE, case) == 4 * SHAPE.head_dim * SHAPE.batch * pairs
+        window = SHAPE.length if z > 0 else case.windows[head // SHAPE.group]
+        seen = visible(SHAPE.length, window, inputs.documents, CPU)
+        pairs += int(seen.expand(SHAPE.batch, -1, -1, -1).sum())
+    assert forward_flops(SHAPE, case) == 4 * SHAPE.head_dim * pairs
 
 
 @every_case
@@ -47,21 +53,24 @@ def test_truth_is_the_reference_in_fp64(name: str, monkeypatch: pytest.MonkeyPat
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     gate = None if inputs.gate is None else inputs.gate.double().requires_grad_()
     per_row = None if gate is None else gate.expand(SHAPE.batch, -1)
-    out = reference.attention(*leaves, HeadPattern(inputs.case.windows, per_row), None, SHAPE.scale)
+    pattern = HeadPattern(inputs.case.windows, per_row)
+    out = reference.attention(*leaves, pattern, inputs.documents, SHAPE.scale)
     wanted = leaves if gate is None else [*leaves, gate]
     expected = (out.detach(), *torch.autograd.grad(out, wanted, inputs.gradient.double()))
     for result, right in zip(truth(inputs).values(), expected, strict=True):
         torch.testing.assert_close(result, right, rtol=1e-12, atol=1e-12)
 
 
-def bare(heads_first: bool) -> Callable[..., Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """A library that computes windows but no gates, in either layout."""
+def bare(heads_first: bool) -> Callable[..., Attention]:
+    """A library that computes windows and documents but no gates, in either layout."""
 
-    def build(shape: Shape, windows: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def build(shape: Shape, windows: tuple[int, ...], documents: Tensor | None) -> Attention:
         def attention(*qkv: Tensor) -> Tensor:
             assert all(x.is_contiguous() for x in qkv)
             q, k, v = (x.transpose(1, 2) for x in qkv) if heads_first else qkv
-            out = hybrid_attention(q, k, v, window=windows, backend="reference")
+            out = hybrid_attention(
+                q, k, v, window=windows, documents=documents, backend="reference"
+            )
             return out.transpose(1, 2) if heads_first else out
 
         return attention
@@ -77,23 +86,84 @@ def test_what_a_peer_launches_is_the_case(
 ) -> None:
     inputs = inputs_of(name)
     peer = Peer(
-        "bare", bare(heads_first), heads_first, windowed=True, launch_per_window=launch_per_window
+        "bare",
+        bare(heads_first),
+        heads_first,
+        windowed=True,
+        launch_per_window=launch_per_window,
+        packed=True,
     )
     assert peer.serves(inputs.case) == (launch_per_window or inputs.gate is None)
     if peer.serves(inputs.case):
-        two = launch_per_window and name not in ("dense", "window")
+        two = launch_per_window and name not in ("dense", "window", "packed")
         assert peer.prepare(inputs).launches == (2 if two else 1)
         assert max(errors(results_of(peer, inputs), truth(inputs), inputs).values()) < 1e-6
 
 
-def test_peers_without_windows_serve_the_dense_case_alone() -> None:
+def varlen_by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+) -> tuple[Tensor, None]:
+    """Stands in for FlashAttention 4's `flash_attn_varlen_func`: one call for each document."""
+    assert causal
+    assert cu_seqlens_q is cu_seqlens_k
+    assert cu_seqlens_q.dtype == torch.int32
+    bounds = cu_seqlens_q.tolist()
+    assert bounds[-1] == len(q) == len(k) == len(v)
+    assert max(end - start for start, end in pairwise(bounds)) == max_seqlen_q == max_seqlen_k
+    left, right = window_size
+    assert right == (None if left is None else 0)
+    window = max_seqlen_q if left is None else left + 1
+    outputs = []
+    for start, end in pairwise(bounds):
+        q_, k_, v_ = (x[None, start:end] for x in (q, k, v))
+        out = hybrid_attention(q_, k_, v_, window=window, scale=softmax_scale, backend="reference")
+        outputs.append(out[0])
+    return torch.cat(outputs), None
+
+
+@pytest.mark.parametrize("name", ["packed", "packed-mixed", "packed-gated"])
+def test_documents_as_flash_attention_4_gets_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(flash_attn_varlen_func=varlen_by_document)
+    monkeypatch.setattr(peers, "import_module", lambda name: library)
+    inputs = inputs_of(name)
+    peer = peers.PEERS[0]
+    run = peer.prepare(inputs)
+    assert {leaf.shape[0] for leaf in run.leaves} == {SHAPE.batch * SHAPE.length}
+    assert run.launches == (1 if name == "packed" else 2)
+    assert max(errors(results_of(peer, inputs), truth(inputs), inputs).values()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["dense", "window", "mixed", "packed", "packed-mixed"])
+def test_flex_attention_sees_the_visible_keys(name: str) -> None:
+    inputs = inputs_of(name)
+    mask_mod = peers.flex_mask(SHAPE, inputs.case.windows, inputs.documents)
+    mask = create_mask(mask_mod, SHAPE.batch, SHAPE.heads, SHAPE.length, SHAPE.length, CPU)
+    for head in range(SHAPE.heads):
+        window = inputs.case.windows[head // SHAPE.group]
+        seen = visible(SHAPE.length, window, inputs.documents, CPU)
+        assert torch.equal(mask[:, head], seen[:, 0].expand(SHAPE.batch, -1, -1))
+
+
+def test_peers_serve_what_they_can_compute() -> None:
     cases = all_cases(SHAPE)
     served = {peer.name: [case.name for case in cases if peer.serves(case)] for peer in peers.PEERS}
     assert served == {
         "FlashAttention 4": NAMES,
         "cuDNN (SDPA)": ["dense"],
         "FlashAttention 2 (SDPA)": ["dense"],
-        "FlexAttention": ["dense", "window", "mixed"],
+        "FlexAttention": ["dense", "window", "mixed", "packed", "packed-mixed"],
     }
     assert "needs a CUDA GPU" in str(peers.PEERS[0].refusal(inputs_of("dense")))
 
@@ -101,7 +171,7 @@ def test_peers_without_windows_serve_the_dense_case_alone() -> None:
 @every_case
 def test_sorted_heads_are_the_same_heads(name: str) -> None:
     """With five KV heads, the order of the heads is not its own inverse."""
-    inputs = inputs_of(name, Shape(2, 37, 10, 5, 8, 5, torch.float32, CPU))
+    inputs = inputs_of(name, replace(SHAPE, heads=10, kv_heads=5))
     seen = []
 
     def watched(*qkv: Tensor, **arguments: Any) -> Tensor:
@@ -119,7 +189,14 @@ def test_small_problem_is_of_the_same_kind() -> None:
     assert (small.length % 128, small.window % 128) == (8191 % 128, 1000 % 128)
     assert SHAPE.small() == SHAPE
     large = Shape(4, 32768, 16, 8, 128, 1024, torch.bfloat16, CPU).small()
-    assert (large.length, large.window) == (1024, 256)
+    assert (large.length, large.window, large.document_median) == (1024, 256, 150)
+
+
+def test_small_problem_has_several_documents_and_some_exceed_the_window() -> None:
+    small = Shape(4, 8192, 16, 8, 128, 1024, torch.bfloat16, CPU).small()
+    for documents in small.document_lengths():
+        assert len(documents) >= 4
+        assert max(documents) > small.window
 
 
 def runs(*contestants: OurBackend) -> dict[str, Run]:

@@ -15,6 +15,7 @@ from megaconsa.benchmarks.attention import peers
 from megaconsa.benchmarks.attention.cases import Inputs, Shape
 from megaconsa.benchmarks.attention.contestants import Contestant, OurBackend, Peer
 from megaconsa.kernels import hybrid_attention
+from megaconsa.tools import bench_attention
 from tests.support.bench_problems import NAMES
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -51,6 +52,9 @@ def test_the_command_writes_what_it_measured(done: Callable[..., str], tmp_path:
     assert [case["name"] for case in content["cases"]] == NAMES
     assert content["cases"][2]["windows"] == [40, 6]
     assert content["cases"][4]["gate"] == [1.0, 0.0]
+    packed = {case["name"] for case in content["cases"] if case["packed"]}
+    assert packed == {"packed", "packed-mixed", "packed-gated"}
+    assert content["cases"][6]["forward_flops"] < content["cases"][0]["forward_flops"]
     results = content["results"]
     assert [(row["case"], row["contestant"]) for row in results] == [
         (n, c) for n in NAMES for c in ("sdpa", "reference")
@@ -64,10 +68,10 @@ def test_the_command_writes_what_it_measured(done: Callable[..., str], tmp_path:
         assert row["tflops"] == pytest.approx(3.5 * flops / row["total_ms"] / 1e9)
         assert row["ratio"] is None
         assert set(row["errors"]) == {"out", "dq", "dk", "dv"} | (
-            {"dz"} if row["case"].startswith("gated") else set()
+            {"dz"} if "gated" in row["case"] else set()
         )
         assert max(row["errors"].values()) < content["bound"] == 1e-5
-    for said in ("No GPU", "TFLOP/s", "gated-partly", f"wrote {out}"):
+    for said in ("No GPU", "TFLOP/s", "gated-partly", "packed-mixed", f"wrote {out}"):
         assert said in printed
 
 
@@ -116,6 +120,11 @@ def one_sided(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     return hybrid_attention(q, (k + k.detach()) / 2, v, **arguments)
 
 
+def across_documents(*qkv: Tensor, documents: Tensor | None, **arguments: Any) -> Tensor:
+    """Ignores where documents start."""
+    return hybrid_attention(*qkv, **arguments)
+
+
 def crashing(*qkv: Tensor, **arguments: Any) -> Tensor:
     raise RuntimeError("an illegal memory access was encountered\nlong explanation")
 
@@ -153,6 +162,17 @@ def test_no_speed_of_a_wrong_backend(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_speed_of_a_backend_that_mixes_documents(
+    megaconsa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        peers, "contestants", lambda device: [OurBackend("reference", across_documents)]
+    )
+    outcome = megaconsa("bench-attention", *SMALL, "--case", "dense", "--case", "packed")
+    assert outcome.code == 1
+    assert "reference fails the case packed " in outcome.err
+
+
 class OnCpu(Peer):
     """A peer that may run on this CPU."""
 
@@ -161,13 +181,17 @@ class OnCpu(Peer):
 
 
 def peer_by(function: Callable[..., Tensor]) -> Contestant:
-    def build(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
+    def build(
+        shape: Shape, windows: tuple[int, ...], documents: Tensor | None
+    ) -> Callable[..., Tensor]:
         return lambda *qkv: function(*qkv, window=windows, backend="reference")
 
     return OnCpu(function.__name__, build, heads_first=False, windowed=True, launch_per_window=True)
 
 
-def missing(shape: Shape, windows: tuple[int, ...]) -> Callable[..., Tensor]:
+def missing(
+    shape: Shape, windows: tuple[int, ...], documents: Tensor | None
+) -> Callable[..., Tensor]:
     import package_that_is_not_there  # type: ignore[import-not-found]
 
     return package_that_is_not_there.attention  # type: ignore[no-any-return]
@@ -212,6 +236,10 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(
     assert "  hybrid_attention x 2 " in printed
 
 
+def test_the_help_names_every_case() -> None:
+    assert bench_attention.CASES.split(", ") == NAMES
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -248,6 +276,12 @@ def test_on_a_gpu(done: Callable[..., str], tmp_path: Path) -> None:
         "dense",
         "--case",
         "gated",
+        "--case",
+        "packed",
+        "--case",
+        "packed-mixed",
+        "--case",
+        "packed-gated",
         "--out",
         out,
     )
@@ -258,5 +292,10 @@ def test_on_a_gpu(done: Callable[..., str], tmp_path: Path) -> None:
         ("dense", "FlexAttention"),
         ("gated", "triton"),
         ("gated", "sdpa"),
+        ("packed", "triton"),
+        ("packed", "FlexAttention"),
+        ("packed-mixed", "triton"),
+        ("packed-mixed", "FlexAttention"),
+        ("packed-gated", "triton"),
     } <= timed
     assert "gated triton / dense triton" in [ratio["name"] for ratio in content["ratios"]]

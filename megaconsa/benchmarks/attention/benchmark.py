@@ -29,7 +29,7 @@ from megaconsa.benchmarks.attention.timing import (
 )
 from megaconsa.console import Task, progress
 from megaconsa.errors import InputError, RunError
-from megaconsa.model.flops import visible_pairs
+from megaconsa.model.flops import attention_pairs
 
 BACKWARD_FLOPS = 2.5
 """FLOPs of the backward pass over those of the forward pass: five matrix products over two."""
@@ -240,12 +240,15 @@ def _time_case(
 
 
 def forward_flops(shape: Shape, case: Case) -> int:
-    """Returns the FLOPs of a forward pass, counting visible pairs only.
+    """Returns the FLOPs of a forward pass, counting only pairs within windows and documents.
 
     Q K^T and P V cost 2 * head_dim each per pair, for every query head of every sequence.
     """
+    lengths = [shape.length] * shape.batch
+    if case.packed:
+        lengths = [length for documents in shape.document_lengths() for length in documents]
     # `pairs` counts one query head of every KV head.
-    return 4 * shape.head_dim * shape.batch * shape.group * case.pairs(visible_pairs, shape.length)
+    return 4 * shape.head_dim * shape.group * case.pairs(attention_pairs, lengths)
 
 
 def device_name(device: torch.device) -> str:

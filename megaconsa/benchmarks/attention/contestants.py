@@ -19,6 +19,8 @@ from megaconsa.kernels.attention.hybrid_attention import hybrid_attention
 from megaconsa.kernels.attention.problem import Problem
 
 Tensors = tuple[Tensor, ...]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A peer's function of q, k and v in its own layout."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class OurBackend:
             head_dim=shape.head_dim,
             windows=inputs.case.windows,
             gated=inputs.gate is not None,
-            packed=False,
+            packed=inputs.documents is not None,
             scale=shape.scale,
         )
         return BACKENDS[self.name].refusal(problem)
@@ -115,7 +117,15 @@ class OurBackend:
             leaves = (*leaves, gate)
 
         def forward() -> Tensors:
-            out = self.function(q, k, v, window=ordered_windows, gate=gate, backend=self.name)
+            out = self.function(
+                q,
+                k,
+                v,
+                window=ordered_windows,
+                gate=gate,
+                documents=inputs.documents,
+                backend=self.name,
+            )
             return (out,)
 
         def collect(outputs: Tensors, gradients: Tensors) -> Results:
@@ -150,18 +160,23 @@ class Peer:
 
     Heads are split into its launches beforehand, outside the time measured.
 
-    build: makes its function of (q, k, v) for a shape and the windows of the KV heads it gets.
+    build: makes its function of (q, k, v) for a shape, the windows of the KV heads it gets, and
+    the documents of `Inputs`.
     heads_first: tensors are (B, heads, S, D) instead of (B, S, heads, D).
     windowed: it supports windows.
     launch_per_window: it takes one launch for the heads of each window. Otherwise one launch takes
     all heads, with a mask per head.
+    packed: it supports documents that do not see each other.
+    joins_sequences: with documents, tensors are (B S, heads, D).
     """
 
     name: str
-    build: Callable[[Shape, tuple[int, ...]], Callable[[Tensor, Tensor, Tensor], Tensor]]
+    build: Callable[[Shape, tuple[int, ...], Tensor | None], Attention]
     heads_first: bool
     windowed: bool
     launch_per_window: bool
+    packed: bool = False
+    joins_sequences: bool = False
     ours: bool = False
 
     def serves(self, case: Case) -> bool:
@@ -170,6 +185,8 @@ class Peer:
         Gated cases take two launches, full and windowed. This is what a gate costs without a
         kernel for it.
         """
+        if case.packed and not self.packed:
+            return False
         if case.name == "dense":
             return True
         return self.windowed and (case.gate is None or self.launch_per_window)
@@ -182,14 +199,21 @@ class Peer:
             _Launch.make(inputs, heads, windows, weight, self)
             for heads, windows, weight in self._split(inputs)
         ]
-        functions = [self.build(inputs.shape, launch.windows) for launch in launches]
+        functions = [
+            self.build(inputs.shape, launch.windows, inputs.documents) for launch in launches
+        ]
 
         def forward() -> Tensors:
             pairs = zip(functions, launches, strict=True)
             return tuple(function(*launch.leaves) for function, launch in pairs)
 
         def collect(outputs: Tensors, gradients: Tensors) -> Results:
-            return _collect(inputs, launches, self._canonical(outputs), self._canonical(gradients))
+            return _collect(
+                inputs,
+                launches,
+                self._canonical(outputs, inputs),
+                self._canonical(gradients, inputs),
+            )
 
         leaves = tuple(leaf for launch in launches for leaf in launch.leaves)
         gradients = tuple(launch.gradient for launch in launches)
@@ -213,17 +237,21 @@ class Peer:
             launches.append((heads, (window,) * len(heads), None))
         return launches
 
-    def _native(self, x: Tensor) -> Tensor:
+    def _native(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Returns a (B, S, heads, D) tensor in the peer's layout, contiguous."""
-        if self.heads_first:
+        if self.joins_sequences and inputs.documents is not None:
+            x = x.flatten(0, 1)
+        elif self.heads_first:
             x = x.transpose(1, 2)
         return x.contiguous()
 
-    def _canonical(self, tensors: Tensors) -> Tensors:
+    def _canonical(self, tensors: Tensors, inputs: Inputs) -> Tensors:
         """Returns tensors in the peer's layout as (B, S, heads, D)."""
-        if not self.heads_first:
-            return tensors
-        return tuple(x.transpose(1, 2) for x in tensors)
+        if self.joins_sequences and inputs.documents is not None:
+            return tuple(x.unflatten(0, (inputs.shape.batch, -1)) for x in tensors)
+        if self.heads_first:
+            return tuple(x.transpose(1, 2) for x in tensors)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -255,8 +283,8 @@ class _Launch:
             weight = weight.repeat_interleave(group)[:, None]
             gradient = (weight * gradient).to(gradient.dtype)
         parts = (inputs.q[:, :, queries], inputs.k[:, :, heads], inputs.v[:, :, heads])
-        leaves = tuple(peer._native(x).requires_grad_() for x in parts)
-        return _Launch(heads, queries, windows, weight, leaves, peer._native(gradient))
+        leaves = tuple(peer._native(x, inputs).requires_grad_() for x in parts)
+        return _Launch(heads, queries, windows, weight, leaves, peer._native(gradient, inputs))
 
 
 def _collect(

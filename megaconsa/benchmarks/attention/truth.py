@@ -58,10 +58,14 @@ def _add_block(results: Results, inputs: Inputs, row: int, head: int, start: int
     leaves = {"dq": q, "dk": k, "dv": v}
     index = torch.arange(stop, device=shape.device)
     distance = index[queries, None] - index
+    unseen = distance < 0
+    if inputs.documents is not None:
+        documents = inputs.documents[row, :stop]
+        unseen = unseen | (documents[queries, None] != documents)
     scores = q @ k.T * shape.scale  # (group, queries, keys)
 
     def attend(window: int) -> Tensor:
-        hidden = (distance < 0) | (distance >= window)
+        hidden = unseen | (distance >= window)
         return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v
 
     out = attend(inputs.case.windows[head])
