@@ -44,6 +44,7 @@ from tests.support.topologies import (
     PP2,
     PP2_DP2,
     PP2_DUALPIPEV,
+    RECOMPUTED_TIED,
     STEPS,
     TP2,
     TP2_PP2,
@@ -223,6 +224,7 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
     [
         (TP2_SEQUENCE, LEARN_TIED),
         pytest.param(ONE, TRAIN_UNTIED, marks=pytest.mark.slow),
+        pytest.param(ONE, RECOMPUTED_TIED, marks=pytest.mark.slow),
         pytest.param(TP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DUALPIPEV, LEARN_TIED, marks=pytest.mark.slow),

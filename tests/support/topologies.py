@@ -47,6 +47,7 @@ PADDED = {"vocab_size": 515}
 """This size is not a multiple of two tensor ranks."""
 LEARN_TIED = Case("learn-tied", LEARN)
 TRAIN_UNTIED = Case("train-untied", TRAIN | {"model": UNTIED})
+RECOMPUTED_TIED = Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED})
 HEAD_ALONE = Case(
     "head-alone",
     LEARN
@@ -68,7 +69,7 @@ CASES = (
         "learn-untied-recomputed",
         LEARN | RECOMPUTED | {"model": UNTIED | PADDED, "gates": {"controller": "paper"}},
     ),
-    Case("train-tied-recomputed", TRAIN | RECOMPUTED | {"model": PADDED}),
+    RECOMPUTED_TIED,
     TRAIN_UNTIED,
     Case("train-after-learn", TRAIN, initialised_from="learn-tied"),
 )

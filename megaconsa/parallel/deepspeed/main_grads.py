@@ -41,6 +41,9 @@ def expect_gradients(optimizer: Any) -> None:
 
 
 def _refuse(weight: Tensor) -> None:
+    if weight.grad is None:
+        # torch also calls this where a backward pass returns no gradient.
+        return
     raise RuntimeError(
         f"a weight of shape {tuple(weight.shape)} got its gradient from autograd, where DeepSpeed "
         "does not look; its layer must add to main_grad (model/weight_gradients.py)"
