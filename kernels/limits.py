@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 
@@ -14,3 +16,11 @@ True if TRITON_INTERPRET=1 was set when Triton was imported.
 """
 LOG2_E = 1.4426950408889634
 """Scores are multiplied by log2(e), so that exp2 gives what exp would."""
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU. The interpreter counts as one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaconsa.kernels.limits import multiprocessors
+
 TILE = 4096
 """Elements of a tile: one long row, or several short ones."""
-PROGRAMS_PER_UNIT = 8
+PROGRAMS_PER_MULTIPROCESSOR = 8
 """Programs per streaming multiprocessor in the backward pass."""
 
 
@@ -58,7 +58,9 @@ def rms_norm_backward(
     rows = x.numel() // width
     columns = triton.next_power_of_2(width)
     block = max(1, TILE // columns)
-    programs = max(1, min(triton.cdiv(rows, block), PROGRAMS_PER_UNIT * _units(x.device)))
+    programs = max(
+        1, min(triton.cdiv(rows, block), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
+    )
     d_x = torch.empty_like(x)
     out = torch.empty_like(x)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
@@ -111,14 +113,6 @@ def _launch_forward(
 def _warps(elements: int) -> int:
     """Warps of a program, so that a thread holds 32 elements of a tile."""
     return max(1, min(16, elements // 1024))
-
-
-@lru_cache
-def _units(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU. The interpreter counts as one."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -6,16 +6,16 @@ over their heads, so that it loads their angles once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaconsa.kernels.limits import multiprocessors
+
 TILE = 4096
 """Elements of a head's tile: tokens times head_dim."""
-PROGRAMS_PER_UNIT = 4
+PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs per streaming multiprocessor in the backward pass."""
 
 
@@ -84,7 +84,10 @@ def normed_heads_backward(
     batch, length, _, dim = rows.shape
     tokens = batch * length
     block = _tokens_of_tile(dim)
-    programs = max(1, min(triton.cdiv(tokens, block), PROGRAMS_PER_UNIT * _units(rows.device)))
+    programs = max(
+        1,
+        min(triton.cdiv(tokens, block), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(rows.device)),
+    )
     d_rows = torch.empty_like(rows)
     parts = torch.empty(programs, 2, dim, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
@@ -112,14 +115,6 @@ def normed_heads_backward(
 
 def _tokens_of_tile(dim: int) -> int:
     return max(1, TILE // triton.next_power_of_2(dim))
-
-
-@lru_cache
-def _units(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU. The interpreter counts as one."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
