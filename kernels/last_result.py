@@ -31,9 +31,11 @@ def remember_last(function: Callable[..., Result]) -> Callable[..., Result]:
 
     def wrapped(tensor: Tensor, *arguments: Any) -> Result:
         nonlocal last
-        # Dynamo cannot trace weak references. Inference tensors do not count their changes.
-        is_counted = not (torch.is_inference_mode_enabled() or tensor.is_inference())
-        if torch.compiler.is_compiling() or not is_counted:
+        if torch.compiler.is_compiling():
+            # Dynamo cannot trace what follows.
+            return function(tensor, *arguments)
+        if torch.is_inference_mode_enabled() or tensor.is_inference():
+            # Inference tensors do not count their changes.
             return function(tensor, *arguments)
         storage = StorageWeakRef(tensor.untyped_storage())
         place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)

@@ -74,15 +74,20 @@ sys.exit(_main(sys.argv[1:]))
 RANK_1_WAITS_FOR_DATA = RANK_1_SLEEPS.replace("METHOD", "_fetch").replace("SECONDS", "10")
 DISK_FILLS = f"""
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from tests.support.disks import fill
+from megaconsa.checkpoint import store
 from megaconsa.train import _main
 from megaconsa.training.trainer import Trainer
 
 step = Trainer.step
 def filling(trainer):
     if trainer.mesh.world.rank == 0 and trainer.progress.step == 3:
+        # The checkpoint of step 2 is written beside training. It must fit.
+        while not store.committed(Path(DISK) / "run"):
+            time.sleep(0.01)
         fill(Path(DISK))
     return step(trainer)
 Trainer.step = filling
