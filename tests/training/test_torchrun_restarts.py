@@ -86,7 +86,7 @@ def test_a_killed_rank_is_started_again(kind: str, make_config: MakeConfig, tmp_
     for launcher in ended(launchers):
         assert launcher.code == 0, launcher.err
     assert (killed / "failures").exists()
-    launch(2, [{"config": values(whole), "fault": None, "stop": None}])
+    launch(2, [{"config": values(whole), "fault": None, "kernels": False, "stop": None}])
     assert not (whole / "failures").exists()
     assert losses(killed) == losses(whole)
     assert contents(killed) == contents(whole)
