@@ -49,7 +49,7 @@ def rms_norm_backward(
 
     gradient: of the norm, (..., C), contiguous.
     x: input of the norm, (..., C), contiguous.
-    residual: gradient that reaches x beside the norm, (..., C), contiguous. None: there is none.
+    residual: gradient of x from elsewhere, (..., C), contiguous. None: there is none.
 
     Returns the gradient of x (..., C), partial sums (programs, C) in fp32 of the gradient of
     weight, and the norm (..., C).

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class Prefetcher:
     """A thread that downloads ahead of a place in the stream. One process of a node needs it.
 
-    It tries each download once. The reader of a shard retries, and reports failures.
+    It does not wait for a store that fails. The reader of a shard does, and reports failures.
     """
 
     def __init__(self, sequences: Sequences, order: Order, place: int, limit: int) -> None:

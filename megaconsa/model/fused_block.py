@@ -50,7 +50,13 @@ def run_block(block: BlockModules, x: Tensor, documents: Tensor, sequences: Tens
 def before_attention(
     block: BlockModules, x: Tensor, documents: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The queries, keys and values of a block, and x itself."""
+    """What a block computes before attention.
+
+    x: (B, S, hidden), or this rank's part of the sequence.
+    documents: (B, S) int32, index at which each position's document starts.
+
+    Returns q (B, S, heads, D), k and v (B, S, kv_heads, D), and x itself.
+    """
     attention = block.self_attn
     config = attention.model_config
     cos, sin = document_angles(documents, config.head_dim, config.rope_theta)
@@ -85,7 +91,13 @@ def attend(
 
 
 def after_attention(block: BlockModules, x: Tensor, attended: Tensor) -> Tensor:
-    """The block's result from its input and what its heads attended to."""
+    """What a block computes after attention.
+
+    x: the block's input, as `before_attention` returned it.
+    attended: (B, S, heads, D).
+
+    Returns the block's result, of the shape of x.
+    """
     out: Tensor = _AfterAttention.apply(
         x,
         attended.flatten(2),
