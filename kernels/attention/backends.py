@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 PACKED_FLASH_TOKENS = 32768
 """Tokens of a micro-batch from which packed documents go to FlashAttention."""
+GATED_FLASH_LENGTH = 4096
+"""Tokens of a sequence from which gated heads go to FlashAttention, if documents are not packed."""
+CLOSED_FLASH_LENGTH = 32768
+"""The same where more than a quarter of the gates are closed."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, HeadPattern, Tensor | None, float], Tensor]
 """(q, k, v, heads, documents, scale) -> out, as `reference.attention`"""
@@ -76,7 +80,7 @@ FLASH = Backend(
     flash.refusal,
     flash.attention,
     "a call for each run of heads of a kind",
-    "two calls for gated heads",
+    "a call for the window and one for the keys before it",
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, TRITON, FLASH)}
@@ -133,15 +137,22 @@ def _automatic(problem: Problem) -> Backend:
 def _preferred(problem: Problem) -> tuple[Backend, ...]:
     """The backends by their measured speed on Hopper, fastest first.
 
-    A gated head is faster with both softmaxes in one pass than with two calls. A finished
-    allocation is faster as calls of FlashAttention, where that is installed and serves the
-    problem, than as one launch of our kernel. With packed documents FlashAttention needs their
-    number, for which the host waits once a micro-batch. A small one does not make up for that.
+    A finished allocation is faster as calls of FlashAttention, where that is installed and serves
+    the problem, than as one launch of our kernel. So are gated heads in long sequences: the longer,
+    the more heads may be closed, for which our kernel skips more work. With packed documents
+    FlashAttention needs their number, for which the host waits once a micro-batch. A small one does
+    not make up for that.
     """
-    is_small = problem.batch * problem.length < PACKED_FLASH_TOKENS
-    if problem.gated or (problem.packed and is_small):
-        return TRITON, FLASH, SDPA, REFERENCE
-    return FLASH, TRITON, SDPA, REFERENCE
+    if problem.gated:
+        mostly_open = problem.closed <= problem.kv_heads // 4
+        least = GATED_FLASH_LENGTH if mostly_open else CLOSED_FLASH_LENGTH
+        flash_is_faster = not problem.packed and problem.length >= least
+    else:
+        is_small = problem.batch * problem.length < PACKED_FLASH_TOKENS
+        flash_is_faster = not (problem.packed and is_small)
+    if flash_is_faster:
+        return FLASH, TRITON, SDPA, REFERENCE
+    return TRITON, FLASH, SDPA, REFERENCE
 
 
 # Dynamo calls the next two functions while it traces instead of tracing into them, because they

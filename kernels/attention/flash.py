@@ -1,8 +1,8 @@
 """Hybrid attention through FlashAttention.
 
-Each run of neighbouring heads of one kind takes one call. Gated heads take two. The calls read
-and write slices of whole tensors. So a finished allocation whose heads are sorted by kind costs
-two calls and nothing else: no copy of q, k, v, and no zero-padded gradients.
+Each run of neighbouring heads of one kind takes one call. The calls read and write slices of whole
+tensors. So a finished allocation whose heads are sorted by kind costs two calls and nothing else:
+no copy of q, k, v, and no zero-padded gradients. `flash_gated.py` computes gated heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.attention import flash_library
+from megaconsa.kernels.attention import flash_gated, flash_library
 from megaconsa.kernels.attention.flash_library import Packed
 from megaconsa.kernels.attention.gating import mix
 from megaconsa.kernels.attention.head_pattern import HeadPattern
@@ -56,7 +56,11 @@ def attention(
 
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
-    windows, gate = heads
+    windows, gate, closed = heads
+    window = windows[0]
+    is_simple = documents is None and not torch.compiler.is_compiling()
+    if gate is not None and is_simple and len(set(windows)) == 1 and window < q.shape[1]:
+        return flash_gated.attention(q, k, v, gate, closed, window, scale)
     bounds, longest = (None, 0) if documents is None else document_bounds(documents)
     run = forward if torch.compiler.is_compiling() else _Eager.apply
     out: Tensor = run(q, k, v, windows, bounds, longest, scale)[0]

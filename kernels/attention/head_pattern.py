@@ -14,6 +14,8 @@ class HeadPattern(NamedTuple):
     """Visible keys of each KV head, the query's own included."""
     gate: Tensor | None = None
     """While learning: z per KV head, fp32 (B, kv_heads), or (kv_heads,) for all sequences."""
+    closed: tuple[bool, ...] | None = None
+    """Whether z is 0 in every sequence, for each KV head. None if the host does not know."""
 
     def of_heads(self, heads: tuple[int, ...]) -> HeadPattern:
         """The pattern of some KV heads. They must be consecutive if there is a gate."""
@@ -22,4 +24,6 @@ class HeadPattern(NamedTuple):
             return HeadPattern(windows)
         assert heads == tuple(range(heads[0], heads[-1] + 1))
         # A slice costs nothing. An index would be copied to the GPU.
-        return HeadPattern(windows, self.gate[..., heads[0] : heads[-1] + 1])
+        part = slice(heads[0], heads[-1] + 1)
+        closed = None if self.closed is None else self.closed[part]
+        return HeadPattern(windows, self.gate[..., part], closed)

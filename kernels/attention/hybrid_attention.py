@@ -19,6 +19,7 @@ def hybrid_attention(
     *,
     window: int | Sequence[int] | Tensor,
     gate: Tensor | None = None,
+    closed: Sequence[bool] | None = None,
     documents: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -32,6 +33,8 @@ def hybrid_attention(
     gate: (kv_heads,) or (B, kv_heads) in [0, 1], fp32 (or fp64 if q is fp64), or None. With a
         gate z, the output of a head is z * full + (1 - z) * windowed (hard concrete gates of
         ConSA, arXiv 2606.18056).
+    closed: whether z is 0 in every sequence, for each KV head, if the caller knows it without
+        reading the gate from the GPU. `flash` then leaves out their full attention.
     documents: int32 (B, S), non-decreasing ids of the documents packed into a sequence, or None.
         Documents do not see each other.
     scale: factor of the scores, 1 / sqrt(D) if None.
@@ -64,6 +67,10 @@ def hybrid_attention(
         if gate.dtype != torch.float32 and not gate.dtype == q.dtype == torch.float64:
             raise ValueError(f"gate is {gate.dtype}, but must be torch.float32")
         gate = gate.expand(batch, kv_heads)
+    if closed is not None and (gate is None or len(closed) != kv_heads):
+        raise ValueError(
+            f"closed is {tuple(closed)}, but must be a value for each of {kv_heads} gated KV heads"
+        )
     if documents is not None:
         if documents.shape != (batch, length):
             raise ValueError(
@@ -87,8 +94,9 @@ def hybrid_attention(
         gated=gate is not None,
         packed=documents is not None,
         scale=scale,
+        closed=sum(closed or ()),
     )
-    pattern = HeadPattern(windows, gate)
+    pattern = HeadPattern(windows, gate, None if closed is None else tuple(closed))
     return choose_backend(backend, problem).attention(q, k, v, pattern, documents, scale)
 
 

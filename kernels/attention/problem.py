@@ -27,6 +27,8 @@ class Problem:
     packed: bool
     """whether documents packed into a sequence are hidden from each other"""
     scale: float
+    closed: int = 0
+    """KV heads whose gate is known to be 0 in every sequence"""
 
     @property
     def mixed(self) -> bool:

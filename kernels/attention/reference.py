@@ -32,7 +32,7 @@ def attention(
 
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
-    windows, gate = heads
+    windows, gate, _ = heads
     group = q.shape[2] // k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_ = q.transpose(1, 2).to(compute)

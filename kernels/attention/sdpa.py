@@ -32,7 +32,7 @@ def attention(
 
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
-    windows, gate = heads
+    windows, gate, _ = heads
     length = k.shape[1]
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, D)
     windows = tuple(min(window, length) for window in windows)

@@ -121,6 +121,7 @@ class GateBank:
         self.gates = self._build_gates()
         self.step = 0
         self._leaves: list[Tensor] = []
+        self._closed: list[list[bool]] | None = None
         self._gradient: Tensor | None = None
         self._table: Allocation | None = None
 
@@ -132,7 +133,10 @@ class GateBank:
         """
         self.step = step
         target = self.settings.target(step)
-        z = self.gates.draw(step, target, self.settings.global_batch).to(self.device)
+        z = self.gates.draw(step, target, self.settings.global_batch)
+        # Gates that are drawn on a GPU are not read back.
+        self._closed = (z == 0).all(dim=0).tolist() if z.device.type == "cpu" else None
+        z = z.to(self.device)
         self._leaves = [layer.contiguous().requires_grad_() for layer in z.unbind(dim=1)]
 
     def select(self, layer: int, sequences: Tensor) -> HeadPattern:
@@ -146,7 +150,11 @@ class GateBank:
             return self._table.select(layer, sequences)
         gate = self._leaves[layer][sequences]
         heads = self.constraint.num_kv_heads
-        return HeadPattern((self.settings.window,) * heads, gate.expand(-1, heads))
+        closed = None
+        if self._closed is not None:
+            units = self._closed[layer]
+            closed = tuple(units) * (heads // len(units))
+        return HeadPattern((self.settings.window,) * heads, gate.expand(-1, heads), closed)
 
     @contextmanager
     def binarized(self) -> Iterator[Allocation]:

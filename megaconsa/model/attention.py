@@ -60,6 +60,7 @@ class Attention(nn.Module):
             v,
             window=pattern.windows,
             gate=pattern.gate,
+            closed=pattern.closed,
             documents=documents if separate else None,
             backend=self.backend,
         )

@@ -85,6 +85,7 @@ def attend(
         v,
         window=pattern.windows,
         gate=pattern.gate,
+        closed=pattern.closed,
         documents=documents if block.separate else None,
         backend=attention.backend,
     )

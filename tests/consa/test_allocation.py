@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megaconsa.consa.allocation import FULL_WINDOW, Allocation, as_rows
 from megaconsa.consa.constraint import Constraint, Granularity
 from megaconsa.errors import InputError
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 TABLE = Allocation(
     64,
@@ -30,7 +31,7 @@ TABLE = Allocation(
 def test_properties() -> None:
     assert (TABLE.num_layers, TABLE.num_kv_heads, TABLE.sparsity) == (2, 3, pytest.approx(2 / 3))
     assert TABLE.windows(1) == (64, 64, FULL_WINDOW)
-    assert TABLE.select(1, torch.arange(3)) == ((64, 64, FULL_WINDOW), None)
+    assert TABLE.select(1, torch.arange(3)) == HeadPattern((64, 64, FULL_WINDOW))
     assert TABLE.full_heads_first(0) == (0, 1, 2)
     assert TABLE.full_heads_first(1) == (2, 0, 1)
     assert not TABLE.is_layer_wise

@@ -14,6 +14,7 @@ from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.gates import GateBank, GateSettings
 from megaconsa.consa.sampled_gates import DECAY_SHARE
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 from tests.support.gate_banks import (
     HEADS,
     KINDS,
@@ -118,7 +119,7 @@ def test_binarized_hands_out_the_exact_table(settings: GateSettings) -> None:
         assert table.sparsity == pytest.approx(settings.constraint.sparsity)
         for layer in range(LAYERS):
             windows = tuple(FULL_WINDOW if full else 8 for full in bank.full()[layer].tolist())
-            assert bank.select(layer, sequences) == (windows, None)
+            assert bank.select(layer, sequences) == HeadPattern(windows)
     assert torch.equal(gates_of(bank)(1, sequences), sampled)
     with pytest.raises(ZeroDivisionError), bank.binarized():
         raise ZeroDivisionError

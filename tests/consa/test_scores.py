@@ -9,6 +9,7 @@ from torch import Tensor
 from megaconsa.consa import scores
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.scores import UnitSelector, estimate, mass_outside_window
+from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 WINDOW = 3
 KV_HEADS = 2
@@ -17,15 +18,15 @@ SEQUENCES = torch.arange(2)
 
 def test_select_a_table() -> None:
     selector = UnitSelector(torch.tensor([[True, False], [False, False]]), WINDOW, KV_HEADS)
-    assert selector.select(0, SEQUENCES) == ((FULL_WINDOW, WINDOW), None)
-    assert selector.select(1, SEQUENCES) == ((WINDOW, WINDOW), None)
+    assert selector.select(0, SEQUENCES) == HeadPattern((FULL_WINDOW, WINDOW))
+    assert selector.select(1, SEQUENCES) == HeadPattern((WINDOW, WINDOW))
 
 
 def test_select_layers_as_units() -> None:
     selector = UnitSelector(torch.tensor([[True], [False]]), WINDOW, KV_HEADS)
-    assert selector.select(0, SEQUENCES) == ((FULL_WINDOW, FULL_WINDOW), None)
+    assert selector.select(0, SEQUENCES) == HeadPattern((FULL_WINDOW, FULL_WINDOW))
     selector.units = torch.tensor([[0.25], [0.75]])
-    windows, gate = selector.select(1, SEQUENCES)
+    windows, gate, _ = selector.select(1, SEQUENCES)
     assert windows == (WINDOW,) * KV_HEADS
     assert gate is not None
     assert gate.tolist() == [0.75, 0.75]
@@ -33,7 +34,7 @@ def test_select_layers_as_units() -> None:
 
 def test_select_gates_of_each_sequence() -> None:
     gates = torch.rand(2, 4, KV_HEADS)
-    windows, gate = UnitSelector(gates, WINDOW, KV_HEADS).select(3, SEQUENCES)
+    windows, gate, _ = UnitSelector(gates, WINDOW, KV_HEADS).select(3, SEQUENCES)
     assert windows == (WINDOW,) * KV_HEADS
     assert gate is not None
     assert torch.equal(gate, gates[:, 3])

@@ -8,6 +8,7 @@ with the same signatures. test_flash_cuda.py runs the real ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -118,14 +119,18 @@ def check_equals_reference(
     windows: tuple[int, ...],
     gate: Tensor | None = None,
     documents: Tensor | None = None,
+    closed: tuple[bool, ...] | None = None,
 ) -> None:
     leaves = draw(*shape) if gate is None else [*draw(*shape), gate.clone().requires_grad_()]
     z = None if gate is None else leaves[3]
     dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
     for attention in (flash.attention, reference.attention):
-        out = attention(*leaves[:3], HeadPattern(windows, z), documents, 0.4)
-        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+        out = attention(*leaves[:3], HeadPattern(windows, z, closed), documents, 0.4)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+    if gate is not None and documents is None:
+        # Gates at their ends are not measured.
+        results[1][4] = results[1][4] * ((gate > 0) & (gate < 1))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
 
@@ -152,6 +157,61 @@ def test_gated_heads_equal_the_reference(
 ) -> None:
     gate = torch.tensor([[0.3, 0.9], [0.01, 0.6]])
     check_equals_reference((2, 9, 2, 2, 4), windows, gate, documents)
+
+
+GATES = {
+    "open": [[0.3, 0.9, 0.01], [0.6, 0.99, 0.5]],
+    "at the ends": [[0.0, 1.0, 0.5], [1.0, 0.0, 0.0]],
+    "one closed": [[0.3, 0.0, 0.2], [0.6, 0.0, 1.0]],
+    "all closed": [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize("knows", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 40, 69, 70])
+@pytest.mark.parametrize("kind", GATES)
+def test_the_window_is_computed_once(kind: str, window: int, knows: bool) -> None:
+    """Gated heads equal the reference, also where the host knows which gates are closed."""
+    gate = torch.tensor(GATES[kind])
+    closed = tuple((gate == 0).all(dim=0).tolist()) if knows else None
+    check_equals_reference((2, 70, 3, 2, 8), (window,) * 3, gate, closed=closed)
+
+
+def test_closed_heads_take_no_part_before_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any) -> None:
+        q, window = arguments[0], arguments[5]
+        calls.append((tuple(q.shape), window))
+        textbook_forward(*arguments)
+
+    library = Library(counted, textbook_backward)
+    monkeypatch.setattr(flash_library, "find", lambda device: library)
+    q, k, v = draw(1, 20, 4, 2, 8)
+    gate = torch.tensor([[0.5, 0.0, 0.7, 1.0]])
+    closed = (False, True, False, False)
+    flash.attention(q, k, v, HeadPattern((6,) * 4, gate, closed), None, 0.5)
+    assert calls == [((1, 20, 8, 8), 6), ((1, 14, 2, 8), None), ((1, 14, 4, 8), None)]
+
+
+def test_all_weight_on_one_side_of_the_window() -> None:
+    """The first head's scores are 100 for the first keys, the second head's for the others."""
+    q, k, v = draw(1, 40, 2, 1, 8)
+    with torch.no_grad():
+        q.zero_()
+        k.zero_()
+        q[:, :, 0, 0] = q[:, :, 1, 1] = 10.0
+        k[:, :20, :, 0] = 10.0
+        k[:, 20:, :, 1] = 10.0
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    for value in (0.0, 0.5, 1.0):
+        gate = torch.full((1, 2), value)
+        results = []
+        for attention in (flash.attention, reference.attention):
+            out = attention(q, k, v, HeadPattern((10, 10), gate), None, 1.0)
+            results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)))
+        # Near 100, fp32 knows the log-sum-exp to 8e-6, and a weight's share in dq is up to 100.
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

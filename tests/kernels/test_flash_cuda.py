@@ -53,7 +53,9 @@ def check(
     dim: int,
     windows: tuple[int, ...],
     *,
-    gated: bool,
+    gated: bool = False,
+    gate: Tensor | None = None,
+    closed: tuple[bool, ...] | None = None,
     documents: Tensor | None = None,
 ) -> None:
     """Checks that errors are at most 5e-3 in bf16.
@@ -68,7 +70,6 @@ def check(
         for heads in (kv_heads * group, kv_heads, kv_heads)
     )
     upstream = torch.randn(q.shape, device="cuda", dtype=dtype, generator=generator)
-    gate = None
     if gated:
         gate = torch.rand(2, kv_heads, device="cuda", generator=generator) * 0.9 + 0.05
 
@@ -80,9 +81,12 @@ def check(
             z = gate.to(torch.promote_types(kind, torch.float32)).requires_grad_()
             differentiated = [*leaves, z]
         out = hybrid_attention(
-            *leaves, window=windows, gate=z, documents=documents, backend=backend
+            *leaves, window=windows, gate=z, closed=closed, documents=documents, backend=backend
         )
-        gradients = torch.autograd.grad(out, differentiated, upstream.to(kind))
+        gradients = list(torch.autograd.grad(out, differentiated, upstream.to(kind)))
+        if gate is not None:
+            # Gates at their ends are not measured.
+            gradients[3] = gradients[3] * ((gate > 0) & (gate < 1))
         return [out.detach(), *gradients]
 
     for result, truth in zip(run("flash", dtype), run("reference", torch.float64), strict=True):
@@ -115,9 +119,20 @@ def test_packed_documents(table: str, gated: bool) -> None:
     check(torch.bfloat16, 1000, 2, 128, TABLES[table], gated=gated, documents=documents)
 
 
-def test_gated_heads() -> None:
+@pytest.mark.parametrize("length", [50, 100, 101, 257, 1000])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gated_heads(dim: int, length: int) -> None:
+    skip_if_refused(torch.bfloat16, dim)
+    check(torch.bfloat16, length, 2, dim, TABLES["windowed"], gated=True)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_closed_gates(knows: bool) -> None:
+    """Gates at their ends, as at the end of learning. A head's two sequences may differ."""
     skip_if_refused(torch.bfloat16, 128)
-    check(torch.bfloat16, 1000, 2, 128, TABLES["windowed"], gated=True)
+    gate = torch.tensor([[0.0, 1.0, 0.4, 0.0], [0.0, 1.0, 1.0, 0.3]], device="cuda")
+    closed = (True, False, False, False) if knows else None
+    check(torch.bfloat16, 1000, 2, 128, TABLES["windowed"], gate=gate, closed=closed)
 
 
 def test_deterministic_when_torch_is_asked_to_be() -> None:

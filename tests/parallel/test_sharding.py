@@ -33,7 +33,7 @@ def test_every_rank_computes_as_many_full_heads() -> None:
     for layer, full in ((0, (1, 1)), (1, (1, 2)), (2, (0, 1))):
         windows = []
         for rank in range(2):
-            own, gate = OwnHeads(TABLE, Sharding(SHAPE, TABLE, rank, 2)).select(
+            own, gate, _ = OwnHeads(TABLE, Sharding(SHAPE, TABLE, rank, 2)).select(
                 layer, torch.tensor([0])
             )
             assert isinstance(own, tuple)

@@ -41,7 +41,7 @@ def attention(
 
     heads: windows and gates of all KV heads. A gate is (B, kv_heads).
     """
-    windows, gate = heads
+    windows, gate, _ = heads
     starts: Tensor | None = None
     ends: Tensor | None = None
     if documents is not None:
