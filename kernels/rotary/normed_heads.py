@@ -1,7 +1,8 @@
 """Norm and rotary embedding of the queries and keys in a row of projections, in Triton.
 
-A row holds the heads of one token: queries, keys, values. A program takes some tokens and walks
-over their heads, so that it loads their angles once.
+A row holds the heads of one token: queries, keys, values. In the forward pass a program takes some
+tokens and walks over their heads, so that it loads their angles once. In the backward pass it takes
+one head and walks over tokens, so that it adds up the gradient of the norm's weight in registers.
 """
 
 from __future__ import annotations
@@ -81,17 +82,16 @@ def normed_heads_backward(
 
     Returns (B, S, heads + 2 kv_heads, D), and partial sums (programs, 2, D) in fp32.
     """
-    batch, length, _, dim = rows.shape
+    batch, length, total, dim = rows.shape
     tokens = batch * length
     block = _tokens_of_tile(dim)
-    programs = max(
-        1,
-        min(triton.cdiv(tokens, block), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(rows.device)),
-    )
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(rows.device)
+    chunks = max(1, min(triton.cdiv(tokens, block), programs // total))
     d_rows = torch.empty_like(rows)
-    parts = torch.empty(programs, 2, dim, dtype=torch.float32, device=rows.device)
+    normed = d_q.shape[2] + d_k.shape[2]
+    parts = torch.empty(chunks * normed, 2, dim, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
-        normed_heads_backward_kernel[(programs,)](
+        normed_heads_backward_kernel[(total, chunks)](
             d_q,
             d_k,
             d_v,
@@ -194,64 +194,60 @@ def normed_heads_backward_kernel(
     TOKENS: tl.constexpr,
     HALF_TILE: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
+    head = tl.program_id(0)
+    chunk = tl.program_id(1)
+    step = tl.num_programs(1) * TOKENS
     pair = tl.arange(0, HALF_TILE)
-    of_q_1 = tl.zeros([HALF_TILE], tl.float32)
-    of_q_2 = tl.zeros([HALF_TILE], tl.float32)
-    of_k_1 = tl.zeros([HALF_TILE], tl.float32)
-    of_k_2 = tl.zeros([HALF_TILE], tl.float32)
-    for start in range(program * TOKENS, tokens, tl.num_programs(0) * TOKENS):
-        token = (start + tl.arange(0, TOKENS)).to(tl.int64)
-        inside = (token < tokens)[:, None] & (pair < HALF)[None]
-        angle = token[:, None] * HALF + pair[None]
-        cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-        row = token[:, None] * (heads + 2 * kv_heads) * 2 * HALF + pair[None]
-        for head in range(heads):
-            gradient_ptr = (
-                d_q_ptr + token[:, None] * heads * 2 * HALF + head * 2 * HALF + pair[None]
-            )
-            place = row + head * 2 * HALF
-            first, second = _of_head(
-                gradient_ptr,
-                rows_ptr + place,
-                d_rows_ptr + place,
-                q_weight_ptr,
-                cos,
-                sin,
-                inside,
-                eps,
-                HALF,
-                HALF_TILE,
-            )
-            of_q_1 += first
-            of_q_2 += second
-        for head in range(kv_heads):
-            own = token[:, None] * kv_heads * 2 * HALF + head * 2 * HALF + pair[None]
-            place = row + (heads + head) * 2 * HALF
-            first, second = _of_head(
-                d_k_ptr + own,
-                rows_ptr + place,
-                d_rows_ptr + place,
-                k_weight_ptr,
-                cos,
-                sin,
-                inside,
-                eps,
-                HALF,
-                HALF_TILE,
-            )
-            of_k_1 += first
-            of_k_2 += second
+    width: tl.constexpr = 2 * HALF
+    row_heads = heads + 2 * kv_heads
+    if head >= heads + kv_heads:
+        own_head = head - heads - kv_heads
+        for start in range(chunk * TOKENS, tokens, step):
+            token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+            inside = (token < tokens) & (pair < HALF)[None]
+            own = (token * kv_heads + own_head) * width + pair[None]
             first, second = _load_halves(d_v_ptr + own, inside, HALF)
-            _store_halves(
-                d_rows_ptr + row + (heads + kv_heads + head) * 2 * HALF, first, second, inside, HALF
+            place = (token * row_heads + head) * width + pair[None]
+            _store_halves(d_rows_ptr + place, first, second, inside, HALF)
+    else:
+        is_query = head < heads
+        own_heads = tl.where(is_query, heads, kv_heads)
+        own_head = tl.where(is_query, head, head - heads)
+        gradient_ptr = d_q_ptr if is_query else d_k_ptr
+        weight_ptr = q_weight_ptr if is_query else k_weight_ptr
+        # One sum for each token of a tile. Adding tokens up makes warps wait for each other.
+        sum_1 = tl.zeros([TOKENS, HALF_TILE], tl.float32)
+        sum_2 = tl.zeros([TOKENS, HALF_TILE], tl.float32)
+        for start in range(chunk * TOKENS, tokens, step):
+            token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+            inside = (token < tokens) & (pair < HALF)[None]
+            angle = token * HALF + pair[None]
+            cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+            sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+            own = (token * own_heads + own_head) * width + pair[None]
+            place = (token * row_heads + head) * width + pair[None]
+            first, second = _of_head(
+                gradient_ptr + own,
+                rows_ptr + place,
+                d_rows_ptr + place,
+                weight_ptr,
+                cos,
+                sin,
+                inside,
+                eps,
+                HALF,
+                HALF_TILE,
             )
-    part_ptr = parts_ptr + program * 4 * HALF + pair
-    tl.store(part_ptr, of_q_1, mask=pair < HALF)
-    tl.store(part_ptr + HALF, of_q_2, mask=pair < HALF)
-    tl.store(part_ptr + 2 * HALF, of_k_1, mask=pair < HALF)
-    tl.store(part_ptr + 3 * HALF, of_k_2, mask=pair < HALF)
+            sum_1 += first
+            sum_2 += second
+        # The caller adds up the parts of both weights at once, so each head adds 0 to the other.
+        part_ptr = parts_ptr + (chunk * (heads + kv_heads) + head) * 2 * width + pair
+        for half in tl.static_range(2):
+            part = tl.sum(sum_1 if half == 0 else sum_2, axis=0)
+            of_query = tl.where(is_query, part, 0.0)
+            tl.store(part_ptr + half * HALF, of_query, mask=pair < HALF)
+            of_key = tl.where(is_query, 0.0, part)
+            tl.store(part_ptr + width + half * HALF, of_key, mask=pair < HALF)
 
 
 @triton.jit
@@ -267,7 +263,8 @@ def _of_head(
     HALF: tl.constexpr,
     HALF_TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Writes the gradient of a head's projections. Returns both halves of its weight's."""
+    """Writes the gradient of a head's projections. Returns both halves of each token's part of its
+    weight's gradient."""
     first_weight, second_weight = _load_weight(weight_ptr, HALF, HALF_TILE)
     turned_1, turned_2 = _load_halves(gradient_ptr, inside, HALF)
     # The gradient of a rotation is the rotation by the opposite angle.
@@ -284,7 +281,7 @@ def _of_head(
     d_x_1 = scale * (d_unit_1 - unit_1 * along)
     d_x_2 = scale * (d_unit_2 - unit_2 * along)
     _store_halves(d_x_ptr, d_x_1, d_x_2, inside, HALF)
-    return tl.sum(gradient_1 * unit_1, axis=0), tl.sum(gradient_2 * unit_2, axis=0)
+    return gradient_1 * unit_1, gradient_2 * unit_2
 
 
 @triton.jit
