@@ -67,12 +67,20 @@ class Mesh:
         found: list[list[float]] = torch.stack(every).tolist()
         return found
 
+    def all_reduce_sum(self, value: int) -> int:
+        """The sum of all ranks' values, on every rank."""
+        return self._all_reduced(value, torch.distributed.ReduceOp.SUM)
+
     def all_reduce_max(self, value: int) -> int:
         """The largest value of any rank, on every rank."""
+        return self._all_reduced(value, torch.distributed.ReduceOp.MAX)
+
+    def _all_reduced(self, value: int, operation: Any) -> int:
         if self.world.size == 1:
+            # A value that came back from a GPU would have waited for everything queued there.
             return value
         tensor = torch.tensor(value, device=self.device)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(tensor, operation)
         return int(tensor)
 
 

@@ -22,7 +22,7 @@ def labelled_tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
     own = 0
     if mesh.counts_data:
         own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    return int(mesh.all_reduce(torch.tensor(own, device=mesh.device)))
+    return mesh.all_reduce_sum(own)
 
 
 def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
