@@ -9,6 +9,9 @@ training engine, replicated on every rank. Inside the engine, bf16 would round t
 
 Call `bank.gradient(reduce)` before `update` where the caller must know first whether the gradient
 is finite. Call `bank.discard()` instead of `update` for a step that must not be applied.
+
+`gradient` copies the gradients from the device, and so waits for it. `update` waits for it again
+only with the controller `paper`, whose gates are on the device themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from megaconsa.consa.evidence_gates import CLOSING_SHARE, EvidenceGates
 from megaconsa.consa.sampled_gates import DECAY_SHARE, SampledGates
 from megaconsa.errors import InputError
 from megaconsa.kernels.attention.head_pattern import HeadPattern
+from megaconsa.upload import upload
 
 DECIDED = 0.9
 """A unit counts as decided when P(z = 0) or P(z = 1) exceeds this."""
@@ -120,6 +124,8 @@ class GateBank:
         self.evidence = Evidence(self.constraint, settings.steps, MEMORY_SHARE)
         self.gates = self._build_gates()
         self.step = 0
+        self._drawn: Tensor | None = None
+        """z of the step that was sampled last, where the gates drew it."""
         self._leaves: list[Tensor] = []
         self._closed: list[list[bool]] | None = None
         self._gradient: Tensor | None = None
@@ -136,8 +142,9 @@ class GateBank:
         z = self.gates.draw(step, target, self.settings.global_batch)
         # Gates that are drawn on a GPU are not read back.
         self._closed = (z == 0).all(dim=0).tolist() if z.device.type == "cpu" else None
-        z = z.to(self.device)
-        self._leaves = [layer.contiguous().requires_grad_() for layer in z.unbind(dim=1)]
+        self._drawn = z
+        of_layers = upload(z.transpose(0, 1).contiguous(), self.device)
+        self._leaves = [layer.requires_grad_() for layer in of_layers.unbind()]
 
     def select(self, layer: int, sequences: Tensor) -> HeadPattern:
         """Windows and gates of `layer` for a micro-batch.
@@ -172,12 +179,13 @@ class GateBank:
 
         Returns the step's metrics. Raises RuntimeError where `sample` was not called before.
         """
-        if not self._leaves:
+        if self._drawn is None:
             raise RuntimeError("GateBank.update was called before GateBank.sample")
         gradient = self._gradient
         if gradient is None:
             gradient = self.gradient(reduce)
-        z = torch.stack([leaf.detach() for leaf in self._leaves], dim=1).cpu()
+        # The evidence's gates are drawn on the CPU, so this waits for no device.
+        z = self._drawn.cpu()
         # The evidence comes first: the gates read it.
         self._add_evidence(gradient, z)
         target = self.settings.target(self.step)
@@ -187,7 +195,7 @@ class GateBank:
         return metrics
 
     def gradient(self, reduce: Callable[[Tensor], None] = lambda gradient: None) -> Tensor:
-        """The loss's gradient in the z of every sequence, (global_batch, layers, units).
+        """The loss's gradient in the z of every sequence, (global_batch, layers, units) on the CPU.
 
         reduce: sums its argument over the ranks in place. The argument holds this rank's part, and
             zeros elsewhere.
@@ -201,12 +209,14 @@ class GateBank:
         for leaf in self._leaves:
             # Layers of other pipeline ranks have no gradient here.
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-        self._gradient = torch.stack(gradients, dim=1)
-        reduce(self._gradient)
+        gradient = torch.stack(gradients, dim=1)
+        reduce(gradient)
+        self._gradient = gradient.cpu()
         return self._gradient
 
     def discard(self) -> None:
         """Drops the step's gates and gradients."""
+        self._drawn = None
         self._leaves = []
         self._gradient = None
 
@@ -278,7 +288,7 @@ class GateBank:
         """Adds a step's gradients, (global_batch, layers, units), measured at the gates z."""
         # The loss is a mean over the batch, so a sequence's own loss has a gradient that is
         # global_batch times as large.
-        falls = -gradient.detach().cpu().double() * self.settings.global_batch
+        falls = -gradient.double() * self.settings.global_batch
         probed = (z > 0) & (z < 1)
         self.evidence.add(falls, probed, self.step, split=not self.gates.is_deciding(self.step))
 

@@ -67,13 +67,15 @@ class SampledGates:
     def update(self, gradient: Tensor, step: int, target: float) -> dict[str, Any]:
         """Takes one optimizer step on log_alpha, then one ascent step on the multipliers.
 
-        gradient: (sequences, layers, units), the loss's gradient in the samples of the last `draw`.
+        gradient: (sequences, layers, units), the loss's gradient in the samples of the last `draw`,
+            on any device.
         target: the step's sparsity.
 
         Returns the metrics that only sampled gates have.
         """
         assert self._sampled is not None
-        (loss_gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, gradient)
+        of_samples = gradient.to(self._sampled.device)
+        (loss_gradient,) = torch.autograd.grad(self._sampled, self.log_alpha, of_samples)
         self._sampled = None
         norm = torch.linalg.vector_norm(loss_gradient)
         loss_gradient *= (GRADIENT_CLIPPING / norm).clamp(max=1)
