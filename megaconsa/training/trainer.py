@@ -213,7 +213,12 @@ class Trainer:
             self._save_requested = False
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step of weights and gates. Returns its row of metrics."""
+        """One optimizer step of weights and gates. Returns its row of metrics.
+
+        On one GPU, this returns while AdamW still runs there, so that the host can prepare the next
+        step meanwhile. The row's seconds then end where the host went on. They include what was
+        left of the AdamW of the step before.
+        """
         fetched = self._fetched or self._fetch()
         self._fetched = None
         return self._work(fetched)
@@ -236,7 +241,9 @@ class Trainer:
         self.fault = result.fault
         self._count(result)
         gate_metrics = self._update_gates(result)
-        if self.mesh.device.type == "cuda":
+        if self.mesh.device.type == "cuda" and self.mesh.world.size > 1:
+            # The ranks agree on something next, through their GPUs, and so wait for AdamW in any
+            # case. Here that wait counts as time of the step, and not as waiting for data.
             torch.cuda.synchronize()
         seconds = time.perf_counter() - fetched.began
         self.own_data_seconds = fetched.own_seconds
@@ -265,6 +272,9 @@ class Trainer:
         """Why the step must not be applied, or None. All ranks decide alike.
 
         Weights, gates and multipliers still have their values from before the step.
+
+        This is where the host reads what it needs of a step. On one GPU it reads nothing more until
+        the check of the next step, so AdamW runs while the host works.
         """
         numbers = {"loss": loss, "grad_norm": grad_norm}
         if self.gates:

@@ -19,7 +19,7 @@ class ComputeClock:
     """Wraps the passes of a DeepSpeed pipeline engine.
 
     Excludes time spent waiting for other data ranks and stages. Includes waits within a tensor
-    group. On a GPU it records two events per pass and synchronises only when `seconds` is called.
+    group. On a GPU it records two events per pass, and never waits for them.
     """
 
     def __init__(self, engine: Any, device: torch.device) -> None:
@@ -40,7 +40,10 @@ class ComputeClock:
         self._passes.clear()
 
     def seconds(self) -> float:
-        """Seconds of all passes since `reset`. On a GPU they must have finished."""
+        """Seconds of all passes since `reset`.
+
+        On a GPU they must have finished, as they have once the gradient norm was read.
+        """
         if self._cuda:
             return sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
         return float(sum(end - begin for begin, end in self._passes))

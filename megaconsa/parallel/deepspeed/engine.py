@@ -41,6 +41,7 @@ from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
 from megaconsa.parallel.topology import Topology
+from megaconsa.upload import upload
 
 
 class Engine:
@@ -126,10 +127,7 @@ class Engine:
         return inner
 
     def compute_seconds(self) -> float:
-        """Seconds of this rank's own forward and backward passes in the last step.
-
-        The step must have finished on the device.
-        """
+        """Seconds of this rank's own forward and backward passes in the last step."""
         return self._clock.seconds()
 
     def train_step(
@@ -142,11 +140,15 @@ class Engine:
         check: called once on every rank, before any weight changes, with the loss of the global
             batch and its gradient norm before clipping. All ranks must decide alike. It is not
             called if the gradient norm is not finite: such a step is never applied.
+
+        On a GPU, this returns while AdamW still runs there. The passes have finished.
         """
+        measured: tuple[float, float] | None = None
 
         def check_step() -> Fault | None:
-            loss = float(self.engine._aggregate_total_loss())
-            return check(loss, float(self.optimizer._global_grad_norm))
+            nonlocal measured
+            measured = self._loss_and_norm()
+            return check(*measured)
 
         self.adamw.begin(check_step)
         if self._has_main_grads:
@@ -154,9 +156,12 @@ class Engine:
         self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = float(self.engine.train_batch(self._pairs(batches)))
+        loss = self.engine.train_batch(self._pairs(batches))
         self.engine.module.train()
-        return StepResult(loss, float(self.engine.get_global_grad_norm()), self.adamw.fault)
+        if measured is None:
+            # DeepSpeed has read the norm itself, and launched no AdamW that a read would wait for.
+            measured = float(loss), float(self.engine.get_global_grad_norm())
+        return StepResult(*measured, self.adamw.fault)
 
     def evaluate(self, batches: Sequence[Carry], count: int) -> float:
         """Loss of `count` held-out micro-batches, in nats per labelled token.
@@ -231,6 +236,12 @@ class Engine:
         safe_set_full_fp32_param(parameter, part)
         parameter.data.copy_(part)
 
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """Loss and gradient norm of a step that is about to be applied, in one read."""
+        values = [self.engine._aggregate_total_loss(), self.optimizer._global_grad_norm]
+        loss, norm = torch.stack(values).tolist()
+        return loss, norm
+
     def _pairs(self, batches: Sequence[Carry]) -> Iterator[tuple[Any, Tensor]]:
         """Micro-batches as DeepSpeed takes them: inputs and labels."""
         # DeepSpeed insists on labels. Ours travel with the inputs, so it gets a dummy.
@@ -239,7 +250,7 @@ class Engine:
             return repeat(((), no_labels))
         # All at once: DeepSpeed's own copy of each micro-batch would wait for the one before.
         device = self.mesh.device
-        uploaded = [tuple(x.to(device) for x in batch) for batch in batches]
+        uploaded = [tuple(upload(x, device) for x in batch) for batch in batches]
         return iter([(batch, no_labels) for batch in uploaded])
 
 
