@@ -31,12 +31,17 @@ from megaconsa.training.setup import build_trainer
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Returns the duration of a call, including the GPU work that it started."""
+    """Returns the duration of a call, including the GPU work that it started, and no other."""
+    _wait_for_gpu()
     started = time.monotonic()
     function()
+    _wait_for_gpu()
+    return time.monotonic() - started
+
+
+def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.monotonic() - started
 
 
 def main(config_path: Path, overrides: list[str]) -> None:
