@@ -10,7 +10,7 @@ import pytest
 from megaconsa.benchmarks.profile.analysis import Amount
 from megaconsa.benchmarks.profile.attribution import Pass
 from megaconsa.benchmarks.profile.idle import Cause
-from megaconsa.benchmarks.profile.intervals import inside, length, united
+from megaconsa.benchmarks.profile.intervals import inside, united
 from megaconsa.benchmarks.profile.kernel_groups import Group, group_of
 from megaconsa.benchmarks.profile.trace import Event, Nesting
 from megaconsa.parallel.step_parts import Part
@@ -83,6 +83,21 @@ def test_what_ran_outside_the_steps_does_not_count(trace: TraceBuilder) -> None:
     assert list(analysis.names) == [ADD]
     assert analysis.device is not None
     assert analysis.device.idle_ms == pytest.approx(0.01)
+
+
+def test_the_end_of_a_step_may_run_in_the_next_one(trace: TraceBuilder) -> None:
+    """AdamW of the step before the first one runs when that begins, and that of the last goes on.
+
+    Busy and idle times still add up to the step.
+    """
+    trace.kernel(ADD, called=0, start=60, end=130)
+    trace.range("step", 100, 300)
+    trace.kernel(GEMM, called=110, start=140, end=270)
+    trace.kernel(ADD, called=260, start=270, end=340)
+    device = trace.analysis().device
+    assert device is not None
+    assert device.idle == {Cause.QUEUED: pytest.approx(0.01)}
+    assert device.computing_ms == pytest.approx(0.19)
 
 
 def test_each_idle_time_has_its_cause(trace: TraceBuilder) -> None:
@@ -247,7 +262,6 @@ def test_nested_events_are_found() -> None:
 
 def test_intervals() -> None:
     assert united([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
-    assert length([(0, 4), (5, 6)]) == 5
     assert inside([(0, 4), (5, 6)], 3, 5.5) == 1.5
     assert inside([(0, 4)], 3, 2) == 0
 

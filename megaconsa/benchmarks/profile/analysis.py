@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from megaconsa.benchmarks.profile.attribution import Attribution, Pass, Place
 from megaconsa.benchmarks.profile.idle import Cause, Gap, gaps, waiting_calls
-from megaconsa.benchmarks.profile.intervals import length, united
+from megaconsa.benchmarks.profile.intervals import inside, united
 from megaconsa.benchmarks.profile.kernel_groups import Group, group_of
 from megaconsa.benchmarks.profile.trace import OPERATOR, Event, Trace
 from megaconsa.parallel.step_parts import Part
@@ -145,17 +145,20 @@ class _Analysis:
         )
 
     def _device_time(self, found: list[Gap]) -> DeviceTime:
+        # A kernel may run across the border of two steps. Each step has its part of that time.
         def busy(events: Iterable[Event]) -> float:
-            return length(united((event.start, event.end) for event in events)) * self._scale
+            intervals = united((event.start, event.end) for event in events)
+            return inside(intervals, self._start, self._end) * self._scale
 
         idle: dict[Cause, float] = defaultdict(float)
         for gap in found:
             for cause, duration in gap.causes.items():
                 idle[cause] += duration * self._scale
-        computing = busy(e for e in self._device if group_of(e.name) is not Group.COMMUNICATION)
+        device = self._trace.device
+        computing = busy(e for e in device if group_of(e.name) is not Group.COMMUNICATION)
         return DeviceTime(
             computing_ms=computing,
-            communicating_ms=busy(self._device) - computing,
+            communicating_ms=busy(device) - computing,
             idle_ms=sum(idle.values()),
             launches=len(self._device) / len(self._trace.steps),
             idle=dict(idle),

@@ -19,11 +19,9 @@ def united(intervals: Iterable[Interval]) -> list[Interval]:
     return result
 
 
-def length(intervals: Iterable[Interval]) -> float:
-    """The sum of the lengths of intervals that lie apart from each other."""
-    return sum(end - start for start, end in intervals)
-
-
 def inside(intervals: Iterable[Interval], start: float, end: float) -> float:
-    """The part of `length` that lies between two moments. It is 0 where end is before start."""
+    """The sum of the lengths of intervals that lie apart, as far as they lie between two moments.
+
+    It is 0 where end is before start.
+    """
     return sum(max(0.0, min(end, b) - max(start, a)) for a, b in intervals)

@@ -7,8 +7,9 @@ from megaconsa.parallel.step_parts import Part
 TRACE = "trace.json.gz"
 MEMORY = "memory.pickle"
 FIGURES = "profile.json"
-EXTRA_STEPS = 2
-"""Steps beside the skipped and the traced ones: the profiler's warm-up, and the memory snapshot."""
+EXTRA_STEPS = 3
+"""Steps beside the skipped and the traced ones: the profiler's warm-up, the step before the traced
+ones, and the memory snapshot."""
 PREFIX = "megaconsa: "
 """Begins the names of our ranges in a trace. Libraries name ranges too."""
 

@@ -69,18 +69,16 @@ def _trace(trainer: Trainer, steps: int, path: Path, on_gpu: bool) -> None:
     activities = [ProfilerActivity.CPU]
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
+    # AdamW of a step runs while the host begins the next one. The step before the first one of the
+    # tables is therefore recorded too, but outside the range that marks a step.
+    step = _named(trainer.step, Part.STEP)
     with profile(
         activities=activities,
-        schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+        schedule=schedule(wait=0, warmup=1, active=1 + steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
-        for _ in range(1 + steps):
-            if on_gpu:
-                # Every step ends with this call. Here it stands in the trace before the first
-                # step too, so the time until that step's first kernel has the same cause as in
-                # the other steps.
-                torch.cuda.synchronize()
-            trainer.step()
+        for work in (trainer.step, trainer.step, *[step] * steps):
+            work()
             profiler.step()
 
 
@@ -99,7 +97,6 @@ def _name_parts(trainer: Trainer) -> None:
     """Makes the profiler show the parts of a step as ranges."""
     wrap_parts(trainer.engine.engine, _named)
     trainer.steps = _named_items(trainer.steps, Part.DATA)
-    trainer.step = _named(trainer.step, Part.STEP)  # type: ignore[method-assign]
     gates = trainer.gates
     if gates is not None:
         gates.sample = _named(gates.sample, Part.GATES)  # type: ignore[method-assign]
