@@ -9,7 +9,7 @@ from torch import Tensor
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. The tensor itself if it is there already.
 
-    The host may change or free its own tensor at once.
+    The host may change its own tensor at once, unless that is in pinned memory itself.
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -180,6 +180,7 @@ def test_the_host_waits_only_before_adamw(
         make_config,
         tmp_path / "run",
         allocation=allocation,
+        model={"head_dim": 64},
         attention={"backend": "triton"},
         training={"precision": "bf16", "steps": 8},
     )
