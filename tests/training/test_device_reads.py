@@ -130,6 +130,18 @@ def test_an_upload_is_exact() -> None:
     assert torch.equal(upload(values.t(), cpu), values.t())
 
 
+def test_steps_leave_no_events_behind(make_config: MakeConfig, tmp_path: Path) -> None:
+    """DeepSpeed's timers would keep two events of every step of a run."""
+    trainer = build_run(make_config, tmp_path / "run")
+    for _ in range(2):
+        trainer.step()
+    timers = trainer.engine.engine.timers.get_timers()
+    kept = {name: len(timer.event_timers) for name, timer in timers.items()}
+    assert kept["train_batch"] == 0
+    trainer.step()
+    assert {name: len(timer.event_timers) for name, timer in timers.items()} == kept
+
+
 @pytest.fixture
 def sync_errors() -> Iterator[Callable[[bool], None]]:
     """Turns on and off that torch refuses to wait for the GPU. It is off after the test."""

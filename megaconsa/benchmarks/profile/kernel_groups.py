@@ -30,6 +30,7 @@ PATTERNS = (
     (Group.COPIES, r"^Mem(cpy|set)|copy_kernel|CatArrayBatchedCopy|FillFunctor"),
     # Before matrix products: FlashAttention's kernels have types of CUTLASS in their names.
     (Group.ATTENTION, r"^(hopper_)?(forward|backward|prepare|finish|bound|order)_kernel$"),
+    (Group.ATTENTION, r"^(join|divide|add_gated)_kernel$"),
     (Group.ATTENTION, r"[Ff]lash|fmha|sdpa"),
     (Group.NORMS, r"layer_?norm|rms_?norm|GammaBeta|LayerNorm|RMSNorm"),
     (Group.ROTARY, r"^_rotate$|^normed_heads"),

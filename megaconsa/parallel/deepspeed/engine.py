@@ -143,6 +143,8 @@ class Engine:
 
         On a GPU, this returns while AdamW still runs there. The passes have finished.
         """
+        from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+
         measured: tuple[float, float] | None = None
 
         def check_step() -> Fault | None:
@@ -158,6 +160,8 @@ class Engine:
             group["lr"] = learning_rate
         loss = self.engine.train_batch(self._pairs(batches))
         self.engine.module.train()
+        # It keeps two events of every step otherwise.
+        self.engine.timers(TRAIN_BATCH_TIMER).reset()
         if measured is None:
             # DeepSpeed has read the norm itself, and launched no AdamW that a read would wait for.
             measured = float(loss), float(self.engine.get_global_grad_norm())

@@ -29,6 +29,8 @@ def give_main_grads(optimizer: Any) -> None:
     # Autograd keeps no gradients, so there are none to add or to clear after each micro-batch.
     optimizer.update_hp_grads = _nothing
     optimizer.clear_lp_grads = _nothing
+    # Its step has set the fp32 gradients to 0 already.
+    optimizer.zero_grad = _nothing
 
 
 def expect_gradients(optimizer: Any) -> None:
