@@ -5,12 +5,13 @@ The plain block in `qwen3.py` says what is computed. Here each function
 - runs a norm, a rotation or a SwiGLU as one kernel, with its intermediate values in fp32,
 - multiplies with several weights at once,
 - keeps little for the backward pass: norms and SwiGLU are computed again there, by the kernels
-  that compute their gradients,
+  that compute their gradients, and so are q and k if the block `recomputes_heads`,
 - adds the gradients of weights to their fp32 buffers (`weight_gradients.py`).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from megaconsa.kernels.swiglu import triton as gating
 from megaconsa.model.attention import Attention
 from megaconsa.model.mlp import MLP
 from megaconsa.model.norm import RMSNorm
+from megaconsa.model.recomputed_tensors import RecomputedTensors
 from megaconsa.model.rope import document_angles
 from megaconsa.model.tensor_group import TensorGroup
 from megaconsa.model.weight_gradients import add_gradient
@@ -37,6 +39,7 @@ class BlockModules(Protocol):
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
     separate: bool
+    recomputes_heads: bool
     group: TensorGroup
 
 
@@ -76,19 +79,23 @@ def before_attention(
 def attend(
     block: BlockModules, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, sequences: Tensor
 ) -> Tensor:
-    """The attention of the block's heads, (B, S, heads, D)."""
+    """The attention of the block's heads, (B, S, heads, D).
+
+    q, k, v: as `before_attention` returned them.
+    """
     attention = block.self_attn
     pattern = attention.heads.select(attention.layer, sequences)
-    return hybrid_attention(
-        q,
-        k,
-        v,
-        window=pattern.windows,
-        gate=pattern.gate,
-        closed=pattern.closed,
-        documents=documents if block.separate else None,
-        backend=attention.backend,
-    )
+    with _saving(block, q, k):
+        return hybrid_attention(
+            q,
+            k,
+            v,
+            window=pattern.windows,
+            gate=pattern.gate,
+            closed=pattern.closed,
+            documents=documents if block.separate else None,
+            backend=attention.backend,
+        )
 
 
 def after_attention(block: BlockModules, x: Tensor, attended: Tensor) -> Tensor:
@@ -109,6 +116,38 @@ def after_attention(block: BlockModules, x: Tensor, attended: Tensor) -> Tensor:
         *block.mlp.down.weights,
     )
     return out
+
+
+def _compute_heads(
+    block: BlockModules, rows: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q and k after their norms and their rotation, from the projections."""
+    attention = block.self_attn
+    config = attention.model_config
+    return rotary.normed_heads(
+        rows,
+        config.num_attention_heads,
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        config.rms_norm_eps,
+        cos,
+        sin,
+    )
+
+
+def _saving(block: BlockModules, q: Tensor, k: Tensor) -> AbstractContextManager[None]:
+    """How attention saves q and k for its backward pass."""
+    before_attention: Any = q.grad_fn
+    # Without a gradient function, as in an evaluation, nothing holds what they come from.
+    if not block.recomputes_heads or before_attention is None:
+        return nullcontext()
+
+    def compute() -> tuple[Tensor, Tensor]:
+        # They are there until its own backward pass, which follows that of attention.
+        _, rows, cos, sin, _ = before_attention.saved_tensors
+        return _compute_heads(block, rows, cos, sin)
+
+    return RecomputedTensors((q, k), compute).hooks()
 
 
 class _BeforeAttention(torch.autograd.Function):
@@ -138,9 +177,8 @@ class _BeforeAttention(torch.autograd.Function):
         normed = block.group.gather_input(own)
         rows = normed @ block.self_attn.projections.matrix().T
         rows = rows.unflatten(-1, (-1, config.head_dim))
-        heads = config.num_attention_heads
-        q, k = rotary.normed_heads(rows, heads, q_norm, k_norm, config.rms_norm_eps, cos, sin)
-        v = rows[:, :, heads + config.num_key_value_heads :]
+        q, k = _compute_heads(block, rows, cos, sin)
+        v = rows[:, :, config.num_attention_heads + config.num_key_value_heads :]
         ctx.block = block
         # Another rank's part of the norm cannot be computed again.
         gathered = None if normed is own else normed

@@ -34,6 +34,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.separate = separate
+        self.recomputes_heads = False
+        """Whether q and k are computed again in the backward pass, where blocks run by the kernels
+        of a GPU. Plain torch keeps them, and all that they were computed from."""
         self.group: TensorGroup = NoGroup()
         """The ranks that the block is divided over."""
         self.self_attn = Attention(model_config, layer, heads, backend)

@@ -54,10 +54,12 @@ class BlockLayer(Block):
         backend: str,
         separate: bool,
         tp: TensorParallel,
+        recomputes_heads: bool = False,
     ) -> None:
         super().__init__(
             sharding.local_config(), layer, OwnHeads(heads, sharding), backend, separate
         )
+        self.recomputes_heads = recomputes_heads
         self.tp = tp
         self.group = tp
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaconsa.consa.allocation import Allocation
+from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels import limits
+from megaconsa.kernels.attention import flash_library, hybrid_attention
+from megaconsa.kernels.attention.backends import BACKENDS
+from megaconsa.kernels.attention.head_pattern import HeadPattern
+from megaconsa.model import fused_block
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.fused_block import run_block
 from megaconsa.model.qwen3 import Block
+from megaconsa.model.recomputed_tensors import RecomputedTensors
 from megaconsa.model.weight_gradients import MAIN_GRAD, Stack
+from tests.kernels.test_flash import textbook_backward, textbook_forward
 
 SHAPE = ModelConfig(61, 48, 80, 1, 6, 2, head_dim=16, rope_theta=10_000.0, rms_norm_eps=1e-5)
 TABLE = Allocation(5, ((True, False),))
@@ -161,3 +174,173 @@ def test_frozen_weights_get_no_gradients(buffers: bool) -> None:
         else:
             assert found is not None
             check(found, wanted, 1e-4)
+
+
+class Gates:
+    """The heads of a layer that learns."""
+
+    def __init__(self, device: str) -> None:
+        self.gate = torch.tensor([[0.3, 0.8], [0.6, 0.1]], device=device, requires_grad=True)
+
+    def select(self, layer: int, sequences: Tensor) -> HeadPattern:
+        return HeadPattern((5, 5), self.gate)
+
+
+@pytest.fixture
+def _textbook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serves all backends on a CPU, with textbook functions instead of FlashAttention."""
+    if torch.cuda.is_available():
+        return
+    library = flash_library.Library(textbook_forward, textbook_backward)
+    monkeypatch.setattr(flash_library, "find", lambda device: library)
+    monkeypatch.setattr(hybrid_attention, "choose_backend", lambda name, problem: BACKENDS[name])
+
+
+ATTENTIONS = pytest.mark.parametrize(
+    ("backend", "heads", "separate"),
+    [
+        ("triton", "dense", True),
+        ("triton", "mixed", False),
+        ("triton", "gated", True),
+        ("flash", "mixed", True),
+        # A function of its own.
+        ("flash", "gated", False),
+        # It saves q and k twice.
+        ("flash", "gated", True),
+        # It saves views of q and k.
+        ("sdpa", "gated", True),
+    ],
+)
+
+
+def attending(
+    backend: str,
+    heads: str,
+    separate: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Block, list[Tensor]]:
+    """A block, and all that gets gradients but x."""
+    block = build(device, dtype)
+    selectors: dict[str, HeadSelector] = {
+        "dense": Allocation(5, ((True, True),)),
+        "mixed": TABLE,
+        "gated": Gates(device),
+    }
+    selector = selectors[heads]
+    block.self_attn.heads = selector
+    block.self_attn.backend = backend
+    block.separate = separate
+    gates = [selector.gate] if isinstance(selector, Gates) else []
+    return block, [*block.parameters(), *gates]
+
+
+@contextmanager
+def watched_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StorageWeakRef]]:
+    """The memory of each q and k that is computed."""
+    found: list[StorageWeakRef] = []
+    compute = fused_block.rotary.normed_heads
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        heads = compute(*arguments)
+        found.extend(StorageWeakRef(each.untyped_storage()) for each in heads)
+        return heads
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_block.rotary, "normed_heads", watched)
+        yield found
+
+
+def are_free(memory: list[StorageWeakRef]) -> list[bool]:
+    # Triton's interpreter leaves cycles that hold its arguments.
+    gc.collect()
+    return [each.expired() for each in memory]
+
+
+@WHERE
+@ATTENTIONS
+@pytest.mark.usefixtures("_textbook")
+def test_recomputed_heads_change_nothing(
+    backend: str, heads: str, separate: bool, device: str, dtype: torch.dtype
+) -> None:
+    if device == "cuda" and backend != "triton":
+        pytest.skip("the order of its sums varies")
+    block, leaves = attending(backend, heads, separate, device, dtype)
+    x, gradient, documents, sequences = inputs(device, dtype)
+    x.requires_grad_()
+    results = []
+    for block.recomputes_heads in (False, True):
+        out = run_block(block, x, documents, sequences)
+        results.append([out, *torch.autograd.grad(out, [x, *leaves], gradient)])
+    for kept, recomputed in zip(*results, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+@interpreted
+@ATTENTIONS
+@pytest.mark.usefixtures("_textbook")
+def test_recomputed_heads_are_not_kept(
+    backend: str, heads: str, separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, leaves = attending(backend, heads, separate)
+    x, gradient, documents, sequences = inputs("cpu", torch.float32)
+    with watched_heads(monkeypatch) as memory:
+        kept = run_block(block, x, documents, sequences)
+        assert are_free(memory) == [False, False]
+    block.recomputes_heads = True
+    with watched_heads(monkeypatch) as memory:
+        out = run_block(block, x, documents, sequences)
+        assert are_free(memory) == [True, True]
+        first = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+        # Computed once, for q and k and all that saved them. A retained graph keeps neither.
+        assert are_free(memory) == [True] * 4
+        second = torch.autograd.grad(out, leaves, gradient)
+        assert are_free(memory) == [True] * 6
+    truth = torch.autograd.grad(kept, leaves, gradient)
+    for one, other, wanted in zip(first, second, truth, strict=True):
+        assert torch.equal(one, wanted)
+        assert torch.equal(other, wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("backward", [True, False])
+def test_hooks_of_recomputed_heads_end_with_the_graph(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = []
+
+    class Watched(RecomputedTensors):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            hooks.append(weakref.ref(self))
+
+    monkeypatch.setattr(fused_block, "RecomputedTensors", Watched)
+    # Not by Triton's interpreter, which leaves cycles that hold the attention's result.
+    block, _ = attending("sdpa", "gated", True)
+    block.recomputes_heads = True
+    x, gradient, documents, sequences = inputs("cpu", torch.float32)
+    # The garbage collector would also free a cycle, but late.
+    gc.disable()
+    try:
+        out = run_block(block, x, documents, sequences)
+        assert hooks[0]() is not None
+        if backward:
+            out.backward(gradient)
+        else:
+            del out
+        assert hooks[0]() is None
+    finally:
+        gc.enable()
+
+
+@interpreted
+def test_frozen_heads_are_kept() -> None:
+    """Only the gate gets a gradient, so nothing keeps what q and k could be computed from."""
+    block, leaves = attending("triton", "gated", True)
+    x, gradient, documents, sequences = inputs("cpu", torch.float32)
+    block.requires_grad_(False)
+    results = []
+    for block.recomputes_heads in (False, True):
+        out = run_block(block, x, documents, sequences)
+        results.append(torch.autograd.grad(out, leaves[-1], gradient)[0])
+    assert torch.equal(*results)

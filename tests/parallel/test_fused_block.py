@@ -44,8 +44,16 @@ def check_block(tp: TensorParallel) -> None:
         full_name = f"model.layers.0.{name}"
         weight.data = sharding.split(full_name, whole.get_parameter(name).detach()).clone()
     own_x = stretch(x, tp).clone().requires_grad_()
+    leaves = [own_x, *block.parameters()]
+    block.recomputes_heads = True
+    recomputed = run_block(block, own_x, documents, sequences)
+    recomputed_gradients = torch.autograd.grad(recomputed, leaves, stretch(upstream, tp))
+    block.recomputes_heads = False
     out = run_block(block, own_x, documents, sequences)
     out.backward(stretch(upstream, tp))
+    for leaf, gradient in zip(leaves, recomputed_gradients, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(gradient, leaf.grad)
     torch.testing.assert_close(out, stretch(truth, tp), rtol=1e-4, atol=1e-5)
     assert whole_x.grad is not None
     torch.testing.assert_close(own_x.grad, stretch(whole_x.grad, tp), rtol=1e-4, atol=1e-5)
