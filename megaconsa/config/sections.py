@@ -230,7 +230,8 @@ class TrainingSection(Section):
     memory_gib: float | None = Field(None, gt=0)
     """Memory of a GPU in GiB, by `plan`'s estimate, that the run may take.
 
-    As few layers as possible are recomputed to keep it. null: activation_checkpointing decides."""
+    To keep it, q and k of as few layers as possible are recomputed. If that is not enough, so are
+    as few whole layers as possible. null: activation_checkpointing decides."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     reset_optimizer: bool = False

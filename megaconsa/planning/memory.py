@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaconsa.config import Config
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import block_parameters
 from megaconsa.model.loss import CHUNK_BYTES
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.vocabulary import rows
 
@@ -37,9 +38,9 @@ class Memory:
     """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
     activations: int
     activations_kept: int
-    """Activations without checkpointing."""
+    """Activations if nothing is recomputed."""
     activations_checkpointed: int
-    """Activations with checkpointing."""
+    """Activations with checkpointing, which recomputes all layers."""
     logits: int
     """What the fused cross-entropy needs at the end of the pipeline.
 
@@ -74,6 +75,14 @@ def activation_values(
     return norm_inputs + norm_outputs + divided // tensor
 
 
+def head_values(model_config: ModelConfig, tensor: int = 1) -> int:
+    """Counts those values of `activation_values` that a layer does not keep if it recomputes q and
+    k: both after rotation.
+    """
+    heads = model_config.num_attention_heads + model_config.num_key_value_heads
+    return heads * model_config.head_dim // tensor
+
+
 def residual_values(model_config: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
     """Counts the values of one token's residual stream on each of `tensor` ranks.
 
@@ -91,13 +100,12 @@ def rank_memory(
     topology: Topology,
     stages: Stages,
     in_flight: Sequence[int],
-    recomputed: Collection[int],
+    recomputed: Recomputation,
 ) -> Memory:
     """Returns the memory of the pipeline rank that holds these stages.
 
     in_flight: for each stage, the micro-batches whose activations are in memory at the peak.
-    recomputed: the model's layers, from 0, that are recomputed in the backward pass. Those of other
-        ranks do not matter.
+    recomputed: what the backward pass computes again. Layers of other ranks do not matter.
     """
     training = config.training
     tensor = topology.tensor
@@ -107,13 +115,16 @@ def rank_memory(
     tokens = training.micro_batch * training.sequence_length
     of_block = value * tokens * activation_values(model_config, config.learning, tensor, sequence)
     block_input = value * tokens * residual_values(model_config, tensor, sequence)
+    block_heads = value * tokens * head_values(model_config, tensor)
     # Blocks times micro-batches whose activations are in memory.
     held = 0
+    held_without_heads = 0
     held_inputs = 0
     for (start, stop), passes in zip(stages, in_flight, strict=True):
         blocks = range(max(start, 1), min(stop, model_config.num_hidden_layers + 1))
         held += len(blocks) * passes
-        held_inputs += passes * sum(block - 1 in recomputed for block in blocks)
+        held_without_heads += passes * sum(block - 1 in recomputed.heads for block in blocks)
+        held_inputs += passes * sum(block - 1 in recomputed.whole for block in blocks)
     kept = held * of_block
     # The inputs of recomputed blocks are kept, and the rest of one block at a time is recomputed.
     checkpointed = held * block_input
@@ -121,8 +132,13 @@ def rank_memory(
         checkpointed += of_block
     activations = checkpointed
     if held_inputs < held:
-        # The first blocks are recomputed, and by then those after them have freed their memory.
+        # A block that recomputes q and k has freed gate and up by then.
         activations = (held - held_inputs) * of_block + held_inputs * block_input
+        activations -= held_without_heads * block_heads
+        if held_inputs:
+            # The first blocks are recomputed, and by then those after them have freed their memory.
+            # A block is recomputed with q and k, so one block after it may have freed less.
+            activations = max(activations, held_inputs * block_input + of_block)
     has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,

@@ -17,11 +17,12 @@ from megaconsa.errors import InputError
 from megaconsa.model.budget import Budget
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import kv_cache_bytes, parameter_count, peak_flops, training_flops
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
 from megaconsa.planning.balance import TensorBalance, busiest, costs_of_busiest, tensor_balance
 from megaconsa.planning.memory import Memory, rank_memory
-from megaconsa.planning.recomputation import recomputed_layers
+from megaconsa.planning.recomputation import choose_recomputation
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Plan:
     """Share of a step in which the mean GPU computes, after the bubble and both imbalances."""
     memory: Memory
     """Memory of the fullest pipeline rank."""
+    recomputed: Recomputation
     context: int
     dense: Cost
     allocation: Cost
@@ -142,7 +144,7 @@ def make_plan(
     tokens_per_step = training.global_batch * length
     costs = layer_costs(model_config, trained, length)
     layers = stages_by_rank(costs, topology)
-    recomputed = recomputed_layers(config, model_config, topology, layers)
+    recomputed = choose_recomputation(config, model_config, topology, layers, kernels=True)
     pipeline: list[PipelineRank] = []
     for rank, stages in enumerate(layers):
         in_flight = topology.in_flight(rank)
@@ -183,6 +185,7 @@ def make_plan(
         tensor_balance=tensor_balance(model_config, trained, length, topology.tensor),
         efficiency=efficiency,
         memory=max((rank.memory for rank in pipeline), key=lambda memory: memory.total),
+        recomputed=recomputed,
         context=context,
         dense=dense,
         allocation=hybrid,

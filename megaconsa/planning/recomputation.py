@@ -1,35 +1,50 @@
-"""Which layers are recomputed in the backward pass, so that a run keeps a memory budget."""
+"""What is recomputed in the backward pass, so that a run keeps a memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megaconsa.config import Config
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.topology import Topology
 from megaconsa.planning.memory import Stages, rank_memory
 
+BACKENDS = ("auto", "triton", "flash")
+"""Attention backends that save q and k themselves. Others may save copies, which stay."""
 
-def recomputed_layers(
-    config: Config, model_config: ModelConfig, topology: Topology, stages: Sequence[Stages]
-) -> frozenset[int]:
-    """The model's layers, from 0, that are recomputed.
 
-    All are with training.activation_checkpointing, and none without a budget. With
-    training.memory_gib each pipeline rank recomputes as few as keep its estimate below the budget,
-    the first of its stages.
+def choose_recomputation(
+    config: Config,
+    model_config: ModelConfig,
+    topology: Topology,
+    stages: Sequence[Stages],
+    *,
+    kernels: bool,
+) -> Recomputation:
+    """Chooses the layers of which something is recomputed.
+
+    All layers are recomputed with training.activation_checkpointing, and nothing is without a
+    budget. With training.memory_gib each pipeline rank recomputes as little as keeps its estimate
+    below the budget: first q and k of as few layers as that takes. If those of all its layers are
+    not enough, it also recomputes as few layers whole as that takes. The first layers of its stages
+    come first.
 
     stages: those of each pipeline rank.
+    kernels: whether blocks run by the kernels of a GPU. Other blocks cannot recompute q and k
+        alone.
 
     Raises InputError if a rank exceeds the budget even where all its layers are recomputed.
     """
     training = config.training
+    can_recompute_heads = kernels and config.attention.backend in BACKENDS
     if training.activation_checkpointing:
-        return frozenset(range(model_config.num_hidden_layers))
+        return Recomputation(whole=tuple(range(model_config.num_hidden_layers)))
     if training.memory_gib is None:
-        return frozenset()
-    chosen: set[int] = set()
+        return Recomputation()
+    heads: list[int] = []
+    whole: list[int] = []
     for rank, own in enumerate(stages):
         in_flight = topology.in_flight(rank)
         # Where more micro-batches are in memory, a recomputed layer saves more.
@@ -37,11 +52,11 @@ def recomputed_layers(
         layers: list[int] = []
         for _, (start, stop) in order:
             layers += range(max(start, 1) - 1, min(stop - 1, model_config.num_hidden_layers))
-        for count in range(len(layers) + 1):
-            recomputed = layers[:count]
-            memory = rank_memory(config, model_config, topology, own, in_flight, recomputed)
+        for choice in _choices(layers, can_recompute_heads):
+            memory = rank_memory(config, model_config, topology, own, in_flight, choice)
             if memory.total <= training.memory_gib * 2**30:
-                chosen.update(recomputed)
+                heads += choice.heads
+                whole += choice.whole
                 break
         else:
             raise InputError(
@@ -49,4 +64,13 @@ def recomputed_layers(
                 f"takes {memory.total / 2**30:.1f} GiB with all layers recomputed; lower "
                 "training.micro_batch, use more ranks, or raise it"
             )
-    return frozenset(chosen)
+    return Recomputation(tuple(sorted(heads)), tuple(sorted(whole)))
+
+
+def _choices(layers: Sequence[int], can_recompute_heads: bool) -> Iterator[Recomputation]:
+    """What a rank with these layers can recompute, from nothing to everything."""
+    with_heads = tuple(layers) if can_recompute_heads else ()
+    for count in range(len(with_heads) + 1):
+        yield Recomputation(heads=with_heads[:count])
+    for count in range(1, len(layers) + 1):
+        yield Recomputation(heads=with_heads[count:], whole=tuple(layers[:count]))

@@ -64,6 +64,7 @@ def _add_costs(table: Table, plan: Plan) -> None:
 
 def _add_memory(table: Table, plan: Plan) -> None:
     memory = plan.memory
+    recomputed = plan.recomputed
     one_rank = plan.pipeline_ranks == 1
     _add_title(table, "Memory of each GPU" if one_rank else "Memory of the fullest GPU")
     table.add_row("  weights", _bytes(memory.weights))
@@ -76,14 +77,15 @@ def _add_memory(table: Table, plan: Plan) -> None:
         _bytes(memory.activations),
         f"[dim]checkpointed {checkpointed}, kept {kept}",
     )
+    if recomputed.heads or recomputed.whole:
+        table.add_row("  recomputed", "", f"[dim]{recomputed.describe(_num_layers(plan))}")
     table.add_row("  logits (fused loss)", _bytes(memory.logits))
     table.add_row("  [bold]total", f"[bold]{_bytes(memory.total)}")
 
 
 def _add_pipeline(table: Table, plan: Plan) -> None:
     _add_title(table, f"Pipeline, {plan.schedule}")
-    # The pipeline also has the embedding, the final norm and the output head.
-    num_layers = max(stop for held in plan.pipeline for _, stop in held.layers) - 3
+    num_layers = _num_layers(plan)
     for rank, held in enumerate(plan.pipeline):
         stages = " and ".join(_layer_names(bounds, num_layers) for bounds in held.layers)
         flight = " + ".join(map(str, held.in_flight))
@@ -124,6 +126,12 @@ def _add_run(table: Table, plan: Plan) -> None:
     assumed = f"[dim]{basis}, {plan.mfu:.0%} of {peak}{busy}"
     table.add_row("  tokens/s", f"{plan.tokens_per_second:,.0f}", assumed)
     table.add_row("  time", _duration(plan.seconds))
+
+
+def _num_layers(plan: Plan) -> int:
+    """The model's layers."""
+    # The pipeline also has the embedding, the final norm and the output head.
+    return max(stop for held in plan.pipeline for _, stop in held.layers) - 3
 
 
 def _layer_names(bounds: tuple[int, int], num_layers: int) -> str:

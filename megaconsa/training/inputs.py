@@ -22,12 +22,14 @@ from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.mixture_file import data_folders, read_info
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
+from megaconsa.model import kernel_use
 from megaconsa.model.config import ModelConfig
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
-from megaconsa.planning.recomputation import recomputed_layers
+from megaconsa.planning.recomputation import choose_recomputation
 from megaconsa.reading import read_text
 from megaconsa.remote_path import is_remote
 from megaconsa.run_paths import relocated
@@ -65,8 +67,7 @@ class Inputs:
     topology: Topology
     allocation: Allocation | None
     """None while learning."""
-    recomputed: frozenset[int] = frozenset()
-    """The model's layers, from 0, that are recomputed in the backward pass."""
+    recomputed: Recomputation = field(default_factory=Recomputation)
     found: list[Path] = field(default_factory=list)
     """The run's own checkpoints, newest first."""
     resume: Checkpoint | None = None
@@ -128,7 +129,8 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
         )
     costs = layer_costs(model_config, allocation, config.training.sequence_length)
     stages = stages_by_rank(costs, topology)
-    recomputed = recomputed_layers(config, model_config, topology, stages)
+    kernels = kernel_use.kernels_serve_device(_device())
+    recomputed = choose_recomputation(config, model_config, topology, stages, kernels=kernels)
     return Inputs(config, model_config, data, topology, allocation, recomputed)
 
 
@@ -209,7 +211,7 @@ def _check_backend(
                 windows = allocation.windows(layer)
                 own = tuple(windows[head] for head in sharding.own_heads(layer))
                 kinds.add((own, False))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     for windows, gated in sorted(kinds):
         problem = Problem(
             device=device,
@@ -228,6 +230,11 @@ def _check_backend(
             choose_backend(config.attention.backend, problem)
         except ValueError as error:
             raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
+
+
+def _device() -> torch.device:
+    """Where this process will train."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _check_folder(run: Path) -> None:
@@ -291,8 +298,7 @@ def _check_resume(inputs: Inputs, resume: Checkpoint) -> Checkpoint:
             f"allocation.file={config.allocation.file} has changed since run {config.run.dir} "
             "began; choose another run.dir"
         )
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = "bf16" if config.training.in_bf16(device_type) else "fp32"
+    precision = "bf16" if config.training.in_bf16(_device().type) else "fp32"
     if resume.state["precision"] != precision:
         raise InputError(
             f"run {config.run.dir} was trained in {resume.state['precision']}, but "

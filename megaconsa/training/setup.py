@@ -85,9 +85,8 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
             logger.info("%s", line)
         if training.memory_gib is not None:
             logger.info(
-                "recomputes %d of %d layers to keep training.memory_gib=%g",
-                len(inputs.recomputed),
-                model_config.num_hidden_layers,
+                "recomputes %s, to keep training.memory_gib=%g",
+                inputs.recomputed.describe(model_config.num_hidden_layers),
                 training.memory_gib,
             )
     description = {

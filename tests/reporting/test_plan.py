@@ -68,6 +68,24 @@ def test_checkpointing_and_precision(settings: Path) -> None:
     assert exact.memory.activations == 2 * kept.memory.activations
 
 
+def test_memory_budget(settings: Path) -> None:
+    kept = planned(settings)
+    assert kept.to_dict()["recomputed"] == {"heads": (), "whole": ()}
+    # bf16, 4 x 8192 tokens, 16 query heads and 8 KV heads of dimension 128.
+    of_heads = 2 * 4 * 8192 * (16 + 8) * 128
+    assert 28 * of_heads == 5.25 * 2**30
+    budget = (kept.memory.total - 19.5 * of_heads) / 2**30
+    plan = planned(settings, f"training.memory_gib={budget}")
+    assert plan.to_dict()["recomputed"] == {"heads": tuple(range(20)), "whole": ()}
+    assert plan.memory.activations == kept.memory.activations - 20 * of_heads
+    assert plan.memory.activations_kept == kept.memory.activations_kept
+    with console.capture() as capture:
+        console.print(plan_table(plan), width=200)
+        console.print(plan_table(kept), width=200)
+    assert capture.get().count("recomputed") == 1
+    assert "q and k of 20 of 28 layers" in capture.get()
+
+
 def test_rule_and_file(settings: Path, tmp_path: Path) -> None:
     rule = planned(settings, "allocation.source=rule", "allocation.rule=interleaved")
     assert rule.sparsity == 0.75

@@ -136,6 +136,24 @@ def test_pipeline_ranks(settings: Path) -> None:
         assert rank.memory.optimizer == 6 * rank.memory.weights // 2
 
 
+def test_memory_budget_of_each_rank(settings: Path) -> None:
+    """Two micro-batches are in flight on the first rank, and one on the second.
+
+    Tensor ranks divide q and k.
+    """
+    overrides = ("parallel.pipeline=2", "parallel.tensor=2")
+    kept = on_ranks(settings, 4, *overrides)
+    of_heads = 2 * 4 * 8192 * (16 + 8) * 128 // 2
+    split = kept.pipeline[0].layers[0][1] - 1
+    for rank, flight, layers in ((0, 2, (0, 1)), (1, 1, (split, split + 1))):
+        budget = kept.pipeline[rank].memory.total - 2 * flight * of_heads
+        plan = on_ranks(settings, 4, *overrides, f"training.memory_gib={budget / 2**30}")
+        own = tuple(layer for layer in plan.recomputed.heads if (layer >= split) == rank)
+        assert own == layers
+        assert plan.pipeline[rank].memory.total == budget
+        assert plan.memory.total <= budget
+
+
 def test_where_a_tied_embedding_stands(settings: Path) -> None:
     """It is on the first and the last stage, which DualPipeV puts on one rank."""
     embedding = 2 * 151_936 * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -37,6 +37,7 @@ from megaconsa.parallel.pipeline import (
     canonical_name,
     layer_index,
 )
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
@@ -60,12 +61,9 @@ class Engine:
         *,
         backend: str = "auto",
         separate_documents: bool = True,
-        recomputed: Collection[int] = (),
+        recomputed: Recomputation = Recomputation(),
     ) -> None:
-        """heads: an Allocation, or a GateBank while learning.
-
-        recomputed: the model's layers, from 0, that are recomputed in the backward pass.
-        """
+        """heads: an Allocation, or a GateBank while learning."""
         import deepspeed
 
         from megaconsa.parallel.deepspeed.pipeline_modules import (
@@ -93,7 +91,7 @@ class Engine:
                 ),
                 topology=mesh.grid,
                 loss_fn=lambda loss, _: loss,
-                activation_checkpoint_interval=int(bool(recomputed)),
+                activation_checkpoint_interval=int(bool(recomputed.whole)),
                 checkpointable_layers=[RecomputedBlockLayer.__name__],
             )
             parameters = {

@@ -5,7 +5,6 @@ This file imports DeepSpeed at its head, so import it only after the mesh exists
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from megaconsa.parallel.pipeline import (
     RecomputedBlockLayer,
     head_loss,
 )
+from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.tensor_parallel import TensorParallel
 
@@ -65,19 +65,20 @@ def layer_specs(
     heads: HeadSelector,
     backend: str,
     separate_documents: bool,
-    recomputed: Collection[int] = (),
+    recomputed: Recomputation = Recomputation(),
 ) -> list[Any]:
     """The pipeline's layers: embedding, blocks, final norm, head with loss."""
     config = sharding.model_config
     blocks = [
         LayerSpec(
-            RecomputedBlockLayer if layer in recomputed else BlockLayer,
+            RecomputedBlockLayer if layer in recomputed.whole else BlockLayer,
             sharding,
             layer,
             heads,
             backend,
             separate_documents,
             tp,
+            layer in recomputed.heads,
         )
         for layer in range(config.num_hidden_layers)
     ]
