@@ -16,7 +16,7 @@ from megaconsa.kernels.limits import multiprocessors
 
 TILE = 4096
 """Elements of a head's tile: tokens times head_dim."""
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 32
 """Programs per streaming multiprocessor in the backward pass."""
 
 
