@@ -12,6 +12,9 @@ from megaconsa.kernels.cross_entropy.softmax import Softmax
 
 LOWEST: tl.constexpr = tl.constexpr(plain.LOWEST)
 BLOCK = 4096
+"""Columns that a program loads at a time."""
+LANE: tl.constexpr = tl.constexpr(8)
+"""Neighbouring columns that share an online softmax: 16-bit logits that a thread loads at once."""
 
 
 def softmax_and_target(
@@ -45,7 +48,7 @@ def _launch(
     rows, width = logits.shape
     if rows == 0:
         return
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = max(LANE.value, min(BLOCK, triton.next_power_of_2(width)))
     with torch.cuda.device_of(logits):
         _cross_entropy[(rows,)](
             logits,
@@ -92,15 +95,18 @@ def _cross_entropy(
             # Loaded before the reductions: their barriers separate this load from the gradient
             # that another warp writes to the same place.
             target = tl.load(row_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-            # Each lane has its own online softmax. They are joined once, after the loop.
-            lane_maximum = tl.full([BLOCK], LOWEST, tl.float32)
-            lane_total = tl.zeros([BLOCK], tl.float32)
+            # Each lane has its own online softmax, which takes one exponential a block beside those
+            # of the logits. The lanes are joined once, after the loop.
+            lane = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None]
+            lane_maximum = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+            lane_total = tl.zeros([BLOCK // LANE], tl.float32)
             for start in range(0, columns, BLOCK):
-                x = tl.load(
-                    row_ptr + start + column, mask=start + column < columns, other=LOWEST
-                ).to(tl.float32)
-                higher = tl.maximum(lane_maximum, x)
-                lane_total = lane_total * tl.exp(lane_maximum - higher) + tl.exp(x - higher)
+                x = tl.load(row_ptr + start + lane, mask=start + lane < columns, other=LOWEST).to(
+                    tl.float32
+                )
+                higher = tl.maximum(lane_maximum, tl.max(x, axis=1))
+                weights = tl.sum(tl.exp(x - higher[:, None]), axis=1)
+                lane_total = lane_total * tl.exp(lane_maximum - higher) + weights
                 lane_maximum = higher
             maximum = tl.max(lane_maximum, axis=0)
             # A lane beyond a short row has counted LOWEST itself. Its weight beside a logit is 0.
@@ -112,11 +118,14 @@ def _cross_entropy(
             maximum = tl.load(maximum_ptr + row)
             total = tl.load(total_ptr + row)
         if GRADIENT:
-            for start in range(0, width, BLOCK):
+            inverse = 1.0 / total
+            # From the end to the beginning: the end was read last, and may still be in the cache.
+            for passed in range(0, width, BLOCK):
+                start = (width - 1) // BLOCK * BLOCK - passed
                 x = tl.load(
                     row_ptr + start + column, mask=start + column < columns, other=LOWEST
                 ).to(tl.float32)
-                p = tl.exp(x - maximum) / total - tl.where(start + column == label, 1.0, 0.0)
+                p = tl.exp(x - maximum) * inverse - tl.where(start + column == label, 1.0, 0.0)
                 tl.store(
                     row_ptr + start + column,
                     p.to(logits_ptr.dtype.element_ty),
