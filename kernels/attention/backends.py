@@ -17,8 +17,6 @@ from megaconsa.kernels.attention.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-PACKED_FLASH_TOKENS = 32768
-"""Tokens of a micro-batch from which packed documents go to FlashAttention."""
 GATED_FLASH_LENGTH = 4096
 """Tokens of a sequence from which gated heads go to FlashAttention, if documents are not packed."""
 CLOSED_FLASH_LENGTH = 32768
@@ -139,17 +137,19 @@ def _preferred(problem: Problem) -> tuple[Backend, ...]:
 
     A finished allocation is faster as calls of FlashAttention, where that is installed and serves
     the problem, than as one launch of our kernel. So are gated heads in long sequences: the longer,
-    the more heads may be closed, for which our kernel skips more work. With packed documents
-    FlashAttention needs their number, for which the host waits once a micro-batch. A small one does
-    not make up for that.
+    the more heads may be closed, for which our kernel skips more work.
+
+    Packed documents stay with our kernel. A run with flash-attn-4 4.0.0b36 was 4 % faster. But after
+    9 steps its loss lay 0.4 % above ours and torchtitan's, which agreed to 0.02 %.
     """
-    if problem.gated:
+    if problem.packed:
+        flash_is_faster = False
+    elif problem.gated:
         mostly_open = problem.closed <= problem.kv_heads // 4
         least = GATED_FLASH_LENGTH if mostly_open else CLOSED_FLASH_LENGTH
-        flash_is_faster = not problem.packed and problem.length >= least
+        flash_is_faster = problem.length >= least
     else:
-        is_small = problem.batch * problem.length < PACKED_FLASH_TOKENS
-        flash_is_faster = not (problem.packed and is_small)
+        flash_is_faster = True
     if flash_is_faster:
         return FLASH, TRITON, SDPA, REFERENCE
     return TRITON, FLASH, SDPA, REFERENCE
