@@ -139,8 +139,8 @@ def _preferred(problem: Problem) -> tuple[Backend, ...]:
     the problem, than as one launch of our kernel. So are gated heads in long sequences: the longer,
     the more heads may be closed, for which our kernel skips more work.
 
-    Packed documents stay with our kernel. A run with flash-attn-4 4.0.0b36 was 4 % faster. But after
-    9 steps its loss lay 0.4 % above ours and torchtitan's, which agreed to 0.02 %.
+    Packed documents stay with our kernel. A run with flash-attn-4 4.0.0b36 was 4 % faster, but its
+    loss after 9 steps lay 0.4 % above ours and torchtitan's, which agreed to 0.02 %.
     """
     if problem.packed:
         flash_is_faster = False
