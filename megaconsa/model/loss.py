@@ -14,7 +14,7 @@ from megaconsa.kernels.cross_entropy.cross_entropy import (
     softmax_and_target,
 )
 from megaconsa.kernels.cross_entropy.softmax import Softmax
-from megaconsa.model.weight_gradients import add_product, main_grad
+from megaconsa.model.weight_gradients import add_product, main_grad, note_added
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
@@ -99,7 +99,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 add_product(d_weight, logits.T, x)
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
-            ctx.main_grad = main_grad(weight)
+            ctx.weight = weight
         return total
 
     @staticmethod
@@ -111,10 +111,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_hidden = (d_hidden.float() * gradient).to(narrow)
         if d_weight is None:
             return d_hidden, None, None, None
-        if ctx.main_grad is None:
+        buffer = main_grad(ctx.weight)
+        if buffer is None:
             d_weight = (d_weight * gradient).to(narrow)
         else:
-            ctx.main_grad.addcmul_(d_weight, gradient)
+            buffer.addcmul_(d_weight, gradient)
+            note_added(ctx.weight)
             d_weight = None
         return d_hidden, d_weight, None, None
 

@@ -8,7 +8,7 @@ rounded to bf16 or copied. Without such a buffer they return the gradients to au
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 MAIN_GRAD = "main_grad"
 """Name of a weight's attribute."""
+LISTENER = "main_grad_listener"
+"""Name of the attribute of a weight that holds a function, if something waits for its gradients."""
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
     """The fp32 buffer of a weight, or None if autograd keeps its gradient."""
     found: Tensor | None = getattr(weight, MAIN_GRAD, None)
     return found
+
+
+def note_added(weight: Tensor) -> None:
+    """Tells who waits for it that a backward pass has added to the `main_grad` of a weight."""
+    listener: Callable[[Tensor], None] | None = getattr(weight, LISTENER, None)
+    if listener is not None:
+        listener(weight)
 
 
 class Stack:
@@ -71,6 +80,8 @@ class Stack:
         total = self._look(weights)[1]
         if total is not None and all(wanted):
             add_product(total, columns, x)
+            for weight in weights:
+                note_added(weight)
             return [None] * len(weights)
         found: list[Tensor | None] = []
         parts = columns.split([len(weight) for weight in weights])
@@ -96,6 +107,7 @@ def _product_gradient(weight: Tensor, columns: Tensor, x: Tensor) -> Tensor | No
     if buffer is None:
         return columns @ x
     add_product(buffer, columns, x)
+    note_added(weight)
     return None
 
 
@@ -134,4 +146,5 @@ def add_gradient(weight: Tensor, gradient: Tensor) -> Tensor | None:
     if buffer is None:
         return gradient.to(weight.dtype)
     buffer += gradient
+    note_added(weight)
     return None

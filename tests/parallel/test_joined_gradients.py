@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megaconsa.parallel.deepspeed.patches import joined
+from megaconsa.parallel.deepspeed.flat_views import joined
 
 
 def test_neighbours_become_one_view() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,7 @@ from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.model import kernel_use
 from megaconsa.parallel import mesh, world
+from megaconsa.parallel.deepspeed import gradient_reduction
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Row, Trainer
@@ -107,8 +108,14 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def with_kernels() -> Any:
-    """Runs blocks and norms as on a GPU, with the kernels in Triton's interpreter."""
-    return patch.object(kernel_use, "kernels_serve_device", lambda device: True)
+    """Runs blocks and norms as on a GPU, with the kernels in Triton's interpreter.
+
+    Gradients are summed over data ranks in many buckets.
+    """
+    stack = ExitStack()
+    stack.enter_context(patch.object(kernel_use, "kernels_serve_device", lambda device: True))
+    stack.enter_context(patch.object(gradient_reduction, "BUCKET_ELEMENTS", 5000))
+    return stack
 
 
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:

@@ -104,11 +104,10 @@ class Engine:
                 optimizer=build_optimizer(module, training, fused=mesh.device.type == "cuda"),
                 config=deepspeed_settings(training, topology, bf16),
             )
-        if bf16:
-            patch_bf16(self.engine)
+        self._reduction = patch_bf16(self.engine, module.tied_over_stages()) if bf16 else None
         self._has_main_grads = bf16 and kernel_use.kernels_serve_device(mesh.device)
         if self._has_main_grads:
-            give_main_grads(self.optimizer)
+            give_main_grads(self.optimizer, self._reduction)
         self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(model_config)
         owners = {
@@ -153,6 +152,8 @@ class Engine:
         self.adamw.begin(check_step)
         if self._has_main_grads:
             expect_gradients(self.optimizer)
+        if self._reduction is not None:
+            self._reduction.begin()
         self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

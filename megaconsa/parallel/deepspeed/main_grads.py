@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megaconsa.model.weight_gradients import MAIN_GRAD
+from megaconsa.model.weight_gradients import LISTENER, MAIN_GRAD
+from megaconsa.parallel.deepspeed.gradient_reduction import GradientReduction
 
 
-def give_main_grads(optimizer: Any) -> None:
+def give_main_grads(optimizer: Any, reduction: GradientReduction | None) -> None:
     """Gives each weight its part of the flat fp32 gradients.
+
+    reduction: hears of each gradient that is added.
 
     A backward pass raises RuntimeError if autograd gets a gradient of a weight all the same.
     """
@@ -23,6 +26,8 @@ def give_main_grads(optimizer: Any) -> None:
     ):
         for weight, gradient in zip(weights, gradients, strict=True):
             setattr(weight, MAIN_GRAD, gradient.view(weight.shape))
+            if reduction is not None:
+                setattr(weight, LISTENER, reduction.added)
             weight.register_post_accumulate_grad_hook(_refuse)
             # By this name DeepSpeed finds the gradients that it sums over tied weights.
             weight._hp_grad = gradient

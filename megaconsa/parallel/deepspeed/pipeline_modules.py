@@ -47,6 +47,11 @@ class CostCutModule(PipelineModule):
         with torch.no_grad():
             super()._synchronize_tied_weights()
 
+    def tied_over_stages(self) -> list[Tensor]:
+        """Weights that other stages hold too."""
+        found = super().get_tied_weights_and_groups()
+        return [weight for weight, group in found if torch.distributed.get_world_size(group) > 1]
+
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
         """Tensors that DeepSpeed sums once per step, each with its group.
 

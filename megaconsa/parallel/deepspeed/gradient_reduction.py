@@ -1,0 +1,171 @@
+"""The sum of gradients over data ranks, while the backward pass still runs.
+
+DeepSpeed's BF16 optimizer divides its fp32 gradients, and the master weights that they move, among
+the data ranks. After the last backward pass it sums all gradients on every rank, through copies.
+Here each bucket is summed on the rank that owns it, in place, as soon as the last micro-batch has
+added to it. That is half the traffic, and only the last buckets have nothing to hide behind. ZeRO
+(Rajbhandari et al. 2020, arXiv 1910.02054) and Megatron-LM's distributed optimizer do the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megaconsa.parallel.deepspeed.flat_views import joined
+
+BUCKET_ELEMENTS = 32 * 2**20
+"""Largest bucket: 128 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring gradients that are summed by one call."""
+
+    gradients: Tensor
+    """fp32, flat."""
+    owner: int | None
+    """Global rank that gets the sum. None: every rank does."""
+    weights: Sequence[Tensor]
+    """Those that have a part of their gradient here."""
+
+
+class GradientReduction:
+    """Averages the gradients of a BF16 optimizer over data ranks."""
+
+    def __init__(self, optimizer: Any, tied: Collection[Tensor]) -> None:
+        """optimizer: DeepSpeed's BF16_Optimizer.
+
+        tied: weights whose gradients are summed over pipeline stages afterwards. Stages divide
+            them differently among the data ranks, so every data rank gets their mean.
+        """
+        self._partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
+        self._group = optimizer.real_dp_process_group[0]
+        self._buckets: list[Bucket] = []
+        # Backward passes reach the last weights first. The norms, which are the last group, are
+        # complete only when the first block is.
+        for group in range(len(optimizer.bf16_groups)):
+            self._buckets += reversed(list(_buckets(optimizer, group, tied)))
+        self._of_weight: dict[Tensor, list[int]] = {}
+        for number, bucket in enumerate(self._buckets):
+            for weight in bucket.weights:
+                self._of_weight.setdefault(weight, []).append(number)
+        self._expected: Counter[Tensor] | None = None
+        """How often a step adds to the gradient of each weight. The first step counts."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a step."""
+        self._added: Counter[Tensor] = Counter()
+        self._missing = [len(bucket.weights) for bucket in self._buckets]
+        self._works: list[Any] = []
+
+    def added(self, weight: Tensor) -> None:
+        """Notes that a backward pass has added to the gradient of a weight."""
+        self._added[weight] += 1
+        if self._expected is None or self._added[weight] != self._expected[weight]:
+            return
+        for number in self._of_weight[weight]:
+            self._missing[number] -= 1
+        # In a fixed order, because every data rank must call its collectives in the same one.
+        while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
+            self._sum_next()
+
+    def finish(self) -> None:
+        """Ends the sums after the last backward pass. Gradients are then means over data ranks.
+
+        Raises RuntimeError if weights got fewer or more gradients than in the first step. A bucket
+        may then have been summed too early.
+        """
+        if self._expected is None:
+            self._expected = self._added
+        elif self._expected != self._added:
+            raise RuntimeError(
+                f"a step added {self._added.total()} gradients to weights and the first one "
+                f"{self._expected.total()}; every step must add as many to each weight"
+            )
+        while len(self._works) < len(self._buckets):
+            self._sum_next()
+        for work in self._works:
+            work.wait()
+        rank = dist.get_rank()
+        for bucket in self._buckets:
+            if bucket.owner in (None, rank):
+                bucket.gradients.div_(dist.get_world_size(self._group))
+
+    def own_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of gradients, of which each data rank has the means of its partition only.
+
+        gradients: views of the optimizer's flat gradients.
+
+        Returns fp32 (1,), the same on every data rank.
+        """
+        own = [part for part in map(self._own_part, gradients) if part is not None]
+        square = self._partitions[0].new_zeros(1)
+        for part in joined(own):
+            square += torch.linalg.vector_norm(part).square()
+        dist.all_reduce(square, group=self._group)
+        return square.sqrt()
+
+    def own_gradients(self) -> list[Tensor]:
+        """What AdamW reads on this rank."""
+        return self._partitions
+
+    def _own_part(self, gradient: Tensor) -> Tensor | None:
+        """The part of a gradient that lies in a partition of this rank."""
+        for partition in self._partitions:
+            if _storage(partition) != _storage(gradient):
+                continue
+            offset = partition.storage_offset()
+            begin = max(gradient.storage_offset() - offset, 0)
+            end = min(gradient.storage_offset() + gradient.numel() - offset, partition.numel())
+            return partition[begin:end] if begin < end else None
+        return None
+
+    def _sum_next(self) -> None:
+        bucket = self._buckets[len(self._works)]
+        if bucket.owner is None:
+            work: Any = dist.all_reduce(bucket.gradients, group=self._group, async_op=True)
+        else:
+            work = dist.reduce(bucket.gradients, bucket.owner, group=self._group, async_op=True)
+        self._works.append(work)
+
+
+def _buckets(optimizer: Any, number: int, tied: Collection[Tensor]) -> Iterator[Bucket]:
+    """The buckets of a group of parameters in the order of memory.
+
+    Each has one owner, or holds a tied weight.
+    """
+    flat = optimizer.fp32_groups_gradients_flat[number]
+    group = optimizer.real_dp_process_group[number]
+    partition = flat.numel() // dist.get_world_size(group)
+    ids_of_tied = {id(weight) for weight in tied}
+    cuts = {*range(0, flat.numel(), partition), flat.numel()}
+    places: list[tuple[int, int, Tensor]] = []
+    end = 0
+    for weight in optimizer.bf16_groups[number]:
+        begin = end
+        end += weight.numel()
+        places.append((begin, end, weight))
+        if id(weight) in ids_of_tied:
+            cuts |= {begin, end}
+    for first, last in pairwise(sorted(cuts)):
+        for begin in range(first, last, BUCKET_ELEMENTS):
+            stop = min(begin + BUCKET_ELEMENTS, last)
+            weights = [weight for start, end, weight in places if start < stop and end > begin]
+            if not weights:
+                continue  # padding
+            is_tied = any(id(weight) in ids_of_tied for weight in weights)
+            owner = None if is_tied else dist.get_global_rank(group, begin // partition)
+            yield Bucket(flat[begin:stop], owner, weights)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
