@@ -205,15 +205,17 @@ class _BeforeAttention(torch.autograd.Function):
         )
         d_rows = d_rows.flatten(2)
         projections = attention.projections
-        d_normed = block.group.reduce_output(d_rows @ projections.matrix())
+        wanted = ctx.needs_input_grad[5:8]
+        wait_for_d_normed = block.group.start_reduce_output(d_rows @ projections.matrix())
+        if gathered is not None:
+            # The ranks exchange meanwhile.
+            of_projections = projections.gradients(d_rows, gathered, wanted)
         norm_weight = block.input_layernorm.weight
         d_x, parts, normed = norm.rms_norm_backward(
-            d_normed, x, norm_weight, eps, d_residual.contiguous()
+            wait_for_d_normed(), x, norm_weight, eps, d_residual.contiguous()
         )
-        wanted = ctx.needs_input_grad
-        of_projections = projections.gradients(
-            d_rows, normed if gathered is None else gathered, wanted[5:8]
-        )
+        if gathered is None:
+            of_projections = projections.gradients(d_rows, normed, wanted)
         of_heads = head_parts.sum(dim=0)
         return (
             d_x,
@@ -268,15 +270,17 @@ class _AfterAttention(torch.autograd.Function):
         d_gated = d_down @ mlp.down.matrix()
         d_gate_up, gated = gating.swiglu_backward(d_gated, gate_up)
         wanted = ctx.needs_input_grad
+        # The gradients of weights are computed while the ranks exchange those of activations.
+        wait_for_d_normed = group.start_reduce_output(d_gate_up @ mlp.gate_up.matrix())
         of_down = mlp.down.gradients(d_down, gated, wanted[7:8])
-        d_normed = group.reduce_output(d_gate_up @ mlp.gate_up.matrix())
         d_x, parts, normed = norm.rms_norm_backward(
-            d_normed, x, norm_weight, attention.model_config.rms_norm_eps, d_out
+            wait_for_d_normed(), x, norm_weight, attention.model_config.rms_norm_eps, d_out
         )
+        wait_for_d_delta = group.start_gather_input(d_x)
         of_inputs = mlp.gate_up.gradients(
             d_gate_up, normed if gathered is None else gathered, wanted[5:7]
         )
-        d_delta = group.gather_input(d_x)
+        d_delta = wait_for_d_delta()
         d_attended = d_delta @ attention.output.matrix()
         return (
             d_x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 class TensorGroup(Protocol):
     """The ranks of a tensor group, which divide the parts of a block around attention and the MLP.
 
-    Neither function is differentiable. Each is the other's transpose.
+    No function is differentiable. Gathering and reducing are each other's transpose. What begins
+    with `start` returns at once: the ranks exchange while this one goes on, until it calls the
+    function that it got.
     """
 
     @property
@@ -21,6 +24,12 @@ class TensorGroup(Protocol):
 
     def reduce_output(self, x: Tensor) -> Tensor:
         """From a divided part to the residual stream: the sum over the ranks."""
+
+    def start_gather_input(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts `gather_input`. Returns a function that waits for its result."""
+
+    def start_reduce_output(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts `reduce_output`. Returns a function that waits for its result."""
 
 
 class NoGroup:
@@ -33,3 +42,9 @@ class NoGroup:
 
     def reduce_output(self, x: Tensor) -> Tensor:
         return x
+
+    def start_gather_input(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x
+
+    def start_reduce_output(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x

@@ -8,6 +8,7 @@ The traffic is the same, because an all-reduce is a reduce-scatter and an all-ga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +45,36 @@ class TensorParallel:
     def gather_input(self, x: Tensor) -> Tensor:
         """Enters a divided part of the model: (B, S or S / size, ...) to (B, S, ...) on every
         rank. Not differentiable."""
-        if self.size == 1 or not self.sequence:
-            return x
-        return self.all_gather_sequence(x)
+        return self.start_gather_input(x)()
 
     def reduce_output(self, x: Tensor) -> Tensor:
         """Returns to the residual stream: sums (B, S, ...) over the ranks. Not differentiable.
 
         Every rank gets the whole sum, or its part of the sequence with sequence parallelism.
         """
+        return self.start_reduce_output(x)()
+
+    def start_gather_input(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts `gather_input`. Returns a function that waits for its result."""
+        if self.size == 1 or not self.sequence:
+            return lambda: x
+        return self._start_all_gather_sequence(x)
+
+    def start_reduce_output(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts `reduce_output`. Returns a function that waits for its result."""
         if self.size == 1:
-            return x
+            return lambda: x
         if self.sequence:
-            return self.reduce_scatter_sequence(x)
+            return self._start_reduce_scatter_sequence(x)
         # A collective ignores strides.
-        return self.all_reduce(x.clone(memory_format=torch.contiguous_format))
+        total = x.clone(memory_format=torch.contiguous_format)
+        work: Any = dist.all_reduce(total, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return total
+
+        return wait
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place. Not differentiable."""
@@ -82,16 +98,35 @@ class TensorParallel:
 
     def all_gather_sequence(self, x: Tensor) -> Tensor:
         """(B, S / size, ...) to (B, S, ...)."""
-        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
-        return gathered.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        return self._start_all_gather_sequence(x)()
 
     def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
         """(B, S, ...) to (B, S / size, ...): this rank's part of the sum over the ranks."""
+        return self._start_reduce_scatter_sequence(x)()
+
+    def _start_all_gather_sequence(self, x: Tensor) -> Callable[[], Tensor]:
+        x = x.contiguous()
+        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
+        work: Any = dist.all_gather_into_tensor(gathered, x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return gathered.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+
+        return wait
+
+    def _start_reduce_scatter_sequence(self, x: Tensor) -> Callable[[], Tensor]:
         stretches = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
         own = torch.empty_like(stretches[0])
-        dist.reduce_scatter_tensor(own, stretches.flatten(0, 1), group=self.group)
-        return own
+        work: Any = dist.reduce_scatter_tensor(
+            own, stretches.flatten(0, 1), group=self.group, async_op=True
+        )
+
+        def wait() -> Tensor:
+            work.wait()
+            return own
+
+        return wait
 
 
 class _Enter(torch.autograd.Function):
