@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.attention import flash, reference, sdpa
+from megaconsa.kernels.attention import flash, flash_library, reference, sdpa
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 
@@ -78,7 +78,7 @@ FLASH = Backend(
     flash.refusal,
     flash.attention,
     "a call for each run of heads of a kind",
-    "a call for the window and one for the keys before it",
+    "two calls for gated heads, where possible one for the window and one for the keys before it",
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, TRITON, FLASH)}
@@ -147,7 +147,8 @@ def _preferred(problem: Problem) -> tuple[Backend, ...]:
     elif problem.gated:
         mostly_open = problem.closed <= problem.kv_heads // 4
         least = GATED_FLASH_LENGTH if mostly_open else CLOSED_FLASH_LENGTH
-        flash_is_faster = problem.length >= least
+        is_long = problem.length >= least
+        flash_is_faster = is_long and flash_library.gates_were_measured(problem.device)
     else:
         flash_is_faster = True
     if flash_is_faster:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaconsa.kernels.attention import flash_gated, flash_library
+from megaconsa.kernels.attention import flash_library
 from megaconsa.kernels.attention.flash_library import Packed
 from megaconsa.kernels.attention.gating import mix
 from megaconsa.kernels.attention.head_pattern import HeadPattern
@@ -60,6 +60,9 @@ def attention(
     window = windows[0]
     is_simple = documents is None and not torch.compiler.is_compiling()
     if gate is not None and is_simple and len(set(windows)) == 1 and window < q.shape[1]:
+        # Imported here, because it needs triton. Machines without it can use the other backends.
+        from megaconsa.kernels.attention import flash_gated
+
         return flash_gated.attention(q, k, v, gate, closed, window, scale)
     bounds, longest = (None, 0) if documents is None else document_bounds(documents)
     run = forward if torch.compiler.is_compiling() else _Eager.apply

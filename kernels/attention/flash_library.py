@@ -124,6 +124,12 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def gates_were_measured(device: torch.device) -> bool:
+    """Whether gated heads were faster on such a GPU with its library than with our kernel."""
+    return _capability(device) == 9
+
+
 @lru_cache
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -46,6 +48,7 @@ def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     missing = None if request.param else NOT_INSTALLED
     monkeypatch.setattr(flash_library, "missing", lambda device: missing)
     monkeypatch.setattr(flash_library, "served_head_dims", lambda device: (72, 128))
+    monkeypatch.setattr(flash_library, "_capability", lambda device: 9)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,30 @@ def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def test_auto_takes_the_fastest_that_serves(problem: Problem, name: str) -> None:
     pytest.importorskip("triton")
     assert choose_backend("auto", problem).name == name
+
+
+@pytest.mark.parametrize("library", [True], indirect=True)
+@pytest.mark.usefixtures("library")
+def test_gated_heads_stay_with_triton_on_gpus_that_were_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(flash_library, "_capability", lambda device: 8)
+    assert choose_backend("auto", replace(GPU, gated=True)).name == "triton"
+    assert choose_backend("auto", GPU).name == "flash"
+
+
+def test_the_kernels_can_be_imported_without_triton() -> None:
+    """A finished model then runs by sdpa."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from megaconsa.kernels import hybrid_attention
+q = torch.randn(1, 8, 2, 16)
+print(hybrid_attention(q, q, q, window=4, gate=torch.tensor([0.5, 0.0])).shape)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
 @pytest.mark.parametrize(

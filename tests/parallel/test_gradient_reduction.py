@@ -64,7 +64,10 @@ def check(place: Launch) -> None:
     place.export()
     join()
     try:
-        with patch.object(gradient_reduction, "BUCKET_ELEMENTS", 6):
+        with (
+            patch.object(gradient_reduction, "BUCKET_ELEMENTS", 6),
+            patch.object(gradient_reduction, "SMALL_GROUP", 10),
+        ):
             reduce(dist.get_rank())
     finally:
         leave()
@@ -115,6 +118,11 @@ def reduce(rank: int) -> None:
         reduction.added(pairs[number][0])
     with pytest.raises(RuntimeError, match=r"added 7 gradients to weights and the first one 21"):
         reduction.finish()
+    reduction.begin()
+    for _ in range(MICRO_BATCHES):
+        reduction.added(tied_weight)
+    with pytest.raises(RuntimeError, match=r"shape \(20,\) got more gradients than in the first"):
+        reduction.added(tied_weight)
 
 
 def check_means(rank: int, parts: SimpleNamespace, means: list[Tensor]) -> None:

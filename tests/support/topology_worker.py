@@ -115,6 +115,7 @@ def with_kernels() -> Any:
     stack = ExitStack()
     stack.enter_context(patch.object(kernel_use, "kernels_serve_device", lambda device: True))
     stack.enter_context(patch.object(gradient_reduction, "BUCKET_ELEMENTS", 5000))
+    stack.enter_context(patch.object(gradient_reduction, "SMALL_GROUP", 0))
     return stack
 
 
