@@ -7,11 +7,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+
+class Sliceable(Protocol):
+    """A tensor, or what returns slices of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. Only what a slice holds is read."""
+
+    shape: tuple[int, ...]
+    _slices: Any
+    """What safetensors returns for slicing."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        found: Tensor = self._slices[index]
+        return found
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -33,6 +57,10 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def stored(self, name: str) -> StoredTensor:
+        """The tensor, to be read in slices."""
+        return StoredTensor(self.shape(name), self._places[name].get_slice(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading the tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.sharding import Sharding
+from megaconsa.tensor_files import Sliceable
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,22 @@ class DistributedWeights:
             if self.keepers[name] == (mesh.dp_rank, mesh.tp.rank):
                 yield name, self.sharding.join(name, parts)
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's fp32 part of a whole tensor.
-
-        Raises RuntimeError if the tensor's shape is not the weight's.
-        """
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """Raises RuntimeError if a whole tensor's shape is not the weight's."""
         needed = self.shapes[name]
-        if whole.shape != needed:
+        if tuple(shape) != needed:
             raise RuntimeError(
-                f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(needed)}"
+                f"{name} has shape {tuple(shape)}, but the model needs {tuple(needed)}"
             )
-        return self.sharding.split(name, whole).to(self.mesh.device, torch.float32)
+
+    def fragment(self, name: str, whole: Sliceable, elements: range) -> Tensor:
+        """Some elements of this rank's part of a whole tensor, counted in the flattened part.
+
+        Reads only the rows that hold them.
+        """
+        width = self.parameters[name].shape[1:].numel()
+        first = elements.start // width
+        last = -(-elements.stop // width)
+        rows = self.sharding.split(name, whole, range(first, last))
+        begin = elements.start - first * width
+        return rows.flatten()[begin : begin + len(elements)]

@@ -12,7 +12,8 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.config import ModelConfig
-from megaconsa.parallel.vocabulary import rows
+from megaconsa.parallel import vocabulary
+from megaconsa.tensor_files import Sliceable
 
 BY_HEAD = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
 """Dimension along which attention's weights are divided, in units of a KV head with its query
@@ -61,21 +62,48 @@ class Sharding:
         count = self.model_config.num_key_value_heads // self.size
         return self.head_orders[layer][self.rank * count : (self.rank + 1) * count]
 
-    def split(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a canonical weight, or of its moment."""
+    def split(self, name: str, whole: Sliceable, rows: range | None = None) -> Tensor:
+        """This rank's part of a canonical weight, or of its moment.
+
+        Nothing else of `whole` is read, and its rows are read in ascending order.
+
+        rows: the rows of the part to return. None means all.
+        """
+        own_rows = self._own(name, 0, whole.shape[0])
+        if rows is not None:
+            own_rows = _within(own_rows, rows)
+        own_columns: list[range] = []
+        if len(whole.shape) > 1:
+            own_columns = self._own(name, 1, whole.shape[1])
+        found = {}
+        for block in sorted(own_rows, key=lambda block: block.start):
+            held = slice(min(block.start, whole.shape[0]), min(block.stop, whole.shape[0]))
+            if not own_columns:
+                found[block] = whole[held,]
+                continue
+            parts = [whole[held, slice(each.start, each.stop)] for each in own_columns]
+            found[block] = torch.cat(parts, 1)
+        part = torch.cat([found[block] for block in own_rows])
+        padding = sum(len(block) for block in own_rows) - len(part)
+        if padding:
+            part = torch.cat((part, part.new_zeros(padding, *part.shape[1:])))
+        return part
+
+    def _own(self, name: str, dimension: int, size: int) -> list[range]:
+        """The indices of one dimension of the whole weight that this rank holds.
+
+        They are in the order of this rank's part. Indices from `size` on are padding.
+        """
         kind = _kind(name)
-        if kind not in DIVIDED:
-            return whole
-        dimension = DIVIDED[kind]
-        if kind in BY_VOCABULARY:
-            count = rows(len(whole), self.size)
-            padding = whole.new_zeros(count * self.size - len(whole), whole.shape[1])
-            return torch.cat((whole, padding))[self.rank * count : (self.rank + 1) * count]
+        if DIVIDED.get(kind) != dimension:
+            return [range(size)]
         if kind in BY_HEAD:
-            own = torch.tensor(self.own_heads(_layer(name)), device=whole.device)
-            groups = whole.unflatten(dimension, (self.model_config.num_key_value_heads, -1))
-            return groups.index_select(dimension, own).flatten(dimension, dimension + 1)
-        return whole.chunk(self.size, dimension)[self.rank]
+            width = size // self.model_config.num_key_value_heads
+            return [
+                range(head * width, (head + 1) * width) for head in self.own_heads(_layer(name))
+            ]
+        count = vocabulary.rows(size, self.size)
+        return [range(self.rank * count, (self.rank + 1) * count)]
 
     def join(self, name: str, parts: list[Tensor]) -> Tensor:
         """The canonical weight from all ranks' parts."""
@@ -94,6 +122,18 @@ class Sharding:
         original = torch.tensor(order, device=whole.device).argsort()
         groups = whole.unflatten(dimension, (self.model_config.num_key_value_heads, -1))
         return groups.index_select(dimension, original).flatten(dimension, dimension + 1)
+
+
+def _within(blocks: list[range], rows: range) -> list[range]:
+    """The blocks without what lies outside `rows`, which count along all blocks."""
+    found = []
+    begin = 0
+    for block in blocks:
+        own = block[max(rows.start - begin, 0) : max(rows.stop - begin, 0)]
+        if own:
+            found.append(own)
+        begin += len(block)
+    return found
 
 
 def is_divided(name: str) -> bool:

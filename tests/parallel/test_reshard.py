@@ -20,6 +20,8 @@ from tests.support.topologies import (
     PP2,
     PP2_DP2,
     PP2_DUALPIPEV,
+    RECOMPUTED_TIED,
+    TP2_DP2,
     TP2_PP2,
     TP2_SEQUENCE,
     TRAIN_UNTIED,
@@ -71,6 +73,19 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
         # The next batch is a function of this number and the seed.
         for run in (one, two):
             assert checkpoint(run, 20).state["sequences"] == 160
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restart_reads_what_its_ranks_keep(runs: Runs, precision: str) -> None:
+    """The worker counts what each rank reads, and compares all ranks with the checkpoint.
+
+    The vocabulary is padded, and the table changes the order of heads.
+    """
+    case = Case("read-little", RECOMPUTED_TIED.sections)
+    jobs = [Job("read-little", case, precision=precision, steps=4, stop=2, every=4)]
+    runs.launch(DP2, jobs)
+    jobs = [Job("read-little", case, precision=precision, steps=4, every=4)]
+    go_on(runs, runs.run_of(DP2, jobs[0]), TP2_DP2, jobs)
 
 
 @pytest.mark.nightly

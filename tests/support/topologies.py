@@ -112,8 +112,9 @@ PP2 = Layout("pp2", 2, {"pipeline": 2})
 PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
 TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
 PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
+TP2_DP2 = Layout("tp2-dp2", 4, {"tensor": 2})
 COMBINATIONS = (
-    Layout("tp2-dp2", 4, {"tensor": 2}),
+    TP2_DP2,
     Layout("tp4", 4, {"tensor": 4}),
     Layout("pp4", 4, {"pipeline": 4}),
     Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),

@@ -6,30 +6,37 @@ the run stops as if by a signal}.
 All configurations have the same numbers of ranks. DeepSpeed keeps the topology in globals, so
 another topology needs fresh processes.
 A run that resumes from its own checkpoint must hold the saved tensors, bit for bit, before it
-trains.
+trains. No rank may read much more of them than it keeps.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.model import kernel_use
 from megaconsa.parallel import mesh, world
 from megaconsa.parallel.deepspeed import gradient_reduction
+from megaconsa.tensor_files import StoredTensor, TensorFiles
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Row, Trainer
 from tests.support.interruptions import StopAfter
+
+READ_LIMIT = 1.2
+"""Bytes that a rank may read at a restart, as a multiple of those that it keeps."""
+BYTES_KEPT = 12
+"""Bytes of a weight and its two moments in fp32."""
 
 
 def without_sums_over_heads() -> Any:
@@ -122,14 +129,46 @@ def with_kernels() -> Any:
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
     """Checks that what the ranks hold, gathered, is what was saved.
 
-    All ranks together look at each tensor once.
+    All ranks together look at each tensor once. The weights of the engine are the master weights in
+    its precision.
     """
+    for name, parameter in trainer.engine.distributed.parameters.items():
+        master = safe_get_full_fp32_param(parameter)
+        assert torch.equal(master.to(parameter.dtype), parameter), name
     own = dict(trainer.engine.weights()) | dict(trainer.engine.moments())
     whole = dict(saved.weights()) | dict(saved.moments())
     for name, tensor in own.items():
         assert torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)), name
     seen = trainer.mesh.all_reduce(torch.tensor(len(own)))
     assert int(seen) == len(whole)
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Yields a list that gets the bytes of each tensor and slice that is read from a file."""
+    counted: list[int] = []
+
+    def count(reader: Any) -> Any:
+        read = reader.__getitem__
+
+        def counting(self: Any, index: Any) -> torch.Tensor:
+            found: torch.Tensor = read(self, index)
+            counted.append(found.nbytes)
+            return found
+
+        return patch.object(reader, "__getitem__", counting)
+
+    with count(TensorFiles), count(StoredTensor):
+        yield counted
+
+
+def check_reads(trainer: Trainer, read: int) -> None:
+    """Checks that a restart read little more than the rank's own master weights and moments."""
+    kept = 0
+    for group in trainer.engine.adamw.param_groups:
+        for partition in group["params"]:
+            kept += BYTES_KEPT * partition.numel()
+    assert 0 < read <= READ_LIMIT * kept, (read, kept)
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
@@ -146,8 +185,10 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 FAULTS[job["fault"]]() if job["fault"] else nullcontext(),
                 with_kernels() if job["kernels"] else nullcontext(),
             ):
-                trainer = build_trainer(inputs, place)
+                with counted_reads() as read:
+                    trainer = build_trainer(inputs, place)
                 if inputs.resume is not None:
+                    check_reads(trainer, sum(read))
                     check_loaded(trainer, inputs.resume)
                 if job["stop"]:
                     trainer.callbacks = [*trainer.callbacks, StopAfter(job["stop"])]

@@ -42,6 +42,7 @@ from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
 from megaconsa.parallel.topology import Topology
+from megaconsa.tensor_files import TensorFiles
 from megaconsa.upload import upload
 
 
@@ -182,10 +183,11 @@ class Engine:
 
     def initialize(self, seed: int) -> None:
         """Fresh weights."""
-        for name in self.distributed.parameters:
-            self._set(
-                name, initial_weight(name, self.distributed.shapes[name], self.model_config, seed)
-            )
+        for name, held, elements in self._fragments():
+            shape = self.distributed.shapes[name]
+            whole = initial_weight(name, shape, self.model_config, seed)
+            held.copy_(self.distributed.fragment(name, whole, elements))
+        self._spread_weights()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields whole fp32 master weights by canonical name, each on one rank.
@@ -196,13 +198,13 @@ class Engine:
 
         return self.distributed.gather(safe_get_full_fp32_param)
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Sets master and engine weights from whole fp32 tensors.
+    def load_weights(self, weights: TensorFiles) -> None:
+        """Sets master and engine weights.
 
         Raises KeyError if a name is missing, RuntimeError if a shape differs.
         """
-        for name in self.distributed.parameters:
-            self._set(name, weights[name])
+        self._load(weights)
+        self._spread_weights()
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yields Adam's moments as `weights` does, named `exp_avg/<canonical name>`."""
@@ -214,15 +216,10 @@ class Engine:
             ):
                 yield f"{moment}/{name}", value
 
-    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Sets Adam's moments and its step count."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+    def load_moments(self, moments: TensorFiles, steps: int) -> None:
+        """Sets Adam's moments and its step count. Raises as `load_weights`."""
         for moment in MOMENTS:
-            for name, parameter in self.distributed.parameters.items():
-                safe_set_full_optimizer_state(
-                    parameter, self.distributed.part(name, moments[f"{moment}/{name}"]), moment
-                )
+            self._load(moments, moment)
         for state in self.adamw.state.values():
             state["step"].fill_(steps)
 
@@ -231,13 +228,31 @@ class Engine:
         """Adam's step count, which its bias correction depends on."""
         return int(next(iter(self.adamw.state.values()))["step"])
 
-    def _set(self, name: str, whole: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+    def _load(self, files: TensorFiles, moment: str | None = None) -> None:
+        """Sets the fragments of master weights, or of a moment, that ZeRO-1 keeps on this rank."""
+        prefix = f"{moment}/" if moment else ""
+        for name in self.distributed.parameters:
+            self.distributed.check_shape(name, files.shape(prefix + name))
+        for name, held, elements in self._fragments(moment):
+            held.copy_(self.distributed.fragment(name, files.stored(prefix + name), elements))
 
-        parameter = self.distributed.parameters[name]
-        part = self.distributed.part(name, whole)
-        safe_set_full_fp32_param(parameter, part)
-        parameter.data.copy_(part)
+    def _fragments(self, moment: str | None = None) -> Iterator[tuple[str, Tensor, range]]:
+        """The fragments of weights that ZeRO-1 keeps on this rank, in fp32.
+
+        Each comes with the weight's name, and with its place in this rank's flattened part of the
+        weight. A fragment of a moment has the same place.
+        """
+        for name, parameter in self.distributed.parameters.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            place = mapping.lp_fragment_address
+            elements = range(place.start, place.start + place.numel)
+            yield name, mapping.get_hp_fragment(moment).detach(), elements
+
+    def _spread_weights(self) -> None:
+        """Sets the engine weights. Each data rank rounds its fragments, and all gather them."""
+        self.optimizer.update_lp_params()
 
     def _loss_and_norm(self) -> tuple[float, float]:
         """Loss and gradient norm of a step that is about to be applied, in one read."""
