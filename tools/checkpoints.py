@@ -43,7 +43,7 @@ def main(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
             size = f"{saved.bytes / 2**30:.2f} GiB"
         else:
             size = f"{saved.bytes / 2**20:.1f} MiB"
-        missing = saved.faults(checksums=False)
+        missing = list(saved.faults(checksums=False).values())
         faults += missing
         table.add_row(
             path.name,

@@ -39,7 +39,7 @@ def main(
             faults.append(str(error))
             continue
         with progress(f"verifying {path.name}", saved.bytes, "bytes") as task:
-            faults += saved.faults(task.advance)
+            faults += saved.faults(task.advance).values()
     end_on(faults)
     plural = "s" if len(paths) > 1 else ""
     console.print(

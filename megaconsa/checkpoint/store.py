@@ -24,7 +24,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,18 +150,40 @@ class Checkpoint:
         weights = self.weights()
         return {name: weights.shape(name) for name in weights}
 
+    def share(self, rank: int, ranks: int) -> list[str]:
+        """The files that one rank checks if several ranks check the checkpoint together.
+
+        Each file is in one rank's share. The shares are balanced by bytes.
+        """
+        sizes = {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
+        load = [0] * ranks
+        own = []
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+            lightest = min(range(ranks), key=lambda each: load[each])
+            load[lightest] += sizes[name]
+            if lightest == rank:
+                own.append(name)
+        return own
+
     def faults(
-        self, advance: Callable[[int], None] = lambda count: None, *, checksums: bool = True
-    ) -> list[str]:
+        self,
+        advance: Callable[[int], None] = lambda count: None,
+        *,
+        checksums: bool = True,
+        names: Iterable[str] | None = None,
+    ) -> dict[str, str]:
         """Compares the files with the manifest: existence, sizes and checksums.
 
         Every mismatch is checked a second time.
 
         advance: is called with the number of bytes as they are read.
         checksums: False reads no file.
+        names: the files to check. None means all.
 
-        Returns one sentence per fault. Raises UnreachableError if files stay out of reach.
+        Returns the names of files that differ, each with a sentence. Raises UnreachableError if
+        files stay out of reach.
         """
+        checked = list(self.manifest["files"] if names is None else names)
 
         def fault(name: str) -> str | None:
             found = self._fault(name, advance, checksums)
@@ -173,8 +195,10 @@ class Checkpoint:
             return self._fault(name, lambda count: None, checksums)
 
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            results = list(pool.map(fault, self.manifest["files"]))
-        return [found for found in results if found is not None]
+            results = list(pool.map(fault, checked))
+        return {
+            name: found for name, found in zip(checked, results, strict=True) if found is not None
+        }
 
     def _fault(self, name: str, advance: Callable[[int], None], checksums: bool) -> str | None:
         path = self.path / name
@@ -228,21 +252,41 @@ def newest(run: Path) -> Checkpoint | None:
     be read at the moment, since it may be intact.
     """
     paths = committed(run)
+    checkpoint, faults = newest_intact(paths, _examine)
+    if checkpoint is None and paths:
+        raise none_usable(run, paths, faults)
+    return checkpoint
+
+
+def newest_intact(
+    paths: Sequence[Path], examine: Callable[[Path], tuple[Checkpoint, list[str]]]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Returns the first checkpoint without faults, or None and the faults of the last one.
+
+    examine: returns a checkpoint and its faults, or raises DamagedError.
+    """
+    faults: list[str] = []
     for path in paths:
         try:
-            checkpoint, faults = _examine(path)
+            checkpoint, faults = examine(path)
         except DamagedError as error:
             faults = [str(error)]
         if not faults:
-            return checkpoint
+            return checkpoint, []
         logger.warning("checkpoint %s is passed over: %s", path, faults[0])
-    if paths:
-        raise InputError(
-            f"none of the {len(paths)} checkpoints in {run / run_folder.CHECKPOINTS} is usable "
-            f"(of the oldest: {faults[0]}); "
-            "restore one, or remove that folder to start again"
-        )
-    return None
+    return None, faults
+
+
+def none_usable(run: Path, paths: Sequence[Path], faults: Sequence[str]) -> InputError:
+    """The refusal of a run whose checkpoints are all damaged.
+
+    faults: those of its oldest checkpoint.
+    """
+    return InputError(
+        f"none of the {len(paths)} checkpoints in {run / run_folder.CHECKPOINTS} is usable "
+        f"(of the oldest: {faults[0]}); "
+        "restore one, or remove that folder to start again"
+    )
 
 
 def resolve(path: Path) -> Checkpoint:
@@ -250,17 +294,33 @@ def resolve(path: Path) -> Checkpoint:
 
     Raises InputError if there is no intact one.
     """
+    if is_run_folder(path):
+        return existing(path, newest(path))
+    return intact(*_examine(path))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a user means a run's newest checkpoint, and not the checkpoint in the folder itself.
+
+    Raises InputError if there is no folder.
+    """
     if not path.is_dir():
         raise InputError(f"{path} is neither a run folder nor a checkpoint: it does not exist")
-    if not (path / "state.json").exists():
-        checkpoint = newest(path)
-        if checkpoint is None:
-            raise InputError(
-                f"{path} holds no usable checkpoint; "
-                "give a run folder that has one, or a checkpoint folder"
-            )
-        return checkpoint
-    checkpoint, faults = _examine(path)
+    return not (path / "state.json").exists()
+
+
+def existing(run: Path, checkpoint: Checkpoint | None) -> Checkpoint:
+    """Returns a run's newest checkpoint. Raises InputError if there is none."""
+    if checkpoint is None:
+        raise InputError(
+            f"{run} holds no usable checkpoint; "
+            "give a run folder that has one, or a checkpoint folder"
+        )
+    return checkpoint
+
+
+def intact(checkpoint: Checkpoint, faults: Sequence[str]) -> Checkpoint:
+    """Returns a checkpoint that was examined. Raises InputError if it has faults."""
     if faults:
         raise InputError(f"checkpoint is damaged: {faults[0]}")
     return checkpoint
@@ -273,7 +333,7 @@ def _examine(path: Path) -> tuple[Checkpoint, list[str]]:
     """
     checkpoint = read(path)
     with checkpoint.in_use():
-        return checkpoint, checkpoint.faults()
+        return checkpoint, list(checkpoint.faults().values())
 
 
 def newest_of(run: Path, count: int) -> list[Checkpoint]:

@@ -68,7 +68,7 @@ class World:
             said = "; ".join(text + self._named(ranks) for text, ranks in ranks_of.items())
             refused = sum(isinstance(own, InputError) for own in refusals)
             fixable = refused == self.size if alike else refused > 0
-            self._refuse(InputError(said) if fixable else UnreachableError(said))
+            self.refuse(InputError(said) if fixable else UnreachableError(said))
         return result  # type: ignore[return-value]
 
     def from_main(self, find: Callable[[], Result]) -> Result:
@@ -80,7 +80,7 @@ class World:
             return find()
         result, refusal = self.exchange(_attempt(find) if self.is_main else None)[0]
         if refusal is not None:
-            self._refuse(refusal)
+            self.refuse(refusal)
         found: Result = result
         return found
 
@@ -95,7 +95,10 @@ class World:
             dist.all_gather_object(values, value, group=self.background)
         return values
 
-    def _refuse(self, refusal: Refusal) -> NoReturn:
+    def refuse(self, refusal: Refusal) -> NoReturn:
+        """Ends all ranks, as `agreed` does. Every rank must call it with the same refusal."""
+        if self.size == 1:
+            raise refusal
         leave()
         if self.is_main:
             raise refusal

@@ -33,6 +33,7 @@ from megaconsa.planning.recomputation import choose_recomputation
 from megaconsa.reading import read_text
 from megaconsa.remote_path import is_remote
 from megaconsa.run_paths import relocated
+from megaconsa.training import checkpoint_check
 from megaconsa.training.callbacks.run_lock import refuse_if_held
 from megaconsa.training.same_run import check_same_run
 
@@ -80,27 +81,21 @@ def check_inputs(config: Config, world: World = ALONE) -> Inputs:
     """Reads and checks everything that the configuration points to. Writes nothing.
 
     All ranks of the world must call it. If one of them refuses the inputs, all of them do.
-    Only the main rank checks every byte of a checkpoint. Otherwise each rank would read it all.
+    Every byte of a checkpoint is checked by one rank.
     Raises InputError if the run cannot work.
     """
     inputs = world.agreed(lambda: _check_beside_checkpoints(config, world.size), alike=True)
     world.from_main(lambda: refuse_if_held(config.run.dir))
-    found, resume = world.from_main(
-        lambda: (store.committed(config.run.dir), _path(store.newest(config.run.dir)))
-    )
+    found, resume = checkpoint_check.newest(config.run.dir, world)
     if resume is not None:
-        own = world.agreed(lambda: store.read(resume), alike=True)
-        return world.agreed(lambda: replace(inputs, found=found, resume=_check_resume(inputs, own)))
+        return world.agreed(
+            lambda: replace(inputs, found=found, resume=_check_resume(inputs, resume))
+        )
     world.agreed(lambda: _check_begun_run(inputs.config))
     if (init_from := config.model.init_from) is None:
         return inputs
-    origin = world.from_main(lambda: store.resolve(init_from).path)
-    begun = world.agreed(lambda: store.read(origin), alike=True)
-    return world.agreed(lambda: replace(inputs, origin=_check_origin(inputs, begun)))
-
-
-def _path(checkpoint: Checkpoint | None) -> Path | None:
-    return None if checkpoint is None else checkpoint.path
+    origin = checkpoint_check.resolve(init_from, world)
+    return world.agreed(lambda: replace(inputs, origin=_check_origin(inputs, origin)))
 
 
 def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:

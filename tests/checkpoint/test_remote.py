@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_the_copy_of_its_checkpoint(
     # A machine that has nothing but the store.
     elsewhere = tmp_path / "elsewhere"
     fetched = fetch("s3://runs/one/step_6", elsewhere)
-    assert store.read(fetched).faults() == []
+    assert store.read(fetched).faults() == {}
     values = make_config(
         run={"dir": str(tmp_path / "next")}, model={"init_from": str(fetched)}, allocation=RULE
     )
@@ -132,7 +132,7 @@ def test_a_damaged_or_unfinished_copy_is_refused(
 def test_a_mounted_folder_is_a_store_too(checkpoint: Path, tmp_path: Path) -> None:
     upload(checkpoint, str(tmp_path / "mount"))
     fetched = fetch(str(tmp_path / "mount" / "step_2"), tmp_path / "new")
-    assert store.read(fetched).faults() == []
+    assert store.read(fetched).faults() == {}
     shutil.rmtree(tmp_path / "mount")
     with pytest.raises(UnreachableError):
         remote._download(str(tmp_path / "mount" / "x"), tmp_path / "x")

@@ -99,7 +99,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     }
     assert checkpoint.allocation == TABLE
     assert checkpoint.gates() is None
-    assert checkpoint.faults() == []
+    assert checkpoint.faults() == {}
 
 
 @pytest.mark.parametrize("controller", ["evidence", "paper"])
