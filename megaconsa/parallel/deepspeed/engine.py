@@ -17,7 +17,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.model import kernel_use
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.initialize import initial_weight
+from megaconsa.model.initialize import InitialWeight
 from megaconsa.model.qwen3 import weight_shapes
 from megaconsa.parallel.deepspeed.compute_clock import ComputeClock
 from megaconsa.parallel.deepspeed.main_grads import expect_gradients, give_main_grads
@@ -185,7 +185,7 @@ class Engine:
         """Fresh weights."""
         for name, held, elements in self._fragments():
             shape = self.distributed.shapes[name]
-            whole = initial_weight(name, shape, self.model_config, seed)
+            whole = InitialWeight(name, shape, self.model_config, seed)
             held.copy_(self.distributed.fragment(name, whole, elements))
         self._spread_weights()
 
