@@ -27,10 +27,16 @@ class DistributedWeights:
     first of them."""
     sharding: Sharding
     mesh: Mesh
+    prefixes: tuple[str, ...]
+    """What a checkpoint's names of weights and of each moment begin with."""
 
     @cached_property
     def keepers(self) -> dict[str, tuple[int, int]]:
-        """The (data, tensor) rank that gathers each weight. Ranks are chosen to balance bytes."""
+        """The (data, tensor) rank that gathers each weight and each moment.
+
+        Ranks are chosen to balance bytes. A weight and its moments may go to different ranks,
+        because an embedding is larger than a rank's mean share of a large model.
+        """
         ranks = [
             (data, tensor)
             for data in range(self.mesh.dp_size)
@@ -39,28 +45,32 @@ class DistributedWeights:
         load = {(stage, rank): 0 for stage in range(self.mesh.pp_size) for rank in ranks}
         keepers = {}
         for name in sorted(self.shapes, key=lambda name: (-self.shapes[name].numel(), name)):
-            lightest = min(ranks, key=lambda rank: load[self.owners[name], rank])
-            load[self.owners[name], lightest] += self.shapes[name].numel()
-            keepers[name] = lightest
+            for prefix in self.prefixes:
+                lightest = min(ranks, key=lambda rank: load[self.owners[name], rank])
+                load[self.owners[name], lightest] += self.shapes[name].numel()
+                keepers[prefix + name] = lightest
         return keepers
 
-    def gather(self, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the name and whole fp32 tensor, on the device, of each weight that this rank
-        keeps.
+    def gather(
+        self, read: Callable[[nn.Parameter], Tensor], prefix: str
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the name and whole fp32 tensor, on the device, of each weight or moment that this
+        rank keeps.
 
-        Each weight is yielded on exactly one rank. Every rank must exhaust the iterator, because it
-        runs collectives.
+        Each is yielded on exactly one rank. Every rank must exhaust the iterator, because it runs
+        collectives.
 
         read: returns this rank's fp32 part of a weight, or of its moment. All data ranks call it
             together, because ZeRO-1 shards the part over them.
+        prefix: the one of `prefixes` that belongs to what is read.
         """
         mesh = self.mesh
         for name, owner in self.owners.items():
             if mesh.pp_rank != owner:
                 continue
             parts = mesh.tp.all_gather(read(self.parameters[name]))
-            if self.keepers[name] == (mesh.dp_rank, mesh.tp.rank):
-                yield name, self.sharding.join(name, parts)
+            if self.keepers[prefix + name] == (mesh.dp_rank, mesh.tp.rank):
+                yield prefix + name, self.sharding.join(name, parts)
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """Raises RuntimeError if a whole tensor's shape is not the weight's."""

@@ -115,7 +115,8 @@ class Engine:
             name: module.stage_owner(layer_index(name, model_config.num_hidden_layers))
             for name in shapes
         }
-        self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh)
+        prefixes = ("", *(f"{moment}/" for moment in MOMENTS))
+        self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh, prefixes)
         create_moments(self.optimizer)
 
     @property
@@ -196,7 +197,7 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self.distributed.gather(safe_get_full_fp32_param)
+        return self.distributed.gather(safe_get_full_fp32_param, "")
 
     def load_weights(self, weights: TensorFiles) -> None:
         """Sets master and engine weights.
@@ -211,10 +212,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENTS:
-            for name, value in self.distributed.gather(
-                partial(safe_get_full_optimizer_state, optim_state_key=moment)
-            ):
-                yield f"{moment}/{name}", value
+            read = partial(safe_get_full_optimizer_state, optim_state_key=moment)
+            yield from self.distributed.gather(read, f"{moment}/")
 
     def load_moments(self, moments: TensorFiles, steps: int) -> None:
         """Sets Adam's moments and its step count. Raises as `load_weights`."""
