@@ -26,7 +26,7 @@ BUCKET_ELEMENTS = 32 * 2**20
 SMALL_GROUP = 2**20
 """A group of parameters of at most so many elements is summed by one call, on every rank.
 
-The norms of Qwen3-8B have 308,224. With hundreds of data ranks, each would own some hundred bytes of
+The norms of Qwen3-8B have 308,224. Of hundreds of data ranks, each would own some hundred bytes of
 them, and there would be as many calls as ranks.
 """
 
