@@ -6,9 +6,12 @@ The topology of a run therefore does not change them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaconsa.model.config import ModelConfig
 
@@ -82,3 +85,20 @@ class InitialWeight:
         left = self.shape.numel() - self._begin
         size = PIECE if left >= PIECE + BLOCK else left
         self._piece = torch.empty(size).normal_(0.0, self._deviation, generator=self._generator)
+
+
+@contextmanager
+def without_defaults() -> Iterator[None]:
+    """Context in which modules leave their weights as memory holds them.
+
+    Their default values take seconds per billion weights. Every weight must be set afterwards.
+    """
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
+    resets = [kind.reset_parameters for kind in kinds]
+    for kind in kinds:
+        kind.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for kind, reset in zip(kinds, resets, strict=True):
+            kind.reset_parameters = reset

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaconsa.model import initialize
 from megaconsa.model.config import ModelConfig
@@ -52,3 +52,15 @@ def test_a_slice_of_initial_weights_takes_little_memory(monkeypatch: pytest.Monk
     weight = InitialWeight("model.embed_tokens.weight", shape, SHAPE, 0)
     assert weight[slice(900, 910), slice(0, 64)].shape == (10, 64)
     assert largest == 640
+
+
+def test_modules_without_default_weights() -> None:
+    with initialize.without_defaults():
+        torch.manual_seed(3)
+        expected = torch.get_rng_state()
+        nn.Linear(4, 5)
+        nn.Embedding(4, 5)
+        # Nothing was drawn.
+        assert torch.equal(torch.get_rng_state(), expected)
+    nn.Linear(4, 5)
+    assert not torch.equal(torch.get_rng_state(), expected)

@@ -17,7 +17,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.model import kernel_use
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.initialize import InitialWeight
+from megaconsa.model.initialize import InitialWeight, without_defaults
 from megaconsa.model.qwen3 import weight_shapes
 from megaconsa.parallel.deepspeed.compute_clock import ComputeClock
 from megaconsa.parallel.deepspeed.main_grads import expect_gradients, give_main_grads
@@ -82,7 +82,7 @@ class Engine:
         # DeepSpeed prints its settings and the table of layers.
         is_dualpipe = topology.schedule == "dualpipev"
         module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), without_defaults():
             module = module_type(
                 layers=layer_specs(
                     sharding, mesh.tp, heads, backend, separate_documents, recomputed
