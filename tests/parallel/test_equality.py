@@ -229,7 +229,6 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
         pytest.param(PP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DUALPIPEV, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(DP2, TRAIN_UNTIED, marks=pytest.mark.slow),
-        pytest.param(DP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DP2, LEARN_TIED, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name,
