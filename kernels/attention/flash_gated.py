@@ -11,8 +11,7 @@ t - W, so the queries from W on and the keys up to S - W make a causal attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megaconsa.kernels.attention import flash_library
+from megaconsa.kernels.attention.flash import Run, runs
 from megaconsa.kernels.attention.triton import parts
 
 
@@ -66,7 +66,7 @@ class _GatedAttention(torch.autograd.Function):
         before = q.new_empty(batch, late, heads, dim)
         lse_before = q.new_empty(batch, heads, late, dtype=torch.float32)
         late_q, early_k, early_v = q[:, window:], k[:, :late], v[:, :late]
-        for kv, query in _open_runs(closed, heads // k.shape[2]):
+        for _, kv, query in _open_runs(closed, late, heads // k.shape[2]):
             own_lse = torch.empty_like(lse_before[:, query])
             library.forward(
                 late_q[..., query, :],
@@ -101,7 +101,7 @@ class _GatedAttention(torch.autograd.Function):
         library.backward(d_windowed, q, k, v, windowed, lse, d_q, d_k, d_v, window, scale)
         late_d_q = q.new_empty(full.shape)
         early_d_k, early_d_v = k.new_empty(k[:, :late].shape), v.new_empty(v[:, :late].shape)
-        for kv, query in _open_runs(ctx.closed, q.shape[2] // k.shape[2]):
+        for _, kv, query in _open_runs(ctx.closed, late, q.shape[2] // k.shape[2]):
             # All gradients are linear in that of the output, so z can be multiplied in later.
             library.backward(
                 d_out[:, window:, query],
@@ -122,14 +122,11 @@ class _GatedAttention(torch.autograd.Function):
         return d_q, d_k, d_v, d_gate, None, None, None
 
 
-def _open_runs(closed: Sequence[bool], group: int) -> Iterator[tuple[slice, slice]]:
-    """Neighbouring heads that are not closed, as slices of the KV heads and of the query heads.
+def _open_runs(closed: Sequence[bool], length: int, group: int) -> list[Run]:
+    """Neighbouring heads that are not closed.
 
+    length: tokens of a sequence.
     group: query heads per KV head.
     """
-    first = 0
-    for is_closed, run in groupby(closed):
-        last = first + len(list(run))
-        if not is_closed:
-            yield slice(first, last), slice(first * group, last * group)
-        first = last
+    visible = [0 if is_closed else length for is_closed in closed]
+    return [run for run in runs(visible, length, group) if run.window is None]

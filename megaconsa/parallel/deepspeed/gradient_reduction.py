@@ -3,7 +3,7 @@
 DeepSpeed's BF16 optimizer divides its fp32 gradients, and the master weights that they move, among
 the data ranks. After the last backward pass it sums all gradients on every rank, through copies.
 Here each bucket is summed on the rank that owns it, in place, as soon as the last micro-batch has
-added to it. That is half the traffic, and only the last buckets have nothing to hide behind. ZeRO
+added to it. That is half the traffic, and it can overlap with the rest of the backward pass. ZeRO
 (Rajbhandari et al. 2020, arXiv 1910.02054) and Megatron-LM's distributed optimizer do the same.
 """
 
@@ -74,7 +74,10 @@ class GradientReduction:
         self._works: list[Any] = []
 
     def added(self, weight: Tensor) -> None:
-        """Notes that a backward pass has added to the gradient of a weight."""
+        """Notes that a backward pass has added to the gradient of a weight.
+
+        Raises RuntimeError if it got more gradients than in the first step.
+        """
         self._added[weight] += 1
         if self._expected is None or self._added[weight] < self._expected[weight]:
             return
