@@ -8,8 +8,6 @@ no copy of q, k, v, and no zero-padded gradients. `flash_gated.py` computes gate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from megaconsa.kernels.attention import flash_library
 from megaconsa.kernels.attention.flash_library import Packed
 from megaconsa.kernels.attention.gating import mix
 from megaconsa.kernels.attention.head_pattern import HeadPattern
+from megaconsa.kernels.attention.head_runs import Run, runs
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.last_result import remember_last
 
@@ -87,30 +86,6 @@ def document_bounds(documents: Tensor) -> tuple[Tensor, int]:
     first_tokens = begins.flatten().nonzero().flatten()
     bounds = torch.cat((first_tokens, torch.tensor([ids.numel()]))).int()
     return bounds.to(documents.device, non_blocking=True), int(bounds.diff().max())
-
-
-class Run(NamedTuple):
-    """Neighbouring heads of one kind, as slices of the KV heads and of the query heads."""
-
-    window: int | None
-    """None is full attention."""
-    kv: slice
-    q: slice
-
-
-def runs(windows: Sequence[int], length: int, group: int) -> Iterator[Run]:
-    """Cut the heads into runs that are as long as possible.
-
-    windows: one per KV head.
-    length: tokens of a sequence. Windows of at least that are full attention.
-    group: query heads per KV head.
-    """
-    kinds = (None if window >= length else window for window in windows)
-    first = 0
-    for window, heads in groupby(kinds):
-        last = first + len(list(heads))
-        yield Run(window, slice(first, last), slice(first * group, last * group))
-        first = last
 
 
 def compute_forward(

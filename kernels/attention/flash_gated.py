@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megaconsa.kernels.attention import flash_library
-from megaconsa.kernels.attention.flash import Run, runs
+from megaconsa.kernels.attention.head_runs import Run, runs
 from megaconsa.kernels.attention.triton import parts
 
 

@@ -214,25 +214,6 @@ def test_all_weight_on_one_side_of_the_window() -> None:
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("windows", "expected"),
-    [
-        ((9, FULL_WINDOW, 8, 12), [(None, 0, 4)]),
-        ((3, 3, 3, 3), [(3, 0, 4)]),
-        ((FULL_WINDOW, FULL_WINDOW, 3, 3), [(None, 0, 2), (3, 2, 4)]),
-        ((3, FULL_WINDOW, 3, 5), [(3, 0, 1), (None, 1, 2), (3, 2, 3), (5, 3, 4)]),
-    ],
-)
-def test_runs_are_as_long_as_they_can_be(
-    windows: tuple[int, ...], expected: list[tuple[int | None, int, int]]
-) -> None:
-    found = list(flash.runs(windows, 8, 2))
-    assert [(run.window, run.kv.start, run.kv.stop) for run in found] == expected
-    assert [(run.q.start, run.q.stop) for run in found] == [
-        (2 * start, 2 * stop) for _, start, stop in expected
-    ]
-
-
 def test_calls_read_and_write_slices_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend makes no copies beside the work of the library.
 
