@@ -38,6 +38,8 @@ def refusal(problem: Problem) -> str | None:
     served = flash_library.served_head_dims(problem.device)
     if problem.head_dim not in served:
         return f"flash is not taken at head_dim {problem.head_dim} on this GPU; take triton or sdpa"
+    if problem.packed and problem.earlier_keys:
+        return "flash wants a query for every key of packed documents; take triton or sdpa"
     if problem.packed and torch.compiler.is_compiling():
         return "flash cannot be traced with packed documents; take triton or sdpa"
     return None
@@ -57,8 +59,9 @@ def attention(
     """
     windows, gate, closed = heads
     window = windows[0]
-    is_simple = documents is None and not torch.compiler.is_compiling()
-    if gate is not None and is_simple and len(set(windows)) == 1 and window < q.shape[1]:
+    length = k.shape[1]
+    is_simple = documents is None and q.shape[1] == length and not torch.compiler.is_compiling()
+    if gate is not None and is_simple and len(set(windows)) == 1 and window < length:
         # Imported here, because it needs triton. Machines without it can use the other backends.
         from megaconsa.kernels.attention import flash_gated
 
@@ -68,7 +71,7 @@ def attention(
     out: Tensor = run(q, k, v, windows, bounds, longest, scale)[0]
     if gate is None:
         return out
-    full: Tensor = run(q, k, v, [q.shape[1]] * len(windows), bounds, longest, scale)[0]
+    full: Tensor = run(q, k, v, [length] * len(windows), bounds, longest, scale)[0]
     return mix(full, out, gate)
 
 
@@ -101,8 +104,8 @@ def compute_forward(
 
     Returns out (B, S, heads, D), and lse: the log of the softmaxes' sums, fp32.
 
-    lse is one vector that holds one (B, heads, S) block per run, run after run. With documents a
-    block is (heads, B S).
+    lse is one vector that holds one (B, heads, queries) block per run, run after run. With
+    documents a block is (heads, B S).
     """
     out, lse = _outputs(q)
     library = flash_library.find(q.device)
@@ -163,11 +166,12 @@ def _with_lse(
     q: Tensor, k: Tensor, windows: Sequence[int], lse: Tensor, packed: Packed | None
 ) -> Iterator[tuple[Run, Tensor]]:
     """Each run with its part of lse, as `flash_library.Library` takes it."""
-    batch, length, heads, _ = q.shape
-    per_head = batch * length
-    for run in runs(windows, length, heads // k.shape[2]):
+    batch, queries, heads, _ = q.shape
+    _, length, kv_heads, _ = k.shape
+    per_head = batch * queries
+    for run in runs(windows, length, heads // kv_heads):
         block = lse[run.q.start * per_head : run.q.stop * per_head]
-        shape = (batch, -1, length) if packed is None else (-1, per_head)
+        shape = (batch, -1, queries) if packed is None else (-1, per_head)
         yield run, block.view(shape)
 
 

@@ -68,9 +68,10 @@ class Backward(Protocol):
 class Library:
     """Causal attention over heads of one kind.
 
-    q, out, dout, dq: (B, S, heads, D), with contiguous rows and any strides.
+    q, out, dout, dq: (B, queries, heads, D), with contiguous rows and any strides. The queries are
+        the last tokens of a sequence.
     k, v, dk, dv: (B, S, kv_heads, D), with contiguous rows and any strides.
-    lse: fp32 (B, heads, S), contiguous.
+    lse: fp32 (B, heads, queries), contiguous.
     window: None is full attention.
     packed: None makes each sequence one document. Otherwise B and S are one dimension of tokens,
         and lse is (heads, tokens).

@@ -26,7 +26,8 @@ def hybrid_attention(
 ) -> Tensor:
     """Causal attention with a window per KV head, or with a gate between full and windowed.
 
-    q: (B, S, heads, D). heads is a multiple of kv_heads.
+    q: (B, S, heads, D). heads is a multiple of kv_heads. With fewer tokens than k, its queries are
+        the last ones of the sequence.
     k, v: (B, S, kv_heads, D).
     window: keys visible to a query, itself included: one number, or one per KV head. S or more
         is full attention.
@@ -42,13 +43,14 @@ def hybrid_attention(
         flash (FlashAttention where installed), or auto. auto takes the fastest backend that
         serves the call, and logs its choice once.
 
-    Returns (B, S, heads, D) in the precision of q, differentiable in q, k, v and gate.
+    Returns a tensor of the shape and precision of q, differentiable in q, k, v and gate.
     Raises ValueError for shapes, precisions and devices that do not fit, and for a backend that
     cannot serve the call.
     """
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    if k.shape != (batch, length, kv_heads, dim) or v.shape != k.shape or heads % kv_heads:
+    batch, queries, heads, dim = q.shape
+    _, length, kv_heads, _ = k.shape
+    shapes_fit = k.shape == (batch, length, kv_heads, dim) and v.shape == k.shape
+    if not shapes_fit or heads % kv_heads or queries > length:
         raise ValueError(
             f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
@@ -95,6 +97,7 @@ def hybrid_attention(
         packed=documents is not None,
         scale=scale,
         closed=sum(closed or ()),
+        earlier_keys=length - queries,
     )
     pattern = HeadPattern(windows, gate, None if closed is None else tuple(closed))
     return choose_backend(backend, problem).attention(q, k, v, pattern, documents, scale)

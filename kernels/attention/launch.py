@@ -12,7 +12,8 @@ pass and shape:
 - A shape is the width of an element (`16-bit` or `fp32`), and head_dim rounded up to a power of
   two. The suffix `/gated` makes an entry for gated heads alone.
 
-The shapes that the Hopper kernels serve (sm90, 16-bit/64 and /128) have no entry: see HOPPER.
+The shapes that the Hopper kernels serve (sm90, 16-bit/64 and /128) have no entry: see HOPPER. Where
+those kernels cannot run, because a sequence has fewer queries than keys, `default` serves them.
 """
 
 from __future__ import annotations
@@ -60,20 +61,21 @@ problems reach the edges of blocks."""
 _forced: dict[str, Launch] = {}
 
 
-def forward_launch(q: Tensor, *, gated: bool) -> Launch:
+def forward_launch(q: Tensor, *, gated: bool, hopper: bool) -> Launch:
     """The launch of the forward kernel for q (B, S, heads, D).
 
-    Raises ValueError where the user's file is missing or damaged.
-    """
-    return _forced.get("forward") or _launch("forward", q.device, q.dtype, q.shape[-1], gated)
-
-
-def backward_launch(q: Tensor, *, gated: bool) -> Launch:
-    """The launch of the backward kernel for q (B, S, heads, D).
+    hopper: whether the Hopper kernel runs.
 
     Raises ValueError where the user's file is missing or damaged.
     """
-    return _forced.get("backward") or _launch("backward", q.device, q.dtype, q.shape[-1], gated)
+    forced = _forced.get("forward")
+    return forced or _launch("forward", q.device, q.dtype, q.shape[-1], gated, hopper)
+
+
+def backward_launch(q: Tensor, *, gated: bool, hopper: bool) -> Launch:
+    """The launch of the backward kernel. Arguments and errors are those of `forward_launch`."""
+    forced = _forced.get("backward")
+    return forced or _launch("backward", q.device, q.dtype, q.shape[-1], gated, hopper)
 
 
 @contextmanager
@@ -92,17 +94,21 @@ def forced(forward: Launch, backward: Launch) -> Iterator[None]:
 # Cached because it is called for every layer, and its results do not change while a process runs.
 @lru_cache(maxsize=1024)
 def _launch(
-    step: str, device: torch.device, dtype: torch.dtype, head_dim: int, gated: bool
+    step: str, device: torch.device, dtype: torch.dtype, head_dim: int, gated: bool, hopper: bool
 ) -> Launch:
+    if hopper:
+        return HOPPER[step]
     if device.type != "cuda":
         return INTERPRETED[step]
     capability = torch.cuda.get_device_capability(device)
     return find(launches(), capability, step, dtype, head_dim, gated=gated)
 
 
-def on_hopper(q: Tensor) -> bool:
-    """Whether the Hopper kernels serve q (B, S, heads, D)."""
-    return q.is_cuda and _on_hopper(q.device, q.dtype, q.shape[-1])
+def on_hopper(q: Tensor, k: Tensor) -> bool:
+    """Whether the Hopper kernels serve q (B, S, heads, D) and k."""
+    if not q.is_cuda or q.shape[1] != k.shape[1]:
+        return False
+    return _on_hopper(q.device, q.dtype, q.shape[-1])
 
 
 @lru_cache(maxsize=1024)
@@ -120,7 +126,9 @@ def find(
     *,
     gated: bool,
 ) -> Launch:
-    """The table's launch for a pass: the most specific of the entries that serve it.
+    """The table's launch for a pass of the kernels that run on every GPU.
+
+    It is the most specific of the entries that serve the pass.
 
     An entry for the architecture comes before `default`, and inside each an entry for gated heads
     before one for all.
@@ -132,8 +140,6 @@ def find(
     """
     architecture = architecture_key(capability)
     shape = shape_key(dtype, head_dim)
-    if is_fixed(architecture, shape):
-        return HOPPER[step]
     keys = (f"{shape}/gated", shape) if gated else (shape,)
     for entries in (table.get(architecture, {}).get(step, {}), table["default"][step]):
         for key in keys:

@@ -29,6 +29,8 @@ class Problem:
     scale: float
     closed: int = 0
     """KV heads whose gate is known to be 0 in every sequence"""
+    earlier_keys: int = 0
+    """tokens at the start of a sequence that are keys and not queries"""
 
     @property
     def mixed(self) -> bool:

@@ -26,7 +26,7 @@ def attention(
     documents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Hybrid attention with all scores in memory: (B, heads, S, S).
+    """Hybrid attention with all scores in memory: (B, heads, queries, S).
 
     Shapes are those of `hybrid_attention`, except for this one:
 
@@ -38,11 +38,12 @@ def attention(
     q_ = q.transpose(1, 2).to(compute)
     k_ = k.repeat_interleave(group, 2).transpose(1, 2).to(compute)
     v_ = v.repeat_interleave(group, 2).transpose(1, 2).to(compute)
-    scores = q_ @ k_.transpose(-1, -2) * scale  # (B, heads, S, S)
-    length = q.shape[1]
+    scores = q_ @ k_.transpose(-1, -2) * scale  # (B, heads, queries, S)
+    length = k.shape[1]
+    earlier_keys = length - q.shape[1]
 
     def attend(per_head: tuple[int, ...]) -> Tensor:
-        masks = [visible(length, window, documents, q.device) for window in per_head]
+        masks = [visible(length, window, documents, q.device, earlier_keys) for window in per_head]
         mask = torch.cat(masks, dim=1).repeat_interleave(group, dim=1)
         return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_
 

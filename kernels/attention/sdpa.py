@@ -76,9 +76,11 @@ def _by_window(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, scale: float
 ) -> Tensor:
-    if documents is None and window >= q.shape[2]:
+    length = k.shape[2]
+    earlier_keys = length - q.shape[2]
+    if documents is None and window >= length and earlier_keys == 0:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    mask = visible(q.shape[2], window, documents, q.device)
+    mask = visible(length, window, documents, q.device, earlier_keys)
     grouped = not q.is_cuda
     if not grouped:
         # The only fused GPU kernel that takes a mask wants as many KV heads as query heads.

@@ -27,9 +27,10 @@ from megaconsa.kernels.attention.visibility import visible
 def log_weights(
     q: Tensor, k: Tensor, window: int | None, scale: float, documents: Tensor | None
 ) -> Tensor:
-    """Computes scores (B, heads, S, S), minus infinity where a key is not visible."""
+    """Computes scores (B, heads, queries, S), minus infinity where a key is not visible."""
+    length = k.shape[1]
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    mask = visible(q.shape[1], window or q.shape[1], documents, q.device)
+    mask = visible(length, window or length, documents, q.device, length - q.shape[1])
     return torch.einsum("bihd,bjhd->bhij", q, keys).mul(scale).masked_fill(~mask, float("-inf"))
 
 
@@ -120,9 +121,14 @@ def check_equals_reference(
     gate: Tensor | None = None,
     documents: Tensor | None = None,
     closed: tuple[bool, ...] | None = None,
+    earlier_keys: int = 0,
 ) -> None:
-    leaves = draw(*shape) if gate is None else [*draw(*shape), gate.clone().requires_grad_()]
-    z = None if gate is None else leaves[3]
+    q, k, v = draw(*shape)
+    leaves = [q[:, earlier_keys:].detach().requires_grad_(), k, v]
+    z = None
+    if gate is not None:
+        z = gate.clone().requires_grad_()
+        leaves.append(z)
     dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
     for attention in (flash.attention, reference.attention):
@@ -133,6 +139,12 @@ def check_equals_reference(
         results[1][4] = results[1][4] * ((gate > 0) & (gate < 1))
     for result, truth in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [None, torch.tensor([[0.3, 0.1], [0.9, 0.5]])])
+def test_keys_before_the_first_query(gate: Tensor | None) -> None:
+    check_equals_reference((2, 9, 2, 2, 8), (3, 3), gate, earlier_keys=4)
+    check_equals_reference((2, 9, 2, 2, 8), (3, FULL_WINDOW), earlier_keys=8)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -57,6 +57,7 @@ def check(
     gate: Tensor | None = None,
     closed: tuple[bool, ...] | None = None,
     documents: Tensor | None = None,
+    earlier_keys: int = 0,
 ) -> None:
     """Checks that errors are at most 5e-3 in bf16.
 
@@ -69,6 +70,7 @@ def check(
         torch.randn(2, length, heads, dim, device="cuda", dtype=dtype, generator=generator)
         for heads in (kv_heads * group, kv_heads, kv_heads)
     )
+    q = q[:, earlier_keys:]
     upstream = torch.randn(q.shape, device="cuda", dtype=dtype, generator=generator)
     if gated:
         gate = torch.rand(2, kv_heads, device="cuda", generator=generator) * 0.9 + 0.05
@@ -100,6 +102,14 @@ def check(
 def test_equals_the_reference(dtype: torch.dtype, length: int, table: str) -> None:
     skip_if_refused(dtype, 128)
     check(dtype, length, 2, 128, TABLES[table], gated=False)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("earlier_keys", [1, 64, 300, 999])
+def test_keys_before_the_first_query(earlier_keys: int, gated: bool) -> None:
+    skip_if_refused(torch.bfloat16, 128)
+    windows = TABLES["alternating"]
+    check(torch.bfloat16, 1000, 2, 128, windows, gated=gated, earlier_keys=earlier_keys)
 
 
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 256])

@@ -347,3 +347,23 @@ def test_output_has_the_precision_of_q(backend: str, dtype: torch.dtype) -> None
     )
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert float(error.detach()) < (1e-6 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("gated", [False, True], ids=["allocated", "gated"])
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
+@pytest.mark.parametrize("earlier_keys", [1, 4, 8])
+def test_fewer_queries_than_keys_are_the_last_ones(
+    backend: str, gated: bool, packed: bool, earlier_keys: int
+) -> None:
+    q, k, v = qkv(2, LENGTH, 2, 2, 4)
+    gate = torch.tensor([0.25, 0.75], dtype=torch.float64) if gated else None
+    settings = {
+        "window": (3, FULL_WINDOW),
+        "gate": gate,
+        "documents": documents_of([4, 5], [1, 8]) if packed else None,
+        "backend": backend,
+    }
+    whole = hybrid_attention(q, k, v, **settings)
+    part = hybrid_attention(q[:, earlier_keys:], k, v, **settings)
+    torch.testing.assert_close(part, whole[:, earlier_keys:], rtol=1e-12, atol=1e-12)

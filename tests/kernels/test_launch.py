@@ -27,7 +27,6 @@ from megaconsa.kernels.attention.launch import (
     forced,
     packaged,
     read,
-    shape_key,
     to_text,
 )
 from megaconsa.kernels.attention.triton.operators import attention
@@ -75,12 +74,8 @@ def test_every_shape_has_a_launch_on_every_device(capability: tuple[int, int], g
             for head_dim in HEAD_DIMS:
                 found = find(packaged(), capability, step, dtype, head_dim, gated=gated)
                 assert 128 % found.block_m == 0
-                if capability != (9, 0) or shape_key(dtype, head_dim) not in (
-                    "16-bit/64",
-                    "16-bit/128",
-                ):
-                    width = "fp32" if dtype == torch.float32 else "16-bit"
-                    assert found in tuning.CANDIDATES[step, width]
+                width = "fp32" if dtype == torch.float32 else "16-bit"
+                assert found in tuning.CANDIDATES[step, width]
 
 
 def test_packaged_file_is_written_as_tuning_writes() -> None:
@@ -91,28 +86,26 @@ def test_packaged_file_is_written_as_tuning_writes() -> None:
 
 @pytest.mark.parametrize("head_dim", [33, 64, 65, 80, 96, 128])
 def test_hopper_kernels_keep_their_tiles(head_dim: int) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        assert find(packaged(), (9, 0), "forward", dtype, head_dim, gated=True)[:3] == (128, 128, 8)
-        assert find(packaged(), (9, 0), "backward", dtype, head_dim, gated=False)[:3] == (
-            64,
-            128,
-            8,
-        )
-    assert (
-        find(packaged(), (9, 0), "forward", torch.float32, head_dim, gated=True)
-        != HOPPER["forward"]
-    )
-    assert find(packaged(), (9, 0), "forward", torch.bfloat16, 256, gated=True) != HOPPER["forward"]
+    q = torch.empty(1, 8, 2, head_dim, dtype=torch.bfloat16)
+    assert launch.forward_launch(q, gated=True, hopper=True)[:3] == (128, 128, 8)
+    assert launch.backward_launch(q, gated=False, hopper=True)[:3] == (64, 128, 8)
+
+
+def test_the_hopper_kernels_want_a_query_for_every_key() -> None:
+    q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16)
+    assert not launch.on_hopper(q[:, 4:], q)
 
 
 def test_cpu_takes_small_tiles() -> None:
     q = torch.empty(1, 8, 2, 128, dtype=torch.bfloat16)
-    assert launch.forward_launch(q, gated=False) == launch.INTERPRETED["forward"]
-    assert launch.backward_launch(q, gated=True) == launch.INTERPRETED["backward"]
+    forward = launch.forward_launch(q, gated=False, hopper=False)
+    backward = launch.backward_launch(q, gated=True, hopper=False)
+    assert forward == launch.INTERPRETED["forward"]
+    assert backward == launch.INTERPRETED["backward"]
     with forced(forward=Launch(16, 64, 1, 1), backward=Launch(32, 16, 1, 1)):
-        assert launch.forward_launch(q, gated=False) == (16, 64, 1, 1)
-        assert launch.backward_launch(q, gated=False) == (32, 16, 1, 1)
-    assert launch.forward_launch(q, gated=False) == launch.INTERPRETED["forward"]
+        assert launch.forward_launch(q, gated=False, hopper=False) == (16, 64, 1, 1)
+        assert launch.backward_launch(q, gated=False, hopper=False) == (32, 16, 1, 1)
+    assert launch.forward_launch(q, gated=False, hopper=False) == forward
 
 
 def test_the_users_entries_win(user_file: Callable[[Any], Path]) -> None:
@@ -201,7 +194,7 @@ def test_missing_file_is_refused(user_file: Callable[[Any], Path]) -> None:
 def distinct_launches() -> list[tuple[Launch, Launch, int]]:
     """The distinct triples of forward launch, backward launch and head dimension."""
     table = packaged()
-    found = set()
+    found = {(HOPPER["forward"], HOPPER["backward"], 64)}
     for capability in CAPABILITIES:
         for dtype in (torch.float32, torch.bfloat16):
             for head_dim in (16, 64):

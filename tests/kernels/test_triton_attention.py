@@ -52,6 +52,17 @@ def test_lengths(length: int, packed: bool, gate: tuple[float, ...] | None) -> N
     check(attention, draw(Case(length, (5, FULL), gate, documents, batch=2)), TOLERANCE)
 
 
+@pytest.mark.parametrize("gate", [None, (0.3, 1.0)], ids=["allocated", "gated"])
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
+@pytest.mark.parametrize("earlier_keys", [1, 31, 64, 99])
+def test_keys_before_the_first_query(
+    earlier_keys: int, packed: bool, gate: tuple[float, ...] | None
+) -> None:
+    documents = random_documents(100, batch=2) if packed else None
+    case = Case(100, (20, FULL), gate, documents, batch=2, group=2, earlier_keys=earlier_keys)
+    check(attention, draw(case), TOLERANCE)
+
+
 @pytest.mark.parametrize("length", [1, 7, 65, 130])
 def test_16_bits(length: int) -> None:
     """The interpreter multiplies fp16 correctly.
@@ -79,8 +90,8 @@ def test_rows_of_padding_that_see_no_key(case: Case, monkeypatch: pytest.MonkeyP
 
     The softmax of some rows then has no sum and must not affect the gradients.
     """
-    monkeypatch.setattr(forward_operator, "forward_launch", lambda q, gated: Launch(128, 32, 4, 1))
-    monkeypatch.setattr(backward_operator, "backward_launch", lambda q, gated: Launch(64, 64, 4, 1))
+    monkeypatch.setattr(forward_operator, "forward_launch", lambda q, **_: Launch(128, 32, 4, 1))
+    monkeypatch.setattr(backward_operator, "backward_launch", lambda q, **_: Launch(64, 64, 4, 1))
     check(attention, draw(case, "cpu", torch.float16), 1e-3)
 
 

@@ -64,6 +64,20 @@ def test_lengths_of_gated_and_of_packed(mode: str, length: int) -> None:
     check_on_gpu(Case(length, (100, FULL), gate, documents, group=2, dim=DIM), torch.bfloat16)
 
 
+@every_dtype
+@pytest.mark.parametrize("mode", ["allocated", "gated and packed"])
+@pytest.mark.parametrize("earlier_keys", [1, 64, 300, 999])
+def test_keys_before_the_first_query(earlier_keys: int, mode: str, dtype: torch.dtype) -> None:
+    gate = None
+    documents = None
+    if mode != "allocated":
+        gate = (0.001, 0.85)
+        documents = random_documents(1000, 2)
+    windows = (100, FULL)
+    case = Case(1000, windows, gate, documents, 2, group=2, dim=DIM, earlier_keys=earlier_keys)
+    check_on_gpu(case, dtype)
+
+
 @widest_and_narrowest
 @pytest.mark.parametrize("gate", [None, (0.3, 0.6)], ids=["allocated", "gated"])
 @pytest.mark.parametrize("window", [1, 2, *BLOCK_EDGES, 255, 256, 257, 299, 300, 301, FULL])

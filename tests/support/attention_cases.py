@@ -40,6 +40,8 @@ class Case:
     dim: int = 16
     scale: float | None = None
     seed: int = 0
+    earlier_keys: int = 0
+    """Tokens at the start of a sequence without a query."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,15 @@ def draw(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     generator = torch.Generator().manual_seed(case.seed)
     kv_heads = len(case.windows)
 
-    def normal(heads: int) -> Tensor:
-        return torch.randn(case.batch, case.length, heads, case.dim, generator=generator).to(
-            device, dtype
-        )
+    def normal(heads: int, first: int = 0) -> Tensor:
+        whole = torch.randn(case.batch, case.length, heads, case.dim, generator=generator)
+        return whole[:, first:].contiguous().to(device, dtype)
 
     return Inputs(
-        q=normal(kv_heads * case.group),
+        q=normal(kv_heads * case.group, case.earlier_keys),
         k=normal(kv_heads),
         v=normal(kv_heads),
-        upstream=normal(kv_heads * case.group),
+        upstream=normal(kv_heads * case.group, case.earlier_keys),
         windows=case.windows,
         gate=None if case.gate is None else torch.tensor(case.gate, device=device),
         documents=None if case.documents is None else document_ids(case.documents).to(device),

@@ -21,6 +21,7 @@ def bound_kernel(
 ):  # fmt: skip
     """The largest |k_jd| and the largest |v_j|^2 of BLOCKS * BLOCK_N tokens of one head.
 
+    length: keys of a sequence.
     bounds: fp32 (B * kv_heads, 2, parts).
     """
     parts = tl.cdiv(length, BLOCK_N * BLOCKS)
@@ -140,11 +141,11 @@ def prepare_kernel(
     tl.store(mine + padded, product)
 
 
-@triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section"])
+@triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section", "earlier_keys"])
 def backward_kernel(
     q_desc, k_desc, v_desc, d_out_desc, d_query_units, d_key_out, d_value_out,
     statistics, gates, windows, ends, order,
-    batch, length, padded, kv_heads, tiles, section, scale, natural_scale,
+    batch, length, padded, kv_heads, tiles, section, scale, natural_scale, earlier_keys,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
@@ -152,6 +153,9 @@ def backward_kernel(
     """One tile of BLOCK_N keys of one KV head.
 
     ends: int32 (B, S), the end (exclusive) of each token's document.
+    length: keys of a sequence, S.
+    padded: queries of a sequence, or more.
+    earlier_keys: keys before the first query.
     """
     tile, row, kv_head, _ = tile_of_program(
         tl.program_id(0), order, batch, kv_heads, tiles, section, 1
@@ -169,8 +173,8 @@ def backward_kernel(
         window = tl.where(gate >= 1.0, length, window)
         between = (gate > 0.0) & (gate < 1.0)
 
-    # Queries from a key to `upper` (exclusive) see it inside their window. Queries from there to
-    # `end` (exclusive) see it before their window.
+    # Queries from a key's place to `upper` (exclusive) see it inside their window. Queries from
+    # there to `end` (exclusive) see it before their window.
     end_of_first = length
     end_of_last = length
     end = tl.full([BLOCK_N], length, tl.int32)
@@ -193,14 +197,16 @@ def backward_kernel(
     value = v_desc.load([row, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
     d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = first // BLOCK_M * BLOCK_M
+    begin = tl.maximum(first - earlier_keys, 0) // BLOCK_M * BLOCK_M
 
     for member in range(GROUP):
         head = kv_head * GROUP + member
         line = (row * heads + head).to(tl.int64)
         units = d_query_units + line * padded * BLOCK_D
-        for start in tl.range(begin, stop, BLOCK_M):
+        for start in tl.range(begin, stop - earlier_keys, BLOCK_M):
             queries = start + tl.arange(0, BLOCK_M)
+            start_place = earlier_keys + start
+            places = earlier_keys + queries
             mine = statistics + line * ROWS * padded + queries
             query = q_desc.load([row, head, start, 0]).reshape(BLOCK_M, BLOCK_D)
             upstream = d_out_desc.load([row, head, start, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -209,12 +215,12 @@ def backward_kernel(
             lse = tl.broadcast_to(tl.load(mine)[None, :], [BLOCK_N, BLOCK_M])
             centre = tl.broadcast_to(tl.load(mine + padded)[None, :], [BLOCK_N, BLOCK_M])
             if between:
-                windowed = queries[None, :] < upper[:, None]
+                windowed = places[None, :] < upper[:, None]
                 lse = tl.where(windowed, lse, tl.load(mine + 4 * padded)[None, :])
                 centre = tl.where(windowed, centre, tl.load(mine + 5 * padded)[None, :])
             weights = tl.math.exp2(scores - lse)
-            if (start < first + BLOCK_N) | (start + BLOCK_M > bound_of_first):
-                seen = (queries[None, :] >= keys[:, None]) & (queries[None, :] < bound[:, None])
+            if (start_place < first + BLOCK_N) | (start_place + BLOCK_M > bound_of_first):
+                seen = (places[None, :] >= keys[:, None]) & (places[None, :] < bound[:, None])
                 weights = tl.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - centre)
             # dv += P dO, dk += dS Q, dq += dS^T K. dq is summed in memory, in fixed point.

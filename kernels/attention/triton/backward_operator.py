@@ -80,9 +80,11 @@ def _launch_backward(
     out, lse, lse_full, difference, difference_unit = state
     d_q, d_k, d_v, d_gate = gradients
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    _, keys, kv_heads, _ = k.shape
+    earlier_keys = keys - length
     q, k, v = (addressable(x) for x in (q, k, v))
-    launch = backward_launch(q, gated=gate is not None)
+    hopper = on_hopper(q, k)
+    launch = backward_launch(q, gated=gate is not None, hopper=hopper)
     block_d = triton.next_power_of_2(dim)
     group = heads // kv_heads
     exact = q.dtype == torch.float32
@@ -91,18 +93,17 @@ def _launch_backward(
     padded = lse.shape[2]
     rows = 4 if gate is None else 8  # of a query's statistics, see `prepare_kernel`
     row_tiles = padded // PREPARED_ROWS
-    hopper = on_hopper(q)
     statistics = lse.new_empty((batch * heads * rows, padded))
     units = q.new_empty(
         (batch * heads * padded, block_d), dtype=torch.int64 if exact else torch.int32
     )
-    bound_parts = triton.cdiv(length, BOUND_KEYS * BOUND_BLOCKS)
+    bound_parts = triton.cdiv(keys, BOUND_KEYS * BOUND_BLOCKS)
     bounds = lse.new_empty((batch, kv_heads, 2, bound_parts))
     bound_kernel[(batch * kv_heads * bound_parts,)](
         k,
         v,
         bounds,
-        length,
+        keys,
         kv_heads,
         *k.stride()[:3],
         *v.stride()[:3],
@@ -142,8 +143,8 @@ def _launch_backward(
         ROWS=rows,
         UNIT_BITS=62 if exact else 30,
     )
-    tiles = triton.cdiv(length, launch.block_n)
-    window_tensor, order = schedule_heads(windows, gate, batch, length, q.device)
+    tiles = triton.cdiv(keys, launch.block_n)
+    window_tensor, order = schedule_heads(windows, gate, batch, keys, q.device)
     # A tile of keys reads all queries and gradients of the output, and adds to all sums of dq.
     pair_bytes = group * length * dim * (2 * q.element_size() + units.element_size())
     section = section_size(batch * kv_heads, pair_bytes, cache_bytes(q.device))
@@ -153,7 +154,7 @@ def _launch_backward(
         window_tensor if ends is None else ends,
         order,
         batch,
-        length,
+        keys,
         padded,
         kv_heads,
         tiles,
@@ -197,6 +198,7 @@ def _launch_backward(
             d_v,
             statistics,
             *arguments,
+            earlier_keys,
             **constants,
             ROWS=rows,
             NEAREST=not exact and not INTERPRETED,

@@ -76,11 +76,11 @@ def from_fixed_point(kept, unit):
         return kept.to(tl.int16, bitcast=True).to(tl.float32) * unit[:, None]
 
 
-@triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section"])
+@triton.jit(do_not_specialize=["batch", "length", "kv_heads", "tiles", "section", "earlier_keys"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out, difference, difference_unit, lse, lse_full,
     gates, windows, starts, order,
-    batch, length, padded, kv_heads, tiles, section, scale,
+    batch, length, padded, kv_heads, tiles, section, scale, earlier_keys,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr,
@@ -93,41 +93,46 @@ def forward_kernel(
     difference_unit: the unit of each row of difference, fp32 (B, heads, padded). Written for gates
         inside (0, 1) only.
     lse: fp32 (B, heads, padded), base 2, over the keys inside the window (all keys at a gate of 1).
-        0 from S on.
+        0 from `length` on.
     lse_full: the same over all keys. Written for gates inside (0, 1) only.
     gates: fp32 (B, kv_heads).
     windows: int32 (kv_heads,), at most S.
     starts: int32 (B, S), the first position of each token's document.
+    length: queries of a sequence.
     padded: a multiple of every tile size.
     scale: factor of the scores, including log2(e).
+    earlier_keys: tokens before the first query. S is length + earlier_keys.
     """
     tile, row, kv_head, member = tile_of_program(
         tl.program_id(0), order, batch, kv_heads, tiles, section, GROUP
     )
     head = kv_head * GROUP + member
     first = (tiles - 1 - tile) * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, length) - 1
     queries = first + tl.arange(0, BLOCK_M)
     inside = queries < length
+    # Places in the sequence. Keys are counted from its start.
+    first_place = earlier_keys + first
+    last_place = earlier_keys + tl.minimum(first + BLOCK_M, length) - 1
+    places = earlier_keys + queries
 
     window = tl.load(windows + kv_head)
     gate = 1.0
     if GATED:
         gate = tl.load(gates + row * kv_heads + kv_head)
-        window = tl.where(gate >= 1.0, length, window)
+        window = tl.where(gate >= 1.0, earlier_keys + length, window)
 
-    lower = tl.maximum(queries - window + 1, 0)
-    lowest = tl.maximum(first - window + 1, 0)
-    lower_of_last = tl.maximum(last - window + 1, 0)
+    lower = tl.maximum(places - window + 1, 0)
+    lowest = tl.maximum(first_place - window + 1, 0)
+    lower_of_last = tl.maximum(last_place - window + 1, 0)
     start_of_first = 0
     start_of_last = 0
     start = tl.zeros([BLOCK_M], tl.int32)
     if PACKED:
-        row_starts = starts + row.to(tl.int64) * length
-        start = tl.load(row_starts + queries, mask=inside, other=0)
-        # A tile of padding starts after the last token: there `first` is greater than `last`.
-        start_of_first = tl.load(row_starts + tl.minimum(first, last))
-        start_of_last = tl.load(row_starts + last)
+        row_starts = starts + row.to(tl.int64) * (earlier_keys + length)
+        start = tl.load(row_starts + places, mask=inside, other=0)
+        # A tile of padding starts after the last token: there the first place is the greater one.
+        start_of_first = tl.load(row_starts + tl.minimum(first_place, last_place))
+        start_of_last = tl.load(row_starts + last_place)
         lower = tl.maximum(lower, start)
         lowest = tl.maximum(lowest, start_of_first)
         lower_of_last = tl.maximum(lower_of_last, start_of_last)
@@ -140,7 +145,7 @@ def forward_kernel(
     # Keys inside the window, in three walks: blocks that straddle the window's lower edge, blocks
     # that every query sees, and the diagonal.
     begin = lowest // BLOCK_N * BLOCK_N
-    diagonal = tl.maximum((first + 1) // BLOCK_N * BLOCK_N, begin)
+    diagonal = tl.maximum((first_place + 1) // BLOCK_N * BLOCK_N, begin)
     seen_by_all = tl.minimum(tl.cdiv(lower_of_last, BLOCK_N) * BLOCK_N, diagonal)
     acc, total, highest = _walk(
         acc,
@@ -154,7 +159,7 @@ def forward_kernel(
         begin,
         seen_by_all,
         lower,
-        queries + 1,
+        places + 1,
         scale,
         BLOCK_N,
         True,
@@ -171,7 +176,7 @@ def forward_kernel(
         seen_by_all,
         diagonal,
         lower,
-        queries + 1,
+        places + 1,
         scale,
         BLOCK_N,
         False,
@@ -186,9 +191,9 @@ def forward_kernel(
         row,
         kv_head,
         diagonal,
-        last + 1,
+        last_place + 1,
         lower,
-        queries + 1,
+        places + 1,
         scale,
         BLOCK_N,
         True,

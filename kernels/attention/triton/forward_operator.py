@@ -55,14 +55,16 @@ def _launch_forward(
 ) -> None:
     out, lse, lse_full, difference, difference_unit = state
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    _, keys, kv_heads, _ = k.shape
+    earlier_keys = keys - length
     q, k, v = (addressable(x) for x in (q, k, v))
-    launch = forward_launch(q, gated=gate is not None)
+    hopper = on_hopper(q, k)
+    launch = forward_launch(q, gated=gate is not None, hopper=hopper)
     block_d = triton.next_power_of_2(dim)
     padded = lse.shape[2]
     tiles = padded // launch.block_m
-    window_tensor, order = schedule_heads(windows, gate, batch, length, q.device)
-    pair_bytes = 2 * length * dim * q.element_size()  # keys and values of one KV head
+    window_tensor, order = schedule_heads(windows, gate, batch, keys, q.device)
+    pair_bytes = 2 * keys * dim * q.element_size()  # keys and values of one KV head
     section = section_size(batch * kv_heads, pair_bytes, cache_bytes(q.device))
     arguments = (
         lse,
@@ -91,7 +93,7 @@ def _launch_forward(
         "num_warps": launch.num_warps,
     }
     grid = (tiles * batch * heads,)
-    if on_hopper(q):
+    if hopper:
         out_descriptor = hopper_head_blocks(out, launch.block_m, block_d)
         difference_descriptor = out_descriptor
         if gate is not None:
@@ -115,6 +117,7 @@ def _launch_forward(
             difference,
             difference_unit,
             *arguments,
+            earlier_keys,
             **constants,
             num_stages=launch.num_stages,
         )

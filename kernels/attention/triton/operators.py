@@ -48,7 +48,7 @@ def attention(
         starts, ends = document_bounds(documents)
     if gate is not None:
         gate = gate.float()
-    windows = tuple(min(window, q.shape[1]) for window in windows)
+    windows = tuple(min(window, k.shape[1]) for window in windows)
     run = forward if torch.compiler.is_compiling() else _Eager.apply
     out: Tensor = run(q, k, v, windows, gate, starts, ends, scale)[0]
     return out
