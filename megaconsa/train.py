@@ -54,9 +54,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
         from megaconsa.training.trainer import Stop
 
         check_machines(inputs, world)
-        mesh = initialize(
-            config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
-        )
+        mesh = initialize(config.parallel, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()
     except InputError:

@@ -33,7 +33,8 @@ def hybrid_attention(
         is full attention.
     gate: (kv_heads,) or (B, kv_heads) in [0, 1], fp32 (or fp64 if q is fp64), or None. With a
         gate z, the output of a head is z * full + (1 - z) * windowed (hard concrete gates of
-        ConSA, arXiv 2606.18056).
+        ConSA, arXiv 2606.18056). The gradient of a gate at exactly 0 or 1 is 0, the derivative
+        of the clamp that put it there.
     closed: whether z is 0 in every sequence, for each KV head, if the caller knows it without
         reading the gate from the GPU. `flash` then leaves out their full attention.
     documents: int32 (B, S), non-decreasing ids of the documents packed into a sequence, or None.

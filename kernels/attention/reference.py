@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaconsa.kernels.attention.gating import without_ends
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.attention.visibility import visible
@@ -49,7 +50,7 @@ def attention(
 
     out = attend(windows)
     if gate is not None:
-        z = gate.to(compute).repeat_interleave(group, dim=1)[:, :, None, None]
+        z = without_ends(gate).to(compute).repeat_interleave(group, dim=1)[:, :, None, None]
         full = attend((length,) * len(windows))
         out = z * full + (1 - z) * out
     return out.transpose(1, 2).to(q.dtype)

@@ -29,9 +29,7 @@ def work_as_rank(
     world = join()
     try:
         inputs = check_inputs(config, world)
-        mesh = initialize(
-            config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
-        )
+        mesh = initialize(config.parallel, world)
         work(build_trainer(inputs, mesh))
     except InputError:
         raise  # All ranks agreed on this refusal.

@@ -71,9 +71,7 @@ def measure(
     """
     world = join()
     inputs = check_inputs(config, world)
-    mesh = initialize(
-        config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, world
-    )
+    mesh = initialize(config.parallel, world)
     trainer = build_trainer(inputs, mesh)
     clock = Clock()
     for callback in trainer.callbacks:

@@ -10,6 +10,7 @@ from megaconsa.config.run_config import Config
 from megaconsa.config.sections import (
     BadStepsSection,
     CheckpointSection,
+    ParallelSection,
     PipelineSchedule,
     Section,
     TrainingSection,
@@ -21,6 +22,7 @@ __all__ = [
     "BadStepsSection",
     "CheckpointSection",
     "Config",
+    "ParallelSection",
     "PipelineSchedule",
     "Section",
     "TrainingSection",

@@ -88,9 +88,16 @@ def _check_parallel(
                 f"parallel.tensor={tensor} does not divide model.{name}={size}; "
                 "use a number that does"
             )
-    if parallel.sequence and sequence_length % tensor:
+    context = parallel.context
+    if context > 1 and sequence_length % (2 * context):
         raise InputError(
-            f"training.sequence_length={sequence_length} must be a multiple of "
+            f"training.sequence_length={sequence_length} must be a multiple of {2 * context}, "
+            f"two chunks for each rank of parallel.context={context}"
+        )
+    if parallel.sequence and sequence_length // context % tensor:
+        of_each = f", the {sequence_length // context} tokens of a context rank," * (context > 1)
+        raise InputError(
+            f"training.sequence_length={sequence_length}{of_each} must be a multiple of "
             f"parallel.tensor={tensor} to be divided over its ranks; "
             "or set parallel.sequence=false"
         )

@@ -198,6 +198,8 @@ class GatesSection(Section):
 class ParallelSection(Section):
     tensor: int = Field(1, ge=1)
     """Ranks that share the heads, the MLP and the vocabulary."""
+    context: int = Field(1, ge=1)
+    """Ranks that share the tokens of each sequence."""
     pipeline: int = Field(1, ge=1)
     """Ranks that share the layers."""
     sequence: bool = True

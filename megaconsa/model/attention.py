@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megaconsa.consa.head_selector import HeadSelector
-from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.rotary.rotary import rotate
 from megaconsa.model.config import ModelConfig
+from megaconsa.model.context_group import ContextGroup, WholeSequence
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.rope import document_angles
 from megaconsa.model.weight_gradients import Stack
@@ -24,6 +24,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads = heads
         self.backend = backend
+        self.context: ContextGroup = WholeSequence()
+        """The ranks that sequences are divided over."""
         hidden = model_config.hidden_size
         dim = model_config.head_dim
         self.q_proj = nn.Linear(hidden, model_config.num_attention_heads * dim, bias=False)
@@ -38,30 +40,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, documents: Tensor, sequences: Tensor, *, separate: bool) -> Tensor:
         """Attends within each sequence.
 
-        x: (B, S, hidden).
+        x: (B, S, hidden), or this rank's tokens if a context group divides sequences.
         documents: (B, S) int32, index at which each position's document starts. Positions restart
-            there.
+            there. They are those of the whole sequence.
         separate: whether attention stays within a document.
         sequences: (B,) int64, indices within the step's global batch.
 
-        Returns (B, S, hidden).
+        Returns a tensor of the shape of x.
         """
         shape = (*x.shape[:2], -1, self.model_config.head_dim)
         cos, sin = document_angles(
-            documents, self.model_config.head_dim, self.model_config.rope_theta
+            documents, self.model_config.head_dim, self.model_config.rope_theta, self.context
         )
         q = rotate(self.q_norm(self.q_proj(x).view(shape)), cos, sin)  # (B, S, heads, head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)), cos, sin)  # (B, S, kv_heads, head_dim)
         v = self.v_proj(x).view(shape)
         pattern = self.heads.select(self.layer, sequences)
-        out = hybrid_attention(
-            q,
-            k,
-            v,
-            window=pattern.windows,
-            gate=pattern.gate,
-            closed=pattern.closed,
-            documents=documents if separate else None,
-            backend=self.backend,
-        )
+        seen = documents if separate else None
+        out = self.context.attend(q, k, v, pattern, seen, self.backend)
         return self.o_proj(out.flatten(2))

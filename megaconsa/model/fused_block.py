@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megaconsa.kernels import hybrid_attention
 from megaconsa.kernels.norm import triton as norm
 from megaconsa.kernels.rotary import normed_heads as rotary
 from megaconsa.kernels.swiglu import triton as gating
@@ -56,13 +55,13 @@ def before_attention(
     """What a block computes before attention.
 
     x: (B, S, hidden), or this rank's part of the sequence.
-    documents: (B, S) int32, index at which each position's document starts.
+    documents: (B, S) int32, index at which each position's document starts, of whole sequences.
 
     Returns q (B, S, heads, D), k and v (B, S, kv_heads, D), and x itself.
     """
     attention = block.self_attn
     config = attention.model_config
-    cos, sin = document_angles(documents, config.head_dim, config.rope_theta)
+    cos, sin = document_angles(documents, config.head_dim, config.rope_theta, attention.context)
     results: tuple[Tensor, Tensor, Tensor, Tensor] = _BeforeAttention.apply(
         x,
         block,
@@ -85,17 +84,9 @@ def attend(
     """
     attention = block.self_attn
     pattern = attention.heads.select(attention.layer, sequences)
+    seen = documents if block.separate else None
     with _saving(block, q, k):
-        return hybrid_attention(
-            q,
-            k,
-            v,
-            window=pattern.windows,
-            gate=pattern.gate,
-            closed=pattern.closed,
-            documents=documents if block.separate else None,
-            backend=attention.backend,
-        )
+        return attention.context.attend(q, k, v, pattern, seen, attention.backend)
 
 
 def after_attention(block: BlockModules, x: Tensor, attended: Tensor) -> Tensor:

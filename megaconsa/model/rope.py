@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.kernels.last_result import remember_last
+from megaconsa.model.context_group import ContextGroup
 
 
 @lru_cache(maxsize=8)
@@ -30,13 +31,16 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 @remember_last
-def document_angles(documents: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def document_angles(
+    documents: Tensor, head_dim: int, theta: float, context: ContextGroup
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles of positions that restart with each document.
 
     documents: (B, S) int32, index at which each position's document starts.
+    context: the ranks that divide sequences. The angles are those of this rank's tokens.
 
     Returns as `rotary_angles` does. All layers of a micro-batch share the result.
     """
     # The start of a document is both its id and its origin.
     positions = torch.arange(documents.shape[1], device=documents.device) - documents
-    return rotary_angles(positions, head_dim, theta)
+    return rotary_angles(context.own_part(positions), head_dim, theta)

@@ -32,14 +32,15 @@ class DistributedWeights:
 
     @cached_property
     def keepers(self) -> dict[str, tuple[int, int]]:
-        """The (data, tensor) rank that gathers each weight and each moment.
+        """The rank that gathers each weight and each moment: its places on the data axis, which
+        includes context ranks, and on the tensor axis.
 
         Ranks are chosen to balance bytes. A weight and its moments may go to different ranks,
         because an embedding is larger than a rank's mean share of a large model.
         """
         ranks = [
             (data, tensor)
-            for data in range(self.mesh.dp_size)
+            for data in range(self.mesh.dp_cp_size)
             for tensor in range(self.mesh.tp.size)
         ]
         load = {(stage, rank): 0 for stage in range(self.mesh.pp_size) for rank in ranks}
@@ -69,7 +70,7 @@ class DistributedWeights:
             if mesh.pp_rank != owner:
                 continue
             parts = mesh.tp.all_gather(read(self.parameters[name]))
-            if self.keepers[prefix + name] == (mesh.dp_rank, mesh.tp.rank):
+            if self.keepers[prefix + name] == (mesh.dp_cp_rank, mesh.tp.rank):
                 yield prefix + name, self.sharding.join(name, parts)
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:

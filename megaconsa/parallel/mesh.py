@@ -1,4 +1,4 @@
-"""The axes of parallelism (pipeline, data, tensor), this rank's place on each, and its groups."""
+"""The axes of parallelism (pipeline, data, context, tensor): this rank's places and groups."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megaconsa.config import ParallelSection
+from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.deepspeed.processes import process_grid, start_deepspeed
 from megaconsa.parallel.tensor_parallel import TensorParallel
 from megaconsa.parallel.world import World, join
@@ -16,7 +18,7 @@ from megaconsa.parallel.world import World, join
 class Mesh:
     """This process's place: its rank in the world and on each axis.
 
-    rank = (pp_rank * dp_size + dp_rank) * tp.size + tp.rank
+    rank = ((pp_rank * dp_size + dp_rank) * cp.size + cp.rank) * tp.size + tp.rank
 
     The ranks of a tensor group are neighbours because they communicate most. The ranks of a
     pipeline are farthest apart because they communicate least.
@@ -24,12 +26,24 @@ class Mesh:
 
     world: World
     grid: Any
-    """The same as DeepSpeed's ProcessTopology. Its axes are called pipe, data and model."""
+    """The same as DeepSpeed's ProcessTopology. Its axes are called pipe, data and model. Its data
+    axis holds the context ranks of each data rank: they average their gradients likewise."""
     pp_rank: int
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp: ContextParallel
     tp: TensorParallel
+
+    @property
+    def dp_cp_rank(self) -> int:
+        """This rank's place among those that average their gradients."""
+        return self.dp_rank * self.cp.size + self.cp.rank
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Number of ranks that average their gradients: data ranks times context ranks."""
+        return self.dp_size * self.cp.size
 
     @property
     def device(self) -> torch.device:
@@ -41,15 +55,15 @@ class Mesh:
 
     @property
     def reads_data(self) -> bool:
-        """Whether batches enter the pipeline here. All ranks of a tensor group read the same
-        ones."""
+        """Whether batches enter the pipeline here. All ranks of a tensor or context group read the
+        same ones."""
         return self.pp_rank == 0
 
     @property
     def counts_data(self) -> bool:
         """Whether this rank counts its batches. Among the ranks that read the same ones, one
         does."""
-        return self.reads_data and self.tp.rank == 0
+        return self.reads_data and self.tp.rank == 0 and self.cp.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
@@ -84,32 +98,40 @@ class Mesh:
         return int(tensor)
 
 
-def initialize(
-    tensor: int = 1, pipeline: int = 1, sequence: bool = True, world: World | None = None
-) -> Mesh:
+def initialize(parallel: ParallelSection = ParallelSection(), world: World | None = None) -> Mesh:
     """Divides the processes of the launch into ranks of each axis.
 
-    tensor, pipeline: ranks on these axes. The rest of the world is data parallel. Topology.of has
-        checked that the world is divisible.
-    sequence: whether to use sequence parallelism if tensor > 1.
+    parallel: ranks on each axis. The rest of the world is data parallel. Topology.of has checked
+        that the world is divisible.
     world: joined here if it is None.
     """
     world = world or join()
     start_deepspeed(world)
-    dp_size = world.size // (tensor * pipeline)
-    grid = process_grid(tensor, pipeline, dp_size)
+    tensor = parallel.tensor
+    context = parallel.context
+    pipeline = parallel.pipeline
+    dp_size = world.size // (tensor * context * pipeline)
+    grid = process_grid(tensor, pipeline, dp_size * context)
     place = grid.get_coord(world.rank)
-    group = None
+    dp_rank, cp_rank = divmod(place.data, context)
+    tensor_group = None
+    context_group = None
     if tensor > 1:
-        group = _own_group(grid.get_axis_comm_lists("model"), world.rank)
+        tensor_group = _own_group(grid.get_axis_comm_lists("model"), world.rank)
+    if context > 1:
+        groups = []
+        for ranks in grid.get_axis_comm_lists("data"):
+            groups += [ranks[first : first + context] for first in range(0, len(ranks), context)]
+        context_group = _own_group(groups, world.rank)
     return Mesh(
         world,
         grid,
         place.pipe,
         pipeline,
-        place.data,
+        dp_rank,
         dp_size,
-        TensorParallel(place.model, tensor, group, sequence and tensor > 1),
+        ContextParallel(cp_rank, context, context_group),
+        TensorParallel(place.model, tensor, tensor_group, parallel.sequence and tensor > 1),
     )
 
 

@@ -18,6 +18,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.norm import RMSNorm
 from megaconsa.model.qwen3 import Block
 from megaconsa.parallel import vocabulary
+from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.sharding import OwnHeads, Sharding
 from megaconsa.parallel.tensor_parallel import TensorParallel
 
@@ -29,6 +30,8 @@ Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 - documents (B, S)
 - sequences (B,)
 - normalizer (2,)
+
+With context parallelism the first two hold this rank's tokens, and documents all tokens.
 """
 
 
@@ -54,6 +57,7 @@ class BlockLayer(Block):
         backend: str,
         separate: bool,
         tp: TensorParallel,
+        cp: ContextParallel = ContextParallel(),
         recomputes_heads: bool = False,
     ) -> None:
         super().__init__(
@@ -62,6 +66,8 @@ class BlockLayer(Block):
         self.recomputes_heads = recomputes_heads
         self.tp = tp
         self.group = tp
+        if cp.size > 1:
+            self.self_attn.context = cp
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         hidden, labels, documents, sequences, normalizer = carry

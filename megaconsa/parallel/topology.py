@@ -1,4 +1,4 @@
-"""How processes divide into pipeline, data and tensor ranks, and what the pipeline schedule costs.
+"""How processes divide into ranks of each axis, and what the pipeline schedule costs.
 
 This is arithmetic on the configuration. It needs no process group, so that a run can be refused or
 planned before it starts.
@@ -14,7 +14,7 @@ from megaconsa.errors import InputError
 
 @dataclass(frozen=True)
 class Topology:
-    """Number of ranks on each axis. The world has tensor x pipeline x data processes."""
+    """Number of ranks on each axis. Their product is the number of processes."""
 
     tensor: int
     pipeline: int
@@ -22,6 +22,7 @@ class Topology:
     accumulation: int
     """Micro-batches of each data rank in one optimizer step."""
     schedule: PipelineSchedule = "1f1b"
+    context: int = 1
 
     @classmethod
     def of(cls, config: Config, processes: int) -> Topology:
@@ -33,13 +34,16 @@ class Topology:
         training = config.training
         tensor = parallel.tensor
         pipeline = parallel.pipeline
-        if processes % (tensor * pipeline):
+        context = parallel.context
+        of_a_replica = tensor * context * pipeline
+        if processes % of_a_replica:
+            by_context = f"parallel.context={context} x " if context > 1 else ""
             raise InputError(
                 f"{processes} processes are not a multiple of parallel.tensor={tensor} x "
-                f"parallel.pipeline={pipeline}; start a multiple of {tensor * pipeline}, "
+                f"{by_context}parallel.pipeline={pipeline}; start a multiple of {of_a_replica}, "
                 "or lower one of them"
             )
-        data = processes // (tensor * pipeline)
+        data = processes // of_a_replica
         accumulation, rest = divmod(training.global_batch, training.micro_batch * data)
         if rest:
             raise InputError(
@@ -47,7 +51,7 @@ class Topology:
                 f"training.micro_batch={training.micro_batch} x data ranks={data} "
                 f"({processes} processes)"
             )
-        topology = cls(tensor, pipeline, data, accumulation, parallel.schedule)
+        topology = cls(tensor, pipeline, data, accumulation, parallel.schedule, context)
         if accumulation < topology.stages:
             consequence = (
                 "parallel.schedule=dualpipev cannot run"

@@ -30,10 +30,15 @@ def carries(batches: Sequence[Batch], labelled: int, mesh: Mesh) -> list[Carry]:
 
     labelled: labelled tokens of the global batch.
     """
-    count = normalizer(labelled, len(batches) * mesh.dp_size)
-    return [
-        (batch.tokens, batch.labels, batch.documents, batch.sequences, count) for batch in batches
-    ]
+    # A context rank's part of a micro-batch counts as one, because DeepSpeed's mean over data ranks
+    # includes context ranks.
+    count = normalizer(labelled, len(batches) * mesh.dp_cp_size)
+    found = []
+    for batch in batches:
+        tokens = mesh.cp.own_part(batch.tokens)
+        labels = mesh.cp.own_part(batch.labels)
+        found.append((tokens, labels, batch.documents, batch.sequences, count))
+    return found
 
 
 def document_lengths(batches: Sequence[Batch]) -> NDArray[np.int64]:

@@ -317,9 +317,9 @@ class Trainer:
         return {}
 
     def _reduce(self, gradient: torch.Tensor) -> None:
-        # Each rank has the part of its own layers, heads and sequences. DeepSpeed's loss is a mean
-        # over data ranks.
-        self.mesh.all_reduce(gradient).div_(self.mesh.dp_size)
+        # Each rank has the part of its own layers, heads and tokens. DeepSpeed's loss is a mean
+        # over data ranks and context ranks.
+        self.mesh.all_reduce(gradient).div_(self.mesh.dp_cp_size)
 
     def _mfu(self, batches: list[Batch], seconds: float) -> float | None:
         """Model FLOPs utilisation: share of the dense bf16 peak of the ranks that share a batch.
@@ -335,7 +335,8 @@ class Trainer:
         flops = training_flops(
             self.engine.model_config, self.allocation, int(lengths.sum()), lengths
         )
-        return flops / seconds / (peak * self.mesh.tp.size * self.mesh.pp_size)
+        sharing = self.mesh.tp.size * self.mesh.cp.size * self.mesh.pp_size
+        return flops / seconds / (peak * sharing)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -3,8 +3,7 @@
 The reference is compared with loops over queries and keys. The other backend is compared with the
 reference.
 All comparisons are in fp64, where two correct implementations agree up to rounding and a key too
-many shows. Gradients of gates at exactly 0 or 1 are not compared, because a backend may return 0
-there, the derivative of the clamp.
+many shows. The gradient of a gate at exactly 0 or 1 must be 0, the derivative of the clamp.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def check_equal(
     gate: Tensor | None,
     **arguments: object,
 ) -> None:
-    """Compares the output and the gradients of q, k, v and the gates inside (0, 1)."""
+    """Compares the output and the gradients of q, k, v and the gates."""
     leaves = [x.clone().requires_grad_() for x in (*inputs, *([] if gate is None else [gate]))]
     out_gradient = draw(tuple(inputs[0].shape), 99)
 
@@ -127,9 +126,9 @@ def check_equal(
     results = run(backend)
     truths = run(expected_by)
     if gate is not None:
-        inside = (gate > 0) & (gate < 1)
-        results = (*results[:-1], results[-1][inside])
-        truths = (*truths[:-1], truths[-1][inside])
+        clamped = (gate <= 0) | (gate >= 1)
+        assert not results[-1][clamped].any()
+        truths = (*truths[:-1], truths[-1].masked_fill(clamped, 0.0))
     for result, truth in zip(results, truths, strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-11, atol=1e-11)
 

@@ -19,6 +19,7 @@ from megaconsa.model.config import ModelConfig
 from megaconsa.model.initialize import initial_weight
 from megaconsa.model.loss import IGNORED, summed_cross_entropy
 from megaconsa.model.qwen3 import Qwen3
+from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.pipeline import canonical_name, layer_index, normalizer
 from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.tensor_parallel import TensorParallel
@@ -46,9 +47,9 @@ def build_layers(
     module = nn.Module()
     functions = []
     module.tied_modules = nn.ModuleDict()
-    for index, spec in enumerate(
-        layer_specs(Sharding(model_config, TABLE), TensorParallel(), TABLE, "auto", separate)
-    ):
+    sharding = Sharding(model_config, TABLE)
+    specs = layer_specs(sharding, TensorParallel(), ContextParallel(), TABLE, "auto", separate)
+    for index, spec in enumerate(specs):
         if isinstance(spec, TiedLayerSpec):
             if spec.key not in module.tied_modules:
                 module.tied_modules[spec.key] = spec.build()

@@ -36,6 +36,9 @@ from tests.support.topologies import (
     CASES,
     CLIPPING,
     COMBINATIONS,
+    CP2,
+    CP2_TP2,
+    CP4,
     DP2,
     HEAD_ALONE,
     LEARN,
@@ -169,6 +172,18 @@ def test_tensor_and_sequence_parallel(runs: Runs) -> None:
 def test_pipeline_parallel(runs: Runs) -> None:
     done = check_equal(runs, PP2, {"fault": (LEARN_TIED, "tied_weights")})
     check_found(runs, done["fault"], LEARN_TIED, ("embed_tokens",))
+
+
+def test_context_parallel(runs: Runs) -> None:
+    check_equal(runs, CP2)
+
+
+def test_context_parallel_with_windows_longer_than_a_chunk(runs: Runs) -> None:
+    check_equal(runs, CP4)
+
+
+def test_context_and_tensor_parallel(runs: Runs) -> None:
+    check_equal(runs, CP2_TP2)
 
 
 def test_dualpipev(runs: Runs) -> None:

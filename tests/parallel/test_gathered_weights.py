@@ -24,7 +24,7 @@ def test_no_rank_writes_much_more_than_the_mean(model: str, ranks: int, pipeline
     """An embedding is as large as 1.6 mean shares, and its moments go to other ranks."""
     shapes = weight_shapes(PRESETS[model])
     owners = {name: number * pipeline // len(shapes) for number, name in enumerate(shapes)}
-    mesh: Any = SimpleNamespace(dp_size=ranks, pp_size=pipeline, tp=SimpleNamespace(size=1))
+    mesh: Any = SimpleNamespace(dp_cp_size=ranks, pp_size=pipeline, tp=SimpleNamespace(size=1))
     sharding = Sharding(PRESETS[model], None)
     keepers = DistributedWeights({}, shapes, owners, sharding, mesh, PREFIXES).keepers
     assert len(keepers) == 3 * len(shapes)

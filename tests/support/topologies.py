@@ -110,12 +110,19 @@ TP2 = Layout("tp2", 2, {"tensor": 2, "sequence": False})
 TP2_SEQUENCE = Layout("tp2-sequence", 2, {"tensor": 2, "sequence": True})
 PP2 = Layout("pp2", 2, {"pipeline": 2})
 PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
+CP2 = Layout("cp2", 2, {"context": 2})
+CP4 = Layout("cp4", 4, {"context": 4})
+CP2_TP2 = Layout("cp2-tp2", 4, {"context": 2, "tensor": 2})
 TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
 PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
 TP2_DP2 = Layout("tp2-dp2", 4, {"tensor": 2})
 COMBINATIONS = (
     TP2_DP2,
     Layout("tp4", 4, {"tensor": 4}),
+    Layout("cp2-dp2", 4, {"context": 2}),
+    Layout("cp2-pp2", 4, {"context": 2, "pipeline": 2}),
+    Layout("cp2-pp2-dualpipev", 4, {"context": 2, "pipeline": 2, "schedule": "dualpipev"}),
+    Layout("cp2-tp2-dp2", 8, {"context": 2, "tensor": 2}),
     Layout("pp4", 4, {"pipeline": 4}),
     Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),
     Layout("tp2-pp2-dp2", 8, {"tensor": 2, "pipeline": 2}),

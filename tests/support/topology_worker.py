@@ -177,9 +177,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
     try:
         for job in jobs:
             config = build(job["config"])
-            place = mesh.initialize(
-                config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
-            )
+            place = mesh.initialize(config.parallel)
             inputs = check_inputs(config, place.world)
             with (
                 FAULTS[job["fault"]]() if job["fault"] else nullcontext(),

@@ -14,6 +14,7 @@ import torch
 from megaconsa.config import build
 from megaconsa.data.stream import Batch
 from megaconsa.parallel import mesh
+from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.step_result import Fault
 from megaconsa.parallel.tensor_parallel import TensorParallel
@@ -115,7 +116,7 @@ def test_the_loss_is_known_where_the_check_is_not_called(
 def test_a_rank_alone_agrees_with_itself_without_its_device() -> None:
     # No value can be read from this device.
     world = replace(ALONE, device=torch.device("meta"))
-    alone = Mesh(world, None, 0, 1, 0, 1, TensorParallel(0, 1, None, False))
+    alone = Mesh(world, None, 0, 1, 0, 1, ContextParallel(), TensorParallel())
     labels = torch.tensor([[1, -100, 2, 3]])
     ids = torch.zeros_like(labels)
     batch = Batch(tokens=labels, labels=labels, documents=ids, sequences=torch.tensor([0]))

@@ -85,7 +85,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()), without_defaults():
             module = module_type(
                 layers=layer_specs(
-                    sharding, mesh.tp, heads, backend, separate_documents, recomputed
+                    sharding, mesh.tp, mesh.cp, heads, backend, separate_documents, recomputed
                 ),
                 bounds=cut(
                     layer_costs(model_config, allocation, training.sequence_length), topology.stages

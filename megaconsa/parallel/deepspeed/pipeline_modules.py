@@ -13,6 +13,7 @@ from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayer
 from torch import Tensor
 
 from megaconsa.consa.head_selector import HeadSelector
+from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.pipeline import (
     BlockLayer,
     EmbeddingLayer,
@@ -67,6 +68,7 @@ class DualPipeCostCutModule(DualPipeVModule, CostCutModule):
 def layer_specs(
     sharding: Sharding,
     tp: TensorParallel,
+    cp: ContextParallel,
     heads: HeadSelector,
     backend: str,
     separate_documents: bool,
@@ -83,6 +85,7 @@ def layer_specs(
             backend,
             separate_documents,
             tp,
+            cp,
             layer in recomputed.heads,
         )
         for layer in range(config.num_hidden_layers)
