@@ -223,7 +223,12 @@ def check_found(runs: Runs, run: Path, case: Case, broken: tuple[str, ...]) -> N
 
 IN_BF16 = pytest.mark.parametrize(
     "layout",
-    [pytest.param(TP2_SEQUENCE, marks=pytest.mark.slow), PP2, DP2],
+    [
+        pytest.param(TP2_SEQUENCE, marks=pytest.mark.slow),
+        pytest.param(CP2, marks=pytest.mark.slow),
+        PP2,
+        DP2,
+    ],
     ids=lambda layout: layout.name,
 )
 
@@ -244,6 +249,7 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
         pytest.param(PP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DUALPIPEV, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(DP2, TRAIN_UNTIED, marks=pytest.mark.slow),
+        pytest.param(CP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DP2, LEARN_TIED, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name,

@@ -14,6 +14,7 @@ import pytest
 from megaconsa.reporting.metrics import computed, read_metrics
 from tests.support.comparison import checkpoint
 from tests.support.topologies import (
+    CP2,
     DP2,
     LEARN_TIED,
     ONE,
@@ -31,7 +32,7 @@ from tests.support.topologies import (
     Runs,
 )
 
-OTHERS = (ONE, TP2_SEQUENCE, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
+OTHERS = (ONE, TP2_SEQUENCE, CP2, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
 
 
 def contents(run: Path, step: int) -> dict[str, bytes]:
