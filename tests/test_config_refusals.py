@@ -100,6 +100,16 @@ from tests.support.config_cases import BASE, PER_LAYER, changed, refusal
             "parallel.tensor=4 does not divide model.intermediate_size=90; use a number that does",
         ),
         (
+            {"parallel__context": 3},
+            "training.sequence_length=32 must be a multiple of 6, two chunks for each rank of "
+            "parallel.context=3",
+        ),
+        (
+            {"parallel": {"context": 3, "tensor": 4}, "training__sequence_length": 30},
+            "training.sequence_length=30, the 10 tokens of a context rank, must be a multiple of "
+            "parallel.tensor=4 to be divided over its ranks",
+        ),
+        (
             {"parallel__tensor": 2, "training__sequence_length": 33},
             "training.sequence_length=33 must be a multiple of parallel.tensor=2 "
             "to be divided over its ranks; or set parallel.sequence=false",
@@ -258,6 +268,7 @@ def test_warmup_and_decay_must_fit_together() -> None:
         {"parallel__tensor": 4},
         {"parallel": {"tensor": 2, "sequence": False}, "training__sequence_length": 33},
         {"training__sequence_length": 33},
+        {"parallel": {"context": 4, "tensor": 4}},
         {"parallel__pipeline": 5},
         {"parallel": {"pipeline": 2, "schedule": "dualpipev"}},
         {"training__min_learning_rate": 0.001},

@@ -40,6 +40,7 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
     assert Topology.of(config(), 1) == Topology(1, 1, 1, 16)
     assert Topology.of(config(tensor=2, pipeline=2), 8) == Topology(2, 2, 2, 8)
     assert Topology.of(config(tensor=2, pipeline=2, micro_batch=4), 8) == Topology(2, 2, 2, 2)
+    assert Topology.of(config(context=2, tensor=2), 8) == Topology(2, 1, 2, 8, context=2)
     assert Topology.of(config(pipeline=2, schedule="dualpipev", micro_batch=4), 2) == Topology(
         1, 2, 1, 4, "dualpipev"
     )
@@ -53,6 +54,12 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             6,
             "6 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=2; "
             "start a multiple of 4",
+        ),
+        (
+            config(tensor=2, context=2),
+            6,
+            "6 processes are not a multiple of parallel.tensor=2 x parallel.context=2 x "
+            "parallel.pipeline=1; start a multiple of 4",
         ),
         (
             config(tensor=2),
