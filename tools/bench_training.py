@@ -27,7 +27,7 @@ def main(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ranks on each axis, as tensor=2,pipeline=2; may be repeated. "
+            help="Ranks on each axis, as tensor=2,context=2; may be repeated. "
             "Default: one process alone."
         ),
     ] = None,
@@ -50,7 +50,7 @@ def main(
     Example:
 
         megaconsa bench-training configs/qwen3_1p7b_learn.yaml \
-            --topology tensor=2 --topology pipeline=2 --topology data=2 \
+            --topology tensor=2 --topology pipeline=2,data=2 \
             --peer liger --peer torchtitan
     """
     from datetime import UTC, datetime
@@ -75,6 +75,7 @@ def main(
             *(overrides or []),
             *schedule_fields(steps),
             f"parallel.tensor={layout.tensor}",
+            f"parallel.context={layout.context}",
             f"parallel.pipeline={layout.pipeline}",
         ]
         for layout in layouts

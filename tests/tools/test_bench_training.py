@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+from megaconsa.benchmarks.profile.recording import record
+from megaconsa.benchmarks.profile.trace import read_trace
 from megaconsa.benchmarks.training.layouts import Layout
+from megaconsa.config import build
 from megaconsa.errors import InputError, RunError
+from megaconsa.parallel import mesh
 from megaconsa.tools import bench_training
+from megaconsa.training.inputs import check_inputs
+from megaconsa.training.setup import build_trainer
 
 
 @pytest.fixture
@@ -30,19 +36,38 @@ def test_each_topology_stands_beside_one_process(
     bench_training.main(configuration, topology=["data=2"], steps=3, skip=1, out=out)
     one, two = json.loads(out.read_text())["measurements"]
     assert (one["layout"], one["speedup"], one["loss_deviation"]) == (
-        {"tensor": 1, "pipeline": 1, "data": 1},
+        {"tensor": 1, "context": 1, "pipeline": 1, "data": 1},
         1,
         0,
     )
     assert two["layout"]["data"] == 2
     assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
     assert two["tokens_per_second"] == pytest.approx(4 * 64 / two["step_seconds"])
+    assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
+    # Without a GPU there is nothing to trace.
+    assert two["communicating"] is None
+    assert two["idle"] is None
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["loss_deviation"] < 1e-5
     printed = capsys.readouterr().out
     assert "data=2" in printed
     assert "speed-up" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "config.yaml"]
+
+
+@pytest.mark.parametrize("controller", ["evidence", "paper"])
+def test_steps_are_traced_after_the_last_one(
+    controller: str, make_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = make_config(
+        allocation={"source": "learn"},
+        gates={"controller": controller, "warmup_steps": 1},
+        training={"steps": 2},
+    )
+    trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
+    assert trainer.run()
+    record(trainer, 1, tmp_path / "trace.json.gz")
+    assert len(read_trace(tmp_path / "trace.json.gz").steps) == 1
 
 
 @pytest.mark.parametrize("controller", ["evidence", "paper"])

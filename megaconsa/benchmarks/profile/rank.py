@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from megaconsa.benchmarks.profile.names import (
     EXTRA_STEPS,
     MEMORY,
     TRACE,
-    range_name,
     rank_folder,
 )
+from megaconsa.benchmarks.profile.recording import record
 from megaconsa.benchmarks.short_run_rank import work_as_rank
 from megaconsa.console import guarded
 from megaconsa.files import replace_text
-from megaconsa.parallel.deepspeed.step_parts import wrap_parts
-from megaconsa.parallel.step_parts import Part
 from megaconsa.training.trainer import Trainer
 
 MEMORY_EVENTS = 200_000
@@ -49,8 +44,7 @@ def _profile(out: Path, steps: int, trainer: Trainer) -> None:
     rows = [trainer.step() for _ in range(skipped)]
     folder = out.parent / rank_folder(trainer.mesh.world.rank)
     folder.mkdir(parents=True)
-    _name_parts(trainer)
-    _trace(trainer, steps, folder / TRACE, on_gpu)
+    record(trainer, steps, folder / TRACE)
     if on_gpu:
         _snapshot(trainer, folder / MEMORY)
     if trainer.mesh.is_main:
@@ -65,23 +59,6 @@ def _profile(out: Path, steps: int, trainer: Trainer) -> None:
         replace_text(out, json.dumps(result))
 
 
-def _trace(trainer: Trainer, steps: int, path: Path, on_gpu: bool) -> None:
-    activities = [ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(ProfilerActivity.CUDA)
-    # AdamW of a step runs while the host begins the next one. The step before the first one of the
-    # tables is therefore recorded too, but outside the range that marks a step.
-    step = _named(trainer.step, Part.STEP)
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=0, warmup=1, active=1 + steps, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    ) as profiler:
-        for work in (trainer.step, trainer.step, *[step] * steps):
-            work()
-            profiler.step()
-
-
 def _snapshot(trainer: Trainer, path: Path) -> None:
     """Writes the allocations of one step, with the Python stack of each.
 
@@ -91,35 +68,6 @@ def _snapshot(trainer: Trainer, path: Path) -> None:
     trainer.step()
     torch.cuda.memory._dump_snapshot(str(path))
     torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _name_parts(trainer: Trainer) -> None:
-    """Makes the profiler show the parts of a step as ranges."""
-    wrap_parts(trainer.engine.engine, _named)
-    trainer.steps = _named_items(trainer.steps, Part.DATA)
-    gates = trainer.gates
-    if gates is not None:
-        gates.sample = _named(gates.sample, Part.GATES)  # type: ignore[method-assign]
-        gates.gradient = _named(gates.gradient, Part.GATES)  # type: ignore[method-assign]
-        gates.update = _named(gates.update, Part.GATES)  # type: ignore[method-assign]
-
-
-def _named(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-    def run(*arguments: Any, **named: Any) -> Any:
-        with record_function(range_name(part)):
-            return function(*arguments, **named)
-
-    return run
-
-
-def _named_items(items: Iterator[Any], part: str) -> Iterator[Any]:
-    following = _named(lambda: next(items), part)
-    while True:
-        try:
-            item = following()
-        except StopIteration:
-            return
-        yield item
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.table import Table
 from megaconsa.benchmarks.training.peers import TITLES
 from megaconsa.errors import InputError
 
-AXES = ("tensor", "pipeline", "data")
+AXES = ("tensor", "context", "pipeline", "data")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Layout:
     """A topology to measure."""
 
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     data: int = 1
 
     @property
     def processes(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     def __str__(self) -> str:
         named = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
@@ -64,16 +65,26 @@ class Measurement:
     """Peak memory of the rank that uses most."""
     speedup: float
     """Tokens per second divided by those of the first layout."""
+    communicating: float | None
+    """Share of a step in which the GPUs only communicate, or wait for other ranks to do so. None
+    for peers, and without GPUs."""
+    idle: float | None
+    """Share of a step in which nothing runs on the GPUs, mostly because the host is too slow."""
     loss_deviation: float
     """Largest relative distance from the first layout's loss at the same step."""
     losses: list[float]
+
+    @property
+    def efficiency(self) -> float:
+        """Speed-up divided by the number of processes."""
+        return self.speedup / self.layout.processes
 
     @property
     def title(self) -> str:
         return str(self.layout) if self.peer is None else TITLES[self.peer]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"efficiency": self.efficiency}
 
 
 def measure(
@@ -108,6 +119,8 @@ def measure(
         mfu=median(shares) if shares else None,
         memory_gib=result["memory_gib"],
         speedup=seconds(first_rows) / own_seconds,
+        communicating=result.get("communicating"),
+        idle=result.get("idle"),
         loss_deviation=max(deviations),
         losses=[row["loss"] for row in rows],
     )
@@ -116,16 +129,23 @@ def measure(
 def training_table(measurements: list[Measurement]) -> Table:
     """The measurements as a table for the terminal, one row per layout or peer."""
     table = Table("topology", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("processes", "tokens/s", "speed-up", "MFU", "memory", "loss differs by"):
+    names = ("tokens/s", "speed-up", "efficiency", "MFU", "GiB", "waits", "idle", "loss off by")
+    for name in names:
         table.add_column(name, justify="right")
     for m in measurements:
-        mfu = "-" if m.mfu is None else f"{m.mfu:.1%}"
-        figures = [
+        table.add_row(
+            m.title,
             f"{m.tokens_per_second:,.0f}",
             f"{m.speedup:.2f}",
-            mfu,
-            f"{m.memory_gib:.1f} GiB",
+            f"{m.efficiency:.2f}",
+            _percent(m.mfu),
+            f"{m.memory_gib:.1f}",
+            _percent(m.communicating),
+            _percent(m.idle),
             f"{m.loss_deviation:.2%}",
-        ]
-        table.add_row(m.title, str(m.layout.processes), *figures)
+        )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
