@@ -59,11 +59,9 @@ def test_each_topology_stands_beside_one_process(
 def test_steps_are_traced_after_the_last_one(
     controller: str, make_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    values = make_config(
-        allocation={"source": "learn"},
-        gates={"controller": controller, "warmup_steps": 1},
-        training={"steps": 2},
-    )
+    gates = {"controller": controller, "warmup_steps": 1, "learning_rate": 2}
+    learn = {"source": "learn"}
+    values = make_config(allocation=learn, gates=gates, training={"steps": 3})
     trainer = build_trainer(check_inputs(build(values)), mesh.initialize())
     assert trainer.run()
     record(trainer, 1, tmp_path / "trace.json.gz")
