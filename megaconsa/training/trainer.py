@@ -191,6 +191,7 @@ class Trainer:
                 self._agree()
                 for callback in self.callbacks:
                     callback.on_step(self, row)
+            self.engine.finish()
             self.completed = True
         finally:
             # Every callback finishes, even if one raises. The first one holds the folder's lock,
@@ -243,8 +244,9 @@ class Trainer:
         gate_metrics = self._update_gates(result)
         if self.mesh.device.type == "cuda" and self.mesh.world.size > 1:
             # The ranks agree on something next, through their GPUs, and so wait for AdamW in any
-            # case. Here that wait counts as time of the step, and not as waiting for data.
-            torch.cuda.synchronize()
+            # case. Here that wait counts as time of the step, and not as waiting for data. It does
+            # not include the weights, which other streams gather.
+            torch.cuda.current_stream().synchronize()
         seconds = time.perf_counter() - fetched.began
         self.own_data_seconds = fetched.own_seconds
         self.work_seconds = fetched.own_seconds + self.engine.compute_seconds()

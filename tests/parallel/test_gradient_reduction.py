@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megaconsa.parallel.deepspeed import gradient_reduction
+from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.parallel.deepspeed.gradient_reduction import GradientReduction
 from megaconsa.parallel.launcher import Launch, free_port
 from megaconsa.parallel.world import join, leave
@@ -65,8 +65,8 @@ def check(place: Launch) -> None:
     join()
     try:
         with (
-            patch.object(gradient_reduction, "BUCKET_ELEMENTS", 6),
-            patch.object(gradient_reduction, "SMALL_GROUP", 10),
+            patch.object(flat_buckets, "BUCKET_ELEMENTS", 6),
+            patch.object(flat_buckets, "SMALL_GROUP", 10),
         ):
             reduce(dist.get_rank())
     finally:
@@ -78,8 +78,8 @@ def reduce(rank: int) -> None:
     pairs = gradients_of(parts)
     tied_weight, tied_gradient = pairs[TIED]
     reduction = GradientReduction(parts, [tied_weight])
-    buckets = len(reduction._buckets)
-    assert buckets > 8
+    sums = len(reduction._sums)
+    assert sums > 8
     for step in range(3):
         for flat in parts.fp32_groups_gradients_flat:
             flat.zero_()
@@ -98,16 +98,16 @@ def reduce(rank: int) -> None:
         else:
             before_last = (MICRO_BATCHES - 1) * len(pairs)
             assert begun[before_last - 1] == 0
-            assert 0 < begun[before_last] < begun[-2] < begun[-1] == buckets
+            assert 0 < begun[before_last] < begun[-2] < begun[-1] == sums
         reduction.finish()
         means = []
         for number, (_, gradient) in enumerate(pairs):
-            sums = [
+            drawn_by_all = [
                 drawn(other, step, number, micro_batch, len(gradient))
                 for other in range(RANKS)
                 for micro_batch in range(MICRO_BATCHES)
             ]
-            means.append(torch.stack(sums).sum(dim=0) / RANKS)
+            means.append(torch.stack(drawn_by_all).sum(dim=0) / RANKS)
         check_means(rank, parts, means)
         torch.testing.assert_close(tied_gradient, means[TIED])
         # All but one weight, as if another rank counted it.

@@ -26,7 +26,7 @@ from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.model import kernel_use
 from megaconsa.parallel import mesh, world
-from megaconsa.parallel.deepspeed import gradient_reduction
+from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.tensor_files import StoredTensor, TensorFiles
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
@@ -121,20 +121,27 @@ def with_kernels() -> Any:
     """
     stack = ExitStack()
     stack.enter_context(patch.object(kernel_use, "kernels_serve_device", lambda device: True))
-    stack.enter_context(patch.object(gradient_reduction, "BUCKET_ELEMENTS", 5000))
-    stack.enter_context(patch.object(gradient_reduction, "SMALL_GROUP", 0))
+    stack.enter_context(patch.object(flat_buckets, "BUCKET_ELEMENTS", 5000))
+    stack.enter_context(patch.object(flat_buckets, "SMALL_GROUP", 0))
     return stack
+
+
+def check_engine_weights(trainer: Trainer) -> None:
+    """Checks that the weights of the engine are the master weights in its precision.
+
+    The master weights are divided over data ranks.
+    """
+    for name, parameter in trainer.engine.distributed.parameters.items():
+        master = safe_get_full_fp32_param(parameter)
+        assert torch.equal(master.to(parameter.dtype), parameter), name
 
 
 def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
     """Checks that what the ranks hold, gathered, is what was saved.
 
-    All ranks together look at each tensor once. The weights of the engine are the master weights in
-    its precision.
+    All ranks together look at each tensor once.
     """
-    for name, parameter in trainer.engine.distributed.parameters.items():
-        master = safe_get_full_fp32_param(parameter)
-        assert torch.equal(master.to(parameter.dtype), parameter), name
+    check_engine_weights(trainer)
     own = dict(trainer.engine.weights()) | dict(trainer.engine.moments())
     whole = dict(saved.weights()) | dict(saved.moments())
     for name, tensor in own.items():
@@ -191,5 +198,6 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 if job["stop"]:
                     trainer.callbacks = [*trainer.callbacks, StopAfter(job["stop"])]
                 assert trainer.run() == (job["stop"] is None)
+                check_engine_weights(trainer)
     finally:
         world.leave()

@@ -29,6 +29,7 @@ from megaconsa.parallel.deepspeed.optimizer import (
 )
 from megaconsa.parallel.deepspeed.patches import patch_bf16
 from megaconsa.parallel.deepspeed.settings import deepspeed_settings
+from megaconsa.parallel.deepspeed.weight_gathering import WeightGathering
 from megaconsa.parallel.gathered_weights import DistributedWeights
 from megaconsa.parallel.mesh import Mesh
 from megaconsa.parallel.pipeline import (
@@ -105,11 +106,15 @@ class Engine:
                 optimizer=build_optimizer(module, training, fused=mesh.device.type == "cuda"),
                 config=deepspeed_settings(training, topology, bf16),
             )
+        self._clock = ComputeClock(self.engine, mesh.device)
         self._reduction = patch_bf16(self.engine, module.tied_over_stages()) if bf16 else None
+        self._gathering = None
+        if self._reduction is not None:
+            self._gathering = WeightGathering(self.optimizer, module, self._clock.paused)
+            self.optimizer.update_lp_params = self._gathering.start
         self._has_main_grads = bf16 and kernel_use.kernels_serve_device(mesh.device)
         if self._has_main_grads:
             give_main_grads(self.optimizer, self._reduction)
-        self._clock = ComputeClock(self.engine, mesh.device)
         shapes = weight_shapes(model_config)
         owners = {
             name: module.stage_owner(layer_index(name, model_config.num_hidden_layers))
@@ -140,7 +145,8 @@ class Engine:
             batch and its gradient norm before clipping. All ranks must decide alike. It is not
             called if the gradient norm is not finite: such a step is never applied.
 
-        On a GPU, this returns while AdamW still runs there. The passes have finished.
+        On a GPU, this returns while AdamW still runs there. The passes have finished. With several
+        data ranks, the updated weights may still be on their way.
         """
         from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
@@ -181,6 +187,11 @@ class Engine:
         # eval_batch leaves the module in evaluation mode.
         self.engine.module.train()
         return float(loss)
+
+    def finish(self) -> None:
+        """Waits for weights that the last step has sent. Call it before the ranks part."""
+        if self._gathering is not None:
+            self._gathering.finish()
 
     def initialize(self, seed: int) -> None:
         """Fresh weights."""
@@ -252,6 +263,7 @@ class Engine:
     def _spread_weights(self) -> None:
         """Sets the engine weights. Each data rank rounds its fragments, and all gather them."""
         self.optimizer.update_lp_params()
+        self.finish()
 
     def _loss_and_norm(self) -> tuple[float, float]:
         """Loss and gradient norm of a step that is about to be applied, in one read."""

@@ -12,27 +12,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megaconsa.parallel.deepspeed.flat_buckets import buckets
 from megaconsa.parallel.deepspeed.flat_views import joined
-
-BUCKET_ELEMENTS = 32 * 2**20
-"""Largest bucket: 128 MiB in fp32."""
-SMALL_GROUP = 2**20
-"""A group of parameters of at most so many elements is summed by one call, on every rank.
-
-The norms of Qwen3-8B have 308,224. Of hundreds of data ranks, each would own some hundred bytes of
-them, and there would be as many calls as ranks.
-"""
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Sum:
     """Neighbouring gradients that are summed by one call."""
 
     gradients: Tensor
@@ -54,14 +45,14 @@ class GradientReduction:
         """
         self._partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
         self._group = optimizer.real_dp_process_group[0]
-        self._buckets: list[Bucket] = []
+        self._sums: list[Sum] = []
         # Backward passes reach the last weights first. The norms, which are the last group, are
         # complete only when the first block is.
         for group in range(len(optimizer.bf16_groups)):
-            self._buckets += reversed(list(_buckets(optimizer, group, tied)))
+            self._sums += reversed(list(_sums(optimizer, group, tied)))
         self._of_weight: dict[Tensor, list[int]] = {}
-        for number, bucket in enumerate(self._buckets):
-            for weight in bucket.weights:
+        for number, part in enumerate(self._sums):
+            for weight in part.weights:
                 self._of_weight.setdefault(weight, []).append(number)
         self._expected: Counter[Tensor] | None = None
         """How often a step adds to the gradient of each weight. The first step counts."""
@@ -70,7 +61,7 @@ class GradientReduction:
     def begin(self) -> None:
         """Starts a step."""
         self._added: Counter[Tensor] = Counter()
-        self._missing = [len(bucket.weights) for bucket in self._buckets]
+        self._missing = [len(part.weights) for part in self._sums]
         self._works: list[Any] = []
 
     def added(self, weight: Tensor) -> None:
@@ -89,7 +80,7 @@ class GradientReduction:
         for number in self._of_weight[weight]:
             self._missing[number] -= 1
         # In a fixed order, because every data rank must call its collectives in the same one.
-        while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
+        while len(self._works) < len(self._sums) and not self._missing[len(self._works)]:
             self._sum_next()
 
     def finish(self) -> None:
@@ -104,14 +95,14 @@ class GradientReduction:
                 f"a step added {self._added.total()} gradients to weights and the first one "
                 f"{self._expected.total()}; every step must add as many to each weight"
             )
-        while len(self._works) < len(self._buckets):
+        while len(self._works) < len(self._sums):
             self._sum_next()
         for work in self._works:
             work.wait()
         rank = dist.get_rank()
-        for bucket in self._buckets:
-            if bucket.owner in (None, rank):
-                bucket.gradients.div_(dist.get_world_size(self._group))
+        for part in self._sums:
+            if part.owner in (None, rank):
+                part.gradients.div_(dist.get_world_size(self._group))
 
     def own_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of gradients, of which each data rank has the means of its partition only.
@@ -143,44 +134,22 @@ class GradientReduction:
         return None
 
     def _sum_next(self) -> None:
-        bucket = self._buckets[len(self._works)]
-        if bucket.owner is None:
-            work: Any = dist.all_reduce(bucket.gradients, group=self._group, async_op=True)
+        part = self._sums[len(self._works)]
+        if part.owner is None:
+            work: Any = dist.all_reduce(part.gradients, group=self._group, async_op=True)
         else:
-            work = dist.reduce(bucket.gradients, bucket.owner, group=self._group, async_op=True)
+            work = dist.reduce(part.gradients, part.owner, group=self._group, async_op=True)
         self._works.append(work)
 
 
-def _buckets(optimizer: Any, number: int, tied: Collection[Tensor]) -> Iterator[Bucket]:
-    """The buckets of a group of parameters in the order of memory.
-
-    Each has one owner, or holds a tied weight or a small group.
-    """
+def _sums(optimizer: Any, number: int, tied: Collection[Tensor]) -> Iterator[Sum]:
+    """The sums of a group of parameters, in the order of memory."""
     flat = optimizer.fp32_groups_gradients_flat[number]
-    group = optimizer.real_dp_process_group[number]
-    partition = flat.numel() // dist.get_world_size(group)
     ids_of_tied = {id(weight) for weight in tied}
-    if flat.numel() <= SMALL_GROUP:
-        yield Bucket(flat, None, optimizer.bf16_groups[number])
-        return
-    cuts = {*range(0, flat.numel(), partition), flat.numel()}
-    places: list[tuple[int, int, Tensor]] = []
-    end = 0
-    for weight in optimizer.bf16_groups[number]:
-        begin = end
-        end += weight.numel()
-        places.append((begin, end, weight))
-        if id(weight) in ids_of_tied:
-            cuts |= {begin, end}
-    for first, last in pairwise(sorted(cuts)):
-        for begin in range(first, last, BUCKET_ELEMENTS):
-            stop = min(begin + BUCKET_ELEMENTS, last)
-            weights = [weight for start, end, weight in places if start < stop and end > begin]
-            if not weights:
-                continue  # padding
-            is_tied = any(id(weight) in ids_of_tied for weight in weights)
-            owner = None if is_tied else dist.get_global_rank(group, begin // partition)
-            yield Bucket(flat[begin:stop], owner, weights)
+    for bucket in buckets(optimizer, number, tuple(tied)):
+        is_tied = any(id(weight) in ids_of_tied for weight in bucket.weights)
+        owner = None if is_tied else bucket.owner
+        yield Sum(flat[bucket.elements], owner, bucket.weights)
 
 
 def _storage(tensor: Tensor) -> int:
