@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_process_groups_left() -> Iterator[None]:
+    """Leaves the process group of runs in this process.
+
+    Each of its groups has threads, and hundreds of runs would leave thousands of them.
+    """
+    yield
+    if "megaconsa.parallel.world" in sys.modules:
+        from megaconsa.parallel.world import leave
+
+        leave()
 
 
 @pytest.fixture(scope="session")
