@@ -131,7 +131,8 @@ from tests.support.config_cases import BASE, PER_LAYER, changed, refusal
         ),
         (
             {"parallel__schedule": "gpipe"},
-            "parallel.schedule='gpipe' is refused: input should be '1f1b' or 'dualpipev'",
+            "parallel.schedule='gpipe' is refused: input should be '1f1b', 'interleaved' or "
+            "'dualpipev'",
         ),
         (
             {"training__micro_batch": 3},

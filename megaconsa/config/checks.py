@@ -101,11 +101,12 @@ def _check_parallel(
             f"parallel.tensor={tensor} to be divided over its ranks; "
             "or set parallel.sequence=false"
         )
-    if parallel.schedule == "dualpipev" and pipeline == 1:
+    if parallel.schedule != "1f1b" and pipeline == 1:
         raise InputError(
-            "parallel.schedule=dualpipev has nothing to schedule with parallel.pipeline=1; use 1f1b"
+            f"parallel.schedule={parallel.schedule} has nothing to schedule with "
+            "parallel.pipeline=1; use 1f1b"
         )
-    stages_per_rank = 2 if parallel.schedule == "dualpipev" else 1
+    stages_per_rank = 1 if parallel.schedule == "1f1b" else 2
     stages = stages_per_rank * pipeline
     # The embedding stays with the first layer, and the final norm stays with the output head.
     pieces = model_config.num_hidden_layers + 1

@@ -24,7 +24,8 @@ from megaconsa.errors import InputError
 from megaconsa.model.budget import QUANTITIES, Budget
 from megaconsa.remote_path import with_address
 
-PipelineSchedule = Literal["1f1b", "dualpipev"]
+PipelineSchedule = Literal["1f1b", "interleaved", "dualpipev"]
+Shard = Literal["optimizer", "gradients"]
 """Order of the pipeline's forward and backward passes."""
 
 
@@ -205,7 +206,13 @@ class ParallelSection(Section):
     sequence: bool = True
     """Whether norms and the residual stream are sharded along the sequence if tensor > 1."""
     schedule: PipelineSchedule = "1f1b"
-    """1f1b: one stage per rank. dualpipev: two stages per rank, one from each end of the model."""
+    """1f1b: one stage per rank. interleaved: two, one from each half of the model. dualpipev: two,
+    one from each end of the model."""
+    shard: Shard = "optimizer"
+    """What is divided over data and context ranks, in bf16.
+
+    optimizer: master weights and Adam's moments (ZeRO-1).
+    gradients: the gradients of the blocks' matrices too (ZeRO-2). Less memory, more traffic."""
 
 
 class TrainingSection(Section):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaconsa.config import Config, PipelineSchedule
+from megaconsa.config import Config, PipelineSchedule, Shard
 from megaconsa.errors import InputError
+from megaconsa.parallel import interleaved
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Topology:
     """Micro-batches of each data rank in one optimizer step."""
     schedule: PipelineSchedule = "1f1b"
     context: int = 1
+    shard: Shard = "optimizer"
 
     @classmethod
     def of(cls, config: Config, processes: int) -> Topology:
@@ -51,8 +53,11 @@ class Topology:
                 f"training.micro_batch={training.micro_batch} x data ranks={data} "
                 f"({processes} processes)"
             )
-        topology = cls(tensor, pipeline, data, accumulation, parallel.schedule, context)
-        if accumulation < topology.stages:
+        topology = cls(
+            tensor, pipeline, data, accumulation, parallel.schedule, context, parallel.shard
+        )
+        least = pipeline if parallel.schedule == "interleaved" else topology.stages
+        if accumulation < least:
             consequence = (
                 "parallel.schedule=dualpipev cannot run"
                 if parallel.schedule == "dualpipev"
@@ -61,22 +66,32 @@ class Topology:
             raise InputError(
                 f"training.global_batch={training.global_batch} makes {accumulation} "
                 f"micro-batches on each of {data} data ranks, fewer than the "
-                f"{topology.stages} stages of parallel.pipeline={pipeline}: {consequence}; "
+                f"{least} stages of parallel.pipeline={pipeline}: {consequence}; "
                 "raise training.global_batch or lower training.micro_batch, "
                 "the number of processes or parallel.pipeline"
+            )
+        if parallel.schedule == "interleaved" and accumulation % pipeline:
+            raise InputError(
+                f"training.global_batch={training.global_batch} makes {accumulation} "
+                f"micro-batches on each of {data} data ranks, and parallel.schedule=interleaved "
+                f"needs a multiple of parallel.pipeline={pipeline}; change training.global_batch "
+                "or training.micro_batch, or use 1f1b"
             )
         return topology
 
     @property
     def stages(self) -> int:
         """Number of contiguous parts into which the layers are cut."""
-        return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
+        return self.pipeline * (1 if self.schedule == "1f1b" else 2)
 
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
-        """The stages of a pipeline rank. With DualPipeV it also has the mirrored one from the
-        end."""
-        mirrored = self.stages - 1 - pipeline_rank
-        return (pipeline_rank, mirrored) if self.schedule == "dualpipev" else (pipeline_rank,)
+        """The stages of a pipeline rank. With DualPipeV it also has the mirrored one from the end.
+        With the interleaved schedule it also has one of the second half."""
+        if self.schedule == "dualpipev":
+            return pipeline_rank, self.stages - 1 - pipeline_rank
+        if self.schedule == "interleaved":
+            return pipeline_rank, self.pipeline + pipeline_rank
+        return (pipeline_rank,)
 
     def in_flight(self, pipeline_rank: int) -> tuple[int, ...]:
         """For each of `stages_of`: micro-batches whose activations are in memory at the rank's
@@ -86,6 +101,8 @@ class Topology:
         """
         if self.schedule == "dualpipev":
             return self.stages - pipeline_rank, pipeline_rank + 1
+        if self.schedule == "interleaved":
+            return interleaved.in_flight(self.pipeline, pipeline_rank, self.accumulation)
         return (min(self.pipeline - pipeline_rank, self.accumulation),)
 
     @property
@@ -97,13 +114,16 @@ class Topology:
 
             1F1B        (p - 1) / (m + p - 1)
             DualPipeV   (5 p - 6) / (6 m + 5 p - 6)
+            interleaved (p - 1) / (2 m + p - 1)
 
-        The tests derive both by simulating DeepSpeed's schedules with blocking sends. DualPipe's
-        published bubble is smaller. It delays weight gradients and overlaps passes, which
-        DeepSpeed's DualPipeV does not do.
+        The tests derive all by simulating the schedules. DeepSpeed's 1F1B and DualPipeV have
+        blocking sends. DualPipe's published bubble is smaller. It delays weight gradients and
+        overlaps passes, which DeepSpeed's DualPipeV does not do.
         """
         m = self.accumulation
         p = self.pipeline
         if self.schedule == "dualpipev":
             return (5 * p - 6) / (6 * m + 5 * p - 6)
+        if self.schedule == "interleaved":
+            return (p - 1) / (2 * m + p - 1)
         return (p - 1) / (m + p - 1)

@@ -32,7 +32,8 @@ class Memory:
     gradients: int
     """Gradients in fp32, which add up over micro-batches.
 
-    Every data rank holds the gradients of all its weights.
+    Every data rank holds the gradients of all its weights. With parallel.shard=gradients it holds
+    its part of those of the blocks' matrices, and two buffers for whole blocks.
     """
     optimizer: int
     """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
@@ -142,7 +143,7 @@ def rank_memory(
     has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,
-        "gradients": 4 * weights,
+        "gradients": 4 * _gradients(model_config, stages, topology, weights),
         # Three fp32 values for each weight, rounded up.
         "optimizer": -(-12 * weights // topology.data),
         "activations": activations,
@@ -175,6 +176,23 @@ def _weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
     if model_config.tie_word_embeddings and both:
         total -= embedding
     return total
+
+
+def _gradients(model_config: ModelConfig, stages: Stages, topology: Topology, weights: int) -> int:
+    """Counts the gradients that one rank holds.
+
+    weights: of the stages, on one tensor rank.
+    """
+    ranks = topology.data * topology.context
+    if topology.shard == "optimizer" or ranks == 1:
+        return weights
+    linear, _ = block_parameters(model_config)
+    last = model_config.num_hidden_layers + 1
+    blocks = sum(len(range(max(start, 1), min(stop, last))) for start, stop in stages)
+    of_block = linear // topology.tensor
+    whole = weights - blocks * of_block
+    own = -(-weights // ranks)
+    return own + whole + min(2, blocks) * of_block
 
 
 def _logit_bytes(model_config: ModelConfig, tokens: int, value: int, tensor: int) -> int:

@@ -116,6 +116,7 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             f"{allocation.window}"
         )
     _check_backend(config, model_config, allocation)
+    _check_shard(config)
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
         raise InputError(
@@ -127,6 +128,16 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     kernels = kernel_use.kernels_serve_device(_device())
     recomputed = choose_recomputation(config, model_config, topology, stages, kernels=kernels)
     return Inputs(config, model_config, data, topology, allocation, recomputed)
+
+
+def _check_shard(config: Config) -> None:
+    """Raises InputError if gradients cannot be divided over data ranks."""
+    if config.parallel.shard == "gradients" and not config.training.in_bf16(_device().type):
+        raise InputError(
+            f"parallel.shard=gradients needs bf16, but training.precision="
+            f"{config.training.precision} means fp32 on this device; "
+            "set training.precision=bf16, or parallel.shard=optimizer"
+        )
 
 
 def _with_shuffle(config: Config) -> Config:

@@ -31,7 +31,12 @@ from megaconsa.huggingface.load import compare_logits
 from megaconsa.kernels import limits
 from megaconsa.model.initialize import initial_weight
 from megaconsa.reporting.metrics import read_metrics
-from tests.support.comparison import checkpoint, differences, relative
+from tests.support.comparison import (
+    checkpoint,
+    differences,
+    differences_of_tensors,
+    relative,
+)
 from tests.support.topologies import (
     CASES,
     CLIPPING,
@@ -40,13 +45,16 @@ from tests.support.topologies import (
     CP2_TP2,
     CP4,
     DP2,
+    DP2_GRADIENTS,
     HEAD_ALONE,
     LEARN,
     LEARN_TIED,
     ONE,
     PP2,
     PP2_DP2,
+    PP2_DP2_GRADIENTS,
     PP2_DUALPIPEV,
+    PP2_INTERLEAVED,
     RECOMPUTED_TIED,
     STEPS,
     TP2,
@@ -190,6 +198,10 @@ def test_dualpipev(runs: Runs) -> None:
     check_equal(runs, PP2_DUALPIPEV)
 
 
+def test_interleaved(runs: Runs) -> None:
+    check_equal(runs, PP2_INTERLEAVED)
+
+
 def test_tensor_and_pipeline_parallel(runs: Runs) -> None:
     check_equal(runs, TP2_PP2)
 
@@ -248,6 +260,7 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
         pytest.param(TP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DUALPIPEV, LEARN_TIED, marks=pytest.mark.slow),
+        pytest.param(PP2_INTERLEAVED, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(DP2, TRAIN_UNTIED, marks=pytest.mark.slow),
         pytest.param(CP2, LEARN_TIED, marks=pytest.mark.slow),
         pytest.param(PP2_DP2, LEARN_TIED, marks=pytest.mark.slow),
@@ -257,6 +270,36 @@ def test_bf16(runs: Runs, layout: Layout) -> None:
 def test_bf16_by_the_kernels_of_a_gpu(runs: Runs, layout: Layout, case: Case) -> None:
     """Gradients of weights then go to DeepSpeed's fp32 sums without autograd."""
     check_bf16(runs, layout, [case], kernels=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sharded", "kernels"),
+    [
+        (DP2, DP2_GRADIENTS, False),
+        pytest.param(DP2, DP2_GRADIENTS, True, marks=pytest.mark.slow),
+        pytest.param(PP2_DP2, PP2_DP2_GRADIENTS, True, marks=pytest.mark.slow),
+    ],
+    ids=["dp2", "dp2-kernels", "pp2-dp2-kernels"],
+)
+def test_sharded_gradients(runs: Runs, layout: Layout, sharded: Layout, kernels: bool) -> None:
+    """With parallel.shard=gradients a step computes the same as without.
+
+    Only the order in which gradients are added up differs. They are added in fp32.
+    """
+    cases = [LEARN_TIED, TRAIN_UNTIED]
+    whole = check_bf16(runs, layout, cases, kernels=kernels)
+    parts = check_bf16(runs, sharded, cases, kernels=kernels)
+    for case in cases:
+        found = differences_of_tensors(parts[case.name], whole[case.name], 1)
+        assert not found, "\n".join(map(str, found[:30]))
+        first, theirs = (
+            read_metrics(run[case.name] / "metrics.jsonl")[0] for run in (parts, whole)
+        )
+        assert first["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    fault = Job("fault", LEARN_TIED, "bf16", fault="block_sum", kernels=kernels)
+    broken = runs.launch(sharded, [fault])["fault"]
+    found = differences_of_tensors(broken, whole[LEARN_TIED.name], 1)
+    assert any("layers.0" in each.place for each in found)
 
 
 def test_bf16_with_a_stage_of_norm_and_tied_head(runs: Runs) -> None:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.parallel.deepspeed.gradient_reduction import GradientReduction
+from megaconsa.parallel.deepspeed.own_gradients import OwnGradients
 from megaconsa.parallel.launcher import Launch, free_port
 from megaconsa.parallel.world import join, leave
 from tests.support.forked import Forked
@@ -35,6 +36,11 @@ def optimizer(rank: int) -> SimpleNamespace:
     sizes_of_parts = [len(flat) // RANKS for flat in flats]
     return SimpleNamespace(
         bf16_groups=groups,
+        bf16_groups_flat=[flat.bfloat16() for flat in flats],
+        fp32_groups_gradients=[
+            [gradient for _, gradient in pairs_of(weights, flat)]
+            for weights, flat in zip(groups, flats, strict=True)
+        ],
         fp32_groups_gradients_flat=flats,
         fp32_groups_gradient_flat_partition=[
             flat[rank * size : (rank + 1) * size]
@@ -44,13 +50,20 @@ def optimizer(rank: int) -> SimpleNamespace:
     )
 
 
+def pairs_of(weights: list[Tensor], flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each weight of a group and its part of the flat gradients."""
+    ends = list(accumulate(weight.numel() for weight in weights))
+    return [
+        (weight, flat[end - weight.numel() : end])
+        for weight, end in zip(weights, ends, strict=True)
+    ]
+
+
 def gradients_of(parts: SimpleNamespace) -> list[tuple[Tensor, Tensor]]:
-    """Each weight and its part of the flat gradients."""
+    """Each weight and its gradient."""
     found = []
-    for weights, flat in zip(parts.bf16_groups, parts.fp32_groups_gradients_flat, strict=True):
-        ends = list(accumulate(weight.numel() for weight in weights))
-        for weight, end in zip(weights, ends, strict=True):
-            found.append((weight, flat[end - weight.numel() : end]))
+    for weights, gradients in zip(parts.bf16_groups, parts.fp32_groups_gradients, strict=True):
+        found += list(zip(weights, gradients, strict=True))
     return found
 
 
@@ -111,7 +124,7 @@ def reduce(rank: int) -> None:
         check_means(rank, parts, means)
         torch.testing.assert_close(tied_gradient, means[TIED])
         # All but one weight, as if another rank counted it.
-        norm = reduction.own_norm([gradient for _, gradient in pairs[1:]])
+        norm = OwnGradients(parts).norm([gradient for _, gradient in pairs[1:]])
         torch.testing.assert_close(norm, torch.cat(means[1:]).norm()[None])
     reduction.begin()
     for number in (4, 6, 3, 2, 1, 5, 0):

@@ -21,6 +21,7 @@ from tests.support.topologies import (
     PP2,
     PP2_DP2,
     PP2_DUALPIPEV,
+    PP2_INTERLEAVED,
     RECOMPUTED_TIED,
     TP2_DP2,
     TP2_PP2,
@@ -32,7 +33,7 @@ from tests.support.topologies import (
     Runs,
 )
 
-OTHERS = (ONE, TP2_SEQUENCE, CP2, PP2, DP2, PP2_DP2, PP2_DUALPIPEV)
+OTHERS = (ONE, TP2_SEQUENCE, CP2, PP2, DP2, PP2_DP2, PP2_DUALPIPEV, PP2_INTERLEAVED)
 
 
 def contents(run: Path, step: int) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from tests.support.topologies import (
     LEARN_TIED,
     PP2,
     PP2_DUALPIPEV,
+    PP2_INTERLEAVED,
     STEPS,
     TP2_SEQUENCE,
     Job,
@@ -29,7 +30,7 @@ from tests.support.topologies import (
         DP2,
         *(
             pytest.param(each, marks=pytest.mark.nightly)
-            for each in (TP2_SEQUENCE, PP2, PP2_DUALPIPEV)
+            for each in (TP2_SEQUENCE, PP2, PP2_DUALPIPEV, PP2_INTERLEAVED)
         ),
     ],
 )

@@ -90,6 +90,17 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             "fewer than the 4 stages of parallel.pipeline=2: parallel.schedule=dualpipev "
             "cannot run; raise training.global_batch",
         ),
+        (
+            config(pipeline=2, micro_batch=16, schedule="interleaved"),
+            2,
+            "makes 1 micro-batches on each of 1 data ranks, fewer than the 2 stages",
+        ),
+        (
+            config(pipeline=3, schedule="interleaved"),
+            3,
+            "makes 16 micro-batches on each of 1 data ranks, and parallel.schedule=interleaved "
+            "needs a multiple of parallel.pipeline=3; change training.global_batch",
+        ),
     ],
 )
 def test_refusals(run: Config, processes: int, message: str) -> None:

@@ -59,7 +59,6 @@ def optimizer(weights: list[nn.Parameter], rank: int) -> SimpleNamespace:
         bf16_groups_flat=flats,
         bf16_partitioned_groups=partitions,
         fp32_groups_flat_partition=[parts[rank].float() for parts in partitions],
-        fp32_groups_gradients_flat=[flat.float() for flat in flats],
         real_dp_process_group=[dist.group.WORLD] * len(groups),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,17 @@ def differences(run: Path, reference: Path, steps: tuple[int, ...]) -> list[Diff
         if own.allocation != theirs.allocation:
             found.append(Difference(math.inf, f"step {step} allocation.json"))
         found += _of_tensors(tensors(own), tensors(theirs), f"step {step} ")
+    return _too_large(found)
+
+
+def differences_of_tensors(run: Path, reference: Path, step: int) -> list[Difference]:
+    """Lists the tensors of a checkpoint that differ by more than rounding, worst first."""
+    own = tensors(checkpoint(run, step))
+    theirs = tensors(checkpoint(reference, step))
+    return _too_large(_of_tensors(own, theirs, f"step {step} "))
+
+
+def _too_large(found: Iterable[Difference]) -> list[Difference]:
     # Written with "not" so that NaN counts as a difference.
     too_large = [each for each in found if not each.size <= TOLERANCE]
     return sorted(too_large, key=lambda each: -each.size)

@@ -106,13 +106,16 @@ class Layout:
 
 ONE = Layout("one", 1)
 DP2 = Layout("dp2", 2)
+DP2_GRADIENTS = Layout("dp2-gradients", 2, {"shard": "gradients"})
 TP2 = Layout("tp2", 2, {"tensor": 2, "sequence": False})
 TP2_SEQUENCE = Layout("tp2-sequence", 2, {"tensor": 2, "sequence": True})
 PP2 = Layout("pp2", 2, {"pipeline": 2})
 PP2_DUALPIPEV = Layout("pp2-dualpipev", 2, {"pipeline": 2, "schedule": "dualpipev"})
+PP2_INTERLEAVED = Layout("pp2-interleaved", 2, {"pipeline": 2, "schedule": "interleaved"})
 CP2 = Layout("cp2", 2, {"context": 2})
 CP4 = Layout("cp4", 4, {"context": 4})
 CP2_TP2 = Layout("cp2-tp2", 4, {"context": 2, "tensor": 2})
+PP2_DP2_GRADIENTS = Layout("pp2-dp2-gradients", 4, {"pipeline": 2, "shard": "gradients"})
 TP2_PP2 = Layout("tp2-pp2", 4, {"tensor": 2, "pipeline": 2})
 PP2_DP2 = Layout("pp2-dp2", 4, {"pipeline": 2})
 TP2_DP2 = Layout("tp2-dp2", 4, {"tensor": 2})
@@ -125,6 +128,9 @@ COMBINATIONS = (
     Layout("cp2-tp2-dp2", 8, {"context": 2, "tensor": 2}),
     Layout("pp4", 4, {"pipeline": 4}),
     Layout("tp2-pp2-dualpipev", 4, {"tensor": 2, "pipeline": 2, "schedule": "dualpipev"}),
+    Layout("tp2-pp2-interleaved", 4, {"tensor": 2, "pipeline": 2, "schedule": "interleaved"}),
+    Layout("cp2-pp2-interleaved", 4, {"context": 2, "pipeline": 2, "schedule": "interleaved"}),
+    Layout("pp2-dp2-interleaved", 4, {"pipeline": 2, "schedule": "interleaved"}),
     Layout("tp2-pp2-dp2", 8, {"tensor": 2, "pipeline": 2}),
 )
 

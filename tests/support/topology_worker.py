@@ -106,9 +106,32 @@ def with_step_3_passed_over() -> Any:
     return patch.object(Trainer, "step", passed_over)
 
 
+def without_the_sum_of_a_block() -> Any:
+    """Leaves out the sum of one block's gradients over data ranks, in every micro-batch."""
+    from megaconsa.parallel.deepspeed.sharded_gradients import ShardedGradients
+
+    sum_block = ShardedGradients._sum
+
+    def sum_all_but_one(self: ShardedGradients, block: Any) -> None:
+        if block is not self._blocks[0]:
+            sum_block(self, block)
+        else:
+            self._works.append((block, Finished()))
+
+    return patch.object(ShardedGradients, "_sum", sum_all_but_one)
+
+
+class Finished:
+    """A communication that has nothing to wait for."""
+
+    def wait(self) -> None:
+        pass
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "sums_over_heads": without_sums_over_heads,
     "tied_weights": without_exchange_of_tied_weights,
+    "block_sum": without_the_sum_of_a_block,
     "nan": with_a_nan_in_step_3_of_the_last_rank,
     "passed_over": with_step_3_passed_over,
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-Mark = Callable[[], Any]
+Pause = Callable[[], AbstractContextManager[None]]
+"""Makes a context whose time does not count as this rank's own work."""
 
 
 class ComputeClock:

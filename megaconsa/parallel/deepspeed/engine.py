@@ -48,7 +48,7 @@ from megaconsa.upload import upload
 
 
 class Engine:
-    """Trains the model with ZeRO-1 and AdamW.
+    """Trains the model with AdamW, whose state is sharded over data ranks.
 
     Every rank of the mesh builds an engine, and all ranks call its methods together.
     """
@@ -66,13 +66,8 @@ class Engine:
         recomputed: Recomputation = Recomputation(),
     ) -> None:
         """heads: an Allocation, or a GateBank while learning."""
-        import deepspeed
-
-        from megaconsa.parallel.deepspeed.pipeline_modules import (
-            CostCutModule,
-            DualPipeCostCutModule,
-            layer_specs,
-        )
+        from megaconsa.parallel.deepspeed.pipeline_engines import MODULES, build_engine
+        from megaconsa.parallel.deepspeed.pipeline_modules import layer_specs
 
         self.model_config = model_config
         self.mesh = mesh
@@ -81,10 +76,8 @@ class Engine:
         allocation = heads if isinstance(heads, Allocation) else None
         sharding = Sharding(model_config, allocation, mesh.tp.rank, mesh.tp.size)
         # DeepSpeed prints its settings and the table of layers.
-        is_dualpipe = topology.schedule == "dualpipev"
-        module_type = DualPipeCostCutModule if is_dualpipe else CostCutModule
         with contextlib.redirect_stdout(io.StringIO()), without_defaults():
-            module = module_type(
+            module = MODULES[topology.schedule](
                 layers=layer_specs(
                     sharding, mesh.tp, mesh.cp, heads, backend, separate_documents, recomputed
                 ),
@@ -101,20 +94,24 @@ class Engine:
                 for name, parameter in module.named_parameters()
             }
             module.tensor_sums = _mark(parameters, mesh)
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=build_optimizer(module, training, fused=mesh.device.type == "cuda"),
-                config=deepspeed_settings(training, topology, bf16),
+            self.engine = build_engine(
+                module,
+                build_optimizer(module, training, fused=mesh.device.type == "cuda"),
+                deepspeed_settings(training, topology, bf16),
             )
+        self.optimizer = self.engine.optimizer
         self._clock = ComputeClock(self.engine, mesh.device)
-        self._reduction = patch_bf16(self.engine, module.tied_over_stages()) if bf16 else None
+        self._reduction = (
+            patch_bf16(self.engine, topology.shard, self._clock.paused) if bf16 else None
+        )
         self._gathering = None
         if self._reduction is not None:
             self._gathering = WeightGathering(self.optimizer, module, self._clock.paused)
             self.optimizer.update_lp_params = self._gathering.start
-        self._has_main_grads = bf16 and kernel_use.kernels_serve_device(mesh.device)
-        if self._has_main_grads:
-            give_main_grads(self.optimizer, self._reduction)
+        if bf16:
+            listener = self._reduction.added if self._reduction else None
+            has_kernels = kernel_use.kernels_serve_device(mesh.device)
+            give_main_grads(self.optimizer, listener, from_autograd=not has_kernels)
         shapes = weight_shapes(model_config)
         owners = {
             name: module.stage_owner(layer_index(name, model_config.num_hidden_layers))
@@ -158,7 +155,7 @@ class Engine:
             return check(*measured)
 
         self.adamw.begin(check_step)
-        if self._has_main_grads:
+        if self.precision == "bf16":
             expect_gradients(self.optimizer)
         if self._reduction is not None:
             self._reduction.begin()
@@ -179,7 +176,7 @@ class Engine:
 
         batches: as in `train_step`.
         """
-        # DualPipeV ignores num_micro_batches and reads the engine's own count.
+        # DualPipeV and the interleaved schedule read the engine's own count.
         training_count = self.engine.micro_batches
         self.engine.micro_batches = count
         loss = self.engine.eval_batch(self._pairs(batches), num_micro_batches=count)

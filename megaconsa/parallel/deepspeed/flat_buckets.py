@@ -36,6 +36,37 @@ class Bucket:
     """Those that have elements here."""
 
 
+def places(weights: Sequence[Tensor]) -> list[slice]:
+    """Where each weight of a group lies in its flat tensor."""
+    found = []
+    end = 0
+    for weight in weights:
+        begin = end
+        end += weight.numel()
+        found.append(slice(begin, end))
+    return found
+
+
+def partition(optimizer: Any, number: int) -> slice:
+    """The elements of a group's flat tensor that this data rank owns."""
+    group = optimizer.real_dp_process_group[number]
+    size = optimizer.bf16_groups_flat[number].numel() // dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    return slice(rank * size, (rank + 1) * size)
+
+
+def overlap(a: slice, b: slice) -> slice | None:
+    """The elements in both, or None if there are none."""
+    begin = max(a.start, b.start)
+    end = min(a.stop, b.stop)
+    return slice(begin, end) if begin < end else None
+
+
+def shifted(elements: slice, by: int) -> slice:
+    """The same elements of a tensor that begins `by` elements earlier."""
+    return slice(elements.start + by, elements.stop + by)
+
+
 def buckets(optimizer: Any, number: int, apart: Sequence[Tensor] = ()) -> Iterator[Bucket]:
     """The buckets of a group of parameters, in the order of memory.
 
@@ -44,27 +75,27 @@ def buckets(optimizer: Any, number: int, apart: Sequence[Tensor] = ()) -> Iterat
     apart: weights that get buckets of their own.
     """
     weights = optimizer.bf16_groups[number]
-    size = optimizer.fp32_groups_gradients_flat[number].numel()
+    size = optimizer.bf16_groups_flat[number].numel()
     if size <= SMALL_GROUP:
         yield Bucket(slice(0, size), None, weights)
         return
     group = optimizer.real_dp_process_group[number]
-    partition = size // dist.get_world_size(group)
-    cuts = {*range(0, size, partition), size}
+    of_a_rank = size // dist.get_world_size(group)
+    cuts = {*range(0, size, of_a_rank), size}
     ids_apart = {id(weight) for weight in apart}
-    places: list[tuple[int, int, Tensor]] = []
-    end = 0
-    for weight in weights:
-        begin = end
-        end += weight.numel()
-        places.append((begin, end, weight))
+    of_weights = places(weights)
+    for weight, place in zip(weights, of_weights, strict=True):
         if id(weight) in ids_apart:
-            cuts |= {begin, end}
+            cuts |= {place.start, place.stop}
     for first, last in pairwise(sorted(cuts)):
         for begin in range(first, last, BUCKET_ELEMENTS):
-            stop = min(begin + BUCKET_ELEMENTS, last)
-            inside = [weight for start, end, weight in places if start < stop and end > begin]
+            elements = slice(begin, min(begin + BUCKET_ELEMENTS, last))
+            inside = [
+                weight
+                for weight, place in zip(weights, of_weights, strict=True)
+                if overlap(elements, place)
+            ]
             if not inside:
                 continue  # padding
-            owner = dist.get_global_rank(group, begin // partition)
-            yield Bucket(slice(begin, stop), owner, inside)
+            owner = dist.get_global_rank(group, begin // of_a_rank)
+            yield Bucket(elements, owner, inside)

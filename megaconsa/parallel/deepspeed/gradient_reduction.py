@@ -14,12 +14,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from megaconsa.parallel.deepspeed.flat_buckets import buckets
-from megaconsa.parallel.deepspeed.flat_views import joined
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class GradientReduction:
         tied: weights whose gradients are summed over pipeline stages afterwards. Stages divide
             them differently among the data ranks, so every data rank gets their mean.
         """
-        self._partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
         self._group = optimizer.real_dp_process_group[0]
         self._sums: list[Sum] = []
         # Backward passes reach the last weights first. The norms, which are the last group, are
@@ -63,6 +60,9 @@ class GradientReduction:
         self._added: Counter[Tensor] = Counter()
         self._missing = [len(part.weights) for part in self._sums]
         self._works: list[Any] = []
+
+    def begin_pass(self) -> None:
+        """Called before each backward pass."""
 
     def added(self, weight: Tensor) -> None:
         """Notes that a backward pass has added to the gradient of a weight.
@@ -104,34 +104,8 @@ class GradientReduction:
             if part.owner in (None, rank):
                 part.gradients.div_(dist.get_world_size(self._group))
 
-    def own_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The norm of gradients, of which each data rank has the means of its partition only.
-
-        gradients: views of the optimizer's flat gradients.
-
-        Returns fp32 (1,), the same on every data rank.
-        """
-        own = [part for part in map(self._own_part, gradients) if part is not None]
-        square = self._partitions[0].new_zeros(1)
-        for part in joined(own):
-            square += torch.linalg.vector_norm(part).square()
-        dist.all_reduce(square, group=self._group)
-        return square.sqrt()
-
-    def own_gradients(self) -> list[Tensor]:
-        """What AdamW reads on this rank."""
-        return self._partitions
-
-    def _own_part(self, gradient: Tensor) -> Tensor | None:
-        """The part of a gradient that lies in a partition of this rank."""
-        for partition in self._partitions:
-            if _storage(partition) != _storage(gradient):
-                continue
-            offset = partition.storage_offset()
-            begin = max(gradient.storage_offset() - offset, 0)
-            end = min(gradient.storage_offset() + gradient.numel() - offset, partition.numel())
-            return partition[begin:end] if begin < end else None
-        return None
+    def settle(self) -> None:
+        """Ends a step's reduction. Tied gradients are in place already."""
 
     def _sum_next(self) -> None:
         part = self._sums[len(self._works)]
@@ -150,7 +124,3 @@ def _sums(optimizer: Any, number: int, tied: Collection[Tensor]) -> Iterator[Sum
         is_tied = any(id(weight) in ids_of_tied for weight in bucket.weights)
         owner = None if is_tied else bucket.owner
         yield Sum(flat[bucket.elements], owner, bucket.weights)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from megaconsa.config import Shard
+from megaconsa.parallel.deepspeed.compute_clock import Pause
 from megaconsa.parallel.deepspeed.flat_views import joined
 from megaconsa.parallel.deepspeed.gradient_reduction import GradientReduction
+from megaconsa.parallel.deepspeed.own_gradients import OwnGradients
+from megaconsa.parallel.deepspeed.sharded_gradients import ShardedGradients
+from megaconsa.parallel.pipeline import BlockLayer
 
 
-def patch_bf16(engine: Any, tied: Collection[Tensor]) -> GradientReduction | None:
+class Reduction(Protocol):
+    """Averages gradients over data ranks."""
+
+    def begin(self) -> None:
+        """Starts a step."""
+
+    def begin_pass(self) -> None:
+        """Called before each backward pass."""
+
+    def added(self, weight: Tensor) -> None:
+        """Notes that a backward pass has added to the gradient of a weight."""
+
+    def finish(self) -> None:
+        """Ends the sums after the last backward pass. Gradients are then means over data ranks."""
+
+    def settle(self) -> None:
+        """Ends a step's reduction, after tied weights' gradients were summed over stages."""
+
+
+def patch_bf16(engine: Any, shard: Shard, pause: Pause) -> Reduction | None:
     """Applies all patches.
 
-    tied: weights that other stages hold too.
+    pause: makes a context for waits that are not this rank's own work.
 
     Returns what averages gradients over data ranks, or None if there is one data rank.
 
@@ -24,9 +48,15 @@ def patch_bf16(engine: Any, tied: Collection[Tensor]) -> GradientReduction | Non
     from deepspeed.runtime.pipe import schedule
 
     optimizer = engine.optimizer
-    reduction = None
+    tied = engine.module.tied_over_stages()
+    reduction: Reduction | None = None
+    own = None
     if engine.grid.get_data_parallel_world_size() > 1:
-        reduction = GradientReduction(optimizer, tied)
+        if shard == "gradients":
+            reduction = ShardedGradients(optimizer, _blocks(engine.module), tied, pause)
+        else:
+            reduction = GradientReduction(optimizer, tied)
+        own = OwnGradients(optimizer)
 
     def reduce_over_data_then_stages(engine: Any) -> None:
         """Reduces over data ranks first, then over the stages of tied weights.
@@ -38,17 +68,33 @@ def patch_bf16(engine: Any, tied: Collection[Tensor]) -> GradientReduction | Non
         if reduction is not None:
             reduction.finish()
         engine._exec_reduce_tied_grads()
+        if reduction is not None:
+            reduction.settle()
+
+    backward_pass = engine._INSTRUCTION_MAP[schedule.BackwardPass]
+
+    def begin_and_run_pass(engine: Any, *arguments: Any, **named: Any) -> None:
+        if reduction is not None:
+            reduction.begin_pass()
+        backward_pass(engine, *arguments, **named)
 
     engine._INSTRUCTION_MAP = {
         **engine._INSTRUCTION_MAP,
+        schedule.BackwardPass: begin_and_run_pass,
         schedule.ReduceTiedGrads: lambda engine: None,
         schedule.ReduceGrads: reduce_over_data_then_stages,
     }
-    optimizer.get_grads_for_norm = _in_few_tensors(optimizer, reduction)
+    optimizer.get_grads_for_norm = _in_few_tensors(optimizer, own)
     return reduction
 
 
-def _in_few_tensors(optimizer: Any, reduction: GradientReduction | None) -> Callable[..., Any]:
+def _blocks(module: nn.Module) -> list[list[Tensor]]:
+    """The matrices of each block of a pipeline rank."""
+    blocks = [layer for layer in module.modules() if isinstance(layer, BlockLayer)]
+    return [[weight for weight in block.parameters() if weight.dim() > 1] for block in blocks]
+
+
+def _in_few_tensors(optimizer: Any, own: OwnGradients | None) -> Callable[..., Any]:
     """Wraps `get_grads_for_norm`, which lists one gradient for each weight.
 
     DeepSpeed launches several kernels for each tensor of the list, and fails if it is empty. It is
@@ -58,13 +104,13 @@ def _in_few_tensors(optimizer: Any, reduction: GradientReduction | None) -> Call
     original = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        if for_clipping and reduction is not None:
-            return reduction.own_gradients()
+        if for_clipping and own is not None:
+            return own.partitions
         found = original(for_clipping)
         if for_clipping:
             return joined(found)
-        if reduction is not None:
-            return [reduction.own_norm(found[0])], found[1]
+        if own is not None:
+            return [own.norm(found[0])], found[1]
         if found[0]:
             return joined(found[0]), found[1]
         return [optimizer.fp32_groups_gradients_flat[0].new_zeros(1)], found[1]

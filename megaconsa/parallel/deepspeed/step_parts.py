@@ -42,7 +42,7 @@ def wrap_parts(engine: Any, wrap: Wrap) -> None:
     if kernel_use.kernels_serve_device(torch.device(engine.device)):
         _wrap_fused_block(wrap)
     # A tied head is no module of its own, but a function of the embedding.
-    # DualPipeV has two lists of layers.
+    # DualPipeV and the interleaved schedule have two lists of layers.
     for functions in getattr(engine.module, "phase_funcs", [engine.module.forward_funcs]):
         for index, function in enumerate(functions):
             if isinstance(function, partial):

@@ -8,7 +8,6 @@ pass waits for its own weights only, as in Megatron-LM's distributed optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megaconsa.parallel.deepspeed.compute_clock import Pause
 from megaconsa.parallel.deepspeed.flat_buckets import buckets
-
-Pause = Callable[[], AbstractContextManager[None]]
-"""Makes a context whose time does not count as this rank's own work."""
 
 
 class WeightGathering:
@@ -29,6 +26,7 @@ class WeightGathering:
         """optimizer: DeepSpeed's BF16_Optimizer.
 
         pipeline: DeepSpeed's PipelineModule, whose layers will wait for their weights.
+        pause: makes a context for these waits.
         """
         self._optimizer = optimizer
         self._pause = pause
@@ -97,7 +95,7 @@ def _layers(pipeline: Any) -> Iterator[tuple[Callable[[Any], None], Collection[T
 
     Yields a function that makes a layer call another function first, and the layer's weights.
     """
-    # DualPipeV has two lists of layers.
+    # DualPipeV and the interleaved schedule have two lists of layers.
     for functions in getattr(pipeline, "phase_funcs", [pipeline.forward_funcs]):
         for index, layer in enumerate(functions):
             if isinstance(layer, nn.Module):

@@ -1,0 +1,274 @@
+"""DeepSpeed's pipeline engine with the interleaved 1F1B schedule.
+
+Two chunks of layers on each rank run as in DeepSpeed's DualPipeV engine, on which this one builds.
+What is its own: the order of passes (`parallel/interleaved.py`), and how ranks exchange tensors.
+Everything that goes from one pass to the next is one message. It is sent as soon as it exists, and
+nobody waits for its delivery. Its receiver has posted the receive one pass ahead.
+
+This file imports DeepSpeed at its head, so import it only after the mesh exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from deepspeed.pipe import DualPipeVModule, PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.dualpipev import _INIT, DualPipeVEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+from torch import distributed as dist
+
+from megaconsa.parallel.deepspeed.messages import Layout, pack, unpack
+from megaconsa.parallel.deepspeed.pipeline_modules import CostCutModule
+from megaconsa.parallel.interleaved import CHUNKS, Pass, passes
+
+
+class InterleavedModule(DualPipeVModule, CostCutModule):
+    """Stages r and P + r of 2 P on pipeline rank r of P."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        super()._partition_layers(method)
+        second = self.num_stages // CHUNKS + self.stage_id
+        self.phase_bounds[1] = (self.parts[second], self.parts[second + 1])
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The pipeline rank that holds a layer."""
+        stage: int = PipelineModule.stage_owner(self, layer_idx)
+        return stage % (self.num_stages // CHUNKS)
+
+
+class InterleavedSchedule(schedule.PipeSchedule):
+    """The instructions of one rank.
+
+    Buffer `chunk * micro_batches + micro_batch` holds what belongs to a micro-batch in a chunk.
+    """
+
+    def __init__(
+        self, micro_batches: int, stages: int, stage_id: int, forward_only: bool = False
+    ) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self.passes = passes(stages, stage_id, micro_batches, forward_only)
+        self.forward_only = forward_only
+
+    def num_pipe_buffers(self) -> int:
+        count: int = CHUNKS * self.micro_batches
+        return count
+
+    def steps(self) -> Iterator[list[Any]]:
+        yield self._receive(self.passes[0])
+        for number, each in enumerate(self.passes):
+            following = self.passes[number + 1 : number + 2]
+            # The receive of the next pass is posted while this one runs.
+            yield self._load(each) + [
+                command for later in following for command in self._receive(later)
+            ]
+            yield [self._run(each), *self._send(each)]
+        end: list[Any] = [schedule.CommitP2P()]
+        if not self.forward_only:
+            end += [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
+        yield end
+
+    def _buffer(self, each: Pass) -> int:
+        buffer: int = each.chunk * self.micro_batches + each.micro_batch
+        return buffer
+
+    def _begins(self, each: Pass) -> bool:
+        """Whether the pass is the model's first one for the micro-batch in its direction."""
+        if each.is_forward:
+            return self.stage_id == 0 and each.chunk == 0
+        return self.stage_id == self.stages - 1 and each.chunk == CHUNKS - 1
+
+    def _ends(self, each: Pass) -> bool:
+        """Whether it is the last one."""
+        if each.is_forward:
+            return self.stage_id == self.stages - 1 and each.chunk == CHUNKS - 1
+        return self.stage_id == 0 and each.chunk == 0
+
+    def _load(self, each: Pass) -> list[Any]:
+        # DeepSpeed loads labels where the loss is computed.
+        if each.is_forward and (self._begins(each) or self._ends(each)):
+            return [schedule.LoadMicroBatch(self._buffer(each))]
+        return []
+
+    def _receive(self, each: Pass) -> list[Any]:
+        if self._begins(each):
+            return []
+        kind = schedule.RecvActivation if each.is_forward else schedule.RecvGrad
+        return [kind(self._buffer(each), phase=each.chunk)]
+
+    def _run(self, each: Pass) -> Any:
+        kind = schedule.ForwardPass if each.is_forward else schedule.BackwardPass
+        return kind(self._buffer(each), phase=each.chunk)
+
+    def _send(self, each: Pass) -> list[Any]:
+        if self._ends(each):
+            return []
+        kind = schedule.SendActivation if each.is_forward else schedule.SendGrad
+        return [kind(self._buffer(each), phase=each.chunk)]
+
+
+class InterleavedEngine(DualPipeVEngine):
+    """Runs an InterleavedModule.
+
+    Each direction between two neighbours has a process group of its own. NCCL runs what two ranks
+    exchange in a group in the order in which it was posted, and the orders of the two directions
+    differ.
+    """
+
+    def __init__(self, module: InterleavedModule, optimizer: Any, settings: Mapping[str, Any]):
+        mpu = module.mpu()
+        self._active_phase = _INIT
+        # DualPipeV's own constructor demands more micro-batches than this schedule needs.
+        PipelineEngine.__init__(
+            self,
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=dict(settings),
+            config_class=DeepSpeedConfig(dict(settings), mpu),
+        )
+        self._active_phase = None
+        self._before = (self.stage_id - 1) % self.num_stages
+        self._following = (self.stage_id + 1) % self.num_stages
+        self.pipe_buffers["grads"] = []
+        self.pipe_buffers["losses"] = []
+        self._layout = Layout((), ())
+        """Of the tensors between chunks. Empty as long as it is not known."""
+        # The first rank knows the layout from what it sends itself.
+        self._announces_layout = self.stage_id != self.num_stages - 1
+        self._receiving: dict[int, tuple[Any, Tensor]] = {}
+        """Receives that are posted, by the buffer: the handle and the message."""
+        self._sending: list[tuple[Any, Tensor]] = []
+        """Sends, with the messages that must stay in memory until they are delivered."""
+        self._activations, self._gradients = self._neighbour_groups()
+        self._configure_python_gc()
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss, or, in a pass, whether the pass does."""
+        is_last: bool = self.stage_id == self.num_stages - 1
+        return is_last and (self._active_phase is _INIT or self._active_phase != 0)
+
+    def reset_activation_shape(self) -> None:
+        self._layout = Layout((), ())
+
+    def _neighbour_groups(self) -> tuple[list[Any], list[Any]]:
+        """For activations and for gradients: the groups with the rank before and the rank after.
+
+        Every rank creates every group, as torch demands.
+        """
+        found: list[list[Any]] = []
+        for _ in ("activations", "gradients"):
+            own: list[Any] = [None, None]
+            for ranks in self.grid._topo.get_axis_comm_lists("pipe"):
+                for place, rank in enumerate(ranks):
+                    following = ranks[(place + 1) % len(ranks)]
+                    group = dist.new_group(sorted((rank, following)))
+                    if self.global_rank == rank:
+                        own[1] = group
+                    if self.global_rank == following:
+                        own[0] = group
+            found.append(own)
+        return found[0], found[1]
+
+    def _is_loss_stage(self, phase: int) -> bool:
+        is_loss: bool = self.stage_id == self.num_stages - 1 and phase == CHUNKS - 1
+        return is_loss
+
+    def _is_last_rank(self) -> bool:
+        # DualPipeV turns around on its last rank. Here nothing turns around.
+        return False
+
+    def _loss_stage_global_rank(self) -> int:
+        rank: int = self.grid.stage_to_global(self.num_stages - 1)
+        return rank
+
+    def _train_schedule(self) -> InterleavedSchedule:
+        return InterleavedSchedule(self.micro_batches, self.num_stages, self.stage_id)
+
+    def _inference_schedule(self, micro_batches: int) -> InterleavedSchedule:
+        return InterleavedSchedule(micro_batches, self.num_stages, self.stage_id, forward_only=True)
+
+    def _run_load(self, buffer_id: int) -> None:
+        PipelineEngine._exec_load_micro_batch(self, buffer_id)
+
+    def _run_forward(self, buffer_id: int, phase: int) -> None:
+        if self.stage_id > 0 or phase > 0:
+            message = self._received(buffer_id, phase, self._receive_activations)
+            inputs = unpack(message, self._layout)
+            self.pipe_buffers["inputs"][buffer_id] = tuple(
+                x.requires_grad_(x.is_floating_point()) for x in inputs
+            )
+        super()._exec_forward_pass(buffer_id, phase)
+
+    def _run_backward(self, buffer_id: int, phase: int) -> None:
+        if not self._is_loss_stage(phase):
+            message = self._received(buffer_id, phase, self._receive_gradients)
+            self.pipe_buffers["grads"][buffer_id] = unpack(message, self._layout.floating())
+        super()._exec_backward_pass(buffer_id, phase)
+
+    def _send_activations(self, buffer_id: int, phase: int) -> None:
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self.stage_id == 0:
+            self._layout = Layout.of(outputs)
+        if self._announces_layout:
+            self._announces_layout = False
+            self._send_tensor_meta(outputs, self._following)
+        self._send(pack(outputs), self._following, self._activations[1])
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _send_gradients(self, buffer_id: int, phase: int) -> None:
+        inputs: Sequence[Tensor] = self.pipe_buffers["inputs"][buffer_id]
+        gradients = [x.grad for x in inputs if x.grad is not None]
+        self.pipe_buffers["inputs"][buffer_id] = None
+        self._send(pack(gradients), self._before, self._gradients[0])
+
+    def _receive_activations(self, buffer_id: int, phase: int) -> None:
+        if not self._layout.shapes:
+            if self.stage_id == 0:
+                return  # It has not sent anything yet. The pass itself will receive.
+            self._layout = Layout.of(self._recv_tensor_meta(self._before))
+        self._post(buffer_id, self._layout, self._before, self._activations[0])
+
+    def _receive_gradients(self, buffer_id: int, phase: int) -> None:
+        self._post(buffer_id, self._layout.floating(), self._following, self._gradients[1])
+
+    def _finish_sends(self) -> None:
+        for handle, _ in self._sending:
+            handle.wait()
+        self._sending = []
+
+    def _send(self, message: Tensor, stage: int, group: Any) -> None:
+        handle = dist.isend(message, self.grid.stage_to_global(stage), group=group)
+        self._sending = [send for send in self._sending if not send[0].is_completed()]
+        self._sending.append((handle, message))
+
+    def _post(self, buffer_id: int, layout: Layout, stage: int, group: Any) -> None:
+        message = torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
+        handle = dist.irecv(message, self.grid.stage_to_global(stage), group=group)
+        self._receiving[buffer_id] = handle, message
+
+    def _received(self, buffer_id: int, phase: int, receive: Callable[[int, int], None]) -> Tensor:
+        """The message for a pass. Posts its receive first if that has not been done."""
+        if buffer_id not in self._receiving:
+            receive(buffer_id, phase)
+        handle, message = self._receiving.pop(buffer_id)
+        handle.wait()
+        return message
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+        **DualPipeVEngine._INSTRUCTION_MAP,
+        schedule.LoadMicroBatch: _run_load,
+        schedule.ForwardPass: _run_forward,
+        schedule.BackwardPass: _run_backward,
+        schedule.SendActivation: _send_activations,
+        schedule.RecvActivation: _receive_activations,
+        schedule.SendGrad: _send_gradients,
+        schedule.RecvGrad: _receive_gradients,
+        schedule.CommitP2P: _finish_sends,
+    }
