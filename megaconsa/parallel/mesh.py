@@ -10,6 +10,7 @@ import torch
 from megaconsa.config import ParallelSection
 from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.deepspeed.processes import process_grid, start_deepspeed
+from megaconsa.parallel.process_groups import ProcessGroups, create
 from megaconsa.parallel.tensor_parallel import TensorParallel
 from megaconsa.parallel.world import World, join
 
@@ -34,6 +35,8 @@ class Mesh:
     dp_size: int
     cp: ContextParallel
     tp: TensorParallel
+    groups: ProcessGroups
+    """The groups of ranks on each axis."""
 
     @property
     def dp_cp_rank(self) -> int:
@@ -114,15 +117,21 @@ def initialize(parallel: ParallelSection = ParallelSection(), world: World | Non
     grid = process_grid(tensor, pipeline, dp_size * context)
     place = grid.get_coord(world.rank)
     dp_rank, cp_rank = divmod(place.data, context)
-    tensor_group = None
+    groups = ProcessGroups(world)
+    data_ranks = grid.get_axis_comm_lists("data")
+    tensor_group = groups.divide(grid.get_axis_comm_lists("model"))
+    groups.divide(grid.get_axis_comm_lists("pipe"))
+    groups.divide(data_ranks)
+    # DeepSpeed sums gradient norms over all ranks of a replica.
+    groups.divide(grid.get_axis_list("data", replica) for replica in range(dp_size * context))
     context_group = None
-    if tensor > 1:
-        tensor_group = _own_group(grid.get_axis_comm_lists("model"), world.rank)
     if context > 1:
-        groups = []
-        for ranks in grid.get_axis_comm_lists("data"):
-            groups += [ranks[first : first + context] for first in range(0, len(ranks), context)]
-        context_group = _own_group(groups, world.rank)
+        parts = []
+        for ranks in data_ranks:
+            parts += [ranks[first : first + context] for first in range(0, len(ranks), context)]
+        # It is a group of its own even if the data axis has the same ranks, because attention
+        # exchanges keys while gradients are averaged.
+        context_group = create(parts, world.rank)
     return Mesh(
         world,
         grid,
@@ -132,10 +141,5 @@ def initialize(parallel: ParallelSection = ParallelSection(), world: World | Non
         dp_size,
         ContextParallel(cp_rank, context, context_group),
         TensorParallel(place.model, tensor, tensor_group, parallel.sequence and tensor > 1),
+        groups,
     )
-
-
-def _own_group(groups: list[list[int]], rank: int) -> Any:
-    """Creates every group, which all ranks must do together, and returns that of `rank`."""
-    created = {tuple(ranks): torch.distributed.new_group(ranks) for ranks in groups}
-    return next(group for ranks, group in created.items() if rank in ranks)

@@ -145,6 +145,9 @@ def join() -> World:
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     # Number of recent collectives that each rank records for the watchdog's report.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # Ranks of a gloo group connect when they first exchange something. Its collectives use rings
+    # and trees, so each rank has a few connections instead of one to every other rank.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     raise_limit(place)
     if not dist.is_initialized():
         place.export()

@@ -116,7 +116,7 @@ def test_the_loss_is_known_where_the_check_is_not_called(
 def test_a_rank_alone_agrees_with_itself_without_its_device() -> None:
     # No value can be read from this device.
     world = replace(ALONE, device=torch.device("meta"))
-    alone = Mesh(world, None, 0, 1, 0, 1, ContextParallel(), TensorParallel())
+    alone = Mesh(world, None, 0, 1, 0, 1, ContextParallel(), TensorParallel(), None)
     labels = torch.tensor([[1, -100, 2, 3]])
     ids = torch.zeros_like(labels)
     batch = Batch(tokens=labels, labels=labels, documents=ids, sequences=torch.tensor([0]))

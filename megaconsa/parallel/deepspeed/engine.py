@@ -28,6 +28,7 @@ from megaconsa.parallel.deepspeed.optimizer import (
     create_moments,
 )
 from megaconsa.parallel.deepspeed.patches import patch_bf16
+from megaconsa.parallel.deepspeed.processes import existing_groups
 from megaconsa.parallel.deepspeed.settings import deepspeed_settings
 from megaconsa.parallel.deepspeed.weight_gathering import WeightGathering
 from megaconsa.parallel.gathered_weights import DistributedWeights
@@ -76,7 +77,13 @@ class Engine:
         allocation = heads if isinstance(heads, Allocation) else None
         sharding = Sharding(model_config, allocation, mesh.tp.rank, mesh.tp.size)
         # DeepSpeed prints its settings and the table of layers.
-        with contextlib.redirect_stdout(io.StringIO()), without_defaults():
+        if model_config.tie_word_embeddings:
+            mesh.groups.divide(_ends(mesh, topology.schedule == "dualpipev"))
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            without_defaults(),
+            existing_groups(mesh.groups),
+        ):
             module = MODULES[topology.schedule](
                 layers=layer_specs(
                     sharding, mesh.tp, mesh.cp, heads, backend, separate_documents, recomputed
@@ -294,3 +301,14 @@ def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tens
             # With sequence parallelism a norm's gradient comes from this rank's tokens only.
             sums.append((parameter, mesh.tp.group))
     return sums
+
+
+def _ends(mesh: Mesh, is_dualpipe: bool) -> list[list[int]]:
+    """Of each pipeline, the ranks that hold a tied embedding.
+
+    With DualPipeV the first rank has both the first and the last stage.
+    """
+    pipelines = mesh.grid.get_axis_comm_lists("pipe")
+    if is_dualpipe or mesh.pp_size == 1:
+        return [ranks[:1] for ranks in pipelines]
+    return [[ranks[0], ranks[-1]] for ranks in pipelines]

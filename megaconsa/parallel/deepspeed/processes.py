@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from megaconsa.parallel.process_groups import ProcessGroups
 from megaconsa.parallel.world import World
 
 
@@ -33,3 +36,25 @@ def process_grid(tensor: int, pipeline: int, data: int) -> Any:
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     return PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+
+
+@contextmanager
+def existing_groups(groups: ProcessGroups) -> Iterator[None]:
+    """Context in which DeepSpeed takes groups that exist instead of creating them again.
+
+    It would create 3 n + 2 groups on n data ranks, of which 3 n have one rank.
+    """
+    from deepspeed import comm
+
+    original = comm.new_group
+
+    def new_group(ranks: Iterable[int]) -> Any:
+        asked = list(ranks)
+        found = groups.find(asked)
+        return original(asked) if found is None else found
+
+    comm.new_group = new_group
+    try:
+        yield
+    finally:
+        comm.new_group = original

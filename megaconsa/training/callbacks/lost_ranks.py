@@ -39,6 +39,7 @@ class LostRanks(Callback):
         self.before = (world.rank - 1) % world.size
         self.host = world.exchange(node())[self.next]
         self.ring: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        self._connect()
         self.thread = threading.Thread(target=self._wait, name="lost_ranks", daemon=True)
         self.trainer: Trainer | None = None
 
@@ -51,6 +52,17 @@ class LostRanks(Callback):
         if trainer.completed:
             dist.send(torch.ones(1), self.before, group=self.ring)
             self.thread.join()
+
+    def _connect(self) -> None:
+        """Sends one message around the ring.
+
+        gloo connects two ranks when they first exchange something. Without a connection, nothing
+        would tell a rank that its neighbour has died.
+        """
+        sent = dist.isend(torch.ones(1), self.before, group=self.ring)
+        dist.recv(torch.zeros(1), self.next, group=self.ring)
+        assert sent is not None
+        sent.wait()
 
     def _wait(self) -> None:
         try:

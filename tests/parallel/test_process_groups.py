@@ -1,0 +1,113 @@
+"""Process groups of a mesh: each rank creates few, shares them with DeepSpeed, and connects to few.
+
+The ranks are gloo processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from megaconsa.benchmarks.starting import counted_groups, measure
+from megaconsa.config import build
+from megaconsa.parallel.launcher import Launch, free_port
+from megaconsa.parallel.process_groups import ProcessGroups, create
+from megaconsa.parallel.world import join, leave
+from tests.support.forked import Forked
+from tests.support.ranks import ended, environment
+
+
+def run(size: int, check: Callable[..., None], *arguments: Any) -> None:
+    """Calls `check` on forked ranks. A failure there is a failure here."""
+    port = int(free_port())
+    ranks = []
+    for rank in range(size):
+        place = Launch(rank, size, rank, "127.0.0.1", port)
+        ranks.append(Forked(_rank, place, check, arguments, environment=environment()))
+    for rank, end in enumerate(ended(ranks)):
+        assert end.code == 0, f"rank {rank}: {end.err}"
+
+
+def _rank(place: Launch, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    place.export()
+    try:
+        check(*arguments)
+    finally:
+        leave()
+
+
+def total(group: Any, rank: int) -> float:
+    """The sum of the ranks' numbers over a group."""
+    own = torch.tensor(float(rank))
+    dist.all_reduce(own, group=group)
+    return own.item()
+
+
+def check_divisions() -> None:
+    """Divides six ranks in several ways."""
+    world = join()
+    groups = ProcessGroups(world)
+    rank = world.rank
+    halves = [[0, 2, 4], [1, 3, 5]]
+    with counted_groups() as sizes:
+        assert groups.divide([list(range(6))]) is dist.group.WORLD
+        half = groups.divide(halves)
+        assert groups.divide(halves) is half
+        alone = groups.divide([each] for each in range(6))
+        ends = groups.divide([[0, 4], [1, 5]])
+        again = create(halves, rank)
+    # The middle ranks call new_group for a group that they are not in.
+    assert sizes == [3, 1, 2, 3]
+    assert total(half, rank) == [6, 9][rank % 2]
+    assert total(again, rank) == [6, 9][rank % 2]
+    assert again is not half
+    assert total(alone, rank) == rank
+    if rank in (2, 3):
+        assert ends is None
+    else:
+        assert total(ends, rank) == [4, 6][rank % 2]
+    assert groups.find(halves[rank % 2]) is half
+    assert groups.find(halves[1 - rank % 2]) is dist.GroupMember.NON_GROUP_MEMBER
+    assert groups.find([rank]) is alone
+    assert groups.find([0, 1]) is None
+
+
+def test_each_rank_creates_its_own_group_of_a_division() -> None:
+    run(6, check_divisions)
+
+
+def check_start(values: dict[str, Any], groups: int, alone: int, sockets: int) -> None:
+    for figures in measure(build(values)):
+        assert figures["calls of new_group"] == groups
+        assert figures["calls for one rank"] == alone
+        assert figures["sockets"] <= sockets
+
+
+@pytest.mark.parametrize(
+    ("parallel", "groups", "alone"),
+    [
+        pytest.param({}, 1, 1, id="data"),
+        pytest.param(
+            {"tensor": 2, "pipeline": 2}, 4, 0, id="tensor-pipeline-data", marks=pytest.mark.slow
+        ),
+        pytest.param({"context": 2}, 2, 1, id="context", marks=pytest.mark.slow),
+        # A tied embedding adds the first and last ranks of each pipeline.
+        pytest.param({"pipeline": 4}, 4, 1, id="pipeline", marks=pytest.mark.slow),
+    ],
+)
+def test_a_start_creates_one_group_an_axis(
+    make_config: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    parallel: dict[str, int],
+    groups: int,
+    alone: int,
+) -> None:
+    """DeepSpeed alone would create 26 groups on 8 data ranks."""
+    values = make_config(parallel=parallel, training={"micro_batch": 1, "global_batch": 16})
+    beside = 2  # for background exchanges and for noticing lost ranks
+    run(8, check_start, values, groups + beside, alone, 30)
