@@ -5,9 +5,11 @@ So a model may be larger than memory.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,17 +27,56 @@ class Sliceable(Protocol):
     def __getitem__(self, index: tuple[slice, ...], /) -> Tensor: ...
 
 
-@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. Only what a slice holds is read."""
+    """A tensor in a file. Only what a slice holds is read.
 
-    shape: tuple[int, ...]
-    _slices: Any
-    """What safetensors returns for slicing."""
+    safetensors would map the file into memory. The kernel reads megabytes around each part of a
+    map, which for slices adds up to whole files. Here it reads what is asked for.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> None:
+        """begin: where the tensor begins in the file, in bytes."""
+        self.shape = shape
+        self._dtype = dtype
+        self._begin = begin
+        self._file = path.open("rb", buffering=0)
+        # The kernel must not read ahead.
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
-        found: Tensor = self._slices[index]
+        """index: a slice of rows, and perhaps one of columns. Neither has a step.
+
+        Raises OSError if the file cannot be read.
+        """
+        rows, *columns = index
+        height, *inner = self.shape
+        first, last, _ = rows.indices(height)
+        row_bytes = math.prod(inner) * self._dtype.itemsize
+        begin = self._begin + first * row_bytes
+        if not columns:
+            found = torch.empty((last - first, *inner), dtype=self._dtype)
+            self._read(begin, found)
+            return found
+        width, *rest = inner
+        left, right, _ = columns[0].indices(width)
+        found = torch.empty((last - first, right - left, *rest), dtype=self._dtype)
+        if right - left == width:
+            self._read(begin, found)
+            return found
+        begin += left * (row_bytes // width)
+        for number, row in enumerate(found):
+            self._read(begin + number * row_bytes, row)
         return found
+
+    def _read(self, begin: int, tensor: Tensor) -> None:
+        """Fills a contiguous tensor with the file's bytes from `begin` on."""
+        left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        while left:
+            count = os.preadv(self._file.fileno(), [left], begin)
+            if count == 0:
+                raise OSError(errno.EIO, "ends too early", self._file.name)
+            left = left[count:]
+            begin += count
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -45,30 +86,45 @@ class TensorFiles(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = [safe_open(path, "pt") for path in paths]
-        self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._files = {path: safe_open(path, "pt") for path in paths}
+        self._paths = {
+            name: path
+            for path, file in self._files.items()
+            for name in file.keys()  # noqa: SIM118
+        }
+        self._beginnings: dict[Path, dict[str, int]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._places[name].get_tensor(name)
+        tensor: Tensor = self._files[self._paths[name]].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._paths)
 
     def stored(self, name: str) -> StoredTensor:
-        """The tensor, to be read in slices."""
-        return StoredTensor(self.shape(name), self._places[name].get_slice(name))
+        """The tensor, to be read in slices.
+
+        Raises KeyError if there is none of this name, or if its dtype is not in DTYPES.
+        """
+        path = self._paths[name]
+        if path not in self._beginnings:
+            self._beginnings[path] = _beginnings(path)
+        begin = self._beginnings[path][name]
+        return StoredTensor(path, DTYPES[self.dtype(name)], self.shape(name), begin)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading the tensor."""
-        return tuple(self._places[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The tensor's dtype by safetensors' name (BF16, F32, ...), without reading the tensor."""
-        return str(self._places[name].get_slice(name).get_dtype())
+        return str(self._slice(name).get_dtype())
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._paths[name]].get_slice(name)
 
 
 class MeanTensors(Mapping[str, Tensor]):
@@ -91,6 +147,19 @@ class MeanTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sources[0])
+
+
+def _beginnings(path: Path) -> dict[str, int]:
+    """Where each tensor of a file begins, in bytes. The library does not tell.
+
+    The file must have been opened by the library, which checks it.
+    The format is described at https://huggingface.co/docs/safetensors/index#format
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

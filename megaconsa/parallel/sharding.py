@@ -99,9 +99,8 @@ class Sharding:
             return [range(size)]
         if kind in BY_HEAD:
             width = size // self.model_config.num_key_value_heads
-            return [
-                range(head * width, (head + 1) * width) for head in self.own_heads(_layer(name))
-            ]
+            heads = self.own_heads(_layer(name))
+            return _joined([range(head * width, (head + 1) * width) for head in heads])
         count = vocabulary.rows(size, self.size)
         return [range(self.rank * count, (self.rank + 1) * count)]
 
@@ -134,6 +133,17 @@ def _within(blocks: list[range], rows: range) -> list[range]:
             found.append(own)
         begin += len(block)
     return found
+
+
+def _joined(blocks: list[range]) -> list[range]:
+    """The blocks, with those that follow each other as one, which is read at a time."""
+    joined = blocks[:1]
+    for block in blocks[1:]:
+        if block.start == joined[-1].stop:
+            joined[-1] = range(joined[-1].start, block.stop)
+        else:
+            joined.append(block)
+    return joined
 
 
 def is_divided(name: str) -> bool:

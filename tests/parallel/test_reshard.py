@@ -77,17 +77,28 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(runs: Runs, layout: La
             assert checkpoint(run, 20).state["sequences"] == 160
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_restart_reads_what_its_ranks_keep(runs: Runs, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        (TP2_DP2, "fp32"),
+        (TP2_DP2, "bf16"),
+        pytest.param(TP2_PP2, "bf16", marks=pytest.mark.slow),
+        pytest.param(PP2_DP2, "bf16", marks=pytest.mark.slow),
+        pytest.param(CP2, "bf16", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_restart_reads_what_its_ranks_keep(runs: Runs, layout: Layout, precision: str) -> None:
     """The worker counts what each rank reads, and compares all ranks with the checkpoint.
 
     The vocabulary is padded, and the table changes the order of heads.
     """
     case = Case("read-little", RECOMPUTED_TIED.sections)
-    jobs = [Job("read-little", case, precision=precision, steps=4, stop=2, every=4)]
-    runs.launch(DP2, jobs)
+    start = [Job("read-little", case, precision=precision, steps=4, stop=2, every=4)]
+    if not runs.run_of(DP2, start[0]).exists():
+        runs.launch(DP2, start)
     jobs = [Job("read-little", case, precision=precision, steps=4, every=4)]
-    go_on(runs, runs.run_of(DP2, jobs[0]), TP2_DP2, jobs)
+    go_on(runs, runs.run_of(DP2, start[0]), layout, jobs)
 
 
 @pytest.mark.nightly
