@@ -76,7 +76,7 @@ class StoredTensor:
 
     def _read(self, begin: int, tensor: Tensor) -> None:
         """Fills a contiguous tensor with the file's bytes from `begin` on."""
-        left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        left = tensor.flatten().view(torch.uint8).numpy().data
         while left:
             count = os.preadv(self._file.fileno(), [left], begin)
             if count == 0:

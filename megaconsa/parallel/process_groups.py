@@ -18,29 +18,31 @@ class ProcessGroups:
     calls for an axis of one rank. Here each rank makes one call for an axis, with the ranks of its
     own group. All ranks make it together. So NCCL splits its communicator once for an axis, into
     all groups at a time.
+
+    The group of all ranks is never used for an axis. Gradients and weights are exchanged over data
+    ranks in the background. Where all ranks are data ranks, whatever ranks agree on would have to
+    wait for that.
     """
 
     def __init__(self, world: World) -> None:
-        """It knows the group of all ranks."""
-        everyone = tuple(range(world.size))
         self._rank = world.rank
-        self._own: dict[tuple[int, ...], Any] = {everyone: dist.group.WORLD}
-        self._known = {everyone}
+        self._own: dict[tuple[int, ...], Any] = {}
+        self._known: set[tuple[int, ...]] = set()
 
     def divide(self, lists: Iterable[Sequence[int]]) -> Any:
-        """Returns this rank's group among groups that do not overlap, or None if it is in none.
+        """Returns this rank's group of a division of all ranks.
 
         Groups that exist already are not created again. Then all of `lists` must exist. All ranks
         must call this with the same lists.
 
-        lists: the ranks of each group.
+        lists: the ranks of each group. Every rank is in one of them.
         """
         divided = [tuple(ranks) for ranks in lists]
         own = _of(divided, self._rank)
         if divided[0] not in self._known:
             self._own[own] = create(divided, self._rank)
             self._known.update(divided)
-        return self._own.get(own)
+        return self._own[own]
 
     def find(self, ranks: Iterable[int]) -> Any:
         """Returns what new_group would return for these ranks, or None if `divide` never got them.
@@ -54,19 +56,17 @@ class ProcessGroups:
 
 
 def create(lists: Sequence[Sequence[int]], rank: int) -> Any:
-    """Creates groups that do not overlap, and returns that of `rank`, or None if it is in none.
+    """Creates the groups of a division of all ranks, and returns that of `rank`.
 
-    All ranks must call this together with the same lists.
+    All ranks must call this together with the same lists. Every rank must be in one of them: NCCL
+    needs all ranks when it splits its communicator, and torch names a group by the number of
+    groups that a rank has created before.
     """
     own = _of(lists, rank)
-    if not own:
-        # NCCL needs every rank when it splits its communicator.
-        dist.new_group(list(lists[0]))
-        return None
     # With this option, a rank does not have to call new_group for the groups that it is not in.
     return dist.new_group(list(own), use_local_synchronization=True)
 
 
 def _of(lists: Sequence[Sequence[int]], rank: int) -> tuple[int, ...]:
-    """The list with this rank, or an empty one."""
-    return next((tuple(ranks) for ranks in lists if rank in ranks), ())
+    """The list with this rank."""
+    return next(tuple(ranks) for ranks in lists if rank in ranks)

@@ -105,6 +105,7 @@ class Engine:
                 module,
                 build_optimizer(module, training, fused=mesh.device.type == "cuda"),
                 deepspeed_settings(training, topology, bf16),
+                mesh,
             )
         self.optimizer = self.engine.optimizer
         self._clock = ComputeClock(self.engine, mesh.device)
@@ -304,11 +305,13 @@ def _mark(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[tuple[Tens
 
 
 def _ends(mesh: Mesh, is_dualpipe: bool) -> list[list[int]]:
-    """Of each pipeline, the ranks that hold a tied embedding.
+    """Divides each pipeline into the ranks that hold a tied embedding and the others.
 
     With DualPipeV the first rank has both the first and the last stage.
     """
-    pipelines = mesh.grid.get_axis_comm_lists("pipe")
-    if is_dualpipe or mesh.pp_size == 1:
-        return [ranks[:1] for ranks in pipelines]
-    return [[ranks[0], ranks[-1]] for ranks in pipelines]
+    divided = []
+    for ranks in mesh.grid.get_axis_comm_lists("pipe"):
+        holders = ranks[:1] if is_dualpipe or len(ranks) == 1 else [ranks[0], ranks[-1]]
+        others = [rank for rank in ranks if rank not in holders]
+        divided += [part for part in (holders, others) if part]
+    return divided

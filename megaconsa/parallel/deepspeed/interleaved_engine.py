@@ -11,6 +11,7 @@ This file imports DeepSpeed at its head, so import it only after the mesh exists
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ from torch import distributed as dist
 from megaconsa.parallel.deepspeed.messages import Layout, pack, unpack
 from megaconsa.parallel.deepspeed.pipeline_modules import CostCutModule
 from megaconsa.parallel.interleaved import CHUNKS, Pass, passes
+from megaconsa.parallel.mesh import Mesh
+from megaconsa.parallel.process_groups import create
 
 
 class InterleavedModule(DualPipeVModule, CostCutModule):
@@ -111,15 +114,65 @@ class InterleavedSchedule(schedule.PipeSchedule):
         return [kind(self._buffer(each), phase=each.chunk)]
 
 
-class InterleavedEngine(DualPipeVEngine):
-    """Runs an InterleavedModule.
+@dataclass(frozen=True)
+class NeighbourGroups:
+    """A rank's process groups with its neighbours in the ring of a pipeline.
 
-    Each direction between two neighbours has a process group of its own. NCCL runs what two ranks
-    exchange in a group in the order in which it was posted, and the orders of the two directions
-    differ.
+    Each direction between two neighbours has a group of its own. NCCL runs what two ranks exchange
+    in a group in the order in which it was posted, and the orders of the two directions differ.
     """
 
-    def __init__(self, module: InterleavedModule, optimizer: Any, settings: Mapping[str, Any]):
+    activations_before: Any
+    """With the rank before, from which activations come."""
+    activations_following: Any
+    gradients_before: Any
+    gradients_following: Any
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> NeighbourGroups:
+        """Creates the groups. All ranks must call this together."""
+        rings = mesh.grid.get_axis_comm_lists("pipe")
+        own: list[dict[int, Any]] = []
+        for _ in ("activations", "gradients"):
+            by_place: dict[int, Any] = {}
+            for places in _rounds(mesh.pp_size):
+                group = create(_pairs(rings, places), mesh.world.rank)
+                by_place |= dict.fromkeys(places, group)
+            own.append(by_place)
+        before = (mesh.pp_rank - 1) % mesh.pp_size
+        return cls(own[0][before], own[0][mesh.pp_rank], own[1][before], own[1][mesh.pp_rank])
+
+
+def _rounds(size: int) -> list[list[int]]:
+    """Divides the places of a ring so that neighbouring places are not together."""
+    rounds = [list(range(0, size - 1, 2)), list(range(1, size - 1, 2))]
+    if size % 2:
+        rounds.append([size - 1])
+    else:
+        rounds[1].append(size - 1)
+    return [places for places in rounds if places]
+
+
+def _pairs(rings: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[int]]:
+    """In each ring, the rank at each place with the rank after it. Other ranks are alone."""
+    found = []
+    for ring in rings:
+        pairs = [sorted((ring[place], ring[(place + 1) % len(ring)])) for place in places]
+        paired = {rank for pair in pairs for rank in pair}
+        found += pairs + [[rank] for rank in ring if rank not in paired]
+    return found
+
+
+class InterleavedEngine(DualPipeVEngine):
+    """Runs an InterleavedModule."""
+
+    def __init__(
+        self,
+        module: InterleavedModule,
+        optimizer: Any,
+        settings: Mapping[str, Any],
+        groups: NeighbourGroups,
+    ) -> None:
         mpu = module.mpu()
         self._active_phase = _INIT
         # DualPipeV's own constructor demands more micro-batches than this schedule needs.
@@ -145,7 +198,7 @@ class InterleavedEngine(DualPipeVEngine):
         """Receives that are posted, by the buffer: the handle and the message."""
         self._sending: list[tuple[Any, Tensor]] = []
         """Sends, with the messages that must stay in memory until they are delivered."""
-        self._activations, self._gradients = self._neighbour_groups()
+        self._groups = groups
         self._configure_python_gc()
 
     def is_last_stage(self) -> bool:
@@ -155,25 +208,6 @@ class InterleavedEngine(DualPipeVEngine):
 
     def reset_activation_shape(self) -> None:
         self._layout = Layout((), ())
-
-    def _neighbour_groups(self) -> tuple[list[Any], list[Any]]:
-        """For activations and for gradients: the groups with the rank before and the rank after.
-
-        Every rank creates every group, as torch demands.
-        """
-        found: list[list[Any]] = []
-        for _ in ("activations", "gradients"):
-            own: list[Any] = [None, None]
-            for ranks in self.grid._topo.get_axis_comm_lists("pipe"):
-                for place, rank in enumerate(ranks):
-                    following = ranks[(place + 1) % len(ranks)]
-                    group = dist.new_group(sorted((rank, following)))
-                    if self.global_rank == rank:
-                        own[1] = group
-                    if self.global_rank == following:
-                        own[0] = group
-            found.append(own)
-        return found[0], found[1]
 
     def _is_loss_stage(self, phase: int) -> bool:
         is_loss: bool = self.stage_id == self.num_stages - 1 and phase == CHUNKS - 1
@@ -218,7 +252,7 @@ class InterleavedEngine(DualPipeVEngine):
         if self._announces_layout:
             self._announces_layout = False
             self._send_tensor_meta(outputs, self._following)
-        self._send(pack(outputs), self._following, self._activations[1])
+        self._send(pack(outputs), self._following, self._groups.activations_following)
         if not torch.is_grad_enabled():
             self.pipe_buffers["outputs"][buffer_id] = None
 
@@ -226,17 +260,19 @@ class InterleavedEngine(DualPipeVEngine):
         inputs: Sequence[Tensor] = self.pipe_buffers["inputs"][buffer_id]
         gradients = [x.grad for x in inputs if x.grad is not None]
         self.pipe_buffers["inputs"][buffer_id] = None
-        self._send(pack(gradients), self._before, self._gradients[0])
+        self._send(pack(gradients), self._before, self._groups.gradients_before)
 
     def _receive_activations(self, buffer_id: int, phase: int) -> None:
         if not self._layout.shapes:
             if self.stage_id == 0:
                 return  # It has not sent anything yet. The pass itself will receive.
             self._layout = Layout.of(self._recv_tensor_meta(self._before))
-        self._post(buffer_id, self._layout, self._before, self._activations[0])
+        self._post(buffer_id, self._layout, self._before, self._groups.activations_before)
 
     def _receive_gradients(self, buffer_id: int, phase: int) -> None:
-        self._post(buffer_id, self._layout.floating(), self._following, self._gradients[1])
+        self._post(
+            buffer_id, self._layout.floating(), self._following, self._groups.gradients_following
+        )
 
     def _finish_sends(self) -> None:
         for handle, _ in self._sending:

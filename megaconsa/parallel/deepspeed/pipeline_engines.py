@@ -11,8 +11,13 @@ from typing import Any
 import deepspeed
 
 from megaconsa.config import PipelineSchedule
-from megaconsa.parallel.deepspeed.interleaved_engine import InterleavedEngine, InterleavedModule
+from megaconsa.parallel.deepspeed.interleaved_engine import (
+    InterleavedEngine,
+    InterleavedModule,
+    NeighbourGroups,
+)
 from megaconsa.parallel.deepspeed.pipeline_modules import CostCutModule, DualPipeCostCutModule
+from megaconsa.parallel.mesh import Mesh
 
 MODULES: dict[PipelineSchedule, type[CostCutModule]] = {
     "1f1b": CostCutModule,
@@ -21,11 +26,13 @@ MODULES: dict[PipelineSchedule, type[CostCutModule]] = {
 }
 
 
-def build_engine(module: CostCutModule, optimizer: Any, settings: Mapping[str, Any]) -> Any:
+def build_engine(
+    module: CostCutModule, optimizer: Any, settings: Mapping[str, Any], mesh: Mesh
+) -> Any:
     """DeepSpeed's engine for a module of MODULES.
 
     settings: the dictionary that deepspeed.initialize takes.
     """
     if isinstance(module, InterleavedModule):
-        return InterleavedEngine(module, optimizer, settings)
+        return InterleavedEngine(module, optimizer, settings, NeighbourGroups.of(mesh))
     return deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings))[0]
