@@ -26,6 +26,7 @@ class ProcessGroups:
 
     def __init__(self, world: World) -> None:
         self._rank = world.rank
+        self._everyone = tuple(range(world.size))
         self._own: dict[tuple[int, ...], Any] = {}
         self._known: set[tuple[int, ...]] = set()
 
@@ -47,11 +48,13 @@ class ProcessGroups:
     def find(self, ranks: Iterable[int]) -> Any:
         """Returns what new_group would return for these ranks, or None if `divide` never got them.
 
+        All ranks always have a group, that of torch.distributed.
+
         Like new_group, it returns GroupMember.NON_GROUP_MEMBER if this rank is not among them.
         """
         asked = tuple(ranks)
         if asked not in self._known:
-            return None
+            return dist.group.WORLD if asked == self._everyone else None
         return self._own[asked] if self._rank in asked else GroupMember.NON_GROUP_MEMBER
 
 

@@ -81,7 +81,7 @@ def check_start(values: dict[str, Any], groups: int, alone: int, sockets: int) -
     for figures in measure(build(values)):
         assert figures["calls of new_group"] == groups
         assert figures["calls for one rank"] == alone
-        assert figures["sockets"] <= sockets
+        assert figures["sockets"] <= sockets, figures
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def check_start(values: dict[str, Any], groups: int, alone: int, sockets: int) -
     [
         pytest.param({}, 2, 1, id="data"),
         pytest.param(
-            {"tensor": 2, "pipeline": 2}, 5, 0, id="tensor-pipeline-data", marks=pytest.mark.slow
+            {"tensor": 2, "pipeline": 2}, 4, 0, id="tensor-pipeline-data", marks=pytest.mark.slow
         ),
         pytest.param({"context": 2}, 3, 1, id="context", marks=pytest.mark.slow),
         # A tied embedding adds the first and last ranks of each pipeline.
-        pytest.param({"pipeline": 4}, 5, 1, id="pipeline", marks=pytest.mark.slow),
+        pytest.param({"pipeline": 4}, 4, 1, id="pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_a_start_creates_one_group_an_axis(
