@@ -42,6 +42,30 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    """Prints the version and ends the command."""
+    if wanted:
+        from megaconsa.version import described
+
+        print(f"megaconsa {described()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Print the version, and the commit of a checkout.",
+        ),
+    ] = False,
+) -> None:
+    """Takes the options that stand before the command."""
+
+
 @app.command()
 def train(
     config: Annotated[

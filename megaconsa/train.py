@@ -17,6 +17,7 @@ from megaconsa.errors import InputError, UnreachableError
 from megaconsa.exit_codes import DONE, FAILED, LOST, STOPPED
 from megaconsa.parallel import launcher
 from megaconsa.reading import is_out_of_reach
+from megaconsa.training.early_checks import check_early
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -31,6 +32,8 @@ def train(config_path: Path, overrides: list[str]) -> int:
     # seconds. With several ranks, the check comes later, so that only one rank reports an error.
     alone = launcher.launch().size == 1
     config = configuration.load(config_path, overrides) if alone else None
+    if config is not None:
+        check_early(config)
     from megaconsa.parallel.world import is_joined, join, leave
     from megaconsa.training.inputs import check_inputs
 

@@ -58,8 +58,6 @@ def main(
     from tempfile import TemporaryDirectory
 
     from megaconsa.benchmarks.short_run import run_alone, run_processes, schedule_fields
-    from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
-    from megaconsa.benchmarks.training.peers import TITLES, installed_version, obstacle
     from megaconsa.config import load
     from megaconsa.errors import InputError, RunError
     from megaconsa.files import replace_text
@@ -69,6 +67,11 @@ def main(
         raise InputError(f"--skip {skip} must be less than --steps {steps}, or nothing is timed")
     if out is not None:
         check_out(out)
+    load(config, overrides)
+    # They import torch, so they come after what is most often refused.
+    from megaconsa.benchmarks.training.layouts import Layout, measure, training_table
+    from megaconsa.benchmarks.training.peers import TITLES, installed_version, obstacle
+
     layouts = [Layout(), *(Layout.parse(text) for text in topology or [])]
     fields = {
         layout: [

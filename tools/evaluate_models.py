@@ -94,14 +94,20 @@ def main(
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", offline)
 
+    from megaconsa.data.mixture_file import read_info
     from megaconsa.errors import InputError
+    from megaconsa.evaluation.named_models import named_models
+
+    if task_folder is not None and not task:
+        raise InputError(f"--task-folder {task_folder} without --task NAME; name the tasks to run")
+    # What is most often refused comes before the imports of torch and transformers.
+    read_info(data)
+    named_models(model)
     from megaconsa.evaluation.evaluate import evaluate
     from megaconsa.evaluation.picture import FILE, save_picture
     from megaconsa.evaluation.settings import Request, find_device
     from megaconsa.evaluation.table import evaluation_table, footer
 
-    if task_folder is not None and not task:
-        raise InputError(f"--task-folder {task_folder} without --task NAME; name the tasks to run")
     place = find_device(device)
     evaluation = evaluate(
         Request(

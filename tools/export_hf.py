@@ -67,18 +67,12 @@ def main(
     from contextlib import ExitStack
     from functools import partial
 
-    import torch
-
     from megaconsa.checkpoint import store
     from megaconsa.consa.allocation import Allocation
     from megaconsa.consa.rules import dense
     from megaconsa.console import progress
     from megaconsa.data.tokenizer_folder import GENERATION_CONFIG
     from megaconsa.errors import InputError, RunError
-    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
-    from megaconsa.huggingface.export import export, export_bytes
-    from megaconsa.reporting.gate_plots import save_allocation
-    from megaconsa.tensor_files import MeanTensors
 
     checkpoints = store.newest_of(source, average) if average > 1 else [store.resolve(source)]
     checkpoint = checkpoints[0]
@@ -111,6 +105,14 @@ def main(
         raise InputError(
             f"the run's tokenizer {words} is not there any more; give its folder with --tokenizer"
         )
+    # Imports of torch and transformers come after what is most often refused.
+    import torch
+
+    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
+    from megaconsa.huggingface.export import export, export_bytes
+    from megaconsa.reporting.gate_plots import save_allocation
+    from megaconsa.tensor_files import MeanTensors
+
     tokens = held_out_tokens(checkpoint, verify) if verify else None
     origin = checkpoint.origin
     if average > 1:

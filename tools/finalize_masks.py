@@ -46,12 +46,14 @@ def main(
         megaconsa finalize-masks runs/a/learn --out allocation.json --require-evidence
     """
     from megaconsa.checkpoint import store
-    from megaconsa.checkpoint.gates import read_gates
     from megaconsa.consa.allocation import Allocation
     from megaconsa.errors import InputError
     from megaconsa.reporting.terminal import text_map
 
     checkpoint = store.resolve(run)
+    # Imports torch, so it comes after what is most often refused.
+    from megaconsa.checkpoint.gates import read_gates
+
     bank = read_gates(checkpoint)
     constraint = bank.constraint
     sparsity = constraint.sparsity

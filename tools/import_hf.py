@@ -33,15 +33,19 @@ def main(
         megaconsa train configs/qwen3_0p6b_learn.yaml \
             model.init_from=runs/qwen3_0p6b/import
     """
-    from megaconsa.checkpoint import imported
     from megaconsa.console import progress
     from megaconsa.data import TOKENIZER
-    from megaconsa.data.tokenizer import Tokenizer
     from megaconsa.errors import InputError
     from megaconsa.files import check_new_folder, check_space
-    from megaconsa.huggingface.source import add_generation_config, open_source
 
     check_new_folder(out)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a model folder: it does not exist")
+    # They import torch and transformers, so they come after what is most often refused.
+    from megaconsa.checkpoint import imported
+    from megaconsa.data.tokenizer import Tokenizer
+    from megaconsa.huggingface.source import add_generation_config, open_source
+
     source = open_source(folder)
     tokenizer = Tokenizer.load(folder) if source.has_tokenizer else None
     if tokenizer and tokenizer.vocab_size > source.model_config.vocab_size:

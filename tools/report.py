@@ -21,6 +21,11 @@ def main(
     Example: megaconsa report runs/quickstart --out quickstart.html
     """
     from megaconsa.console import console
+    from megaconsa.errors import InputError
+
+    # Drawing imports matplotlib, so a wrong path is refused before.
+    if not run.is_dir():
+        raise InputError(f"run {run} does not exist; give a run folder, or a folder of runs")
     from megaconsa.reporting.report import write_report
 
     console.print(f"wrote {write_report(run, out)}", markup=False)

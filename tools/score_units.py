@@ -132,8 +132,6 @@ def main(
     from megaconsa.checkpoint import store
     from megaconsa.consa.allocation import Allocation
     from megaconsa.consa.constraint import Constraint
-    from megaconsa.evaluation.settings import find_device
-    from megaconsa.evaluation.unit_scores import ScoreRequest, score_units
     from megaconsa.files import replace_text
     from megaconsa.reporting.terminal import text_map
 
@@ -142,6 +140,10 @@ def main(
     kv_heads = found.model_config.num_key_value_heads
     # Made before the scores, so that a target that cannot be met does not cost their time.
     constraint = Constraint(layers, kv_heads, sparsity, granularity, scope, floor)
+    # They import torch, so they come after what is most often refused.
+    from megaconsa.evaluation.settings import find_device
+    from megaconsa.evaluation.unit_scores import ScoreRequest, score_units
+
     request = ScoreRequest(method, find_device(device), granularity, window, **given)
     scored = score_units(found, request)
     table = Allocation.from_scores(scored.scores, constraint, scored.window, scored.origin)

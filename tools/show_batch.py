@@ -39,6 +39,10 @@ def main(
 
     from rich.text import Text
 
+    from megaconsa.training.early_checks import check_run_folder
+
+    # Reading data imports torch, so a wrong path is refused before.
+    check_run_folder(run)
     from megaconsa.training.step_batch import step_batch
 
     found = step_batch(run, step, data, sequences)

@@ -50,6 +50,10 @@ def main(
 
         megaconsa sweep configs/study.yaml --out runs/study --only 12
     """
+    from megaconsa.study import settings
+
+    # It refuses what is no study. Heavy modules are imported after that.
+    settings.load(study)
     from megaconsa.study import sweep
 
     runs = sweep.open_study(study, out)

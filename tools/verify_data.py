@@ -20,6 +20,10 @@ def main(
 
     Example: megaconsa verify-data data/python
     """
+    from megaconsa.data.dataset_info import DatasetInfo
+
+    # It refuses what is no data folder. Heavy modules are imported after that.
+    DatasetInfo.load(path)
     from megaconsa.data.shards import verify
 
     with progress("verifying", None, "shards") as task:

@@ -14,7 +14,7 @@ from typing import Any
 
 from megaconsa import run_folder
 from megaconsa.cluster.bad_nodes import FIRST
-from megaconsa.consa.evidence_gates import CLOSING_SHARE
+from megaconsa.consa.gate_settings import CLOSING_SHARE
 from megaconsa.errors import RunError
 
 

@@ -15,6 +15,8 @@ If there are several ranks, each writes its own file: model-00001-of-00008.safet
 Each tensor is stored whole in one of them, so that a checkpoint does not depend on the topology. A
 folder named step_N is always complete, because writer.py gives it that name at the end. No pickle
 is read or written.
+
+Only reading tensors imports torch, so that checkpoints are listed and refused quickly.
 """
 
 from __future__ import annotations
@@ -29,11 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from safetensors.torch import load_file
-from torch import Tensor
 
 from megaconsa import run_folder
 from megaconsa.consa.allocation import Allocation
@@ -44,7 +44,11 @@ from megaconsa.files import is_inside_name, parse_json
 from megaconsa.model.config import ModelConfig
 from megaconsa.reading import patiently, read_text
 from megaconsa.run_paths import relocated, shown
-from megaconsa.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaconsa.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +239,8 @@ class Checkpoint:
             yield
 
     def _tensors(self, kind: str) -> TensorFiles:
+        from megaconsa.tensor_files import TensorFiles
+
         pattern = re.compile(rf"{kind}[-.].*safetensors$")
         paths = [self.path / name for name in self.manifest["files"] if pattern.match(name)]
         for path in paths:
@@ -415,6 +421,8 @@ def _read(path: Path) -> Checkpoint:
 
 def _load(path: Path) -> dict[str, Tensor]:
     """Reads all tensors of a small file."""
+    from safetensors.torch import load_file
+
     _await_opening(path)
     return load_file(path)
 

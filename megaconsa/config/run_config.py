@@ -25,7 +25,7 @@ from megaconsa.config.sections import (
 from megaconsa.consa import rules
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.gates import GateSettings
+from megaconsa.consa.gate_settings import GateSettings
 from megaconsa.model.config import PRESETS, ModelConfig
 
 

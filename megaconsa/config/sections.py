@@ -18,7 +18,7 @@ from pydantic import (
 
 from megaconsa.consa import rules
 from megaconsa.consa.constraint import Granularity, Scope
-from megaconsa.consa.gates import ControllerName
+from megaconsa.consa.gate_settings import ControllerName
 from megaconsa.data.cache_settings import CACHE_GIB, CacheSettings
 from megaconsa.errors import InputError
 from megaconsa.model.budget import QUANTITIES, Budget

@@ -9,15 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, get_args
 
 from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
-from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.reading import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaconsa.kernels.attention.head_pattern import HeadPattern
 
 FORMAT_VERSION = 1
 FULL_WINDOW = 2**31 - 1
@@ -79,6 +81,9 @@ class Allocation:
 
         The windows are the same for every sequence, and there are no gates.
         """
+        # Only a model selects. A table that is read or counted needs no kernels and no torch.
+        from megaconsa.kernels.attention.head_pattern import HeadPattern
+
         return HeadPattern(self.windows(layer))
 
     def full_heads_first(self, layer: int) -> tuple[int, ...]:
@@ -210,9 +215,23 @@ class Allocation:
 
         table: (layers, units per layer) booleans. True is full.
         """
+        return cls.from_heads(constraint.heads(table), constraint, window, origin)
+
+    @classmethod
+    def from_heads(
+        cls,
+        full: Tensor | Sequence[Sequence[bool]],
+        constraint: Constraint,
+        window: int,
+        origin: dict[str, Any] | None = None,
+    ) -> Allocation:
+        """The allocation of a table of KV heads.
+
+        full: (layers, KV heads) booleans. True is full.
+        """
         return cls(
             window=window,
-            full=as_rows(constraint.heads(table)),
+            full=as_rows(full),
             granularity=constraint.granularity,
             scope=constraint.scope,
             target_sparsity=constraint.sparsity,

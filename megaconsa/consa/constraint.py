@@ -3,19 +3,22 @@
 A unit is a KV head or a whole layer. A constraint says that an exact number of its units use the
 sliding window. With `per_layer` scope every layer has its own constraint. With `global` scope one
 constraint spans all layers.
+
+A configuration is checked with these numbers alone, so torch is imported where tensors are made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megaconsa.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Granularity = Literal["kv_head", "layer"]
 Scope = Literal["per_layer", "global"]
@@ -105,6 +108,8 @@ class Constraint:
         The units that the floor keeps come first. Ties keep the lower index. Returns booleans of
         the same shape, on the CPU. True is full.
         """
+        import torch
+
         rows = self._ranked(scores)
         # A stable sort puts the lower index first among ties.
         order = rows.argsort(dim=-1, descending=True, stable=True)
@@ -121,6 +126,8 @@ class Constraint:
         cut is then minus infinity if all are full, and infinity if all are windowed. A unit that
         only the floor keeps full does not move the cut.
         """
+        import torch
+
         if self.windowed == 0:
             return torch.full((self.count,), -torch.inf, dtype=torch.float64)
         last_full, first_windowed = self._beside_the_cut(scores)
@@ -157,6 +164,8 @@ class Constraint:
 
         scores: (layers, units per layer). Returns booleans of the same shape, on the CPU.
         """
+        import torch
+
         values = scores.detach().double().cpu()
         best = values.argsort(dim=1, descending=True, stable=True)[:, : self.floor]
         return torch.zeros_like(values, dtype=torch.bool).scatter_(1, best, True)
@@ -183,7 +192,7 @@ class Constraint:
         """
         values = scores.detach().double().cpu()
         if self.floor:
-            values = values.masked_fill(self.kept_by_floor(values), torch.inf)
+            values = values.masked_fill(self.kept_by_floor(values), math.inf)
         return self.rows(values)
 
     def _beside_the_cut(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +201,8 @@ class Constraint:
         The last full score is infinity where all units are windowed. Where the floor takes every
         full unit, it is the lowest score that the floor keeps, and at least the first windowed one.
         """
+        import torch
+
         ranked = self._ranked(scores).sort(dim=-1, descending=True).values
         first_windowed = ranked[:, self.full]
         if self.full == 0:

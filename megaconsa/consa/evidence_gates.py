@@ -19,9 +19,8 @@ from torch import Tensor
 
 from megaconsa.consa.constraint import Constraint
 from megaconsa.consa.evidence import Evidence
+from megaconsa.consa.gate_settings import CLOSING_SHARE
 
-CLOSING_SHARE = 0.25
-"""Last part of a run, in which units are decided."""
 SETTLED_SHARE = 0.05
 """Last part of a run, in which all units are decided. The weights train with the finished table."""
 TRANSITION = 0.25

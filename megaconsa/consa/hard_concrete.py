@@ -10,9 +10,10 @@ It is a stretched, clamped relaxation of a coin:
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BETA = 2 / 3
 GAMMA = -0.1
@@ -25,16 +26,16 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     uniform: uniform numbers in (0, 1), both ends excluded.
     """
     # logit(u) = log u - log(1 - u)
-    soft = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA)
+    soft = ((uniform.logit() + log_alpha) / BETA).sigmoid()
     stretched = soft * (ZETA - GAMMA) + GAMMA
     return stretched.clamp(0, 1)
 
 
 def probability_nonzero(log_alpha: Tensor) -> Tensor:
     """P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))."""
-    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+    return (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()
 
 
 def probability_one(log_alpha: Tensor) -> Tensor:
     """P(z = 1) = sigmoid(log_alpha - beta log((1 - gamma) / (zeta - 1)))."""
-    return torch.sigmoid(log_alpha - BETA * math.log((1 - GAMMA) / (ZETA - 1)))
+    return (log_alpha - BETA * math.log((1 - GAMMA) / (ZETA - 1))).sigmoid()

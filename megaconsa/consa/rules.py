@@ -5,14 +5,15 @@ They are the baselines that a learned allocation must beat.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.constraint import Constraint, Granularity, Scope
 from megaconsa.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rule = Literal["dense", "all-swa", "interleaved", "head-share", "bottom-swa", "middle", "random"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -69,15 +70,15 @@ def head_share(
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["head-share"])
     if seed is not None:
         return _drawn(constraint, window, seed, "head-share")
-    equal_scores = torch.zeros(constraint.shape)  # ties keep the first heads
-    return Allocation.from_scores(equal_scores, constraint, window, {"rule": "head-share"})
+    row = [head < constraint.full for head in range(num_kv_heads)]
+    return Allocation.from_heads([row] * num_layers, constraint, window, {"rule": "head-share"})
 
 
 def bottom_swa(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
     """Sliding-window layers at the bottom of the stack, full layers above."""
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["bottom-swa"])
-    full = torch.arange(num_layers) >= constraint.windowed
-    return Allocation.from_table(full[:, None], constraint, window, {"rule": "bottom-swa"})
+    full = [layer >= constraint.windowed for layer in range(num_layers)]
+    return _by_layers(full, constraint, window, "bottom-swa")
 
 
 def middle(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> Allocation:
@@ -88,9 +89,8 @@ def middle(num_layers: int, num_kv_heads: int, window: int, sparsity: float) -> 
     constraint = Constraint(num_layers, num_kv_heads, sparsity, *OWN_UNITS["middle"])
     above = constraint.windowed // 2
     below = constraint.windowed - above
-    layers = torch.arange(num_layers)
-    full = (layers >= below) & (layers < num_layers - above)
-    return Allocation.from_table(full[:, None], constraint, window, {"rule": "middle"})
+    full = [below <= layer < num_layers - above for layer in range(num_layers)]
+    return _by_layers(full, constraint, window, "middle")
 
 
 def random(constraint: Constraint, window: int, seed: int) -> Allocation:
@@ -148,8 +148,13 @@ def _layers(full: list[bool], num_kv_heads: int, window: int, rule: str) -> Allo
     """An allocation by layers. full: one boolean per layer."""
     sparsity = 1 - sum(full) / len(full)
     constraint = Constraint(len(full), num_kv_heads, sparsity, "layer", "global")
-    table = torch.tensor(full, device="cpu")[:, None]
-    return Allocation.from_table(table, constraint, window, {"rule": rule})
+    return _by_layers(full, constraint, window, rule)
+
+
+def _by_layers(full: Sequence[bool], constraint: Constraint, window: int, rule: str) -> Allocation:
+    """An allocation by layers. full: one boolean per layer."""
+    rows = [[of_layer] * constraint.num_kv_heads for of_layer in full]
+    return Allocation.from_heads(rows, constraint, window, {"rule": rule})
 
 
 def _drawn(constraint: Constraint, window: int, seed: int, rule: str) -> Allocation:
@@ -163,5 +168,7 @@ def _random_scores(constraint: Constraint, seed: int) -> Tensor:
 
     A seed gives the same scores on every machine.
     """
+    import torch  # Only these two rules need it.
+
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.rand(constraint.shape, dtype=torch.float64, generator=generator)

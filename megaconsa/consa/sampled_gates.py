@@ -10,14 +10,10 @@ from torch import Tensor
 from megaconsa.consa import hard_concrete, philox
 from megaconsa.consa.augmented_lagrangian import AugmentedLagrangian
 from megaconsa.consa.constraint import Constraint
+from megaconsa.consa.gate_settings import DECAY_SHARE
 
 GRADIENT_CLIPPING = 1.0
 """Largest norm of the loss's gradient in log_alpha. It is clipped separately from the model's."""
-DECAY_SHARE = 0.2
-"""Last part of the run, over which the gates' learning rate falls to 0.
-
-The decay lets the noise of the samples settle on the target.
-"""
 
 
 class SampledGates:

@@ -28,7 +28,6 @@ from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.folder_lock import finish, preparation
 from megaconsa.data.pieces import Piece, cut, identity
 from megaconsa.data.preparation_options import Options
-from megaconsa.data.shards import write_split
 from megaconsa.data.sources import SourceFiles, find_files
 from megaconsa.data.split_documents import SplitDocuments, in_validation
 from megaconsa.data.statistics import source_statistics
@@ -267,6 +266,9 @@ def _pack(
         characters += int(documents["characters"].sum(dtype=np.int64))
         if options.drop_duplicates:
             dropped += int((kind != UNIQUE).sum())
+    # Imports torch, so it comes after what is most often refused.
+    from megaconsa.data.shards import write_split
+
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     splits = {}
     for split in [TRAIN, VALIDATION] if options.validation_share else [TRAIN]:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megaconsa.data.fingerprint import fingerprint
 from megaconsa.data.tokenizer_folder import (
@@ -27,6 +27,10 @@ from megaconsa.data.tokenizer_folder import (
 )
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
+
+if TYPE_CHECKING:
+    # Imported late elsewhere, because it takes seconds and most refusals come before.
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"
@@ -76,6 +80,8 @@ class Tokenizer:
             raise InputError(
                 f"tokenizer {folder}: no such folder, name one that holds tokenizer.json"
             )
+        from transformers import PreTrainedTokenizerFast
+
         tokenizer = load_pretrained(folder)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InputError(f"tokenizer {folder}: it has no fast version, add its tokenizer.json")
@@ -206,6 +212,8 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=_fast_tokenizer(processor),
         eos_token=END_OF_TEXT,

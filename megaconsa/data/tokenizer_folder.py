@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megaconsa.data import TOKENIZER
 from megaconsa.data.cache_settings import DEFAULT_CACHE, CacheSettings
@@ -19,6 +17,9 @@ from megaconsa.data.remote_cache import RemoteFolder
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json
 from megaconsa.remote_path import is_remote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GENERATION_CONFIG = "generation_config.json"
 """A file of a model's folder. It says which ids end the model's answers, and how it samples.
@@ -131,6 +132,8 @@ def _readable(config: dict[str, Any]) -> dict[str, Any]:
 
     transformers 4 fails on a list of extra_special_tokens, which transformers 5 saves.
     """
+    import transformers
+
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and int(transformers.__version__.split(".")[0]) < 5:
         return {"extra_special_tokens": {}, "additional_special_tokens": extra}
@@ -151,6 +154,8 @@ def _load(
     it does not follow tokenizer.json. transformers 5 has classes that read only the vocabulary from
     tokenizer.json.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     # trust_remote_code is given as False. Without it, transformers would ask on the terminal.
     where = {"local_files_only": True, "trust_remote_code": False}
     try:

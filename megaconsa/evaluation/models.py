@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from megaconsa import run_folder
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
+from megaconsa.evaluation.named_models import named_models
 from megaconsa.huggingface.load import load_exported, register
 from megaconsa.huggingface.source import Source, open_source
 
@@ -66,15 +66,8 @@ def open_models(named: Sequence[str], data: Path, info: DatasetInfo) -> list[Can
     """
     # Otherwise the tokenizer of a head-wise export would ask whether to trust its code.
     register()
-    candidates: list[Candidate] = []
-    for name in named:
-        label, folder = _split(name)
-        if any(label == other.label for other in candidates):
-            raise InputError(
-                f"two models are called {label}; "
-                f"give each a label of its own, --model LABEL={folder}"
-            )
-        _check_exported(folder)
+    candidates = []
+    for label, folder in named_models(named):
         source = open_source(folder)
         _check_vocabulary(folder, source, data, info)
         candidates.append(Candidate(label, folder, source, digest(folder)))
@@ -91,30 +84,6 @@ def digest(folder: Path) -> str:
             stat = path.stat()
             found.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return found.hexdigest()[:16]
-
-
-def _split(name: str) -> tuple[str, Path]:
-    """Splits a --model argument into label and folder."""
-    # The path of a folder may contain a "=" (runs/lr=0.1/hf), but a label contains no "/".
-    label, equals, folder = name.partition("=")
-    if not equals or "/" in label:
-        return Path(name).resolve().name, Path(name)
-    if not label or not folder:
-        raise InputError(f"--model {name} is neither LABEL=FOLDER nor FOLDER")
-    return label, Path(folder)
-
-
-def _check_exported(folder: Path) -> None:
-    """Raises InputError for a missing folder, a run and a checkpoint."""
-    if not folder.is_dir():
-        raise InputError(f"model {folder} is not there; give a folder that export-hf made")
-    kinds = {"a run": folder / run_folder.CONFIG, "a checkpoint": folder / "state.json"}
-    for kind, mark in kinds.items():
-        if mark.is_file():
-            raise InputError(
-                f"{folder} is {kind}, not an exported model; "
-                f"export it first: megaconsa export-hf {folder} --out FOLDER"
-            )
 
 
 def _check_vocabulary(folder: Path, source: Source, data: Path, info: DatasetInfo) -> None:

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from megaconsa.consa.allocation import FULL_WINDOW, Allocation
 from megaconsa.model.config import ModelConfig
 
+LOGIT_CHUNK_BYTES = 2**29
+"""Bytes of logits in memory at a time. Large enough for efficient matrix products."""
+
 Lengths = Iterable[int] | NDArray[np.integer]
 """Token counts of the documents. Tokens see each other within a document only.
 

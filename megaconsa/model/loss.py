@@ -14,14 +14,13 @@ from megaconsa.kernels.cross_entropy.cross_entropy import (
     softmax_and_target,
 )
 from megaconsa.kernels.cross_entropy.softmax import Softmax
+from megaconsa.model.flops import LOGIT_CHUNK_BYTES
 from megaconsa.model.weight_gradients import add_product, main_grad, note_added
 
 IGNORED = -100
 """Label that counts neither in the loss nor among the tokens."""
 ELSEWHERE = -1
 """Label whose row of the head is on another rank. It is negative too, and differs from IGNORED."""
-CHUNK_BYTES = 2**29
-"""Bytes of logits in memory at a time. Large enough for efficient matrix products."""
 
 
 class Ranks(Protocol):
@@ -86,7 +85,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # The chunks' products add up in fp32, see `add_product`.
             d_weight = torch.zeros(weight.shape, device=weight.device)
-        rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
+        rows = max(1, LOGIT_CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
             x = hidden[chunk]

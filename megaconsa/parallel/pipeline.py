@@ -21,6 +21,7 @@ from megaconsa.parallel import vocabulary
 from megaconsa.parallel.context_parallel import ContextParallel
 from megaconsa.parallel.sharding import OwnHeads, Sharding
 from megaconsa.parallel.tensor_parallel import TensorParallel
+from megaconsa.parallel.topology import vocabulary_rows
 
 Carry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """What travels between layers:
@@ -38,7 +39,7 @@ With context parallelism the first two hold this rank's tokens, and documents al
 class EmbeddingLayer(nn.Embedding):
     def __init__(self, model_config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(
-            vocabulary.rows(model_config.vocab_size, tp.size), model_config.hidden_size
+            vocabulary_rows(model_config.vocab_size, tp.size), model_config.hidden_size
         )
         self.tp = tp
 
@@ -99,7 +100,7 @@ class NormLayer(RMSNorm):
 class LMHeadLayer(nn.Linear):
     def __init__(self, model_config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(
-            model_config.hidden_size, vocabulary.rows(model_config.vocab_size, tp.size), bias=False
+            model_config.hidden_size, vocabulary_rows(model_config.vocab_size, tp.size), bias=False
         )
         self.loss = partial(head_loss, vocab_size=model_config.vocab_size, tp=tp)
 

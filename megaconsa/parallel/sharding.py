@@ -12,7 +12,7 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from megaconsa.model.config import ModelConfig
-from megaconsa.parallel import vocabulary
+from megaconsa.parallel.topology import vocabulary_rows
 from megaconsa.tensor_files import Sliceable
 
 BY_HEAD = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
@@ -101,7 +101,7 @@ class Sharding:
             width = size // self.model_config.num_key_value_heads
             heads = self.own_heads(_layer(name))
             return _joined([range(head * width, (head + 1) * width) for head in heads])
-        count = vocabulary.rows(size, self.size)
+        count = vocabulary_rows(size, self.size)
         return [range(self.rank * count, (self.rank + 1) * count)]
 
     def join(self, name: str, parts: list[Tensor]) -> Tensor:

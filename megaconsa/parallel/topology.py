@@ -13,6 +13,11 @@ from megaconsa.errors import InputError
 from megaconsa.parallel import interleaved
 
 
+def vocabulary_rows(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding on each of `tensor` ranks. The last rank's may be padding."""
+    return -(-vocab_size // tensor)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Number of ranks on each axis. Their product is the number of processes."""

@@ -12,11 +12,6 @@ from megaconsa.model.weight_gradients import add_gradient, main_grad
 from megaconsa.parallel.tensor_parallel import TensorParallel
 
 
-def rows(vocab_size: int, size: int) -> int:
-    """Rows of the embedding on each of `size` ranks. The last rank's may be padding."""
-    return -(-vocab_size // size)
-
-
 def lookup(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     """This rank's part of the embeddings, (B, S, hidden). The sum over ranks is the embedding.
 

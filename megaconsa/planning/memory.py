@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from megaconsa.config import Config
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.flops import block_parameters
-from megaconsa.model.loss import CHUNK_BYTES
+from megaconsa.model.flops import LOGIT_CHUNK_BYTES, block_parameters
 from megaconsa.parallel.recomputation import Recomputation
-from megaconsa.parallel.topology import Topology
-from megaconsa.parallel.vocabulary import rows
+from megaconsa.parallel.topology import Topology, vocabulary_rows
 
 Stages = Sequence[tuple[int, int]]
 """Each stage of a pipeline rank: its first layer, and the layer after its last one.
@@ -163,7 +161,7 @@ def _weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
     A tied embedding counts once if the rank holds both the embedding and the output head.
     """
     linear, norms = block_parameters(model_config)
-    embedding = rows(model_config.vocab_size, tensor) * model_config.hidden_size
+    embedding = vocabulary_rows(model_config.vocab_size, tensor) * model_config.hidden_size
     of_layer = [
         embedding,
         *[linear // tensor + norms] * model_config.num_hidden_layers,
@@ -203,8 +201,8 @@ def _logit_bytes(model_config: ModelConfig, tokens: int, value: int, tensor: int
 
     tokens: tokens of a micro-batch. value: bytes of a weight.
     """
-    vocabulary = rows(model_config.vocab_size, tensor)
-    chunk_tokens = min(tokens, max(1, CHUNK_BYTES // (value * vocabulary)))
+    vocabulary = vocabulary_rows(model_config.vocab_size, tensor)
+    chunk_tokens = min(tokens, max(1, LOGIT_CHUNK_BYTES // (value * vocabulary)))
     chunk = value * chunk_tokens * vocabulary
     head_gradient = 4 * vocabulary * model_config.hidden_size
     hidden_gradient = value * tokens * model_config.hidden_size

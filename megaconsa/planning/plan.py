@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from megaconsa.config import Config, PipelineSchedule
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
@@ -20,6 +18,7 @@ from megaconsa.model.flops import kv_cache_bytes, parameter_count, peak_flops, t
 from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
+from megaconsa.planning.assumptions import even_allocation
 from megaconsa.planning.balance import TensorBalance, busiest, costs_of_busiest, tensor_balance
 from megaconsa.planning.memory import Memory, rank_memory
 from megaconsa.planning.recomputation import choose_recomputation
@@ -210,9 +209,7 @@ def planned_allocation(config: Config) -> Allocation:
     if fixed is not None:
         return fixed
     constraint = config.constraint()
-    return Allocation.from_scores(
-        torch.zeros(constraint.shape), constraint, config.attention.window
-    )
+    return even_allocation(constraint, config.attention.window)
 
 
 def _cost(

@@ -20,7 +20,8 @@ from megaconsa.evaluation.native_model import NativeModel
 from megaconsa.evaluation.record import NeedleCell
 from megaconsa.files import parse_json, replace_text
 from megaconsa.kernels.cross_entropy.cross_entropy import cross_entropy_
-from megaconsa.model.loss import CHUNK_BYTES, IGNORED
+from megaconsa.model.flops import LOGIT_CHUNK_BYTES
+from megaconsa.model.loss import IGNORED
 from megaconsa.study import fields
 from megaconsa.study.native_needles import ScoredModel, needle_cells
 
@@ -201,7 +202,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     weight: (vocab, hidden).
     labels: (B, S).
     """
-    rows = max(1, CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
+    rows = max(1, LOGIT_CHUNK_BYTES // (weight.itemsize * weight.shape[0]))
     hidden_parts = hidden.flatten(0, 1).split(rows)
     label_parts = labels.flatten().split(rows)
     found = []

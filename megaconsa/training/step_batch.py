@@ -23,6 +23,7 @@ from megaconsa.errors import InputError
 from megaconsa.remote_path import is_remote, with_address
 from megaconsa.reporting.metrics import Row, read_metrics
 from megaconsa.training.callbacks.rewinds import read_rewinds, rewound
+from megaconsa.training.early_checks import check_run_folder
 from megaconsa.training.inputs import describe_data, same_data
 
 CHARACTERS = 256
@@ -121,12 +122,8 @@ def step_batch(run: Path, step: int, data: Path | None, count: int) -> StepBatch
 
 
 def _config(run: Path) -> Config:
-    path = run / run_folder.CONFIG
-    if not path.is_file():
-        raise InputError(
-            f"{run} is not a run folder: it holds no {run_folder.CONFIG}; give a run's run.dir"
-        )
-    return load(path)
+    check_run_folder(run)
+    return load(run / run_folder.CONFIG)
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint | None:

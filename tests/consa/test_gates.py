@@ -12,8 +12,8 @@ import torch
 from megaconsa.consa import hard_concrete, philox
 from megaconsa.consa.allocation import FULL_WINDOW
 from megaconsa.consa.constraint import Constraint
+from megaconsa.consa.gate_settings import DECAY_SHARE
 from megaconsa.consa.gates import GateBank, GateSettings
-from megaconsa.consa.sampled_gates import DECAY_SHARE
 from megaconsa.kernels.attention.head_pattern import HeadPattern
 from tests.support.gate_banks import (
     HEADS,

@@ -17,6 +17,7 @@ from megaconsa.model import loss
 from megaconsa.parallel import vocabulary
 from megaconsa.parallel.launcher import free_port
 from megaconsa.parallel.tensor_parallel import TensorParallel
+from megaconsa.parallel.topology import vocabulary_rows
 
 VOCABULARY = 301
 HIDDEN = 8
@@ -87,7 +88,7 @@ def check_vocabulary(tp: TensorParallel) -> None:
     301 rows leave two rows of padding. The padding holds values that must not count.
     """
     # A chunk holds five tokens, so the last one is shorter.
-    loss.CHUNK_BYTES = 4 * 5 * vocabulary.rows(VOCABULARY, tp.size)
+    loss.LOGIT_CHUNK_BYTES = 4 * 5 * vocabulary_rows(VOCABULARY, tp.size)
     weight = draw(VOCABULARY, HIDDEN).float().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
@@ -99,7 +100,7 @@ def check_vocabulary(tp: TensorParallel) -> None:
     whole = loss.summed_cross_entropy(torch.tanh(embedded), weight, labels) * 0.1
     (truth,) = torch.autograd.grad(whole, weight)
 
-    rows = vocabulary.rows(VOCABULARY, tp.size)
+    rows = vocabulary_rows(VOCABULARY, tp.size)
     padded = torch.cat((weight.detach(), torch.full((rows * tp.size - VOCABULARY, HIDDEN), 3.0)))
     own = padded[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_()
     hidden = tp.leave(vocabulary.lookup(tokens, own, tp))
