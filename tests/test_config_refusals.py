@@ -93,26 +93,26 @@ from tests.support.config_cases import BASE, PER_LAYER, changed, refusal
         ),
         (
             {"parallel__tensor": 3},
-            "parallel.tensor=3 does not divide model.num_key_value_heads=4; use a number that does",
+            "parallel.tensor=3 does not divide model.num_key_value_heads=4; use 2 or 4",
         ),
         (
             {"parallel__tensor": 4, "model__intermediate_size": 90},
-            "parallel.tensor=4 does not divide model.intermediate_size=90; use a number that does",
+            "parallel.tensor=4 does not divide model.intermediate_size=90; use 2",
         ),
         (
             {"parallel__context": 3},
             "training.sequence_length=32 must be a multiple of 6, two chunks for each rank of "
-            "parallel.context=3",
+            "parallel.context=3; use 30 or 36",
         ),
         (
             {"parallel": {"context": 3, "tensor": 4}, "training__sequence_length": 30},
             "training.sequence_length=30, the 10 tokens of a context rank, must be a multiple of "
-            "parallel.tensor=4 to be divided over its ranks",
+            "parallel.tensor=4 to be divided over its ranks; use 24 or 36",
         ),
         (
             {"parallel__tensor": 2, "training__sequence_length": 33},
             "training.sequence_length=33 must be a multiple of parallel.tensor=2 "
-            "to be divided over its ranks; or set parallel.sequence=false",
+            "to be divided over its ranks; use 32 or 34, or set parallel.sequence=false",
         ),
         (
             {"parallel__pipeline": 6},
@@ -136,11 +136,11 @@ from tests.support.config_cases import BASE, PER_LAYER, changed, refusal
         ),
         (
             {"training__micro_batch": 3},
-            "training.global_batch=4 must be a multiple of training.micro_batch=3",
+            "training.global_batch=4 must be a multiple of training.micro_batch=3; use 3 or 6",
         ),
         (
             {"training__micro_batch": 8},
-            "training.global_batch=4 must be a multiple of training.micro_batch=8",
+            "training.global_batch=4 must be a multiple of training.micro_batch=8; use 8",
         ),
         (
             {"training__warmup_steps": 11},

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megaconsa.console import run_tool
+from megaconsa.tables import CsvOption, JsonOption, MarkdownOption
 
 
 def main(
@@ -16,38 +17,72 @@ def main(
         list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Fields to change.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run.")] = 1,
-    device: Annotated[str, typer.Option(help="Kind of GPU, for its bf16 peak.")] = "h100",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            "--gpu",
+            "--device",
+            help="Kind of GPU, for its bf16 peak and memory: h100, h200, a100-40gb, b200, ...",
+        ),
+    ] = "h100",
     mfu: Annotated[
-        float, typer.Option(help="Share of that peak a GPU is expected to reach while it has work.")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            help="Share of that peak that a GPU reaches, without bubble and imbalances. "
+            "Default: assumed by topology and recomputation, from measurements."
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens in the KV cache; default: the training length."),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, with bytes and FLOPs unrounded.")
+    topologies: Annotated[
+        bool, typer.Option("--topologies", help="Compare all topologies of these GPUs instead.")
     ] = False,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     r"""Reckon parameters, memory, FLOPs, KV cache, waiting and time of a run, without GPU or
-    data.
+    data, and whether it fits.
 
-    Example:
+    A stage-2 configuration whose allocation does not exist yet is planned with the target of
+    stage 1.
+
+    Examples:
 
         megaconsa plan configs/qwen3_0p6b_learn.yaml parallel.pipeline=2 \
             --gpus 8 --context 131072
+
+        megaconsa plan configs/qwen3_1p7b_train.yaml --gpus 8 --gpu a100 --topologies
     """
     from json import dumps
 
+    from megaconsa import tables
     from megaconsa.config import load
     from megaconsa.console import console
+    from megaconsa.planning import changes
     from megaconsa.planning.plan import make_plan
-    from megaconsa.planning.table import plan_table
+    from megaconsa.planning.table import plan_table, topology_table, verdict
 
-    plan = make_plan(load(config, overrides), gpus, device, mfu, context)
-    if json:
-        print(dumps(plan.to_dict(), indent=1))
-    else:
-        console.print(plan_table(plan))
+    form = tables.form_of(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
+    loaded = load(config, overrides)
+    plan = make_plan(loaded, gpus, gpu, mfu, context)
+    if topologies:
+        tables.show(topology_table(changes.topologies(loaded, plan, mfu)), form)
+        return
+    if form == "csv" or form == "markdown":
+        tables.show(plan_table(plan), form)
+        return
+    change = None if plan.fits else changes.smallest_change(loaded, plan, mfu)
+    if form == "json":
+        fix = None if change is None else {"gpus": change.plan.gpus, "fields": change.fields}
+        print(dumps({**plan.to_dict(), "smallest_change": fix}, indent=1))
+        return
+    tables.show(plan_table(plan))
+    console.print()
+    for line in verdict(plan, change):
+        console.print(line, style="bold", markup=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import lcm
+
+from megaconsa.config.nearest import nearest_divisors, nearest_multiples
 from megaconsa.config.run_config import Config
 from megaconsa.config.sections import ParallelSection
 from megaconsa.consa import rules
@@ -39,13 +42,15 @@ def check(config: Config) -> None:
     if training.sequence_length > model_config.max_position_embeddings:
         raise InputError(
             f"training.sequence_length={training.sequence_length} exceeds "
-            f"model.max_position_embeddings={model_config.max_position_embeddings}"
+            f"model.max_position_embeddings={model_config.max_position_embeddings}; "
+            "lower the first or raise the second"
         )
     _check_parallel(config.parallel, model_config, training.sequence_length)
     if training.global_batch % training.micro_batch:
         raise InputError(
             f"training.global_batch={training.global_batch} must be a multiple of "
-            f"training.micro_batch={training.micro_batch}"
+            f"training.micro_batch={training.micro_batch}; "
+            f"use {nearest_multiples(training.global_batch, training.micro_batch)}"
         )
     if training.warmup_steps + training.decay_steps > training.steps:
         raise InputError(
@@ -86,19 +91,24 @@ def _check_parallel(
         if size % tensor:
             raise InputError(
                 f"parallel.tensor={tensor} does not divide model.{name}={size}; "
-                "use a number that does"
+                f"use {nearest_divisors(tensor, *sizes.values())}"
             )
     context = parallel.context
+    unit = tensor if parallel.sequence else 1
+    if context > 1:
+        unit = lcm(2 * context, context * unit)
     if context > 1 and sequence_length % (2 * context):
         raise InputError(
             f"training.sequence_length={sequence_length} must be a multiple of {2 * context}, "
-            f"two chunks for each rank of parallel.context={context}"
+            f"two chunks for each rank of parallel.context={context}; "
+            f"use {nearest_multiples(sequence_length, unit)}"
         )
     if parallel.sequence and sequence_length // context % tensor:
         of_each = f", the {sequence_length // context} tokens of a context rank," * (context > 1)
         raise InputError(
             f"training.sequence_length={sequence_length}{of_each} must be a multiple of "
             f"parallel.tensor={tensor} to be divided over its ranks; "
+            f"use {nearest_multiples(sequence_length, unit)}, "
             "or set parallel.sequence=false"
         )
     if parallel.schedule != "1f1b" and pipeline == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaconsa.config import Config, PipelineSchedule, Shard
+from megaconsa.config.nearest import nearest_multiples
 from megaconsa.errors import InputError
 from megaconsa.parallel import interleaved
 
@@ -47,8 +48,8 @@ class Topology:
             by_context = f"parallel.context={context} x " if context > 1 else ""
             raise InputError(
                 f"{processes} processes are not a multiple of parallel.tensor={tensor} x "
-                f"{by_context}parallel.pipeline={pipeline}; start a multiple of {of_a_replica}, "
-                "or lower one of them"
+                f"{by_context}parallel.pipeline={pipeline}; start "
+                f"{nearest_multiples(processes, of_a_replica)}, or lower one of them"
             )
         data = processes // of_a_replica
         accumulation, rest = divmod(training.global_batch, training.micro_batch * data)
@@ -56,7 +57,8 @@ class Topology:
             raise InputError(
                 f"training.global_batch={training.global_batch} must be a multiple of "
                 f"training.micro_batch={training.micro_batch} x data ranks={data} "
-                f"({processes} processes)"
+                f"({processes} processes); "
+                f"use {nearest_multiples(training.global_batch, training.micro_batch * data)}"
             )
         topology = cls(
             tensor, pipeline, data, accumulation, parallel.schedule, context, parallel.shard
@@ -72,15 +74,16 @@ class Topology:
                 f"training.global_batch={training.global_batch} makes {accumulation} "
                 f"micro-batches on each of {data} data ranks, fewer than the "
                 f"{least} stages of parallel.pipeline={pipeline}: {consequence}; "
-                "raise training.global_batch or lower training.micro_batch, "
-                "the number of processes or parallel.pipeline"
+                f"raise training.global_batch to {least * training.micro_batch * data}, "
+                "or lower training.micro_batch, the number of processes or parallel.pipeline"
             )
         if parallel.schedule == "interleaved" and accumulation % pipeline:
             raise InputError(
                 f"training.global_batch={training.global_batch} makes {accumulation} "
                 f"micro-batches on each of {data} data ranks, and parallel.schedule=interleaved "
-                f"needs a multiple of parallel.pipeline={pipeline}; change training.global_batch "
-                "or training.micro_batch, or use 1f1b"
+                f"needs a multiple of parallel.pipeline={pipeline}; use training.global_batch "
+                f"{nearest_multiples(training.global_batch, training.micro_batch * data * pipeline)}"
+                ", or parallel.schedule=1f1b"
             )
         return topology
 

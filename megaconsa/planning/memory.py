@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaconsa.config import Config
+from megaconsa.consa.allocation import Allocation
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.flops import LOGIT_CHUNK_BYTES, block_parameters
 from megaconsa.parallel.recomputation import Recomputation
@@ -34,8 +35,10 @@ class Memory:
     its part of those of the blocks' matrices, and two buffers for whole blocks.
     """
     optimizer: int
-    """fp32 master weights and Adam's two moments, sharded over the data ranks (ZeRO-1)."""
+    """fp32 master weights and Adam's two moments, sharded over data and context ranks (ZeRO-1)."""
     activations: int
+    keys: int
+    """Of the activations: keys and values that context ranks receive, for layers kept whole."""
     activations_kept: int
     """Activations if nothing is recomputed."""
     activations_checkpointed: int
@@ -74,14 +77,6 @@ def activation_values(
     return norm_inputs + norm_outputs + divided // tensor
 
 
-def head_values(model_config: ModelConfig, tensor: int = 1) -> int:
-    """Counts those values of `activation_values` that a layer does not keep if it recomputes q and
-    k: both after rotation.
-    """
-    heads = model_config.num_attention_heads + model_config.num_key_value_heads
-    return heads * model_config.head_dim // tensor
-
-
 def residual_values(model_config: ModelConfig, tensor: int = 1, sequence: bool = False) -> int:
     """Counts the values of one token's residual stream on each of `tensor` ranks.
 
@@ -93,6 +88,49 @@ def residual_values(model_config: ModelConfig, tensor: int = 1, sequence: bool =
     return -(-model_config.hidden_size // tensor)
 
 
+def received_tokens(length: int, context: int, window: int | None) -> int:
+    """Counts the tokens whose keys and values a context rank receives from others, for one head.
+
+    length: tokens of a sequence. context: context ranks.
+    window: None for a head with full attention. A head whose window is longer than a chunk gathers
+        as a full one.
+    """
+    if context == 1:
+        return 0
+    chunk = length // (2 * context)
+    if window is None or window - 1 > chunk:
+        return length - length // context
+    return 2 * (window - 1)
+
+
+def received_keys(
+    config: Config, model_config: ModelConfig, topology: Topology, full_heads: int
+) -> tuple[int, int]:
+    """Counts the numbers that a context rank receives in one layer for one micro-batch: keys and
+    values for heads with full attention, and for windowed heads.
+
+    full_heads: the layer's heads with full attention, of all tensor ranks. The busiest tensor rank
+        is counted.
+    """
+    training = config.training
+    length = training.sequence_length
+    windowed_heads = model_config.num_key_value_heads - full_heads
+    of_full = received_tokens(length, topology.context, None)
+    of_windowed = received_tokens(length, topology.context, config.attention.window)
+    # Rounded up, because left-over heads go to single ranks.
+    full = -(-full_heads // topology.tensor) * of_full
+    windowed = windowed_heads // topology.tensor * of_windowed
+    of_token = 2 * model_config.head_dim * training.micro_batch
+    return of_token * full, of_token * windowed
+
+
+def full_heads_by_layer(model_config: ModelConfig, allocation: Allocation | None) -> list[int]:
+    """Returns the full heads of each layer. Without an allocation, as while learning, all are."""
+    if allocation is None:
+        return [model_config.num_key_value_heads] * model_config.num_hidden_layers
+    return [sum(row) for row in allocation.full]
+
+
 def rank_memory(
     config: Config,
     model_config: ModelConfig,
@@ -100,55 +138,75 @@ def rank_memory(
     stages: Stages,
     in_flight: Sequence[int],
     recomputed: Recomputation,
+    allocation: Allocation | None = None,
 ) -> Memory:
     """Returns the memory of the pipeline rank that holds these stages.
 
     in_flight: for each stage, the micro-batches whose activations are in memory at the peak.
     recomputed: what the backward pass computes again. Layers of other ranks do not matter.
+    allocation: which heads receive the keys of whole sequences, with context ranks. None: all.
     """
     training = config.training
     tensor = topology.tensor
     sequence = config.parallel.sequence and tensor > 1
     value = 4 if training.precision == "fp32" else 2  # bytes
     weights = _weights(model_config, stages, tensor)
-    tokens = training.micro_batch * training.sequence_length
+    tokens = training.micro_batch * training.sequence_length // topology.context
     of_block = value * tokens * activation_values(model_config, config.learning, tensor, sequence)
     block_input = value * tokens * residual_values(model_config, tensor, sequence)
-    block_heads = value * tokens * head_values(model_config, tensor)
+    head_count = model_config.num_attention_heads
+    if topology.context == 1:
+        head_count += model_config.num_key_value_heads
+    # Gathered keys are not recomputed. That would gather them again.
+    block_heads = value * tokens * (head_count * model_config.head_dim // tensor)
+    full_heads = full_heads_by_layer(model_config, allocation)
     # Blocks times micro-batches whose activations are in memory.
     held = 0
     held_without_heads = 0
     held_inputs = 0
+    # Bytes of received keys and values: of all blocks, of those kept whole, and of the largest.
+    all_keys = 0
+    keys = 0
+    largest_keys = 0
     for (start, stop), passes in zip(stages, in_flight, strict=True):
         blocks = range(max(start, 1), min(stop, model_config.num_hidden_layers + 1))
         held += len(blocks) * passes
         held_without_heads += passes * sum(block - 1 in recomputed.heads for block in blocks)
         held_inputs += passes * sum(block - 1 in recomputed.whole for block in blocks)
-    kept = held * of_block
+        for block in blocks:
+            count = full_heads[block - 1]
+            of_keys = value * sum(received_keys(config, model_config, topology, count))
+            all_keys += passes * of_keys
+            largest_keys = max(largest_keys, of_keys)
+            if block - 1 not in recomputed.whole:
+                keys += passes * of_keys
+    kept = held * of_block + all_keys
     # The inputs of recomputed blocks are kept, and the rest of one block at a time is recomputed.
     checkpointed = held * block_input
     if held:
-        checkpointed += of_block
+        checkpointed += of_block + largest_keys
     activations = checkpointed
     if held_inputs < held:
         # A block that recomputes q and k has freed gate and up by then.
         activations = (held - held_inputs) * of_block + held_inputs * block_input
         activations -= held_without_heads * block_heads
+        activations += keys
         if held_inputs:
             # The first blocks are recomputed, and by then those after them have freed their memory.
             # A block is recomputed with q and k, so one block after it may have freed less.
-            activations = max(activations, held_inputs * block_input + of_block)
+            activations = max(activations, held_inputs * block_input + of_block + largest_keys)
     has_head = stages[-1][1] == model_config.num_hidden_layers + 3
     parts = {
         "weights": value * weights,
         "gradients": 4 * _gradients(model_config, stages, topology, weights),
         # Three fp32 values for each weight, rounded up.
-        "optimizer": -(-12 * weights // topology.data),
+        "optimizer": -(-12 * weights // (topology.data * topology.context)),
         "activations": activations,
         "logits": _logit_bytes(model_config, tokens, value, tensor) if has_head else 0,
     }
     return Memory(
         **parts,
+        keys=keys,
         activations_kept=kept,
         activations_checkpointed=checkpointed,
         total=sum(parts.values()),

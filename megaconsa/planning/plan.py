@@ -14,14 +14,20 @@ from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.model.budget import Budget
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.flops import kv_cache_bytes, parameter_count, peak_flops, training_flops
+from megaconsa.model.flops import kv_cache_bytes, parameter_count, training_flops
 from megaconsa.parallel.recomputation import Recomputation
 from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
-from megaconsa.planning.assumptions import even_allocation
+from megaconsa.planning.assumptions import assumed_allocation
 from megaconsa.planning.balance import TensorBalance, busiest, costs_of_busiest, tensor_balance
+from megaconsa.planning.cards import find_card
 from megaconsa.planning.memory import Memory, rank_memory
 from megaconsa.planning.recomputation import choose_recomputation
+from megaconsa.planning.speed import assumed_speed
+from megaconsa.planning.traffic import Traffic, step_traffic
+
+CHECKPOINT_BYTES = 12
+"""Bytes of a checkpoint per parameter: an fp32 weight and two fp32 moments."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Plan:
     source: str
     window: int
     sparsity: float
+    assumed: str | None
+    """What is assumed about the allocation, if its file does not exist yet."""
     budget: Budget | None
     """The budget that the sparsity keeps, if one is configured."""
     parameters: int
@@ -70,6 +78,7 @@ class Plan:
     matmul_parameters: int
     gpus: int
     tensor_ranks: int
+    context_ranks: int
     pipeline_ranks: int
     data_ranks: int
     schedule: PipelineSchedule
@@ -86,7 +95,13 @@ class Plan:
     """Share of a step in which the mean GPU computes, after the bubble and both imbalances."""
     memory: Memory
     """Memory of the fullest pipeline rank."""
+    memory_limit: int
+    """The largest estimate in bytes that is expected to fit on the device."""
     recomputed: Recomputation
+    traffic: Traffic
+    """What a GPU of the fullest pipeline rank receives in a step."""
+    checkpoint_bytes: int
+    """Bytes of one checkpoint: fp32 weights and Adam's moments."""
     context: int
     dense: Cost
     allocation: Cost
@@ -95,44 +110,78 @@ class Plan:
     steps: int
     tokens: int
     device: str
+    gigabytes: int
+    """Memory of the device as on its datasheet."""
     peak_flops: float
     mfu: float
-    """Share of the peak that a GPU reaches while it has work."""
+    """Share of the peak that a GPU reaches, without the bubble and the imbalances."""
+    mfu_reasons: list[str]
+    """The factors of an assumed MFU. Empty if it was given."""
     tokens_per_second: float
     """Tokens of all GPUs together, at `mfu` and `efficiency`. A learning run counts as dense."""
     seconds: float
+    gpu_hours: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest GPU is expected to have enough memory."""
+        return self.memory.total <= self.memory_limit
+
+    @property
+    def num_layers(self) -> int:
+        """The model's layers."""
+        # The pipeline also has the embedding, the final norm and the output head.
+        return max(stop for held in self.pipeline for _, stop in held.layers) - 3
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan for JSON."""
-        return asdict(self)
+        """Returns the plan for JSON.
+
+        The stages of a pipeline rank list the model's layers, from the first to the one after the
+        last, and whether the embedding and the output head belong to them. Logits are null on ranks
+        without the head.
+        """
+        content = asdict(self)
+        content["fits"] = self.fits
+        for held, rank in zip(content["pipeline"], self.pipeline, strict=True):
+            del held["layers"]
+            held["stages"] = [_stage(bounds, self.num_layers) for bounds in rank.layers]
+        for memory in (content["memory"], *(held["memory"] for held in content["pipeline"])):
+            memory["logits"] = memory["logits"] or None
+        return content
+
+
+def _stage(bounds: tuple[int, int], num_layers: int) -> dict[str, Any]:
+    """Describes a stage. bounds: its first pipeline layer, and the one after the last."""
+    start, stop = bounds
+    return {
+        "layers": [max(start, 1) - 1, min(stop - 1, num_layers)],
+        "embedding": start == 0,
+        "head": stop == num_layers + 3,
+    }
 
 
 def make_plan(
-    config: Config, gpus: int, device: str, mfu: float, context: int | None = None
+    config: Config, gpus: int, device: str, mfu: float | None = None, context: int | None = None
 ) -> Plan:
     """Plans a run of `config`.
 
     gpus: number of devices, with one process on each.
-    device: name of the GPU, for its bf16 peak.
-    mfu: share of that peak that a GPU reaches while it has work.
+    device: name of the GPU, for its bf16 peak and memory.
+    mfu: share of that peak that a GPU reaches, without the bubble and the imbalances. None assumes
+        one by topology and recomputation.
     context: tokens in the KV cache. None is the training length.
 
     Raises InputError for a device whose peak is unknown, an MFU outside (0, 1], GPUs or a batch
     that the ranks cannot share, an allocation that does not fit, and a memory budget that cannot be
     kept.
     """
-    peak = peak_flops(device)
-    if peak is None:
-        raise InputError(
-            f"--device {device} is no GPU whose bf16 peak is known; "
-            "use for example a100, h100, h200 or b200"
-        )
-    if not 0 < mfu <= 1:
+    card = find_card(device)
+    if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu {mfu:g} must lie between 0 and 1; 0.4 is common")
     model_config = config.to_model_config()
     training = config.training
     topology = Topology.of(config, gpus)
-    allocation = planned_allocation(config)
+    allocation, assumed = assumed_allocation(config)
     # While learning, all heads compute full attention.
     trained = None if config.learning else allocation
     length = training.sequence_length
@@ -143,7 +192,9 @@ def make_plan(
     tokens_per_step = training.global_batch * length
     costs = layer_costs(model_config, trained, length)
     layers = stages_by_rank(costs, topology)
-    recomputed = choose_recomputation(config, model_config, topology, layers, kernels=True)
+    recomputed = choose_recomputation(
+        config, model_config, topology, layers, kernels=True, allocation=trained
+    )
     pipeline: list[PipelineRank] = []
     for rank, stages in enumerate(layers):
         in_flight = topology.in_flight(rank)
@@ -151,7 +202,9 @@ def make_plan(
             layers=stages,
             in_flight=list(in_flight),
             cost_share=busiest(costs, [stages]) / sum(costs),
-            memory=rank_memory(config, model_config, topology, stages, in_flight, recomputed),
+            memory=rank_memory(
+                config, model_config, topology, stages, in_flight, recomputed, trained
+            ),
         )
         pipeline.append(pipeline_rank)
     # Cost of the rank that is busiest on both axes, over the mean of all ranks.
@@ -159,7 +212,21 @@ def make_plan(
     imbalance = busiest(tensor_costs, layers) * topology.pipeline / sum(costs)
     efficiency = (1 - topology.bubble) / imbalance
     flops_per_token = (dense if config.learning else hybrid).flops_per_token
-    tokens_per_second = gpus * peak * mfu * efficiency / flops_per_token
+    reasons: list[str] = []
+    if mfu is None:
+        speed = assumed_speed(
+            topology,
+            recomputed,
+            model_config.num_hidden_layers,
+            training.micro_batch,
+            length,
+            learning=config.learning,
+        )
+        mfu = speed.mfu
+        reasons = speed.reasons
+    tokens_per_second = gpus * card.peak_flops * mfu * efficiency / flops_per_token
+    seconds = tokens_per_step * training.steps / tokens_per_second
+    fullest = max(pipeline, key=lambda rank: rank.memory.total)
     source: str = config.allocation.source
     if config.allocation.source == "rule":
         source = config.allocation.rule
@@ -168,12 +235,14 @@ def make_plan(
         source=source,
         window=allocation.window,
         sparsity=allocation.sparsity,
+        assumed=assumed,
         budget=config.allocation.budget(),
         parameters=count.total,
         embedding_parameters=count.embedding,
         matmul_parameters=count.matmul,
         gpus=gpus,
         tensor_ranks=topology.tensor,
+        context_ranks=topology.context,
         pipeline_ranks=topology.pipeline,
         data_ranks=topology.data,
         schedule=topology.schedule,
@@ -183,8 +252,19 @@ def make_plan(
         pipeline_imbalance=busiest(costs, layers) * topology.pipeline / sum(costs),
         tensor_balance=tensor_balance(model_config, trained, length, topology.tensor),
         efficiency=efficiency,
-        memory=max((rank.memory for rank in pipeline), key=lambda memory: memory.total),
+        memory=fullest.memory,
+        memory_limit=card.limit_bytes,
         recomputed=recomputed,
+        traffic=step_traffic(
+            config,
+            model_config,
+            topology,
+            fullest.layers,
+            fullest.memory.weights,
+            recomputed.whole,
+            trained,
+        ),
+        checkpoint_bytes=CHECKPOINT_BYTES * count.total,
         context=context,
         dense=dense,
         allocation=hybrid,
@@ -192,24 +272,14 @@ def make_plan(
         steps=training.steps,
         tokens=tokens_per_step * training.steps,
         device=device,
-        peak_flops=peak,
+        gigabytes=card.gigabytes,
+        peak_flops=card.peak_flops,
         mfu=mfu,
+        mfu_reasons=reasons,
         tokens_per_second=tokens_per_second,
-        seconds=tokens_per_step * training.steps / tokens_per_second,
+        seconds=seconds,
+        gpu_hours=gpus * seconds / 3600,
     )
-
-
-def planned_allocation(config: Config) -> Allocation:
-    """Returns the allocation of a run.
-
-    While learning, it returns some table of the final sparsity. FLOPs and cache depend on nothing
-    else.
-    """
-    fixed = config.fixed_allocation()
-    if fixed is not None:
-        return fixed
-    constraint = config.constraint()
-    return even_allocation(constraint, config.attention.window)
 
 
 def _cost(

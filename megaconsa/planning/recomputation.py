@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from megaconsa.config import Config
+from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.recomputation import Recomputation
@@ -22,6 +24,7 @@ def choose_recomputation(
     stages: Sequence[Stages],
     *,
     kernels: bool,
+    allocation: Allocation | None = None,
 ) -> Recomputation:
     """Chooses the layers of which something is recomputed.
 
@@ -34,6 +37,7 @@ def choose_recomputation(
     stages: those of each pipeline rank.
     kernels: whether blocks run by the kernels of a GPU. Other blocks cannot recompute q and k
         alone.
+    allocation: as `rank_memory` takes it.
 
     Raises InputError if a rank exceeds the budget even where all its layers are recomputed.
     """
@@ -53,16 +57,17 @@ def choose_recomputation(
         for _, (start, stop) in order:
             layers += range(max(start, 1) - 1, min(stop - 1, model_config.num_hidden_layers))
         for choice in _choices(layers, can_recompute_heads):
-            memory = rank_memory(config, model_config, topology, own, in_flight, choice)
+            memory = rank_memory(config, model_config, topology, own, in_flight, choice, allocation)
             if memory.total <= training.memory_gib * 2**30:
                 heads += choice.heads
                 whole += choice.whole
                 break
         else:
+            least = math.ceil(memory.total / 2**30)
             raise InputError(
                 f"training.memory_gib={training.memory_gib:g} is too little: pipeline rank {rank} "
                 f"takes {memory.total / 2**30:.1f} GiB with all layers recomputed; lower "
-                "training.micro_batch, use more ranks, or raise it"
+                f"training.micro_batch, use more ranks, or raise it to {least}"
             )
     return Recomputation(tuple(sorted(heads)), tuple(sorted(whole)))
 

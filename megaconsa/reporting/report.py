@@ -22,7 +22,7 @@ from megaconsa.console import check_out
 from megaconsa.errors import InputError
 from megaconsa.files import parse_json, replace_text
 from megaconsa.model.flops import kv_cache_bytes, training_flops
-from megaconsa.planning.plan import planned_allocation
+from megaconsa.planning.assumptions import planned_allocation
 from megaconsa.reporting import gate_plots, training_plots
 from megaconsa.reporting.metrics import Row, last, read_metrics, series
 from megaconsa.reporting.plot_style import NARROW, style, to_svg

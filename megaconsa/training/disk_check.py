@@ -13,12 +13,10 @@ from megaconsa.config import CheckpointSection, Config
 from megaconsa.errors import InputError
 from megaconsa.files import binary_size
 from megaconsa.model.flops import parameter_count
+from megaconsa.planning.plan import CHECKPOINT_BYTES
 from megaconsa.training.inputs import Inputs
 
 logger = logging.getLogger(__name__)
-
-BYTES_A_PARAMETER = 12
-"""Size of a checkpoint per parameter: an fp32 weight and two fp32 moments."""
 
 
 def check_disk(inputs: Inputs) -> tuple[int, int]:
@@ -30,7 +28,7 @@ def check_disk(inputs: Inputs) -> tuple[int, int]:
     """
     config = inputs.config
     folder = config.run.dir / run_folder.CHECKPOINTS
-    size = parameter_count(inputs.model_config).total * BYTES_A_PARAMETER
+    size = parameter_count(inputs.model_config).total * CHECKPOINT_BYTES
     done = 0
     held = 0
     if inputs.resume is not None:

@@ -126,7 +126,9 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     costs = layer_costs(model_config, allocation, config.training.sequence_length)
     stages = stages_by_rank(costs, topology)
     kernels = kernel_use.kernels_serve_device(_device())
-    recomputed = choose_recomputation(config, model_config, topology, stages, kernels=kernels)
+    recomputed = choose_recomputation(
+        config, model_config, topology, stages, kernels=kernels, allocation=allocation
+    )
     return Inputs(config, model_config, data, topology, allocation, recomputed)
 
 

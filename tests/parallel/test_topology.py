@@ -53,13 +53,13 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             config(tensor=2, pipeline=2),
             6,
             "6 processes are not a multiple of parallel.tensor=2 x parallel.pipeline=2; "
-            "start a multiple of 4",
+            "start 4 or 8, or lower one",
         ),
         (
             config(tensor=2, context=2),
             6,
             "6 processes are not a multiple of parallel.tensor=2 x parallel.context=2 x "
-            "parallel.pipeline=1; start a multiple of 4",
+            "parallel.pipeline=1; start 4 or 8, or lower one",
         ),
         (
             config(tensor=2),
@@ -70,7 +70,7 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             config(micro_batch=4),
             3,
             "training.global_batch=16 must be a multiple of training.micro_batch=4 x data ranks=3 "
-            "(3 processes)",
+            "(3 processes); use 12 or 24",
         ),
         (
             config(micro_batch=4),
@@ -82,13 +82,13 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             4,
             "training.global_batch=16 makes 1 micro-batches on each of 2 data ranks, "
             "fewer than the 2 stages of parallel.pipeline=2: stages would idle; "
-            "raise training.global_batch or lower training.micro_batch",
+            "raise training.global_batch to 32, or lower training.micro_batch",
         ),
         (
             config(pipeline=2, micro_batch=8, schedule="dualpipev"),
             2,
             "fewer than the 4 stages of parallel.pipeline=2: parallel.schedule=dualpipev "
-            "cannot run; raise training.global_batch",
+            "cannot run; raise training.global_batch to 32",
         ),
         (
             config(pipeline=2, micro_batch=16, schedule="interleaved"),

@@ -10,17 +10,15 @@ import pytest
 
 from megaconsa import config
 from megaconsa.consa import rules
-from megaconsa.console import console
 from megaconsa.errors import InputError
 from megaconsa.model.flops import training_flops
 from megaconsa.planning.plan import make_plan
-from megaconsa.planning.table import plan_table
 from megaconsa.tools import plan as plan_tool
-from tests.support.plans import SETTINGS, planned
+from tests.support.plans import SETTINGS, planned, shown
 
 
 def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_tool.main(settings, gpus=8, context=131_072, json=True)
+    plan_tool.main(settings, gpus=8, context=131_072, mfu=0.4, as_json=True)
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert plan["parameters"] == 596_049_920
     assert plan["tokens"] == 1000 * 64 * 8192
@@ -53,10 +51,9 @@ def test_json(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table(settings: Path) -> None:
-    with console.capture() as capture:
-        console.print(plan_table(planned(settings)))
+    text = shown(planned(settings))
     for words in ("596,049,920", "6.39 GFLOP", "learn, 50% windowed, W=1024", "112.00 KiB"):
-        assert words in capture.get()
+        assert words in text
 
 
 def test_checkpointing_and_precision(settings: Path) -> None:
@@ -79,11 +76,8 @@ def test_memory_budget(settings: Path) -> None:
     assert plan.to_dict()["recomputed"] == {"heads": tuple(range(20)), "whole": ()}
     assert plan.memory.activations == kept.memory.activations - 20 * of_heads
     assert plan.memory.activations_kept == kept.memory.activations_kept
-    with console.capture() as capture:
-        console.print(plan_table(plan), width=200)
-        console.print(plan_table(kept), width=200)
-    assert capture.get().count("recomputed") == 1
-    assert "q and k of 20 of 28 layers" in capture.get()
+    assert "q and k of 20 of 28 layers" in shown(plan)
+    assert "recomputed" not in shown(kept)
 
 
 def test_rule_and_file(settings: Path, tmp_path: Path) -> None:
@@ -125,19 +119,19 @@ def test_budget(settings: Path) -> None:
         "limit": 0.35,
         "context": 131_072,
     }
-    with console.capture() as capture:
-        console.print(plan_table(plan))
-    text = " ".join(capture.get().split())  # undoes the wrapping of a narrow terminal
+    text = " ".join(shown(plan).split())
     assert "target sparsity 0.65625 from allocation.cache_share=0.35 at 131072 tokens" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "abacus"}, "--device abacus"),
+        ({"device": "abacus"}, "--gpu abacus"),
+        ({"device": "h1000"}, "did you mean h100?"),
         ({"mfu": 0.0}, "--mfu 0 "),
         ({"mfu": float("nan")}, "--mfu nan"),
-        ({"gpus": 3}, "training.global_batch=64"),
+        ({"gpus": 3}, "training.global_batch=64.*use 60 or 72"),
+        ({"gpus": 5}, "use 60 or 80"),
     ],
 )
 def test_refusals(settings: Path, arguments: dict[str, Any], message: str) -> None:

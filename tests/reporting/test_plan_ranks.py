@@ -9,13 +9,11 @@ import pytest
 
 from megaconsa import config
 from megaconsa.consa import rules
-from megaconsa.console import console
 from megaconsa.errors import InputError
 from megaconsa.model.flops import visible_pairs
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.planning.plan import Plan
-from megaconsa.planning.table import plan_table
-from tests.support.plans import planned
+from tests.support.plans import planned, shown
 
 
 def on_ranks(settings: Path, gpus: int, *overrides: str) -> Plan:
@@ -181,13 +179,11 @@ def test_dualpipev(settings: Path) -> None:
 
 
 def test_table_of_ranks(settings: Path) -> None:
-    def shown(*overrides: str) -> str:
-        plan = on_ranks(settings, 8, "training.micro_batch=1", "parallel.tensor=2", *overrides)
-        with console.capture() as capture:
-            console.print(plan_table(plan), width=200)
-        return capture.get()
+    def table_of(*overrides: str) -> str:
+        ranks = ("training.micro_batch=1", "parallel.tensor=2")
+        return shown(on_ranks(settings, 8, *ranks, *overrides))
 
-    table = shown("parallel.pipeline=2")
+    table = table_of("parallel.pipeline=2")
     for words in (
         "Memory of the fullest GPU",
         "Pipeline, 1f1b",
@@ -200,8 +196,8 @@ def test_table_of_ranks(settings: Path) -> None:
         assert words in table
     assert "in the model's order 112 0" in table
     assert "GPUs busy" in table
-    assert "Pipeline" not in shown()
-    assert " and layers " in shown("parallel.pipeline=2", "parallel.schedule=dualpipev")
+    assert "Pipeline" not in table_of()
+    assert " and layers " in table_of("parallel.pipeline=2", "parallel.schedule=dualpipev")
 
 
 @pytest.mark.parametrize(

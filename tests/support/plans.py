@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megaconsa import config
 from megaconsa.planning.plan import Plan, make_plan
+from megaconsa.planning.table import plan_table
+from megaconsa.tables import text_lines
 
 SETTINGS = """
 run: {dir: run}
@@ -23,7 +25,12 @@ data: {path: data}
 
 
 def planned(
-    settings: Path, *overrides: str, gpus: int = 1, device: str = "h100", mfu: float = 0.4
+    settings: Path, *overrides: str, gpus: int = 1, device: str = "h100", mfu: float | None = 0.4
 ) -> Plan:
     """Makes a plan from a configuration file and overrides."""
     return make_plan(config.load(settings, list(overrides)), gpus, device, mfu)
+
+
+def shown(plan: Plan) -> str:
+    """Returns the table of a plan as a pipe gets it."""
+    return "\n".join(line for _, line in text_lines(plan_table(plan), None))

@@ -15,8 +15,9 @@ from megaconsa.config import build
 from megaconsa.errors import InputError
 from megaconsa.model.flops import parameter_count
 from megaconsa.parallel.world import ALONE
+from megaconsa.planning.plan import CHECKPOINT_BYTES
 from megaconsa.training import start_checks
-from megaconsa.training.disk_check import BYTES_A_PARAMETER, check_disk
+from megaconsa.training.disk_check import check_disk
 from megaconsa.training.inputs import Inputs, check_inputs
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -29,7 +30,7 @@ def inputs_of(values: dict[str, Any]) -> Inputs:
 def checkpoints(values: dict[str, Any]) -> float:
     """Returns how many more checkpoints the run needs room for."""
     inputs = inputs_of(values)
-    return check_disk(inputs)[1] / (parameter_count(inputs.model_config).total * BYTES_A_PARAMETER)
+    return check_disk(inputs)[1] / (parameter_count(inputs.model_config).total * CHECKPOINT_BYTES)
 
 
 @pytest.mark.parametrize("disk", ["1m"], indirect=True)
@@ -72,7 +73,7 @@ def test_checkpoints_that_stay_for_ever_make_no_room(make_config: MakeConfig, tr
     assert [path.name for path in inputs.found] == ["step_6", "step_4"]
     longer = build(make_config(checkpoint=checkpoint, training={"steps": 40}))
     _, needed = check_disk(replace(inputs, config=longer))
-    assert needed == 2 * parameter_count(inputs.model_config).total * BYTES_A_PARAMETER
+    assert needed == 2 * parameter_count(inputs.model_config).total * CHECKPOINT_BYTES
 
 
 def test_what_the_run_holds_already_counts(make_config: MakeConfig, train: Any) -> None:

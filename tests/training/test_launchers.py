@@ -90,8 +90,7 @@ def test_two_ranks_equal_one(
     [
         (
             {"parallel": {"tensor": 3}},
-            "error: parallel.tensor=3 does not divide model.num_key_value_heads=4; "
-            "use a number that does\n",
+            "error: parallel.tensor=3 does not divide model.num_key_value_heads=4; use 2 or 4\n",
         ),
         ({"data": {"path": "/nowhere/data"}}, "error: data /nowhere/data: no such folder"),
         (
