@@ -63,7 +63,7 @@ def topologies(config: Config, plan: Plan, mfu: float | None) -> list[Plan]:
     for tensor, context, pipeline in product(_powers(plan.gpus), repeat=3):
         if tensor > MOST_TENSOR_RANKS or plan.gpus % (tensor * context * pipeline):
             continue
-        fields = {
+        fields: Fields = {
             "parallel.tensor": tensor,
             "parallel.context": context,
             "parallel.pipeline": pipeline,

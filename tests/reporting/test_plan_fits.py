@@ -55,7 +55,7 @@ def test_verdict(settings: Path) -> None:
     assert change is not None
     assert change.plan.fits
     # One field is enough. A budget would recompute, and smaller micro-batches gain nothing.
-    assert change.fields == {"training.micro_batch": 4}
+    assert change.fields == {"training.micro_batch": 2}
     proposed = planned(settings, *overrides, *str(change).split(), mfu=None)
     assert (proposed.memory, proposed.seconds) == (change.plan.memory, change.plan.seconds)
     first, second = verdict(plan, change)
