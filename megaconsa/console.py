@@ -32,6 +32,17 @@ PLAIN_INTERVAL = 10.0
 """Seconds between two lines of progress if there is no terminal."""
 
 
+@contextmanager
+def messages_on_stderr(wanted: bool) -> Iterator[None]:
+    """Prints messages and progress to stderr if `wanted`, to leave stdout to other programs."""
+    before = console.stderr
+    console.stderr = wanted or before
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
 class Task(Protocol):
     """A piece of work that is in progress, as `progress` yields it."""
 

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaconsa.console import console, run_tool
+from megaconsa.console import console, messages_on_stderr, run_tool
+from megaconsa.tables import CsvOption, JsonOption, MarkdownOption
 
 
 def main(
@@ -78,6 +79,9 @@ def main(
         int,
         typer.Option(min=1, help="Tokens of a forward pass, if a sequence is not longer itself."),
     ] = 16_384,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     r"""Compare exported models: perplexity by position in the document, needle retrieval, tasks
     of lm-eval.
@@ -94,10 +98,12 @@ def main(
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", offline)
 
+    from megaconsa import tables
     from megaconsa.data.mixture_file import read_info
     from megaconsa.errors import InputError
     from megaconsa.evaluation.named_models import named_models
 
+    form = tables.form_of(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
     if task_folder is not None and not task:
         raise InputError(f"--task-folder {task_folder} without --task NAME; name the tasks to run")
     # What is most often refused comes before the imports of torch and transformers.
@@ -109,27 +115,30 @@ def main(
     from megaconsa.evaluation.table import evaluation_table, footer
 
     place = find_device(device)
-    evaluation = evaluate(
-        Request(
-            models=model,
-            data=data,
-            out=out,
-            length=length,
-            documents=documents,
-            needle_lengths=needle_length or [],
-            depths=depth or [0, 0.25, 0.5, 0.75, 1],
-            needles=needles,
-            seed=seed,
-            tasks=task or [],
-            task_folder=task_folder,
-            device=place,
-            dtype=dtype or ("bfloat16" if place.type == "cuda" else "float32"),
-            batch_tokens=batch_tokens,
+    with messages_on_stderr(form != "text"):
+        evaluation = evaluate(
+            Request(
+                models=model,
+                data=data,
+                out=out,
+                length=length,
+                documents=documents,
+                needle_lengths=needle_length or [],
+                depths=depth or [0, 0.25, 0.5, 0.75, 1],
+                needles=needles,
+                seed=seed,
+                tasks=task or [],
+                task_folder=task_folder,
+                device=place,
+                dtype=dtype or ("bfloat16" if place.type == "cuda" else "float32"),
+                batch_tokens=batch_tokens,
+            )
         )
-    )
     picture = out / FILE
     save_picture(evaluation, picture)
-    console.print(evaluation_table(evaluation))
+    tables.show(evaluation_table(evaluation), form)
+    if form != "text":
+        return
     for line in footer(evaluation):
         console.print(line, markup=False)
     console.print(f"wrote {picture} and evaluation.json beside it", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -92,3 +93,20 @@ def test_the_mean_of_checkpoints_is_exported(
     damage(run / "checkpoints" / "step_2" / "model.safetensors")
     assert "damaged" in refused("export-hf", run, "--average", "3", "--out", tmp_path / "other")
     shutil.rmtree(tmp_path / "hf")
+
+
+def test_other_forms_hold_the_same_rows(
+    run: Path, done: Callable[..., str], megaconsa: Any
+) -> None:
+    rows = json.loads(done("checkpoints", run, "--json"))
+    assert [row["checkpoint"] for row in rows] == ["step_6", "step_4", "step_2"]
+    assert rows[0]["size"] == store.read(run / "checkpoints" / "step_6").bytes
+    read = list(csv.DictReader(done("checkpoints", run, "--csv").splitlines()))
+    assert read == [{name: str(value) for name, value in row.items()} for row in rows]
+    lines = done("checkpoints", run, "--markdown").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| step_6", "| step_4", "| step_2"]
+    # Faults leave stdout to the rows.
+    (run / "checkpoints" / "step_4" / "model.safetensors").unlink()
+    outcome = megaconsa("checkpoints", run, "--json")
+    assert [row["files"] for row in json.loads(outcome.out)] == ["whole", "damaged", "whole"]
+    assert "model.safetensors is missing" in outcome.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +103,36 @@ def test_what_is_there_is_not_measured_again(
     assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
     done("evaluate", *dense, *heads, "--data", small_data, "--out", tmp_path / "whole", *SMALL)
     assert (tmp_path / "whole" / "evaluation.json").read_bytes() == before
+
+
+def test_other_forms_hold_the_same_rows(
+    exports: Path,
+    small_data: Path,
+    done: Done,
+    megaconsa: Callable[..., Any],
+    tmp_path: Path,
+    results: Callable[[], dict[str, Any]],
+) -> None:
+    models = ["--model", exports / "dense", "--model", exports / "heads"]
+    command = ["evaluate", *models, "--data", small_data, "--out", tmp_path / "out", *SMALL]
+    text = done(*command)
+
+    def stdout(form: str) -> str:
+        outcome = megaconsa(*command, form)
+        # Messages leave stdout to the rows.
+        assert "perplexity is there already" in outcome.err
+        return str(outcome.out)
+
+    rows = json.loads(stdout("--json"))
+    loss = results()["differences"]["heads"]
+    section = [row for row in rows if row["section"] == "loss less that of dense"]
+    assert [row["heads"] for row in section] == [*loss["loss"], loss["overall_loss"]]
+    assert section[0]["heads ±"] == loss["standard_error"][0]
+    assert all(row["quantity"].strip() in text for row in rows)
+    read = list(csv.DictReader(stdout("--csv").splitlines()))
+    assert [row["quantity"] for row in read] == [row["quantity"] for row in rows]
+    lines = stdout("--markdown").splitlines()
+    assert sum("**" not in line for line in lines) == len(rows) + 2
 
 
 def test_a_model_exported_again_is_measured_again(
