@@ -136,18 +136,16 @@ def main(
 
 def _print(info: DatasetInfo, out: Path) -> None:
     """Prints what a data folder holds."""
-    from rich.markup import escape
-    from rich.table import Table
+    from megaconsa.tables import Row, Table, show
 
-    table = Table("source", box=None)
-    for title in ("documents", "repeated", "nearly", "tokens", "characters", "unknown", "bytes"):
-        table.add_column(title, justify="right")
+    headings = ("source", "documents", "repeated", "nearly", "tokens", "characters", "unknown")
+    table = Table((*headings, "bytes"))
     for source in info.sources:
         near = source.near_duplicates
         # A source may hold nothing.
         tokens = max(1, source.tokens)
-        table.add_row(
-            escape(source.name),
+        cells = (
+            source.name,
             f"{source.documents:,}",
             f"{source.exact_duplicates:,}",
             "" if near is None else f"{near:,}",
@@ -156,12 +154,14 @@ def _print(info: DatasetInfo, out: Path) -> None:
             f"{source.unknown_tokens / tokens:.2%}",
             f"{source.byte_tokens / tokens:.2%}",
         )
-    console.print(table)
+        table.rows.append(Row(cells))
+    show(table)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    table = Table("split", "documents", "sequences", "tokens", box=None)
+    table = Table(("split", "documents", "sequences", "tokens"))
     for name, split in info.splits.items():
-        table.add_row(name, f"{split.documents:,}", f"{split.sequences:,}", f"{split.tokens:,}")
-    console.print(table)
+        counts = (split.documents, split.sequences, split.tokens)
+        table.rows.append(Row((name, *(f"{count:,}" for count in counts))))
+    show(table)
     console.print(
         f"unigram entropy {info.unigram_entropy:.3f} nats, "
         f"vocabulary {info.vocab_size:,}, {size / 2**20:.1f} MiB in {out}",

@@ -99,7 +99,7 @@ class Plan:
     """The largest estimate in bytes that is expected to fit on the device."""
     recomputed: Recomputation
     traffic: Traffic
-    """What a GPU of the fullest pipeline rank receives in a step."""
+    """What a GPU of the pipeline rank that receives most gets in a step."""
     checkpoint_bytes: int
     """Bytes of one checkpoint: fp32 weights and Adam's moments."""
     context: int
@@ -196,6 +196,7 @@ def make_plan(
         config, model_config, topology, layers, kernels=True, allocation=trained
     )
     pipeline: list[PipelineRank] = []
+    received: list[Traffic] = []
     for rank, stages in enumerate(layers):
         in_flight = topology.in_flight(rank)
         pipeline_rank = PipelineRank(
@@ -207,6 +208,10 @@ def make_plan(
             ),
         )
         pipeline.append(pipeline_rank)
+        weights = pipeline_rank.memory.weights
+        whole = recomputed.whole
+        traffic = step_traffic(config, model_config, topology, stages, weights, whole, trained)
+        received.append(traffic)
     # Cost of the rank that is busiest on both axes, over the mean of all ranks.
     tensor_costs = costs_of_busiest(model_config, trained, length, topology.tensor)
     imbalance = busiest(tensor_costs, layers) * topology.pipeline / sum(costs)
@@ -255,15 +260,7 @@ def make_plan(
         memory=fullest.memory,
         memory_limit=card.limit_bytes,
         recomputed=recomputed,
-        traffic=step_traffic(
-            config,
-            model_config,
-            topology,
-            fullest.layers,
-            fullest.memory.weights,
-            recomputed.whole,
-            trained,
-        ),
+        traffic=max(received, key=lambda traffic: traffic.total),
         checkpoint_bytes=CHECKPOINT_BYTES * count.total,
         context=context,
         dense=dense,

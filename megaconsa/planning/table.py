@@ -74,14 +74,7 @@ def topology_table(plans: Sequence[Plan]) -> Table:
     )
     for plan in plans:
         mfu = plan.mfu * plan.efficiency
-        traffic = plan.traffic
-        received = (
-            traffic.data
-            + traffic.tensor
-            + traffic.context_gather
-            + traffic.context_halo
-            + traffic.pipeline
-        )
+        received = plan.traffic.total
         cells = [
             _count(plan.tensor_ranks),
             _count(plan.context_ranks),

@@ -27,6 +27,11 @@ class Traffic:
     pipeline: int
     """Hidden states from the stage before, and gradients from the stage after."""
 
+    @property
+    def total(self) -> int:
+        """All bytes together."""
+        return self.data + self.tensor + self.context_gather + self.context_halo + self.pipeline
+
 
 def step_traffic(
     config: Config,
