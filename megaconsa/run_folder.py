@@ -4,6 +4,8 @@ from __future__ import annotations
 
 CONFIG = "config.yaml"
 """The resolved configuration."""
+PROVENANCE = "provenance.json"
+"""What produced the run: code, command, machine, libraries and dates of each start."""
 CHECKPOINTS = "checkpoints"
 UPLOADS = "uploads.json"
 """Which checkpoints have verified copies in an object store."""

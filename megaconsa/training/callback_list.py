@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megaconsa.config import Config
 from megaconsa.data.stream import BatchStream
 from megaconsa.parallel.mesh import Mesh
@@ -12,6 +14,7 @@ from megaconsa.training.callbacks.incident_log import IncidentLog
 from megaconsa.training.callbacks.lost_ranks import LostRanks
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.prometheus import Prometheus
+from megaconsa.training.callbacks.provenance import Provenance
 from megaconsa.training.callbacks.rewinds import Rewinds
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.slow_ranks import SlowRanks
@@ -29,12 +32,14 @@ def build_callbacks(
     validation: Validation,
     checkpointing: Checkpointing,
     job_end: float | None,
+    machines: Sequence[tuple[str, str]],
 ) -> list[Callback]:
     """The callbacks in the order in which they are called.
 
     lock: on the main rank, the lease of the run folder.
     stream: this rank's training data.
     job_end: when the scheduler ends the job, by time.time, or None.
+    machines: host and device of each rank.
     """
     run = config.run.dir
     found: list[Callback] = [validation, SlowRanks(run, mesh), checkpointing]
@@ -46,7 +51,7 @@ def build_callbacks(
     if mesh.is_main:
         assert lock is not None
         found += [lock, DataWaits(run, stream), *_reporters(config)]
-        found += [IncidentLog(run), Rewinds(run), StopFile(run)]
+        found += [IncidentLog(run), Provenance(run, machines), Rewinds(run), StopFile(run)]
         if config.checkpoint.upload is not None:
             found.append(CheckpointUpload(run, config.checkpoint))
         if job_end is not None:

@@ -25,6 +25,7 @@ from megaconsa.run_paths import absolute
 from megaconsa.training.bad_steps import BadSteps
 from megaconsa.training.callback_list import build_callbacks
 from megaconsa.training.callbacks.checkpointing import Checkpointing
+from megaconsa.training.callbacks.provenance import machine
 from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.callbacks.stop_requests import job_end
@@ -98,7 +99,10 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     }
     end = mesh.world.agreed(job_end)
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
-    callbacks = build_callbacks(config, mesh, lock, stream, validation, checkpointing, end)
+    machines = mesh.world.exchange(machine(mesh.device))
+    callbacks = build_callbacks(
+        config, mesh, lock, stream, validation, checkpointing, end, machines
+    )
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(
         training,
