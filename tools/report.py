@@ -11,14 +11,34 @@ from megaconsa.console import run_tool
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds run folders.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, or a folder with run folders at any depth.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: report.html in the folder.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Run from which the losses of the others are subtracted, named as in the report; "
+            "default: a dense one, or the first.",
+        ),
+    ] = None,
+    smooth: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="STEPS", help="Steps of the moving average; default: 4 % of each run's."
+        ),
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page: masks, sparsity, losses, speed and settings.
+    """Write one self-contained HTML page: runs compared, masks, losses, speed, settings, origin.
 
-    Example: megaconsa report runs/quickstart --out quickstart.html
+    Examples:
+
+        megaconsa report runs/quickstart --out quickstart.html
+
+        megaconsa report runs --baseline dense/train --smooth 100
     """
     from megaconsa.console import console
     from megaconsa.errors import InputError
@@ -26,9 +46,9 @@ def main(
     # Drawing imports matplotlib, so a wrong path is refused before.
     if not run.is_dir():
         raise InputError(f"run {run} does not exist; give a run folder, or a folder of runs")
-    from megaconsa.reporting.report import write_report
+    from megaconsa.report.page import write_report
 
-    console.print(f"wrote {write_report(run, out)}", markup=False)
+    console.print(f"wrote {write_report(run, out, baseline, smooth)}", markup=False)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""Draws an evaluation as one picture: perplexity by position, needle heat maps, and tasks."""
+"""Draws an evaluation: losses by position, needle heat maps, and tasks.
+
+`save_picture` puts everything into one picture. The report takes the parts one by one. Models are
+told apart by the colour, the kind of line and the marker, and their points are a little apart.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from megaconsa.evaluation.record import Evaluation, NeedleCell
-from megaconsa.reporting.plot_style import INK, RUN_COLOURS, style
+from megaconsa.evaluation.record import Evaluation, NeedleCell, Perplexity
+from megaconsa.reporting.plot_style import FULL, INK, WINDOW, log_scale, run_line, style
 
 FILE = "evaluation.png"
 WIDTH = 10.0
@@ -24,14 +29,20 @@ MAPS = 3.2
 BARS = 2.8
 """Heights of the three kinds of rows, in inches."""
 MAPS_IN_A_ROW = 4
+MARKERS = "osD^vP*X"
+SPREAD = 0.4
+"""Width over which the points of all models are spread, in buckets."""
+GAIN = LinearSegmentedColormap.from_list("gain", [WINDOW, "#f7f7f7", FULL])
+"""Sand where the needle misleads, white where it does nothing, blue where it helps."""
+LABEL_INCHES = 0.55
+"""Room for the name of a position."""
+LOG_RATIO = 5.0
+"""Perplexities are drawn on a logarithmic axis if the largest is this many times the smallest."""
 Floats = NDArray[np.float64]
 
 
 def save_picture(evaluation: Evaluation, path: Path) -> None:
     """Draws the parts that have been measured, and saves the picture to `path`."""
-    colours = {}
-    for index, label in enumerate(evaluation.models):
-        colours[label] = RUN_COLOURS[index % len(RUN_COLOURS)]
     models = evaluation.models.values()
     searched = [model for model in models if model.needle]
     heights = []
@@ -47,63 +58,107 @@ def save_picture(evaluation: Evaluation, path: Path) -> None:
         draws.append(_tasks)
     with style():
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, draw in zip(parts, draws, strict=True):
-            draw(part, evaluation, colours)
+            draw(part, evaluation)
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def _perplexity(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
-    """Draws perplexity and, beside it, the losses minus those of the first model.
-
-    Points are in the middle of each bucket, with bars of one standard error.
-    """
-    measured = {
-        label: model.perplexity for label, model in evaluation.models.items() if model.perplexity
-    }
+def _perplexity(part: SubFigure, evaluation: Evaluation) -> None:
+    """Draws perplexity and, beside it, the losses minus those of the first model."""
     columns = 2 if evaluation.differences else 1
     axes: list[Axes] = part.subplots(1, columns, squeeze=False)[0].tolist()
+    draw_perplexity(axes[0], evaluation)
+    axes[0].set_title("Perplexity by position in the document")
+    if evaluation.differences:
+        draw_differences(axes[1], evaluation)
+        base = next(iter(evaluation.models))
+        axes[1].set_title(f"Loss minus that of {base}, nats per token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    # Below the axes, where no curve can cross it.
+    part.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def draw_perplexity(axis: Axes, evaluation: Evaluation) -> None:
+    """Draws perplexity by position, with bars of one standard error."""
+    measured = _measured(evaluation)
     edges = next(iter(measured.values())).edges
-    middles = np.arange(len(edges) - 1) + 0.5
     for label, result in measured.items():
         # The errors are those of the loss. The derivative of exp(loss) is exp(loss).
         loss_errors = np.array([error or 0 for error in result.standard_error])
         errors = np.array(result.perplexity) * loss_errors
-        _points(axes[0], middles, result.perplexity, errors, colours[label], label)
-    axes[0].set(title="Perplexity by position in the document")
+        _points(axis, evaluation, label, result.perplexity, errors)
     values = [value for result in measured.values() for value in result.perplexity]
-    # On a narrower range, a logarithmic axis would have one tick or none.
-    if max(values) > 5 * min(values):
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0].yaxis.set_minor_locator(NullLocator())
-    axes[0].yaxis.set_major_formatter("{x:,.4g}")
+    axis.yaxis.set_major_formatter("{x:,.4g}")
+    _positions(axis, evaluation, edges)
+    if max(values) > LOG_RATIO * min(values):
+        log_scale(axis)
+        axis.yaxis.set_major_formatter("{x:,.4g}")
+
+
+def draw_differences(axis: Axes, evaluation: Evaluation) -> None:
+    """Draws the losses minus those of the first model, with bars of one standard error."""
     for label, difference in evaluation.differences.items():
         errors = np.array([error or 0 for error in difference.standard_error])
-        _points(axes[1], middles, difference.loss, errors, colours[label], label)
-    if evaluation.differences:
-        base = next(iter(evaluation.models))
-        axes[1].axhline(0, color=colours[base], linewidth=1.5)
-        axes[1].set(title=f"Loss less that of {base}, nats a token")
-    for axis in axes:
-        axis.set(xlabel="position", xlim=(0, len(edges) - 1))
-        stride = 1 if len(edges) < 10 else 2
-        axis.set_xticks(range(0, len(edges), stride), [f"{edge:,}" for edge in edges[::stride]])
-        _windows(axis, evaluation, edges)
-    axes[0].legend(ncols=2)
+        _points(axis, evaluation, label, difference.loss, errors)
+    base = next(iter(evaluation.models))
+    colour, _, _ = _look(evaluation, base)
+    axis.axhline(0, color=colour, linewidth=1.5)
+    edges = next(iter(_measured(evaluation).values())).edges
+    _positions(axis, evaluation, edges)
+
+
+def _measured(evaluation: Evaluation) -> dict[str, Perplexity]:
+    return {
+        label: model.perplexity for label, model in evaluation.models.items() if model.perplexity
+    }
+
+
+def _look(evaluation: Evaluation, label: str) -> tuple[str, str, str]:
+    """Returns colour, kind of line and marker of a model."""
+    number = list(evaluation.models).index(label)
+    colour, dash = run_line(number)
+    return colour, dash, MARKERS[number % len(MARKERS)]
 
 
 def _points(
-    axis: Axes, x: Floats, values: Sequence[float], errors: Floats, colour: str, label: str
+    axis: Axes, evaluation: Evaluation, label: str, values: Sequence[float], errors: Floats
 ) -> None:
-    axis.errorbar(x, values, errors, color=colour, marker="o", markersize=4, label=label)
+    """Draws a value for each bucket, near its middle. The models are side by side there."""
+    number = list(evaluation.models).index(label)
+    count = len(evaluation.models)
+    shift = 0.0 if count < 2 else SPREAD * (number / (count - 1) - 0.5)
+    places = np.arange(len(values)) + 0.5 + shift
+    colour, dash, marker = _look(evaluation, label)
+    axis.plot(
+        places,
+        values,
+        color=colour,
+        linestyle=dash,
+        linewidth=1,
+        marker=marker,
+        markersize=4.5,
+        label=label,
+    )
+    axis.errorbar(places, values, errors, color=colour, fmt="none", elinewidth=1.2, capsize=2)
+
+
+def _positions(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None:
+    """Names the buckets, and marks the windows."""
+    axis.set(xlabel="position", xlim=(-0.1, len(edges) - 0.9))
+    axis.margins(y=0.12)
+    wide = axis.get_window_extent().width / axis.get_figure(root=True).dpi
+    stride = max(1, math.ceil(len(edges) * LABEL_INCHES / max(wide, 1.0)))
+    axis.set_xticks(range(0, len(edges), stride), [f"{edge:,}" for edge in edges[::stride]])
+    _windows(axis, evaluation, edges)
 
 
 def _windows(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None:
     """Marks the windows of all models. From there on, windowed heads see less than full ones."""
     where: dict[str, Any] = {
         "xycoords": ("data", "axes fraction"),
-        "xytext": (3, 4),
+        "xytext": (3, -10),
         "textcoords": "offset points",
     }
     windows = {model.window for model in evaluation.models.values() if model.window is not None}
@@ -111,7 +166,7 @@ def _windows(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None:
         if window < edges[-1]:
             x = _place(window, edges)
             axis.axvline(x, color=INK, linewidth=1, linestyle="--", alpha=0.6)
-            axis.annotate(f"window {window:,}", (x, 0), **where, fontsize=8.5)
+            axis.annotate(f"window {window:,}", (x, 1), **where, fontsize=8.5)
 
 
 def _place(position: int, edges: Sequence[int]) -> float:
@@ -127,43 +182,19 @@ def _place(position: int, edges: Sequence[int]) -> float:
     return bucket + math.log(position / begin) / math.log(end / begin)
 
 
-def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
-    """Draws a heat map of depths x lengths for each model.
-
-    The colour is the margin, and the number is the share of exact answers.
-    """
+def _needles(part: SubFigure, evaluation: Evaluation) -> None:
+    """Draws a heat map of depths x lengths for each model."""
     measured = {label: model.needle for label, model in evaluation.models.items() if model.needle}
     columns = min(len(measured), MAPS_IN_A_ROW)
     rows = math.ceil(len(measured) / columns)
     axes: list[Axes] = part.subplots(rows, columns, squeeze=False).flatten().tolist()
-    # All maps share one scale of colours.
-    margins = [cell.margin for cells in measured.values() for cell in cells]
-    low = min(0.0, *margins)
-    high = max(1.0, *margins)
     for axis in axes[len(measured) :]:
         axis.set_visible(False)
+    largest = largest_gain(evaluation)
     for axis, (label, cells) in zip(axes, measured.items(), strict=False):
-        mesh = axis.pcolormesh(
-            _grid(cells), cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=1
-        )
-        lengths, depths = _sides(cells)
-        for cell in cells:
-            column = lengths.index(cell.length)
-            row = depths.index(cell.depth)
-            is_dark = cell.margin - low > 0.6 * (high - low)
-            ink = "white" if is_dark else INK
-            text = f"{100 * cell.exact_match:.0f} %"
-            axis.text(
-                column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8
-            )
-        axis.set(title=label, xlabel="tokens", ylabel="depth")
-        axis.invert_yaxis()  # the beginning of the text is on top
-        axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
-        axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:g}" for depth in depths])
-        axis.grid(False)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    part.colorbar(mesh, ax=axes, label="nats gained by the needle").outline.set_visible(False)
+        mesh = draw_needle_map(axis, cells, largest)
+        axis.set_title(label)
+    draw_gain_bar(part, mesh, axes, largest)
     part.suptitle(
         "Needles: colour is the gain, numbers the exact answers",
         x=0.01,
@@ -171,6 +202,56 @@ def _needles(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -
         fontweight="bold",
         fontsize=10.5,
     )
+
+
+def largest_gain(evaluation: Evaluation) -> float:
+    """Returns the largest gain or loss by a needle, in nats. All maps share one scale."""
+    cells = [cell for model in evaluation.models.values() for cell in model.needle or []]
+    return max(1.0, *(abs(cell.margin) for cell in cells))
+
+
+def draw_needle_map(axis: Axes, cells: list[NeedleCell], largest: float) -> QuadMesh:
+    """Draws a heat map of depths x lengths.
+
+    The colour is the margin, and the number is the share of exact answers.
+
+    largest: the margin in nats at the ends of the scale.
+    """
+    mesh = axis.pcolormesh(
+        _grid(cells), cmap=GAIN, vmin=-largest, vmax=largest, edgecolors="white", linewidth=1
+    )
+    lengths, depths = _sides(cells)
+    for cell in cells:
+        column = lengths.index(cell.length)
+        row = depths.index(cell.depth)
+        # On white paper and on dark, the cells keep their colours, and so does the text in them.
+        ink = "white" if cell.margin > 0.6 * largest else "#111418"
+        text = f"{100 * cell.exact_match:.0f} %"
+        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
+    axis.set(xlabel="tokens", ylabel="depth")
+    axis.invert_yaxis()  # the beginning of the text is on top
+    axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
+    axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:g}" for depth in depths])
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return mesh
+
+
+def draw_gain_bar(
+    part: Figure | SubFigure,
+    mesh: QuadMesh,
+    axes: Sequence[Axes],
+    largest: float,
+    location: Literal["right", "bottom"] = "right",
+) -> None:
+    """Draws the scale of the gain, with a line at zero."""
+    bar = part.colorbar(mesh, ax=list(axes), location=location)
+    bar.set_label("nats gained by the needle")
+    bar.set_ticks([-largest, 0, largest], labels=[f"-{largest:.3g}", "0", f"+{largest:.3g}"])
+    line = bar.ax.axvline if location == "bottom" else bar.ax.axhline
+    line(0, color="#111418", linewidth=1.2)
+    bar.outline.set_visible(False)
 
 
 def _sides(cells: list[NeedleCell]) -> tuple[list[int], list[float]]:
@@ -189,9 +270,16 @@ def _grid(cells: list[NeedleCell]) -> Floats:
     return grid
 
 
-def _tasks(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> None:
-    """Draws the first metric of each task, with a bar of one standard error."""
+def _tasks(part: SubFigure, evaluation: Evaluation) -> None:
     axis = part.subplots()
+    draw_tasks(axis, evaluation)
+    axis.set_title("Tasks")
+    handles, labels = axis.get_legend_handles_labels()
+    part.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def draw_tasks(axis: Axes, evaluation: Evaluation) -> None:
+    """Draws the first metric of each task, with a bar of one standard error."""
     measured = {label: model.harness for label, model in evaluation.models.items() if model.harness}
     # The name of the first metric of each task, from the first model that has the task.
     names: dict[str, str] = {}
@@ -214,9 +302,8 @@ def _tasks(part: SubFigure, evaluation: Evaluation, colours: dict[str, str]) -> 
             if metric.standard_error is not None:
                 errors[index] = metric.standard_error
         places = np.arange(len(tasks)) + (number + 0.5) * width - 0.4
-        axis.bar(places, values, width, yerr=errors, color=colours[label], label=label)
+        colour, _, _ = _look(evaluation, label)
+        axis.bar(places, values, width, yerr=errors, color=colour, ecolor=INK, label=label)
     axis.set_xticks(range(len(tasks)), [f"{task}\n{names[task]}" for task in tasks])
-    axis.set(title="Tasks")
     axis.grid(axis="x", visible=False)
     axis.set_axisbelow(True)
-    axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))

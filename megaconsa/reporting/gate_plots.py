@@ -16,22 +16,23 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.reporting.metrics import Row
+from megaconsa.reporting.metrics import Row, series
 from megaconsa.reporting.plot_style import (
+    COLUMN,
     FOURTH,
     FULL,
     GATES,
-    HALF,
+    HEIGHT,
     INK,
     PAPER,
     TABLE,
     THIRD,
     WINDOW,
+    Drawing,
     draw_band,
     draw_curve,
     new_figure,
     style,
-    with_legend,
 )
 
 HISTORY_POINTS = 160
@@ -44,8 +45,8 @@ def allocation_maps(
     full: Sequence[Sequence[bool]] | None,
     origin: str,
     window: int | None,
-) -> Figure:
-    """Draws maps of layers x KV heads, with layer 0 at the bottom.
+) -> Drawing:
+    """Draws maps of layers x KV heads, with layer 0 at the top, as in the model card.
 
     The learned P(z > 0) is beside the table. Either of them may be None.
 
@@ -59,38 +60,46 @@ def allocation_maps(
     if probability is not None:
         title = "P(z > 0)"
         if step is not None:
-            title += f" at step {step:,}"
+            title += f", step {step:,}"
         tables.append((title, np.array(probability, dtype=np.float64)))
     if full is not None:
         tables.append((origin, np.array(full, dtype=np.float64)))
     layers = len(tables[0][1])
-    figure, axes = new_figure(HALF, _map_height(layers), len(tables))
+    figure, axes = new_figure(COLUMN, _map_height(layers), len(tables))
     colours = TABLE if probability is None else GATES
     for axis, (title, table) in zip(axes, tables, strict=True):
         heads = table.shape[1]
         mesh = axis.pcolormesh(table, cmap=colours, vmin=0, vmax=1, edgecolors="none")
         _draw_gaps(axis, layers, heads)
-        axis.set(title=title, xlabel="KV head" if heads > 1 else "all KV heads", ylabel="layer")
-        _name_cells(axis.set_xticks, heads)
+        axis.set(title=title, xlabel="KV head" if heads > 1 else "all KV heads")
+        _name_cells(axis.set_xticks, heads, 12 // len(axes))
         _name_cells(axis.set_yticks, layers)
+        axis.set_xlim(0, heads)
+        axis.set_ylim(layers, 0)
         axis.grid(False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
+    axes[0].set_ylabel("layer")
     narrow = "window" if window is None else f"window {window:,}"
     middle = "" if probability is None else "undecided"
     _draw_colour_bar(figure, mesh, axes, [narrow, middle, "full"])
-    return figure
+    caption = "Blue is full attention, sand the window, grey undecided. "
+    if probability is not None:
+        caption += "At the end of learning, no unit should be grey."
+    else:
+        caption += "Each row is a layer of the model, the first one on top."
+    return Drawing("Which heads are full", caption, figure)
 
 
 def save_allocation(allocation: Allocation, path: Path) -> None:
     """Saves the map of a table as a separate image."""
     with style():
         title = f"sparsity {allocation.sparsity:.3g}"
-        figure = allocation_maps(None, None, allocation.full, title, allocation.window)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        drawing = allocation_maps(None, None, allocation.full, title, allocation.window)
+        drawing.figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def layer_history(rows: Sequence[Row]) -> Figure | None:
+def layer_history(rows: Sequence[Row]) -> Drawing | None:
     """Draws the expected sparsity of each layer over the steps. Returns None for fewer than two."""
     held = [row for row in rows if isinstance(row.get("layer_expected_sparsity"), list)]
     if len(held) < 2:
@@ -101,84 +110,103 @@ def layer_history(rows: Sequence[Row]) -> Figure | None:
     sparsities = np.array([row["layer_expected_sparsity"] for row in held], dtype=np.float64)
     full_share = 1 - sparsities.T  # (layers, steps)
     layers = len(full_share)
-    figure, (axis,) = new_figure(HALF, _map_height(layers))
+    figure, (axis,) = new_figure(COLUMN, _map_height(layers))
     image = axis.imshow(
         full_share,
         cmap=GATES,
         vmin=0,
         vmax=1,
         aspect="auto",
-        origin="lower",
-        extent=(held[0]["step"], held[-1]["step"], 0, layers),
+        extent=(held[0]["step"], held[-1]["step"], layers, 0),
         interpolation="none",
     )
-    axis.set(title="Share of full attention expected in each layer", xlabel="step", ylabel="layer")
+    axis.set(xlabel="step", ylabel="layer")
     _name_cells(axis.set_yticks, layers)
     axis.grid(False)
     axis.spines[:].set_visible(False)
     _draw_colour_bar(figure, image, [axis], ["all windows", "half", "all full"])
-    return figure
+    caption = (
+        "Which layers got windows, and when. With the controller `evidence`, layers stay alike "
+        "until the last quarter of the steps, which decides."
+    )
+    return Drawing("Share of full attention expected in each layer", caption, figure)
 
 
-def sparsity(rows: Sequence[Row]) -> Figure:
+def sparsity(rows: Sequence[Row]) -> Drawing:
     """Draws the target sparsity and the sparsities of the gates by several measures."""
-    figure, (axis,) = new_figure(HALF, 3.1)
-    draw_curve(axis, rows, "sampled_sparsity", "sampled", THIRD, width=0.8, alpha=0.65)
+    figure, (axis,) = new_figure(COLUMN, HEIGHT)
+    draw_curve(axis, series(rows, "sampled_sparsity"), "sampled", THIRD, width=0.8)
     if any("threshold_sparsity" in row for row in rows):
-        draw_curve(axis, rows, "threshold_sparsity", "threshold", FOURTH, style=":")
-    draw_curve(axis, rows, "binarized_sparsity", "binarised, top-k", WINDOW)
-    draw_curve(axis, rows, "expected_sparsity", "expected", FULL, width=2)
-    draw_curve(axis, rows, "target_sparsity", "target", INK, style="--", width=1)
-    axis.set(title="Sparsity", xlabel="step", ylim=(-0.02, 1.02))
-    return with_legend(figure, axis)
+        draw_curve(axis, series(rows, "threshold_sparsity"), "threshold", FOURTH, dash=":")
+    draw_curve(axis, series(rows, "binarized_sparsity"), "binarised, top-k", WINDOW)
+    draw_curve(axis, series(rows, "expected_sparsity"), "expected", FULL, width=2)
+    draw_curve(axis, series(rows, "target_sparsity"), "target", INK, dash="--", width=1)
+    axis.set(xlabel="step", ylabel="share of windowed units", ylim=(-0.02, 1.02))
+    caption = (
+        "Good: expected follows the target, and binarised ends at it. With `paper`, a gap between "
+        "expected and threshold means that log_alpha > 0 would not meet the target."
+    )
+    return Drawing("Sparsity", caption, figure)
 
 
-def multipliers(rows: Sequence[Row]) -> Figure | None:
+def multipliers(rows: Sequence[Row]) -> Drawing | None:
     """Draws lambda and phi. With one constraint per layer it draws their mean and range."""
     held = [row for row in rows if isinstance(row.get("multipliers"), dict)]
     if not held:
         return None
-    figure, axes = new_figure(HALF, 3.1, 2)
+    figure, axes = new_figure(COLUMN, HEIGHT, 2)
     steps = np.array([row["step"] for row in held], dtype=np.float64)
     kinds = (("lambda", "λ", FULL), ("phi", "φ", WINDOW))
+    constraints = 1
     for axis, (name, symbol, colour) in zip(axes, kinds, strict=True):
         found = [np.atleast_1d(row["multipliers"].get(name, np.nan)) for row in held]
         values = np.array(found, dtype=np.float64)  # (steps, constraints)
-        draw_band(axis, steps, values, colour)
+        draw_band(axis, steps, values, colour, symbol)
         constraints = values.shape[1]
-        title = f"Multiplier {symbol}"
-        if constraints > 1:
-            title += f", {constraints} constraints"
-        axis.set(title=title, xlabel="step")
-    return figure
+        axis.set(title=symbol, xlabel="step")
+    caption = "The price of a unit at the cut. Good: both settle before the end."
+    if constraints > 1:
+        caption += f" Line: mean over {constraints} constraints, band: their range."
+    return Drawing("Multipliers", caption, figure)
 
 
-def decided(rows: Sequence[Row]) -> Figure:
+def decided(rows: Sequence[Row]) -> Drawing:
     """Draws the share of units that are decided, and the gap between scores at the cut."""
-    figure, axes = new_figure(HALF, 3.1, 2)
-    draw_curve(axes[0], rows, "decided_share", "", FULL, width=2)
-    axes[0].set(title="Decided share of units (no evidence)", xlabel="step", ylim=(-0.02, 1.02))
-    draw_curve(axes[1], rows, "cut_margin", "", WINDOW, width=2)
-    axes[1].set(title="Gap between scores at the cut", xlabel="step")
-    return figure
+    figure, axes = new_figure(COLUMN, HEIGHT, 2)
+    draw_curve(axes[0], series(rows, "decided_share"), "decided share", FULL, width=2)
+    axes[0].set(title="decided share", xlabel="step", ylim=(-0.02, 1.02))
+    draw_curve(
+        axes[1], series(rows, "cut_margin"), "gap between scores at the cut", WINDOW, width=2
+    )
+    axes[1].set(title="gap at the cut", xlabel="step")
+    caption = (
+        "Left: units with P(z = 0) or P(z = 1) above 0.9. It should reach 1, but noise reaches it "
+        "too. Right: smallest gap between the scores of full and windowed units."
+    )
+    return Drawing("Decisions (no evidence by themselves)", caption, figure)
 
 
-def evidence(rows: Sequence[Row]) -> Figure:
+def evidence(rows: Sequence[Row]) -> Drawing:
     """Draws whether the order of the units would be found again, and how many it separates."""
-    figure, (axis,) = new_figure(HALF, 3.1)
-    draw_curve(axis, rows, "split_agreement", "split agreement", FULL, width=2)
-    draw_curve(axis, rows, "time_agreement", "time agreement", THIRD)
-    draw_curve(axis, rows, "separated_share", "separated share", WINDOW, width=2)
+    figure, (axis,) = new_figure(COLUMN, HEIGHT)
+    draw_curve(axis, series(rows, "split_agreement"), "split agreement", FULL, width=2)
+    draw_curve(axis, series(rows, "time_agreement"), "time agreement", THIRD)
+    draw_curve(axis, series(rows, "separated_share"), "separated share", WINDOW, width=2)
     axis.axhline(0, color=INK, linewidth=0.6)
-    axis.set(title="Evidence: 0 is noise, 1 is certain", xlabel="step", ylim=(-0.3, 1.02))
-    return with_legend(figure, axis)
+    axis.set(xlabel="step", ylim=(-0.3, 1.02))
+    caption = (
+        "Good: split agreement near 1, so that the same order of units would be found again. "
+        "Near 0 the table is noise, whatever the other figures say. Separated share: units that "
+        "are two standard errors from the cut."
+    )
+    return Drawing("Evidence: 0 is noise, 1 is certain", caption, figure)
 
 
 def unit_evidence(
     scores: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float | None]],
     full: Sequence[Sequence[bool]] | None,
-) -> Figure:
+) -> Drawing:
     """Draws every unit's score with two standard errors, in order.
 
     Units whose bars overlap cannot be told apart.
@@ -196,8 +224,8 @@ def unit_evidence(
     sorted_values = values.ravel()[order]
     sorted_bars = 2 * np.array(errors, dtype=np.float64).ravel()[order]
     is_full = kept.ravel()[order]
-    places = np.arange(values.size)
-    figure, (axis,) = new_figure(HALF, 3.1)
+    places = np.arange(1, values.size + 1)
+    figure, (axis,) = new_figure(COLUMN, HEIGHT)
     for colour, label, chosen in ((FULL, "full", is_full), (WINDOW, "window", ~is_full)):
         axis.errorbar(
             places[chosen],
@@ -209,18 +237,20 @@ def unit_evidence(
             markersize=4,
             elinewidth=0.8,
         )
+    axis.axhline(0, color=INK, linewidth=0.6)
     scale = float(np.median(np.abs(values))) or 1.0
     axis.set_yscale("symlog", linthresh=scale)
-    axis.set(
-        title="Loss that opening a unit saves, nats a token (2 standard errors)",
-        xlabel="units in order",
+    axis.set(xlabel="units in order", ylabel="nats per token")
+    caption = (
+        "Every unit with two standard errors. Good: the bars of full and windowed units do not "
+        "overlap. Where they do, the table is a coin toss."
     )
-    return with_legend(figure, axis)
+    return Drawing("Loss that opening a unit saves", caption, figure)
 
 
 def _map_height(layers: int) -> float:
     """Height in inches of a map with this number of layers."""
-    return max(3.4, 1.4 + 0.11 * layers)
+    return max(3.0, 1.4 + 0.11 * layers)
 
 
 def _draw_gaps(axis: Axes, layers: int, heads: int) -> None:
@@ -229,9 +259,9 @@ def _draw_gaps(axis: Axes, layers: int, heads: int) -> None:
     axis.vlines(np.arange(heads + 1), 0, layers, color=PAPER, linewidth=1.2)
 
 
-def _name_cells(set_ticks: Any, count: int) -> None:
-    """Puts numbers at the middles of the cells, about a dozen at most."""
-    stride = max(1, -(-count // 14))
+def _name_cells(set_ticks: Any, count: int, most: int = 14) -> None:
+    """Puts numbers at the middles of the cells, `most` at most."""
+    stride = max(1, -(-count // most))
     set_ticks(np.arange(0, count, stride) + 0.5, [str(cell) for cell in range(0, count, stride)])
 
 
