@@ -34,7 +34,9 @@ SPREAD = 0.4
 """Width over which the points of all models are spread, in buckets."""
 GAIN = LinearSegmentedColormap.from_list("gain", [WINDOW, "#f7f7f7", FULL])
 """Sand where the needle misleads, white where it does nothing, blue where it helps."""
-LABEL_INCHES = 0.55
+CELL_INK = "#111418"
+"""Text on GAIN's colours, which are the same on white pages and on dark ones."""
+LABEL_INCHES = 0.5
 """Room for the name of a position."""
 LOG_RATIO = 5.0
 """Perplexities are drawn on a logarithmic axis if the largest is this many times the smallest."""
@@ -224,10 +226,10 @@ def draw_needle_map(axis: Axes, cells: list[NeedleCell], largest: float) -> Quad
     for cell in cells:
         column = lengths.index(cell.length)
         row = depths.index(cell.depth)
-        # On white paper and on dark, the cells keep their colours, and so does the text in them.
-        ink = "white" if cell.margin > 0.6 * largest else "#111418"
         text = f"{100 * cell.exact_match:.0f} %"
-        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
+        axis.text(
+            column + 0.5, row + 0.5, text, ha="center", va="center", color=CELL_INK, fontsize=8
+        )
     axis.set(xlabel="tokens", ylabel="depth")
     axis.invert_yaxis()  # the beginning of the text is on top
     axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
@@ -250,7 +252,7 @@ def draw_gain_bar(
     bar.set_label("nats gained by the needle")
     bar.set_ticks([-largest, 0, largest], labels=[f"-{largest:.3g}", "0", f"+{largest:.3g}"])
     line = bar.ax.axvline if location == "bottom" else bar.ax.axhline
-    line(0, color="#111418", linewidth=1.2)
+    line(0, color=CELL_INK, linewidth=1.2)
     bar.outline.set_visible(False)
 
 

@@ -5,6 +5,7 @@ Draw and save them inside `with style():` of megaconsa.reporting.plot_style.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from megaconsa.consa.allocation import Allocation
@@ -126,7 +128,7 @@ def layer_history(rows: Sequence[Row]) -> Drawing | None:
     axis.spines[:].set_visible(False)
     _draw_colour_bar(figure, image, [axis], ["all windows", "half", "all full"])
     caption = (
-        "Which layers got windows, and when. With the controller `evidence`, layers stay alike "
+        "Which layers got windows, and when. With the controller evidence, layers stay alike "
         "until the last quarter of the steps, which decides."
     )
     return Drawing("Share of full attention expected in each layer", caption, figure)
@@ -143,7 +145,7 @@ def sparsity(rows: Sequence[Row]) -> Drawing:
     draw_curve(axis, series(rows, "target_sparsity"), "target", INK, dash="--", width=1)
     axis.set(xlabel="step", ylabel="share of windowed units", ylim=(-0.02, 1.02))
     caption = (
-        "Good: expected follows the target, and binarised ends at it. With `paper`, a gap between "
+        "Good: expected follows the target, and binarised ends at it. With paper, a gap between "
         "expected and threshold means that log_alpha > 0 would not meet the target."
     )
     return Drawing("Sparsity", caption, figure)
@@ -154,9 +156,13 @@ def multipliers(rows: Sequence[Row]) -> Drawing | None:
     held = [row for row in rows if isinstance(row.get("multipliers"), dict)]
     if not held:
         return None
-    figure, axes = new_figure(COLUMN, HEIGHT, 2)
+    # The controller evidence has no phi.
+    kinds = []
+    for kind in (("lambda", "λ", FULL), ("phi", "φ", WINDOW)):
+        if any(kind[0] in row["multipliers"] for row in held):
+            kinds.append(kind)
+    figure, axes = new_figure(COLUMN, HEIGHT, len(kinds))
     steps = np.array([row["step"] for row in held], dtype=np.float64)
-    kinds = (("lambda", "λ", FULL), ("phi", "φ", WINDOW))
     constraints = 1
     for axis, (name, symbol, colour) in zip(axes, kinds, strict=True):
         found = [np.atleast_1d(row["multipliers"].get(name, np.nan)) for row in held]
@@ -193,7 +199,9 @@ def evidence(rows: Sequence[Row]) -> Drawing:
     draw_curve(axis, series(rows, "time_agreement"), "time agreement", THIRD)
     draw_curve(axis, series(rows, "separated_share"), "separated share", WINDOW, width=2)
     axis.axhline(0, color=INK, linewidth=0.6)
-    axis.set(xlabel="step", ylim=(-0.3, 1.02))
+    # Agreement is a correlation, which is below 0 by chance or if the order turned around.
+    lowest = min([-0.3, *(float(min(line.get_ydata())) - 0.05 for line in axis.lines)])
+    axis.set(xlabel="step", ylim=(lowest, 1.02))
     caption = (
         "Good: split agreement near 1, so that the same order of units would be found again. "
         "Near 0 the table is noise, whatever the other figures say. Separated share: units that "
@@ -240,12 +248,28 @@ def unit_evidence(
     axis.axhline(0, color=INK, linewidth=0.6)
     scale = float(np.median(np.abs(values))) or 1.0
     axis.set_yscale("symlog", linthresh=scale)
+    axis.yaxis.set_major_locator(FixedLocator(_symlog_ticks(*axis.get_ylim(), scale)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="units in order", ylabel="nats per token")
     caption = (
         "Every unit with two standard errors. Good: the bars of full and windowed units do not "
         "overlap. Where they do, the table is a coin toss."
     )
     return Drawing("Loss that opening a unit saves", caption, figure)
+
+
+def _symlog_ticks(low: float, high: float, linear: float) -> list[float]:
+    """Returns 0 and powers of ten between `low` and `high`, none too near to 0.
+
+    linear: the scale is linear between plus and minus this number.
+    """
+    first = math.ceil(math.log10(linear))
+    last = math.floor(math.log10(max(abs(low), abs(high))))
+    stride = max(1, (last - first + 1) // 2)
+    powers = [10.0**power for power in range(first, last + 1, stride)]
+    positive = powers or [linear]
+    negative = [-tick for tick in reversed(positive)]
+    return [tick for tick in (*negative, 0.0, *positive) if low <= tick <= high]
 
 
 def _map_height(layers: int) -> float:

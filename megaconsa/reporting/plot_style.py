@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
@@ -48,6 +49,8 @@ WIDE = 13.4
 """Width in inches of a figure that spans a wide page."""
 HEIGHT = 2.5
 """Height in inches of most figures."""
+PIXELS_PER_INCH = 150
+"""Of pictures that are not SVG."""
 POINTS = 400
 """Largest number of points of a curve. More rows are drawn as the mean and range of groups."""
 
@@ -224,10 +227,14 @@ def log_ticks(low: float, high: float) -> list[float]:
 def legend(figure: Figure) -> list[tuple[str, str, str]]:
     """Returns label, colour and kind of line of every labelled curve. Empty if there is only one.
 
-    The page shows legends beside the figures, where no curve can cross them.
+    It is also empty if the curves have axes of their own, which name them. The page shows legends
+    above the figures, where no curve can cross them.
     """
+    axes = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    if len(axes) > 1:
+        return []
     found: dict[str, tuple[str, str, str]] = {}
-    for axis in figure.axes:
+    for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             line = handle[0] if isinstance(handle, Sequence) else handle
             dash = line.get_linestyle() if hasattr(line, "get_linestyle") else "-"
@@ -240,6 +247,15 @@ def legend(figure: Figure) -> list[tuple[str, str, str]]:
 
 def _colour(line: Any) -> Any:
     return line.get_color() if hasattr(line, "get_color") else line.get_facecolor()
+
+
+def to_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Returns the figure on white as red, green and blue, (height, width, 3)."""
+    figure.set_dpi(PIXELS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    return pixels
 
 
 def to_svg(figure: Figure) -> str:

@@ -102,7 +102,7 @@ def throughput(rows: Sequence[Row], smooth: int) -> Drawing:
     axis.yaxis.set_major_formatter(EngFormatter(sep=" "))
     caption = (
         "Of all ranks together. Good: level. The first steps compile and are slow. Dips in step "
-        "with checkpoints or data waits cost time; `megaconsa status` names slow ranks."
+        "with checkpoints or data waits cost time; megaconsa status names slow ranks."
     )
     return Drawing("Tokens per second", caption, figure)
 

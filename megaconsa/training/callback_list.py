@@ -72,7 +72,7 @@ def _reporters(config: Config) -> list[Callback]:
     if config.logging.tensorboard:
         from megaconsa.training.callbacks.tensorboard import TensorBoard
 
-        found.append(TensorBoard(config.run.dir))
+        found.append(TensorBoard(config))
     if config.logging.wandb:
         from megaconsa.training.callbacks.wandb import WandB
 

@@ -207,3 +207,27 @@ def test_tensorboard_that_cannot_write(
     (disk / "run" / "tensorboard").write_text("no folder")
     assert len(train(values)) == 6
     assert caplog.text.count("TensorBoard") == 1
+
+
+def test_tensorboard_groups_scalars_and_shows_settings_and_gates(
+    make_config: MakeConfig, train: Any
+) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = make_config(logging={"tensorboard": True})
+    train(values)
+    events = EventAccumulator(str(Path(values["run"]["dir"]) / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss/loss", "optimizer/learning_rate", "speed/step_seconds"} <= set(tags["scalars"])
+    assert "sparsity/expected_sparsity" in tags["scalars"]
+    assert not [name for name in tags["scalars"] if name.startswith("other/")]
+    assert len(events.Scalars("loss/loss")) == 6
+    (text,) = events.Tensors("settings/text_summary")
+    assert "    sequence_length: 64" in text.tensor_proto.string_val[0].decode()
+    (image,) = events.Images("gates/probability_full")
+    width, height = Image.open(BytesIO(image.encoded_image_string)).size
+    assert min(width, height) >= 400

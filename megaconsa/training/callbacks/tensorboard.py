@@ -1,32 +1,54 @@
-"""Logs to TensorBoard: every number of a step's row as a scalar, and the gates as a picture."""
+"""Logs to TensorBoard: each step's numbers in groups, the gates as a picture, the settings as text."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from megaconsa.config import Config
+from megaconsa.reporting import gate_plots
+from megaconsa.reporting.plot_style import style, to_pixels
 from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
 
 PICTURE_EVERY = 50
 """Steps between two pictures of the gates."""
+GROUPS = {
+    "loss": ("loss", "validation_loss"),
+    "optimizer": ("learning_rate", "grad_norm", "gate_grad_norm", "skipped"),
+    "progress": ("tokens", "sequences"),
+    "speed": ("tokens_per_second", "mfu", "step_seconds", "data_seconds"),
+    "ranks": ("rank_seconds", "slowest_rank", "slowest_rank_seconds"),
+    "memory": ("memory_gib", "largest_memory_gib"),
+    "sparsity": (
+        *("target_sparsity", "expected_sparsity", "sampled_sparsity", "binarized_sparsity"),
+        *("threshold_sparsity", "penalty"),
+    ),
+    "evidence": (
+        *("split_agreement", "time_agreement", "separated_share", "decided_share", "cut_margin"),
+    ),
+}
+"""TensorBoard shows the fields of a group together."""
 
 
 class TensorBoard(Callback):
     order = Order.REPORT
     main_rank_only = True
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "tensorboard"
+    def __init__(self, config: Config) -> None:
+        self.folder = config.run.dir / "tensorboard"
+        self.config = config
         self.writer: SummaryWriter | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         # purge_step hides what an interrupted run wrote after the checkpoint that it resumes from.
         try:
-            self.writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
+            writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.step + 1)
+            writer.add_text("settings", _settings(self.config), trainer.progress.step + 1)
+            self.writer = writer
         except OSError as error:
             logger.error(
                 "TensorBoard cannot write to %s: %s; training continues without it",
@@ -49,12 +71,16 @@ class TensorBoard(Callback):
     def _write(self, writer: SummaryWriter, trainer: Trainer, row: Row) -> None:
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
-                writer.add_scalar(name, value, row["step"])
-        if trainer.gates and row["step"] % PICTURE_EVERY == 0:
-            table = trainer.gates.gates.open_probability.float().cpu()
-            # Layer 0 is at the bottom, as in the report.
-            picture = table.flip(0).repeat_interleave(16, 0).repeat_interleave(16, 1)
-            writer.add_image("probability_full", picture, row["step"], dataformats="HW")
+                writer.add_scalar(tag(name), value, row["step"])
+        step = row["step"]
+        is_last = step == trainer.training.steps
+        if trainer.gates and (step % PICTURE_EVERY == 0 or is_last):
+            probability = trainer.gates.gates.open_probability.tolist()
+            window = self.config.attention.window
+            with style():
+                drawing = gate_plots.allocation_maps(probability, step, None, "", window)
+                pixels = to_pixels(drawing.figure)
+            writer.add_image("gates/probability_full", pixels, step, dataformats="HWC")
 
     def on_finish(self, trainer: Trainer) -> None:
         if self.writer is not None:
@@ -62,3 +88,19 @@ class TensorBoard(Callback):
                 self.writer.close()
             except OSError as error:
                 logger.error("TensorBoard's last events could not be written: %s", error.strerror)
+
+
+def tag(field: str) -> str:
+    """Returns the name of a field in TensorBoard: its group and itself."""
+    for group, fields in GROUPS.items():
+        if field in fields:
+            return f"{group}/{field}"
+    # The loss on a source of a mixture.
+    group = "loss" if field.startswith("validation_loss_") else "other"
+    return f"{group}/{field}"
+
+
+def _settings(config: Config) -> str:
+    """Returns the configuration as Markdown. Four spaces mark code."""
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    return "\n".join(f"    {line}" for line in text.splitlines())
