@@ -102,7 +102,8 @@ def find_runs(folder: Path) -> Found:
             left_out.append(LeftOut(place, str(error)))
     if not runs:
         if left_out:
-            raise InputError(f"{folder} has nothing to report: {left_out[0].reason}")
+            first = left_out[0]
+            raise InputError(f"{folder} has nothing to report: {first.folder}: {first.reason}")
         raise InputError(
             f"{folder} is not a run folder: neither it nor a folder below it holds metrics.jsonl"
         )
@@ -129,7 +130,7 @@ def _read_run(folder: Path, name: str) -> Run:
     """Raises InputError if a file of the run cannot be read, or no step has ended."""
     rows = read_metrics(folder / run_folder.METRICS)
     if not rows:
-        raise InputError(f"no step of run {folder} has ended")
+        raise InputError("no step has ended")
     path = folder / run_folder.CONFIG
     config = configuration.load(path) if path.is_file() else None
     gates = _read_gates(folder / run_folder.GATES)

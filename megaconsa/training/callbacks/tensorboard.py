@@ -1,4 +1,4 @@
-"""Logs to TensorBoard: each step's numbers in groups, the gates as a picture, the settings as text."""
+"""Logs to TensorBoard: each step's numbers in groups, gates as a picture, settings as text."""
 
 from __future__ import annotations
 

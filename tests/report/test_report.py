@@ -13,8 +13,9 @@ import pytest
 
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
+from megaconsa.report.page import write_report
+from megaconsa.report.runs import find_runs
 from megaconsa.reporting.metrics import last, read_metrics, series
-from megaconsa.reporting.report import find_runs, write_report
 from tests.support import ROOT
 
 
@@ -27,24 +28,25 @@ def test_sections_and_figures(page: str) -> None:
     assert re.findall(r"<h2>(\w+)<small>", page) == ["learn", "train"]
     titles = (
         "Loss of all runs",
-        "P(z &gt; 0) at step 300",
-        "Allocation",
+        "P(z &gt; 0), step 300",
+        "Which heads are full",
         "Sparsity",
-        "Multiplier λ",
+        "Multipliers",
         "Evidence: 0 is noise",
         "Loss that opening a unit saves",
-        "Gap between scores at the cut",
+        "gap at the cut",
         "Tokens per second",
     )
     for title in titles:
         assert title in page
-    assert page.count("unigram entropy") == 3  # for each run, and for both together
+    # A legend for each run, and for both together.
+    assert len(re.findall(r"</svg>unigram entropy", page)) == 3
     assert "training.learning_rate" in page
 
 
 def test_page_is_self_contained(page: str) -> None:
     assert not re.search(r"https?:|//[a-z]", page)
-    assert not re.search(r"<(script|link|iframe)", page)
+    assert not re.search(r"<(script [^>]*src|link|iframe)", page)
     assert all(
         source.startswith(("data:", "#")) for source in re.findall(r'(?:href|src)="([^"]*)"', page)
     )
@@ -64,14 +66,14 @@ def test_same_run_same_page(sample: Path, tmp_path: Path) -> None:
 def test_allocations_come_from_file_gates_or_rule(sample: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(sample, folder)
-    learn, train = find_runs(folder)
+    learn, train = find_runs(folder).runs
     assert learn.allocation is not None
     assert [sum(row) for row in learn.allocation.full] == [4] * 12
     assert train.allocation is not None
     assert train.allocation.origin == {"rule": "head-share"}
     finished = Allocation(128, ((True,) * 8,) * 12)
     finished.save(folder / "learn" / "allocation.json")
-    assert find_runs(folder / "learn")[0].allocation == finished
+    assert find_runs(folder / "learn").runs[0].allocation == finished
 
 
 def test_bare_metrics_suffice(tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_bare_metrics_suffice(tmp_path: Path) -> None:
         for step in range(1, 4)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "2.0000" in write_report(tmp_path).read_text()
+    assert "3.0000" in write_report(tmp_path).read_text()
 
 
 def test_one_row_of_learning(sample: Path, tmp_path: Path) -> None:
