@@ -37,13 +37,14 @@
     return String(Number(value.toPrecision(4)));
   };
 
+  // About `count` round numbers, and two at least.
   const roundTicks = (low, high, count) => {
     const rough = (high - low) / count;
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 5, 10].find((digit) => digit * power >= rough);
     const ticks = [];
-    for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) ticks.push(tick);
-    return ticks;
+    for (let tick = Math.ceil(low / step); tick * step <= high; tick += 1) ticks.push(tick * step);
+    return ticks.length < 2 ? roundTicks(low, high, 2 * count) : ticks;
   };
 
   class Plot {
@@ -70,7 +71,8 @@
       });
       for (const curve of this.curves) curve.points = this.pointsOf(curve);
       const kinds = [info.x[2], info.y[2]];
-      this.canZoom = !info.cells && kinds.every((kind) => kind === "linear" || kind === "log");
+      this.canZoom = this.curves.some((curve) => curve.hover)
+        && kinds.every((kind) => kind === "linear" || kind === "log");
       this.reset();
     }
 

@@ -274,5 +274,6 @@ def to_svg(figure: Figure) -> str:
     text = re.sub(r' id="(axes|xtick|ytick)_\d+"', r' class="\1"', text)
     text = re.sub(r' id="curve_([\d.]+)"', r' class="curve" data-curve="\1"', text)
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"font: ([^;\"]*?)'[^;\"]*sans-serif", r"font: \1sans-serif", text)
+    # The font is the page's.
+    text = re.sub(r" ?font-family: [^;\"]*;", "", text)
     return text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
