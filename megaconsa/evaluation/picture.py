@@ -30,8 +30,10 @@ BARS = 2.8
 """Heights of the three kinds of rows, in inches."""
 MAPS_IN_A_ROW = 4
 MARKERS = "osD^vP*X"
-SPREAD = 0.4
-"""Width over which the points of all models are spread, in buckets."""
+APART = 0.14
+"""Distance between the points of two models, in buckets."""
+WIDEST = 0.6
+"""Largest distance between the points of the first and the last model, in buckets."""
 GAIN = LinearSegmentedColormap.from_list("gain", [WINDOW, "#f7f7f7", FULL])
 """Sand where the needle misleads, white where it does nothing, blue where it helps."""
 CELL_INK = "#111418"
@@ -130,7 +132,8 @@ def _points(
     """Draws a value for each bucket, near its middle. The models are side by side there."""
     number = list(evaluation.models).index(label)
     count = len(evaluation.models)
-    shift = 0.0 if count < 2 else SPREAD * (number / (count - 1) - 0.5)
+    apart = min(APART, WIDEST / max(1, count - 1))
+    shift = apart * (number - (count - 1) / 2)
     places = np.arange(len(values)) + 0.5 + shift
     colour, dash, marker = _look(evaluation, label)
     axis.plot(

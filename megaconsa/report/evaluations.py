@@ -39,7 +39,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             found = statistics.mean(cell.exact_match for cell in model.needle)
             gain = statistics.mean(cell.margin for cell in model.needle)
             cells["needles found"] = f"{found:.0%}"
-            cells["gain by the needle, nats"] = f"{gain:+.2f}"
+            cells["gain by the needle, nats"] = f"{gain:+.3f}"
         for task, metric in tasks:
             cells[f"{task} ({metric})"] = _metric((model.harness or {}).get(task, {}).get(metric))
         rows.append([cells.get(heading, ABSENT) for heading in headings])

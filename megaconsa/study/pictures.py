@@ -65,7 +65,7 @@ def dot_plot(rows: Sequence[ResultRow], title: str) -> Figure | None:
 
 
 def allocation_maps(rows: Sequence[ResultRow]) -> Figure:
-    """Draws small maps of layers x KV heads, with layer 0 at the bottom, one map per arm.
+    """Draws small maps of layers x KV heads, with layer 0 at the top, one map per arm.
 
     They show how often each head is full over the trials of the arm.
     """
@@ -80,6 +80,7 @@ def allocation_maps(rows: Sequence[ResultRow]) -> Figure:
     for axis, row in zip(axes, rows, strict=False):
         shares = np.array(row.full_share)
         axis.pcolormesh(shares, cmap=GATES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.6)
+        axis.invert_yaxis()
         axis.set_title(row.arm, fontsize=8.5, fontweight="normal")
         axis.set_xticks([])
         axis.set_yticks([])
