@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from megaconsa.evaluation.record import Evaluation, NeedleCell, Perplexity
@@ -24,6 +25,8 @@ from megaconsa.reporting.plot_style import FULL, INK, WINDOW, log_scale, run_lin
 FILE = "evaluation.png"
 WIDTH = 10.0
 """Width of the picture, in inches."""
+MARGIN = 0.11
+"""Space around each part, in inches."""
 CURVES = 3.8
 MAPS = 3.2
 BARS = 2.8
@@ -61,8 +64,8 @@ def save_picture(evaluation: Evaluation, path: Path) -> None:
         heights.append(BARS)
         draws.append(_tasks)
     with style():
-        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        layout = ConstrainedLayoutEngine(w_pad=MARGIN, h_pad=MARGIN)
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout=layout)
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, draw in zip(parts, draws, strict=True):
             draw(part, evaluation)
@@ -153,7 +156,9 @@ def _positions(axis: Axes, evaluation: Evaluation, edges: Sequence[int]) -> None
     """Names the buckets, and marks the windows."""
     axis.set(xlabel="position", xlim=(-0.1, len(edges) - 0.9))
     axis.margins(y=0.12)
-    wide = axis.get_window_extent().width / axis.get_figure(root=True).dpi
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    wide = axis.get_window_extent().width / figure.dpi
     stride = max(1, math.ceil(len(edges) * LABEL_INCHES / max(wide, 1.0)))
     axis.set_xticks(range(0, len(edges), stride), [f"{edge:,}" for edge in edges[::stride]])
     _windows(axis, evaluation, edges)

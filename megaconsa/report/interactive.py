@@ -83,7 +83,7 @@ def _mark(axis: Axes, number: int) -> dict[str, Any] | None:
         colour = matplotlib.colors.to_hex(line.get_color())
         own = str(line.get_label())
         curves[name] = {
-            "label": labels.get((colour, line.get_linestyle()), labels.get((colour, ""), "")),
+            "label": labels.get((colour, str(line.get_linestyle())), labels.get((colour, ""), "")),
             "colour": colour.replace(INK, "currentColor"),
             "hover": follows_data and not own.startswith("_"),
         }
@@ -91,7 +91,7 @@ def _mark(axis: Axes, number: int) -> dict[str, Any] | None:
         if not isinstance(band, QuadMesh) and len(band.get_facecolor()):
             name = f"{number}.{len(axis.lines) + place}"
             band.set_gid(f"curve_{name}")
-            colour = matplotlib.colors.to_hex(band.get_facecolor()[0])
+            colour = matplotlib.colors.to_hex(tuple(np.asarray(band.get_facecolor())[0]))
             curves[name] = {
                 "label": labels.get((colour, ""), ""),
                 "colour": colour,

@@ -200,8 +200,8 @@ def evidence(rows: Sequence[Row]) -> Drawing:
     draw_curve(axis, series(rows, "separated_share"), "separated share", WINDOW, width=2)
     axis.axhline(0, color=INK, linewidth=0.6)
     # Agreement is a correlation, which is below 0 by chance or if the order turned around.
-    lowest = min([-0.3, *(float(min(line.get_ydata())) - 0.05 for line in axis.lines)])
-    axis.set(xlabel="step", ylim=(lowest, 1.02))
+    lowest = float(axis.dataLim.y0)
+    axis.set(xlabel="step", ylim=(min(-0.3, lowest - 0.05), 1.02))
     caption = (
         "Good: split agreement near 1, so that the same order of units would be found again. "
         "Near 0 the table is noise, whatever the other figures say. Separated share: units that "
