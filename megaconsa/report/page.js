@@ -331,6 +331,10 @@
     button.addEventListener("click", () => figure.classList.toggle("enlarged"));
     figure.append(button);
   }
+  // Paper cannot be unfolded.
+  addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+  });
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     for (const figure of document.querySelectorAll(".enlarged")) figure.classList.remove("enlarged");
