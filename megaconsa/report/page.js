@@ -195,7 +195,11 @@
         const point = curve.points.reduce((best, next) =>
           Math.abs(next[0] - drawn[0]) < Math.abs(best[0] - drawn[0]) ? next : best);
         const distance = Math.abs(point[0] - drawn[0]);
-        if (distance > 0.05 * (this.view[2] - this.view[0])) continue;
+        const slack = 0.02 * (this.view[2] - this.view[0]);
+        // Another run may end before this place, or begin after it.
+        const places = curve.points.map(([x]) => x);
+        if (drawn[0] < Math.min(...places) - slack) continue;
+        if (drawn[0] > Math.max(...places) + slack) continue;
         if (nearest === null || distance < nearest.distance) nearest = {distance, point};
         lines.push([curve.colour, curve.label, shown(this.value(point)[1])]);
       }

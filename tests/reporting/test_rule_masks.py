@@ -22,8 +22,8 @@ def test_rule_masks(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     without_target = {"dense": 0.0, "all-swa": 1.0, "interleaved": 0.5}
     assert allocation.sparsity == without_target.get(rule, 0.25)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("layer 7")
-    assert printed[7].startswith("layer 0")
+    assert printed[0].startswith("layer 0")
+    assert printed[7].startswith("layer 7")
     assert sum(line.count("██") for line in printed) == sum(map(sum, allocation.full))
 
 
