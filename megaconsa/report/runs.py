@@ -18,7 +18,7 @@ from megaconsa.errors import InputError
 from megaconsa.evaluation import record
 from megaconsa.evaluation.record import Evaluation
 from megaconsa.files import parse_json
-from megaconsa.planning.plan import planned_allocation
+from megaconsa.planning.assumptions import planned_allocation
 from megaconsa.provenance import Start, load_starts
 from megaconsa.reporting.metrics import Row, read_metrics
 
