@@ -108,7 +108,7 @@ def main(
     # Imports of torch and transformers come after what is most often refused.
     import torch
 
-    from megaconsa.evaluation.export_check import held_out_tokens, logit_difference
+    from megaconsa.evaluation.export_check import check_ids, held_out_tokens, logit_difference
     from megaconsa.huggingface.export import export, export_bytes
     from megaconsa.reporting.gate_plots import save_allocation
     from megaconsa.tensor_files import MeanTensors
@@ -154,6 +154,7 @@ def main(
         if tokens is not None:
             try:
                 difference = logit_difference(out, checkpoint.model_config, weights, table, tokens)
+                ids = check_ids(out, words, tokens) if words else 0
             except RunError:
                 # Nobody may load a wrong export.
                 shutil.rmtree(out)
@@ -163,6 +164,12 @@ def main(
                 f"of the largest logit, on {tokens.shape[1]} tokens",
                 markup=False,
             )
+            if words:
+                console.print(
+                    f"{out}: transformers gives a held-out text the {ids} ids that the run's "
+                    "tokenizer gives it",
+                    markup=False,
+                )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megaconsa.data.fingerprint import fingerprint
 from megaconsa.data.tokenizer_folder import (
+    MODEL_INPUTS,
     TOKENIZER_JSON,
     copy_tokenizer,
     largest_id,
@@ -219,6 +220,7 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        model_input_names=MODEL_INPUTS,
     )
     Tokenizer(fast).save(folder)
     # Compare what was written, not what is in memory.

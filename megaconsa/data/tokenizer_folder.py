@@ -5,6 +5,7 @@ Loading gives the same tokenizer under every release of transformers.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,13 @@ TOKENIZER_FILES = (
     GENERATION_CONFIG,
 )
 """Files and folders that a tokenizer folder may have."""
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""What a tokenizer must return for `model.generate(**tokenizer(text, return_tensors="pt"))`.
+
+The generic class of transformers 4 also returns token_type_ids, which Qwen3 refuses.
+"""
+QWEN3_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+"""The classes of published Qwen3 tokenizers. They return MODEL_INPUTS in every release."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -55,6 +63,22 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def declare_model_inputs(folder: Path) -> None:
+    """Makes transformers return MODEL_INPUTS for a text, by a line in tokenizer_config.json.
+
+    The file stays as it is where that is already so.
+    """
+    file = folder / TOKENIZER_CONFIG
+    config = read_mapping(file)
+    declared = config.get("model_input_names")
+    if declared == MODEL_INPUTS:
+        return
+    if declared is None and config.get("tokenizer_class") in QWEN3_CLASSES:
+        return
+    config["model_input_names"] = MODEL_INPUTS
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def local_tokenizer(data: Path, cache: CacheSettings = DEFAULT_CACHE) -> Path:
@@ -156,19 +180,19 @@ def _load(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # trust_remote_code is given as False. Without it, transformers would ask on the terminal.
-    where = {"local_files_only": True, "trust_remote_code": False}
+    # Without fix_mistral_regex, some releases warn of every large tokenizer that it splits text
+    # wrongly. Ours splits as tokenizer.json says, which the comparison below makes sure of.
+    where = {"local_files_only": True, "fix_mistral_regex": False, **settings}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **where, **settings)
+        # trust_remote_code is given as False. Without it, transformers would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **where)
     except ValueError:
-        return PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, **settings
-        )
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), **where)
     if written is None or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     if _cutting(tokenizer.backend_tokenizer) == _cutting(written):
         return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **settings)
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), **where)
 
 
 def _check_ids(

@@ -1,4 +1,4 @@
-"""Checks that an exported folder computes the same as the checkpoint."""
+"""Checks that an exported folder computes the same as the checkpoint, from the same ids."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.mixture_file import read_info
 from megaconsa.data.token_mixture import open_sequences
+from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.tokenizer_folder import TOKENIZER_CONFIG
 from megaconsa.errors import InputError, RunError
-from megaconsa.huggingface.load import compare_logits
+from megaconsa.huggingface.load import compare_logits, register
 from megaconsa.model.config import ModelConfig
 from megaconsa.model.qwen3 import Qwen3
 
+REMEDY = (
+    f"set tokenizer_class to PreTrainedTokenizerFast in the tokenizer's {TOKENIZER_CONFIG}, "
+    "and export again"
+)
 TOLERANCE = 1e-5
 """Largest difference of fp32 logits that rounding explains, as a share of the largest logit."""
 
@@ -75,3 +83,36 @@ def logit_difference(
             "of the largest logit: the export is wrong"
         )
     return difference
+
+
+def check_ids(folder: Path, tokenizer: Path, tokens: Tensor) -> int:
+    """Compares the ids that transformers gives with the export to those of the run's tokenizer.
+
+    folder: the export. It is loaded by AutoTokenizer, as its users do.
+    tokenizer: the folder of the run's tokenizer.
+    tokens: (1, S) held-out tokens. Their text is encoded.
+
+    Returns the number of ids that were compared. Raises RunError if they differ.
+    """
+    of_run = Tokenizer.load(tokenizer)
+    text = of_run.decode(tokens[tokens != of_run.end_of_text].tolist())
+    (expected,) = of_run.encode_batch([text])
+    register()
+    try:
+        exported = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except ValueError as error:
+        raise RunError(
+            f"{folder}: AutoTokenizer of transformers {transformers.__version__} cannot load the "
+            f"tokenizer ({str(error).splitlines()[0]}); {REMEDY}"
+        ) from None
+    if isinstance(exported, PreTrainedTokenizerFast):
+        # The names of special tokens in a text are text, as in the run's data.
+        exported.backend_tokenizer.encode_special_tokens = True
+    if exported(text, add_special_tokens=False).input_ids != expected:
+        raise RunError(
+            f"{folder}: AutoTokenizer of transformers {transformers.__version__} gives a text "
+            f"other ids than the run was trained with; {REMEDY}"
+        )
+    return len(expected)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from megaconsa.data.tokenizer_folder import (
     GENERATION_CONFIG,
     check_vocabulary,
     copy_tokenizer,
+    declare_model_inputs,
     load_pretrained,
 )
 from megaconsa.errors import InputError
@@ -42,6 +42,12 @@ from megaconsa.tensor_files import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODEL_FILE = Path(__file__).with_name("modeling_megaconsa.py")
+TRANSFORMERS_VERSION = "4.57.0"
+"""The release in whose format configurations are written, whatever release is installed.
+
+Where a configuration says 4.57.3 or later, transformers 4.57 warns that the tokenizer splits text
+by a wrong regex, although that is a fault of Mistral's tokenizers only.
+"""
 
 
 @torch.no_grad()
@@ -123,11 +129,12 @@ def export(
         _write_json(folder / "config.json", config)
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
+            declare_model_inputs(folder)
         if generation_config is not None:
             shutil.copyfile(generation_config, folder / GENERATION_CONFIG)
         else:
-            library = {"transformers_version": transformers.__version__}
-            generation = (token_ids or special_tokens) | library
+            written_for = {"transformers_version": TRANSFORMERS_VERSION}
+            generation = (token_ids or special_tokens) | written_for
             _write_json(folder / GENERATION_CONFIG, generation)
         allocation.save(folder / "allocation.json")
         if heat_map is not None:
@@ -265,7 +272,7 @@ def _config(
     fields |= token_ids
     return fields | {
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "transformers_version": transformers.__version__,
+        "transformers_version": TRANSFORMERS_VERSION,
     }
 
 

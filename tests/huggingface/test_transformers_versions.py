@@ -23,7 +23,11 @@ from tests.support import ROOT
 from tests.support.transformers_reference import HEAD_WISE, LAYER_WISE, MODEL, WINDOW, masked_logits
 
 RELEASES = ["transformers==4.57.0", "transformers>=5"]
-TESTS = ["tests/huggingface", "tests/data/test_tokenizer_folder.py"]
+TESTS = [
+    "tests/huggingface",
+    "tests/data/test_tokenizer_folder.py",
+    "tests/tools/test_export_hf.py",
+]
 
 SAVE_AGAIN = """
 import sys

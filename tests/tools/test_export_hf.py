@@ -48,14 +48,10 @@ def check_logits(folder: Path, run: Path, table: Allocation, data: Path) -> None
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     inputs = tokenizer("def main(", return_tensors="pt")
-    settings: dict[str, Any] = {
-        "attention_mask": inputs.attention_mask,
-        "max_new_tokens": 12,
-        "do_sample": False,
-    }
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(
-        exported.generate(inputs.input_ids, use_cache=True, **settings),
-        exported.generate(inputs.input_ids, use_cache=False, **settings),
+        exported.generate(**inputs, use_cache=True, **settings),
+        exported.generate(**inputs, use_cache=False, **settings),
     )
 
 
@@ -82,7 +78,7 @@ def test_learning_run_with_its_table(
         SEQUENCE_LENGTH,
     )
     sparsity = Allocation.load(table).sparsity
-    first, second = text.splitlines()[-2:]
+    first, second, third = text.splitlines()[-3:]
     assert first == f"{out}: {kind}, float32, sparsity {sparsity:.4f}, window 8"
     match = re.fullmatch(
         re.escape(f"{out}: logits differ from the checkpoint's by ")
@@ -91,6 +87,11 @@ def test_learning_run_with_its_table(
     )
     assert match
     assert float(match[1]) <= TOLERANCE
+    assert re.fullmatch(
+        re.escape(f"{out}: transformers gives a held-out text the ")
+        + r"\d+ ids that the run's tokenizer gives it",
+        third,
+    )
     assert (out / "modeling_megaconsa.py").exists() == (name == "heads")
     check_logits(out, run, Allocation.load(table), small_data)
 
