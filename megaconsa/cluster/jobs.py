@@ -212,8 +212,11 @@ def chain(
     out: folder in which the runs and the export are written.
     Raises InputError if the runs cannot work.
     """
-    _checked(learn, overrides, resources, learning=True)
+    learned = _checked(learn, overrides, resources, learning=True)
     from_file = ["allocation.source=file", f"allocation.file={out}/allocation.json"]
+    if (origin := learned.model.init_from) is not None:
+        # Stage 2 will start from stage 1, which is not there yet. It has the shape of its origin.
+        from_file.append(f"model.init_from={origin}")
     _checked(train, [*overrides, *from_file], resources, learning=False)
     logs = out / "slurm"
     if any(letter.isspace() for letter in str(out)):

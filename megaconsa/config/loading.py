@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megaconsa.config.checks import check, check_allocation, resolve_budget
+from megaconsa.config.origin_shape import with_origin_shape
 from megaconsa.config.run_config import Config
 from megaconsa.errors import InputError
 from megaconsa.reading import read_text
@@ -68,6 +69,7 @@ def build(data: dict[str, Any]) -> Config:
         config = Config.model_validate(sections)
     except ValidationError as error:
         raise InputError(_describe(error)) from None
+    config = with_origin_shape(config)
     check(config)
     config = resolve_budget(config)
     check_allocation(config)

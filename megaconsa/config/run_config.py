@@ -49,6 +49,17 @@ class Config(Section):
         """Whether this run learns its allocation (stage 1)."""
         return self.allocation.source == "learn"
 
+    @property
+    def model_name(self) -> str:
+        """The preset, or the origin of weights with more or wider layers than the preset."""
+        preset = PRESETS[self.model.preset]
+        model_config = self.to_model_config()
+        sizes = (model_config.num_hidden_layers, model_config.hidden_size)
+        is_preset = sizes == (preset.num_hidden_layers, preset.hidden_size)
+        if is_preset or self.model.init_from is None:
+            return self.model.preset
+        return str(self.model.init_from)
+
     def to_model_config(self) -> ModelConfig:
         """The preset with the overrides of the section `model` applied."""
         overrides = {}

@@ -87,7 +87,9 @@ class ModelSection(Section):
     preset: str = "tiny"
     """A name in megaconsa.model.config.PRESETS. The fields below override single values of it."""
     init_from: Path | None = None
-    """A run folder or a checkpoint that provides the initial weights. null draws random ones."""
+    """A run folder, a checkpoint or an import that provides the initial weights.
+
+    It also provides the fields below that are not given. null draws random weights."""
     vocab_size: int | None = Field(None, ge=2)
     hidden_size: int | None = Field(None, ge=1)
     intermediate_size: int | None = Field(None, ge=1)
@@ -100,6 +102,14 @@ class ModelSection(Section):
     rms_norm_eps: float | None = Field(None, gt=0)
     initializer_range: float | None = Field(None, gt=0)
     max_position_embeddings: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_preset(cls, data: Any) -> Any:
+        """Lets an override remove a file's preset, for weights of another shape."""
+        if isinstance(data, dict) and data.get("preset", "tiny") is None:
+            return {name: value for name, value in data.items() if name != "preset"}
+        return data
 
 
 class AttentionSection(Section):

@@ -236,7 +236,7 @@ def make_plan(
     if config.allocation.source == "rule":
         source = config.allocation.rule
     return Plan(
-        model=config.model.preset,
+        model=config.model_name,
         source=source,
         window=allocation.window,
         sparsity=allocation.sparsity,

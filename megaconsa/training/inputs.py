@@ -16,6 +16,7 @@ from megaconsa import run_folder
 from megaconsa.checkpoint import store
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import Config, differences, with_defaults
+from megaconsa.config.origin_shape import EXTENSIONS
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
@@ -39,10 +40,6 @@ from megaconsa.training.same_run import check_same_run
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = {"rope_theta", "max_position_embeddings"}
-"""Fields of the shape that a new run may change when it starts from existing weights.
-
-They extend the context length."""
 _DEFAULT_SHAPE = {
     field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from megaconsa.config import Config, differences, with_defaults
 from megaconsa.errors import InputError
+from megaconsa.model.config import PRESETS, ModelConfig
 from megaconsa.run_paths import resolved
 from megaconsa.training.learning_rate import learning_rate
 
@@ -55,7 +57,10 @@ def check_same_run(
     harmless: list[str] = []
     reason = None
     before = _one_spelling(resolved(old))
-    for line in differences(before, _one_spelling(resolved(config.to_dict()))):
+    after = _one_spelling(resolved(config.to_dict()))
+    before["model"] = _with_shape_fields(before["model"], after["model"])
+    after["model"] = _with_shape_fields(after["model"], before["model"])
+    for line in differences(before, after):
         name = line.split(":")[0]
         if name == "training.steps" and trained_steps is not None:
             reason = why_not_longer(config, old["training"]["steps"], trained_steps)
@@ -84,6 +89,19 @@ def _one_spelling(values: dict[str, Any]) -> dict[str, Any]:
     """
     data = values["data"]
     return values | {"data": data | {"shuffle_shards": data["shuffle_shards"] or 0}}
+
+
+def _with_shape_fields(model: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the section `model` that states each field of the shape that `other` states.
+
+    Earlier versions recorded null for a value that comes from the preset.
+    """
+    filled = dict(model)
+    preset = PRESETS.get(model["preset"])
+    for field in dataclass_fields(ModelConfig):
+        if filled[field.name] is None and other[field.name] is not None and preset is not None:
+            filled[field.name] = getattr(preset, field.name)
+    return filled
 
 
 def why_not_longer(config: Config, old_steps: int, trained_steps: int) -> str | None:

@@ -273,19 +273,19 @@ def test_the_first_loss_is_that_of_transformers(
 ) -> None:
     """This holds for a learning run too.
 
-    If the window covers the sequence, gates change nothing.
+    If the window covers the sequence, gates change nothing. The shape comes from the import.
     """
     folder = save_qwen3(tmp_path / "hf")
     copy_tokenizer(small_data / "tokenizer", folder)
     done("import-hf", folder, "--out", tmp_path / "import")
     allocation = {"source": "learn"} if source == "learn" else {"source": "rule", "rule": "dense"}
     values = make_config(
-        model={"init_from": str(tmp_path / "import")},
         attention={"window": SEQUENCE_LENGTH, "separate_documents": False},
         allocation=allocation,
         gates={"warmup_steps": 0},
         training={"steps": 2, "precision": "fp32"},
     )
+    values["model"] = {"init_from": str(tmp_path / "import")}
     loss = train(values)[0]["loss"]
     config = build(values)
     stream = BatchStream(
