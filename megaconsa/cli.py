@@ -17,6 +17,7 @@ from megaconsa.tools import (
     export_hf,
     fetch_checkpoint,
     finalize_masks,
+    generate,
     import_hf,
     plan,
     prepare_data,
@@ -101,6 +102,7 @@ for name, tool in {
     "export-hf": export_hf,
     # As a script, a file named evaluate.py would hide the package of that name from lm-eval.
     "evaluate": evaluate_models,
+    "generate": generate,
     "checkpoints": checkpoints,
     "fetch-checkpoint": fetch_checkpoint,
     "status": status,

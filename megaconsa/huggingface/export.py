@@ -111,12 +111,7 @@ def export(
         check_generation_config(generation_config, model_config.vocab_size)
 
     def read(name: str) -> Tensor:
-        tensor = weights[name]
-        is_projection = ".self_attn." in name and name.endswith("_proj.weight")
-        if is_projection and not allocation.is_layer_wise:
-            layer = int(name.split(".")[2])
-            tensor = reorder_weight(name, tensor, model_config, allocation.full_heads_first(layer))
-        return tensor.detach().to("cpu", dtype)
+        return exported_weight(name, weights, model_config, allocation, dtype)
 
     with new_folder(out) as folder:
         if not allocation.is_layer_wise:
@@ -125,7 +120,7 @@ def export(
         # fine-tuning would not train that token's embedding.
         without_padding = special_tokens.copy()
         without_padding.pop("pad_token_id", None)
-        config = _config(model_config, allocation, dtype, token_ids or without_padding)
+        config = exported_config(model_config, allocation, dtype, token_ids or without_padding)
         _write_json(folder / "config.json", config)
         if tokenizer:
             copy_tokenizer(tokenizer, folder)
@@ -237,7 +232,23 @@ def _special_tokens(
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _config(
+def exported_weight(
+    name: str,
+    weights: Mapping[str, Tensor],
+    model_config: ModelConfig,
+    allocation: Allocation,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns a weight as an export holds it: on the CPU, with its heads in the export's order."""
+    tensor = weights[name]
+    is_projection = ".self_attn." in name and name.endswith("_proj.weight")
+    if is_projection and not allocation.is_layer_wise:
+        layer = int(name.split(".")[2])
+        tensor = reorder_weight(name, tensor, model_config, allocation.full_heads_first(layer))
+    return tensor.detach().to("cpu", dtype)
+
+
+def exported_config(
     model_config: ModelConfig,
     allocation: Allocation,
     dtype: torch.dtype,
