@@ -12,6 +12,7 @@ from transformers import BatchEncoding, GenerationConfig, TextStreamer
 from megaconsa.errors import InputError
 from megaconsa.evaluation.text_model import TextModel
 from megaconsa.huggingface.decoding import KernelCache
+from megaconsa.huggingface.modeling_megaconsa import CACHE
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -91,8 +92,8 @@ def continue_text(
         model.generate(
             inputs.input_ids,
             attention_mask=inputs.attention_mask,
-            past_key_values=KernelCache(model, inputs.input_ids.shape[1] + new_tokens),
             streamer=_Pieces(text_model.tokenizer, write),
+            **{CACHE: KernelCache(model, inputs.input_ids.shape[1] + new_tokens)},
         )
 
 

@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megaconsa.consa.allocation import Allocation
 from megaconsa.errors import InputError
 from megaconsa.huggingface.export import exported_config, exported_weight
+from megaconsa.huggingface.load import without_progress_bar
 from megaconsa.huggingface.modeling_megaconsa import (
     MegaconsaConfig,
     MegaconsaForCausalLM,
@@ -52,5 +53,6 @@ def build_model(
         for name in parameter_shapes(model_config)
     }
     kind = Qwen3ForCausalLM if stock else MegaconsaForCausalLM
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with without_progress_bar():
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model.eval()

@@ -67,13 +67,13 @@ def load_exported(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     if (folder / TOKENIZER_CONFIG).is_file():
         tokenizer = load_pretrained(folder)
         check_vocabulary(folder, tokenizer, config.vocab_size)
-    with _without_progress_bar():
+    with without_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **where)
     return model.eval(), tokenizer
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """Hides transformers' progress bars.
 
     transformers 5 draws one over the weights of even the smallest model, amid a command's messages.
