@@ -301,6 +301,15 @@ class ValidationSection(Section):
     """Steps between evaluations on held-out data. 0 evaluates only at the end."""
     sequences: int = Field(64, ge=1)
     """Held-out sequences. They are the same in every evaluation."""
+    prompts: tuple[str, ...] = ()
+    """Texts that are continued greedily at each evaluation."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _no_empty_prompt(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty prompt has nothing to continue")
+        return value
 
 
 class CheckpointSection(Section):

@@ -74,6 +74,12 @@ class Mesh:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest value of any rank for each element, in place."""
+        if self.world.size > 1:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor
+
     def all_gather(self, *values: float) -> list[list[float]]:
         """Every rank's values, in the order of ranks, on every rank."""
         if self.world.size == 1:

@@ -19,6 +19,7 @@ from megaconsa.model.norm import RMSNorm
 from megaconsa.model.qwen3 import Block
 from megaconsa.parallel import vocabulary
 from megaconsa.parallel.context_parallel import ContextParallel
+from megaconsa.parallel.next_tokens import NextTokens
 from megaconsa.parallel.sharding import OwnHeads, Sharding
 from megaconsa.parallel.tensor_parallel import TensorParallel
 from megaconsa.parallel.topology import vocabulary_rows
@@ -98,30 +99,45 @@ class NormLayer(RMSNorm):
 
 
 class LMHeadLayer(nn.Linear):
-    def __init__(self, model_config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tp: TensorParallel,
+        next_tokens: NextTokens | None = None,
+    ) -> None:
         super().__init__(
             model_config.hidden_size, vocabulary_rows(model_config.vocab_size, tp.size), bias=False
         )
-        self.loss = partial(head_loss, vocab_size=model_config.vocab_size, tp=tp)
+        self.loss = partial(
+            head_loss, vocab_size=model_config.vocab_size, tp=tp, next_tokens=next_tokens
+        )
 
     def forward(self, carry: Carry) -> Tensor:  # type: ignore[override]
         return self.loss(self, carry)
 
 
-def head_loss(head: nn.Module, carry: Carry, vocab_size: int, tp: TensorParallel) -> Tensor:
+def head_loss(
+    head: nn.Module,
+    carry: Carry,
+    vocab_size: int,
+    tp: TensorParallel,
+    next_tokens: NextTokens | None = None,
+) -> Tensor:
     """Cross-entropy of a micro-batch.
 
     It is scaled so that DeepSpeed's mean over micro-batches is the mean over all labelled tokens.
+    While `next_tokens` are wanted, they are noted instead, and the loss is 0.
 
     It is the last layer instead of the pipeline's loss function: DeepSpeed's BF16 optimizer
     silently drops the gradients of parameters that are used outside the engine's forward pass.
     """
-    hidden, labels, _, _, normalizer = carry
+    hidden, labels, _, sequences, normalizer = carry
     labelled_tokens, micro_batches = normalizer.unbind()
     assert isinstance(head.weight, Tensor)
-    total = loss.summed_cross_entropy(
-        tp.enter(hidden), head.weight, labels, vocabulary.part(head.weight, tp, vocab_size)
-    )
+    part = vocabulary.part(head.weight, tp, vocab_size)
+    if next_tokens is not None and next_tokens.wanted:
+        return next_tokens.find(tp.enter(hidden), head.weight, labels, sequences, part)
+    total = loss.summed_cross_entropy(tp.enter(hidden), head.weight, labels, part)
     return total * (micro_batches / labelled_tokens)
 
 

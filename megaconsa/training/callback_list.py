@@ -17,6 +17,7 @@ from megaconsa.training.callbacks.prometheus import Prometheus
 from megaconsa.training.callbacks.provenance import Provenance
 from megaconsa.training.callbacks.rewinds import Rewinds
 from megaconsa.training.callbacks.run_lock import RunLock
+from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit
 from megaconsa.training.callbacks.validation import Validation
@@ -30,6 +31,7 @@ def build_callbacks(
     lock: RunLock | None,
     stream: BatchStream,
     validation: Validation,
+    samples: Samples | None,
     checkpointing: Checkpointing,
     job_end: float | None,
     machines: Sequence[tuple[str, str]],
@@ -43,6 +45,8 @@ def build_callbacks(
     """
     run = config.run.dir
     found: list[Callback] = [validation, SlowRanks(run, mesh), checkpointing]
+    if samples is not None:
+        found.append(samples)
     if mesh.world.size > 1:
         found.append(LostRanks(run, mesh.world))
     if config.watchdog.factor:
@@ -50,7 +54,7 @@ def build_callbacks(
     found.append(StopSignals())
     if mesh.is_main:
         assert lock is not None
-        found += [lock, DataWaits(run, stream), *_reporters(config)]
+        found += [lock, DataWaits(run, stream), *_reporters(config, samples)]
         found += [IncidentLog(run), Provenance(run, machines), Rewinds(run), StopFile(run)]
         if config.checkpoint.upload is not None:
             found.append(CheckpointUpload(run, config.checkpoint))
@@ -61,7 +65,7 @@ def build_callbacks(
     return sorted(found, key=lambda callback: callback.order)
 
 
-def _reporters(config: Config) -> list[Callback]:
+def _reporters(config: Config, samples: Samples | None) -> list[Callback]:
     """Writers of the metrics. Those that need a library import it only if they are used."""
     from megaconsa.training.callbacks.terminal import Terminal
 
@@ -72,7 +76,7 @@ def _reporters(config: Config) -> list[Callback]:
     if config.logging.tensorboard:
         from megaconsa.training.callbacks.tensorboard import TensorBoard
 
-        found.append(TensorBoard(config))
+        found.append(TensorBoard(config, samples))
     if config.logging.wandb:
         from megaconsa.training.callbacks.wandb import WandB
 

@@ -20,7 +20,7 @@ from megaconsa.config.origin_shape import EXTENSIONS
 from megaconsa.consa.allocation import Allocation
 from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.mixture_file import data_folders, read_info
+from megaconsa.data.mixture_file import data_folders, read_info, tokenizer_folder
 from megaconsa.errors import InputError
 from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model import kernel_use
@@ -72,6 +72,8 @@ class Inputs:
     """The newest of them that is complete."""
     origin: Checkpoint | None = None
     """The checkpoint that model.init_from names. None once the run has a checkpoint itself."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """The ids of validation.prompts."""
 
 
 def check_inputs(config: Config, world: World = ALONE) -> Inputs:
@@ -126,7 +128,8 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
     recomputed = choose_recomputation(
         config, model_config, topology, stages, kernels=kernels, allocation=allocation
     )
-    return Inputs(config, model_config, data, topology, allocation, recomputed)
+    prompts = _prompts(config)
+    return Inputs(config, model_config, data, topology, allocation, recomputed, prompts=prompts)
 
 
 def _check_shard(config: Config) -> None:
@@ -154,6 +157,25 @@ def _with_shuffle(config: Config) -> Config:
     )
     data = config.data.model_copy(update={"shuffle_shards": REMOTE_SHUFFLE_SHARDS})
     return config.model_copy(update={"data": data})
+
+
+def _prompts(config: Config) -> list[list[int]]:
+    """The ids of validation.prompts. Raises InputError for one that leaves no room to continue."""
+    texts = list(config.validation.prompts)
+    if not texts:
+        return []
+    from megaconsa.data.tokenizer import Tokenizer  # Imported late, because it takes seconds.
+
+    tokenizer = Tokenizer.load(tokenizer_folder(config.data.path))
+    length = config.training.sequence_length
+    found = tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, found, strict=True):
+        if len(ids) >= length:
+            raise InputError(
+                f"validation.prompts: {text[:40]!r} has {len(ids)} tokens, which leaves no room "
+                f"to continue it within training.sequence_length={length}; shorten it"
+            )
+    return found
 
 
 def _table(config: Config) -> Allocation | None:

@@ -28,6 +28,7 @@ from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.provenance import machine
 from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.callbacks.run_lock import RunLock
+from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.callbacks.stop_requests import job_end
 from megaconsa.training.inputs import Inputs, describe_data, same_data
 from megaconsa.training.run_data import describe_passes, open_training, open_validation
@@ -99,9 +100,12 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     }
     end = mesh.world.agreed(job_end)
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
+    samples = None
+    if inputs.prompts:
+        samples = Samples(config, inputs.prompts, validation, topology, is_main=mesh.is_main)
     machines = mesh.world.exchange(machine(mesh.device))
     callbacks = build_callbacks(
-        config, mesh, lock, stream, validation, checkpointing, end, machines
+        config, mesh, lock, stream, validation, samples, checkpointing, end, machines
     )
     steps = stream.steps(progress.sequences) if mesh.reads_data else repeat(NOTHING)
     return Trainer(

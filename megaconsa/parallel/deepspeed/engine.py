@@ -33,6 +33,7 @@ from megaconsa.parallel.deepspeed.settings import deepspeed_settings
 from megaconsa.parallel.deepspeed.weight_gathering import WeightGathering
 from megaconsa.parallel.gathered_weights import DistributedWeights
 from megaconsa.parallel.mesh import Mesh
+from megaconsa.parallel.next_tokens import NextTokens
 from megaconsa.parallel.pipeline import (
     Carry,
     RecomputedBlockLayer,
@@ -74,6 +75,7 @@ class Engine:
         self.mesh = mesh
         bf16 = training.in_bf16(mesh.device.type)
         self.precision = "bf16" if bf16 else "fp32"
+        self._next_tokens = NextTokens()
         allocation = heads if isinstance(heads, Allocation) else None
         sharding = Sharding(model_config, allocation, mesh.tp.rank, mesh.tp.size)
         # DeepSpeed prints its settings and the table of layers.
@@ -86,7 +88,14 @@ class Engine:
         ):
             module = MODULES[topology.schedule](
                 layers=layer_specs(
-                    sharding, mesh.tp, mesh.cp, heads, backend, separate_documents, recomputed
+                    sharding,
+                    mesh.tp,
+                    mesh.cp,
+                    heads,
+                    backend,
+                    separate_documents,
+                    recomputed,
+                    self._next_tokens,
                 ),
                 bounds=cut(
                     layer_costs(model_config, allocation, training.sequence_length), topology.stages
@@ -197,6 +206,20 @@ class Engine:
         """Waits for weights that the last step has sent. Call it before the ranks part."""
         if self._gathering is not None:
             self._gathering.finish()
+
+    def next_tokens(self, batches: Sequence[Carry], count: int, texts: int) -> list[int]:
+        """The most probable next token of each text, on every rank.
+
+        batches: as in `evaluate`, with labels and sequences as NextTokens takes them. All data
+            ranks have the same ones.
+        count: number of micro-batches.
+        texts: number of texts.
+        """
+        with self._next_tokens.collected(texts, self.mesh.device) as found:
+            self.evaluate(batches, count)
+            # Only the ranks that hold the head and the position know a token.
+            tokens: list[int] = self.mesh.largest(found).tolist()
+        return tokens
 
     def initialize(self, seed: int) -> None:
         """Fresh weights."""

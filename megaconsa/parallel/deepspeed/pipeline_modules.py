@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaconsa.consa.head_selector import HeadSelector
 from megaconsa.parallel.context_parallel import ContextParallel
+from megaconsa.parallel.next_tokens import NextTokens
 from megaconsa.parallel.pipeline import (
     BlockLayer,
     EmbeddingLayer,
@@ -73,8 +74,12 @@ def layer_specs(
     backend: str,
     separate_documents: bool,
     recomputed: Recomputation = Recomputation(),
+    next_tokens: NextTokens | None = None,
 ) -> list[Any]:
-    """The pipeline's layers: embedding, blocks, final norm, head with loss."""
+    """The pipeline's layers: embedding, blocks, final norm, head with loss.
+
+    next_tokens: where the head notes them, if they are ever asked for.
+    """
     config = sharding.model_config
     blocks = [
         LayerSpec(
@@ -93,15 +98,11 @@ def layer_specs(
     norm = LayerSpec(NormLayer, config.hidden_size, config.rms_norm_eps)
     if config.tie_word_embeddings:
         tied = partial(TiedLayerSpec, "embed_tokens", EmbeddingLayer, config, tp)
-        return [
-            tied(),
-            *blocks,
-            norm,
-            tied(forward_fn=partial(head_loss, vocab_size=config.vocab_size, tp=tp)),
-        ]
+        head = partial(head_loss, vocab_size=config.vocab_size, tp=tp, next_tokens=next_tokens)
+        return [tied(), *blocks, norm, tied(forward_fn=head)]
     return [
         LayerSpec(EmbeddingLayer, config, tp),
         *blocks,
         norm,
-        LayerSpec(LMHeadLayer, config, tp),
+        LayerSpec(LMHeadLayer, config, tp, next_tokens),
     ]

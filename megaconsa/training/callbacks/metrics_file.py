@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl: one JSON object per step."""
+"""Writes metrics.jsonl: one JSON object per step. samples.jsonl is written likewise."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class MetricsFile(Callback):
     order = Order.REPORT
     main_rank_only = True
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / run_folder.METRICS
+    def __init__(self, run: Path, name: str = run_folder.METRICS) -> None:
+        self.path = run / name
         self.waiting: list[bytes] = []
         """Rows that are not in the file yet. Steps append, the thread removes from the front."""
         self.written = 0

@@ -1,4 +1,4 @@
-"""Logs to TensorBoard: each step's numbers in groups, gates as a picture, settings as text."""
+"""Logs to TensorBoard: a step's numbers in groups, gates as a picture, samples, settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megaconsa.config import Config
 from megaconsa.reporting import gate_plots
 from megaconsa.reporting.plot_style import style, to_pixels
+from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.trainer import Callback, Order, Row, Trainer
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,10 @@ class TensorBoard(Callback):
     order = Order.REPORT
     main_rank_only = True
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, samples: Samples | None = None) -> None:
         self.folder = config.run.dir / "tensorboard"
         self.config = config
+        self.samples = samples
         self.writer: SummaryWriter | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -73,6 +75,10 @@ class TensorBoard(Callback):
             if isinstance(value, int | float) and name != "step":
                 writer.add_scalar(tag(name), value, row["step"])
         step = row["step"]
+        if self.samples is not None and self.samples.validation.is_due(trainer):
+            for number, sample in enumerate(self.samples.newest, 1):
+                text = _as_it_is(f"{sample.prompt}{sample.text}")
+                writer.add_text(f"samples/{number}", text, step)
         is_last = step == trainer.training.steps
         if trainer.gates and (step % PICTURE_EVERY == 0 or is_last):
             probability = trainer.gates.gates.open_probability.tolist()
@@ -101,6 +107,10 @@ def tag(field: str) -> str:
 
 
 def _settings(config: Config) -> str:
-    """Returns the configuration as Markdown. Four spaces mark code."""
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    """Returns the configuration as Markdown."""
+    return _as_it_is(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _as_it_is(text: str) -> str:
+    """Returns Markdown that shows the text unchanged. Four spaces mark code."""
     return "\n".join(f"    {line}" for line in text.splitlines())

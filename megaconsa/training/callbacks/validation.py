@@ -39,9 +39,13 @@ class Validation(Callback):
         self.sets = sets
         self.every = every
 
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether it evaluates after this step."""
+        step = trainer.progress.step
+        return step == trainer.training.steps or bool(self.every and step % self.every == 0)
+
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        due = self.every and trainer.progress.step % self.every == 0
-        if not due and trainer.progress.step != trainer.training.steps:
+        if not self.is_due(trainer):
             return
         mean = 0.0
         for held_out in self.sets:
