@@ -24,6 +24,7 @@ from megaconsa.report.figures import run_drawings, smooth_steps
 from megaconsa.report.interactive import PageFigure, page_figure
 from megaconsa.report.runs import Found, Run, find_runs
 from megaconsa.reporting.plot_style import style
+from megaconsa.reporting.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Section:
     """Dotted names and values of the configuration."""
     starts: list[list[tuple[str, str]]]
     """What produced the run, the newest start first."""
+    samples: Samples
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def _section(run: Run, entropy: float | None, smooth: int | None) -> Section:
         [page_figure(drawing) for drawing in drawings],
         comparison.settings(run),
         [provenance(start) for start in reversed(run.starts)],
+        run.samples,
     )
 
 

@@ -21,6 +21,7 @@ from megaconsa.files import parse_json
 from megaconsa.planning.assumptions import planned_allocation
 from megaconsa.provenance import Start, load_starts
 from megaconsa.reporting.metrics import Row, read_metrics
+from megaconsa.reporting.samples import Samples, read_samples
 
 NOT_SEARCHED = {
     *(run_folder.CHECKPOINTS, run_folder.FAILURES, run_folder.INCIDENT_STACKS),
@@ -41,6 +42,7 @@ class Run:
     """The finished table, or the table that the current gates would give."""
     gates: dict[str, Any] | None
     starts: list[Start]
+    samples: Samples
     tokens_before: float = 0.0
     """Tokens of the runs in the report that this one continues."""
     continues: str | None = None
@@ -135,7 +137,8 @@ def _read_run(folder: Path, name: str) -> Run:
     config = configuration.load(path) if path.is_file() else None
     gates = _read_gates(folder / run_folder.GATES)
     allocation = _read_allocation(folder, config, gates)
-    return Run(name, folder, rows, config, allocation, gates, load_starts(folder))
+    starts = load_starts(folder)
+    return Run(name, folder, rows, config, allocation, gates, starts, read_samples(folder))
 
 
 def _read_gates(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +19,7 @@ from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 from megaconsa.model.qwen3 import Qwen3
 from megaconsa.parallel import mesh
+from megaconsa.reporting.report import write_report
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from tests.conftest import SEQUENCE_LENGTH
@@ -92,6 +94,10 @@ def test_samples_are_the_models_own_text(
     assert [event.step for event in shown] == [2, 4]
     text = shown[1].tensor_proto.string_val[0].decode()
     assert text.startswith("    def main(")
+    page = write_report(run).read_text()
+    shown_text = str(markupsafe.escape(expected[1]["text"]))
+    assert f"<b>import os\nclass A:</b>{shown_text}</pre>" in page
+    assert page.count("<td>step 2</td>") == len(PROMPTS)
 
 
 def test_sampling_changes_nothing_else(make_config: MakeConfig, train: Any, tmp_path: Path) -> None:
