@@ -65,7 +65,11 @@ def main(
             f"--top-p {top_p:g} has no effect on the most probable token; "
             "add --temperature, for example 0.8"
         )
+    if not source.exists():
+        raise InputError(f"{source} does not exist; give a run, a checkpoint or an export")
     prompts = prompt or [_read(file)]
+    if "" in prompts:
+        raise InputError("the prompt is empty; give at least one character to continue")
 
     import torch
 

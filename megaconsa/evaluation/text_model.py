@@ -54,8 +54,6 @@ def open_text_model(
 
     Raises InputError if the folder is none of these, or if it has no tokenizer that fits.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run, a checkpoint or an export")
     if _is_export(path):
         source = open_source(path)
         model, own = load_exported(path, dtype)
