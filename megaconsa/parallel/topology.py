@@ -78,11 +78,12 @@ class Topology:
                 "or lower training.micro_batch, the number of processes or parallel.pipeline"
             )
         if parallel.schedule == "interleaved" and accumulation % pipeline:
+            sequences = training.micro_batch * data * pipeline
             raise InputError(
                 f"training.global_batch={training.global_batch} makes {accumulation} "
                 f"micro-batches on each of {data} data ranks, and parallel.schedule=interleaved "
                 f"needs a multiple of parallel.pipeline={pipeline}; use training.global_batch "
-                f"{nearest_multiples(training.global_batch, training.micro_batch * data * pipeline)}"
+                f"{nearest_multiples(training.global_batch, sequences)}"
                 ", or parallel.schedule=1f1b"
             )
         return topology

@@ -99,7 +99,7 @@ def test_the_rest_of_the_world_is_data_parallel() -> None:
             config(pipeline=3, schedule="interleaved"),
             3,
             "makes 16 micro-batches on each of 1 data ranks, and parallel.schedule=interleaved "
-            "needs a multiple of parallel.pipeline=3; change training.global_batch",
+            "needs a multiple of parallel.pipeline=3; use training.global_batch 15 or 18, or ",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from megaconsa.data.tokenizer import Tokenizer
 from megaconsa.errors import InputError
 from megaconsa.model.qwen3 import Qwen3
 from megaconsa.parallel import mesh
-from megaconsa.reporting.report import write_report
+from megaconsa.report.page import write_report
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from tests.conftest import SEQUENCE_LENGTH
