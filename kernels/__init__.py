@@ -4,7 +4,7 @@ Import this package as `megaconsa.kernels`, never as top-level `kernels`: Huggin
 package of that name. It imports only torch and triton, and FlashAttention where it is installed.
 """
 
-from megaconsa.kernels.attention.backends import Backend, choose_backend
+from megaconsa.kernels.attention.backends import Backend, choose_backend, find_backend
 from megaconsa.kernels.attention.hybrid_attention import hybrid_attention
 from megaconsa.kernels.attention.problem import Problem
 from megaconsa.kernels.decode.decode_attention import decode_attention
@@ -16,5 +16,6 @@ __all__ = [
     "Problem",
     "choose_backend",
     "decode_attention",
+    "find_backend",
     "hybrid_attention",
 ]

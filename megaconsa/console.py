@@ -26,6 +26,7 @@ from rich.progress import (
 
 from megaconsa.errors import InputError, RunError, UnreachableError
 from megaconsa.exit_codes import FAILED, LOST, REFUSED
+from megaconsa.files import binary_size, duration
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL = 10.0
@@ -94,6 +95,8 @@ class _PlainTask:
         self.done = 0.0
         self.note = ""
         self.started = time.monotonic()
+        self.first: tuple[float, float] | None = None
+        """Seconds and work after the first advance. A resumed run begins with one large advance."""
         self.printed = self.started
         """When the last line was printed."""
         self.printed_done = -1.0
@@ -102,6 +105,8 @@ class _PlainTask:
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
         self.note = note or self.note
+        if self.first is None:
+            self.first = (time.monotonic(), self.done)
         if time.monotonic() - self.printed >= PLAIN_INTERVAL:
             self._print()
 
@@ -112,13 +117,31 @@ class _PlainTask:
     def _print(self) -> None:
         self.printed = time.monotonic()
         self.printed_done = self.done
-        of = f"/{self.total:.0f}" if self.total is not None else ""
         seconds = self.printed - self.started
         note = f"  {self.note}" if self.note else ""
         console.print(
-            f"{self.description}: {self.done:.0f}{of} {self.unit}  {seconds:.0f} s{note}",
+            f"{self.description}: {self._amount()}  {seconds:.0f} s{self._remaining()}{note}",
             markup=False,
         )
+
+    def _amount(self) -> str:
+        """The work that is done, and all of it if that is known."""
+        if self.unit == "bytes":
+            done = binary_size(self.done)
+            return done if self.total is None else f"{done} of {binary_size(self.total)}"
+        of = f"/{self.total:.0f}" if self.total is not None else ""
+        return f"{self.done:.0f}{of} {self.unit}"
+
+    def _remaining(self) -> str:
+        """The remaining time at the speed since the first advance. Nothing if it is not known."""
+        if self.total is None or self.first is None or self.done >= self.total:
+            return ""
+        began, already_done = self.first
+        done = self.done - already_done
+        if done <= 0:
+            return ""
+        seconds = (self.printed - began) / done * (self.total - self.done)
+        return f", {duration(seconds)} to go"
 
 
 def check_out(path: Path) -> None:

@@ -91,6 +91,24 @@ def binary_size(count: float) -> str:
     return f"{count:.4g} {units[unit]}"
 
 
+def duration(seconds: float) -> str:
+    """Returns a duration in its two largest units: 3 d 4 h, 12 min 5 s."""
+    whole = max(0, round(seconds))
+    parts = [
+        (whole // 86400, "d"),
+        (whole // 3600 % 24, "h"),
+        (whole // 60 % 60, "min"),
+        (whole % 60, "s"),
+    ]
+    # The first unit that is not 0, or the seconds if all are 0.
+    first = len(parts) - 1
+    for number, (count, _) in enumerate(parts):
+        if count:
+            first = number
+            break
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])
+
+
 def check_space(out: Path, needed: int) -> None:
     """Raises InputError if the disk that will hold `out` has fewer than `needed` bytes free."""
     nearest = next(parent for parent in out.absolute().parents if parent.is_dir())

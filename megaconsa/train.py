@@ -52,11 +52,13 @@ def train(config_path: Path, overrides: list[str]) -> int:
             leave()
             return DONE
         from megaconsa.parallel.mesh import initialize
+        from megaconsa.training.attention_backends import log_backends
         from megaconsa.training.setup import build_trainer
         from megaconsa.training.start_checks import check_machines
         from megaconsa.training.trainer import Stop
 
         check_machines(inputs, world)
+        log_backends(inputs.config, inputs.model_config, inputs.allocation, world.device)
         mesh = initialize(config.parallel, world)
         trainer = build_trainer(inputs, mesh)
         finished = trainer.run()

@@ -57,9 +57,9 @@ def test_plain_lines_every_ten_seconds_and_one_at_the_end(plain: io.StringIO, cl
             task.advance(note="[half] full" if second == 3 else "")
         clock.now = 126.0
     assert lines(plain) == [
-        "packing: 11/40 documents 10 s [half] full",
-        "packing: 21/40 documents 20 s [half] full",
-        "packing: 25/40 documents 26 s [half] full",
+        "packing: 11/40 documents 10 s, 29 s to go [half] full",
+        "packing: 21/40 documents 20 s, 19 s to go [half] full",
+        "packing: 25/40 documents 26 s, 16 s to go [half] full",
     ]
     assert "\x1b" not in plain.getvalue()
     assert "\r" not in plain.getvalue()
@@ -70,6 +70,26 @@ def test_plain_lines_without_a_total(plain: io.StringIO, clock: Clock) -> None:
         task.advance(3)
         task.advance(4)
     assert lines(plain) == ["reading: 7 documents 0 s"]
+
+
+def test_what_a_resumed_run_had_done_is_not_its_speed(plain: io.StringIO, clock: Clock) -> None:
+    with progress("training", 1000, "steps") as task:
+        task.advance(900)
+        for _ in range(2):
+            clock.now += 20.0
+            task.advance(1)
+    assert lines(plain)[-1] == "training: 902/1000 steps 40 s, 32 min 40 s to go"
+
+
+def test_bytes_are_readable(plain: io.StringIO, clock: Clock) -> None:
+    with progress("exporting", 3 * 2**30, "bytes") as task:
+        task.advance(2**30)
+        clock.now += 10.0
+        task.advance(2**30)
+        task.advance(2**30)
+    first, last = lines(plain)
+    assert first == "exporting: 2 GiB of 3 GiB 10 s, 10 s to go"
+    assert last == "exporting: 3 GiB of 3 GiB 10 s"
 
 
 def test_large_counts_keep_their_digits(plain: io.StringIO, clock: Clock) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaconsa.console import run_tool
+from megaconsa import run_folder
+from megaconsa.console import console, run_tool
 from megaconsa.tables import Cell, CsvOption, JsonOption, MarkdownOption, Row, Table
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def main(
 
     form = tables.form_of(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
     paths = store.committed(run)
-    if not paths:
+    is_young = not paths and (run / run_folder.CONFIG).is_file()
+    if is_young and form == "text":
+        console.print(f"{run}: no checkpoint yet; `megaconsa status` shows the run", markup=False)
+        return
+    if not paths and not is_young:
         raise InputError(f"{run} holds no checkpoints; give a run folder")
     table = Table(HEADINGS, left=(0, len(HEADINGS) - 1))
     faults: list[str] = []

@@ -20,8 +20,8 @@ def main(
         Path, typer.Argument(help="Folder of a learning run, or one of its checkpoints.")
     ],
     out: Annotated[
-        Path, typer.Option(help="File to write; RUN/allocation.json if not given.")
-    ] = Path(),
+        Path | None, typer.Option(help="File to write. Default: RUN/allocation.json.")
+    ] = None,
     method: Annotated[
         Literal["top-k", "threshold"],
         typer.Option(
@@ -82,7 +82,7 @@ def main(
         "contradicted_share": evidence.contradicted_share,
     }
     allocation = Allocation.from_table(table, constraint, bank.settings.window, origin)
-    if out == Path():
+    if out is None:
         out = checkpoint.path.resolve().parent.parent / run_folder.ALLOCATION
     check_out(out)
     steps = bank.settings.steps

@@ -88,7 +88,7 @@ def choose_backend(name: str, problem: Problem) -> Backend:
     """The backend that runs the problem.
 
     name: a backend, or `auto` for the fastest by measurement that serves the problem. The log
-        says what `auto` took and why, once for each choice and reason.
+        says what `auto` took and why, once for each backend and reason.
 
     Raises ValueError for an unknown name. Raises ValueError, with the refusal, for a backend that
     cannot serve the problem.
@@ -99,7 +99,23 @@ def choose_backend(name: str, problem: Problem) -> Backend:
     return _choose_once(name, problem)
 
 
+def find_backend(name: str, problem: Problem) -> Backend:
+    """As `choose_backend`, but logs nothing, for checks before a run."""
+    return _find(name, problem)[0]
+
+
 def _choose(name: str, problem: Problem) -> Backend:
+    backend, because = _find(name, problem)
+    if name == "auto":
+        _say_once(backend.name, backend.gated if problem.gated else backend.allocated, because)
+    return backend
+
+
+_choose_once = lru_cache(maxsize=1024)(_choose)
+
+
+def _find(name: str, problem: Problem) -> tuple[Backend, str]:
+    """The backend, and for `auto` why it takes no faster one, as `, because ...` or nothing."""
     if name == "auto":
         return _automatic(problem)
     if name not in BACKENDS:
@@ -107,13 +123,10 @@ def _choose(name: str, problem: Problem) -> Backend:
     refusal = BACKENDS[name].refusal(problem)
     if refusal is not None:
         raise ValueError(refusal)
-    return BACKENDS[name]
+    return BACKENDS[name], ""
 
 
-_choose_once = lru_cache(maxsize=1024)(_choose)
-
-
-def _automatic(problem: Problem) -> Backend:
+def _automatic(problem: Problem) -> tuple[Backend, str]:
     """The first of the preferred backends that serves the problem. Reference serves everything."""
     causes: list[str] = []
     for backend in _preferred(problem):
@@ -124,12 +137,10 @@ def _automatic(problem: Problem) -> Backend:
         else:
             refusal = backend.refusal(problem)
         if refusal is None:
-            manner = backend.gated if problem.gated else backend.allocated
             because = f", because {' and '.join(causes)}" if causes else ""
-            _say_once(f"attention.backend=auto takes {backend.name}: {manner}{because}")
-            return backend
+            return backend, because
         causes.append(refusal.split(";")[0])
-    return REFERENCE
+    return REFERENCE, ""
 
 
 def _preferred(problem: Problem) -> tuple[Backend, ...]:
@@ -164,10 +175,14 @@ def _triton_is_installed() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _say_once(message: str) -> None:
-    _log(message)
+def _say_once(name: str, manner: str, because: str) -> None:
+    """Logs the choice of `auto`.
+
+    Gated and finished heads that take one backend for one reason are one choice.
+    """
+    if (name, because) not in _said:
+        _said.add((name, because))
+        logger.info("attention.backend=auto takes %s: %s%s", name, manner, because)
 
 
-@lru_cache(maxsize=1024)
-def _log(message: str) -> None:
-    logger.info(message)
+_said: set[tuple[str, str]] = set()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from megaconsa.console import Task, console, progress
+from megaconsa.console import console, progress
 from megaconsa.data import PIECES, TOKENIZER, tokenized
 from megaconsa.data.bad_documents import BadDocuments
 from megaconsa.data.dataset_info import (
@@ -88,8 +88,8 @@ def prepare(
             else:
                 assert train_tokenizer is not None
                 sample = _training_sample(pieces, options)
-                with progress("training the tokenizer", len(sample), "documents") as task:
-                    train_sentencepiece(_counted(sample, task), out / TOKENIZER, train_tokenizer)
+                with progress("training the tokenizer", train_tokenizer, "tokens") as task:
+                    train_sentencepiece(sample, out / TOKENIZER, train_tokenizer, task.advance)
             used = given or Tokenizer.load(out / TOKENIZER)
             (out / PIECES).mkdir(exist_ok=True)
             settings = Settings(options.layout, options.skip_bad)
@@ -233,13 +233,6 @@ def _training_sample(pieces: Sequence[Piece], options: Options) -> list[str]:
                     characters -= heapq.heappop(kept)[2].characters
     chosen = [document for _, _, document in sorted(kept, key=lambda entry: entry[1])]
     return [text for document in chosen for text in document.texts]
-
-
-def _counted(documents: Sequence[str], task: Task) -> Iterator[str]:
-    """The documents. Advances the task by one for each."""
-    for document in documents:
-        yield document
-        task.advance()
 
 
 def _pack(

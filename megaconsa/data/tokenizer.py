@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megaconsa.data.fingerprint import fingerprint
+from megaconsa.data.sentencepiece_log import merges_reported
 from megaconsa.data.tokenizer_folder import (
     MODEL_INPUTS,
     TOKENIZER_JSON,
@@ -164,10 +165,16 @@ class Tokenizer:
         return fingerprint(content, written.get("post_processor"))
 
 
-def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int) -> None:
+def train_sentencepiece(
+    documents: Iterable[str],
+    folder: Path,
+    vocab_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
     """Trains a BPE and writes it into `folder` in two formats.
 
     vocab_size: number of tokens, special tokens and bytes included.
+    advance: is called with the number of tokens as they are made, `vocab_size` in all.
 
     The formats are `sentencepiece.model` and Hugging Face's. Text round-trips exactly, including
     tabs, newlines and runs of spaces. Characters that the vocabulary lacks become bytes. The result
@@ -182,34 +189,44 @@ def train_sentencepiece(documents: Iterable[str], folder: Path, vocab_size: int)
         )
     sample: list[str] = []
     model = io.BytesIO()
+    made = 0
+
+    def count(merges: int) -> None:
+        nonlocal made
+        made += merges
+        advance(merges)
+
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chunks(documents, sample),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            max_sentence_length=4 * CHUNK,  # in bytes, of which a character has up to four
-            num_threads=2,
-            unk_id=0,
-            eos_id=1,
-            eos_piece=END_OF_TEXT,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-        )
+        with merges_reported(count):
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_chunks(documents, sample),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                byte_fallback=True,
+                character_coverage=0.9999,
+                max_sentence_length=4 * CHUNK,  # in bytes, of which a character has up to four
+                num_threads=2,
+                unk_id=0,
+                eos_id=1,
+                eos_piece=END_OF_TEXT,
+                bos_id=-1,
+                pad_id=-1,
+                minloglevel=0,  # its progress is in its log
+            )
     except RuntimeError as error:
         reason = str(error).split("] ")[-1].strip()
         raise InputError(
             f"vocabulary {vocab_size} does not fit this text (sentencepiece: {reason}), "
             "choose another size"
         ) from error
+    # Bytes, characters and special tokens are no merges.
+    advance(vocab_size - made)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())

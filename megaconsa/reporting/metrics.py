@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 CLOCK = {
-    *("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"),
+    *("time", "tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "mfu"),
     *("rank_seconds", "slowest_rank", "slowest_rank_seconds", "largest_memory_gib"),
 }
 """Fields that depend on the machine. All others are a function of the configuration."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime
 
-from megaconsa.files import binary_size
+from megaconsa.files import binary_size, duration
 from megaconsa.reporting.status import Status
 
 BAR = 40
@@ -26,10 +26,10 @@ def status_lines(found: Status) -> list[str]:
         ),
     ]
     if found.remaining_seconds is not None:
-        remaining = _duration(found.remaining_seconds)
+        remaining = duration(found.remaining_seconds)
         lines.append(("to go", f"{remaining}, without validation and checkpoints"))
     if found.seconds_since_step is not None:
-        lines.append(("newest step", f"{_duration(found.seconds_since_step)} ago"))
+        lines.append(("newest step", f"{duration(found.seconds_since_step)} ago"))
     if found.tokens_per_second is not None:
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
         lines.append(("speed", f"{found.tokens_per_second:,.0f} tokens/s{mfu}"))
@@ -61,28 +61,10 @@ def _checkpoint(found: Status) -> str:
     if found.checkpoint is None:
         return "none yet"
     date = datetime.strptime(found.checkpoint["date"], "%Y-%m-%dT%H:%M:%S%z")
-    age = _duration(time.time() - date.timestamp())
+    age = duration(time.time() - date.timestamp())
     size = binary_size(found.checkpoint["bytes"])
     return f"step {found.checkpoint['step']:,}, {size}, {age} ago"
 
 
 def _step(step: int | None) -> str:
     return "while starting" if step is None else f"step {step:,}"
-
-
-def _duration(seconds: float) -> str:
-    """Returns a duration in its two largest units: 3 d 4 h, 12 min 5 s."""
-    whole = max(0, round(seconds))
-    parts = [
-        (whole // 86400, "d"),
-        (whole // 3600 % 24, "h"),
-        (whole // 60 % 60, "min"),
-        (whole % 60, "s"),
-    ]
-    # The first unit that is not 0, or the seconds if all are 0.
-    first = len(parts) - 1
-    for number, (count, _) in enumerate(parts):
-        if count:
-            first = number
-            break
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])

@@ -22,11 +22,9 @@ from megaconsa.data.dataset_info import DatasetInfo
 from megaconsa.data.fingerprint import same_tokenizer
 from megaconsa.data.mixture_file import data_folders, read_info, tokenizer_folder
 from megaconsa.errors import InputError
-from megaconsa.kernels import Problem, choose_backend
 from megaconsa.model import kernel_use
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.recomputation import Recomputation
-from megaconsa.parallel.sharding import Sharding
 from megaconsa.parallel.stages import layer_costs, stages_by_rank
 from megaconsa.parallel.topology import Topology
 from megaconsa.parallel.world import ALONE, World
@@ -35,6 +33,7 @@ from megaconsa.reading import read_text
 from megaconsa.remote_path import is_remote
 from megaconsa.run_paths import relocated
 from megaconsa.training import checkpoint_check
+from megaconsa.training.attention_backends import check_backends
 from megaconsa.training.callbacks.run_lock import refuse_if_held
 from megaconsa.training.same_run import check_same_run
 
@@ -114,7 +113,7 @@ def _check_beside_checkpoints(config: Config, processes: int) -> Inputs:
             f"allocation.file={config.allocation.file} was made for a window of "
             f"{allocation.window}"
         )
-    _check_backend(config, model_config, allocation)
+    check_backends(config, model_config, allocation, _device())
     _check_shard(config)
     _check_folder(config.run.dir)
     if config.logging.wandb and find_spec("wandb") is None:
@@ -213,50 +212,6 @@ def _check_data(config: Config, model_config: ModelConfig, data: DatasetInfo) ->
             "prepare it with the model's tokenizer, or set "
             f"model.vocab_size={data.vocab_size} to train a model of its own"
         )
-
-
-def _check_backend(
-    config: Config, model_config: ModelConfig, allocation: Allocation | None
-) -> None:
-    """Raises InputError if the attention backend cannot run some layer on this machine."""
-    ranks = config.parallel.tensor
-    window = config.attention.window
-    length = config.training.sequence_length
-    kv_heads = model_config.num_key_value_heads // ranks
-    # Each kind of layer is the windows of its KV heads on one rank, and whether it is gated.
-    if allocation is None:
-        # Training runs gated layers. Validation runs the binarised table, whose rows may mix
-        # windows.
-        gated_layer = ((window,) * kv_heads, True)
-        binarized_layer = ((length,) + (window,) * (kv_heads - 1), False)
-        kinds = {gated_layer, binarized_layer}
-    else:
-        kinds = set()
-        for rank in range(ranks):
-            sharding = Sharding(model_config, allocation, rank, ranks)
-            for layer in range(model_config.num_hidden_layers):
-                windows = allocation.windows(layer)
-                own = tuple(windows[head] for head in sharding.own_heads(layer))
-                kinds.add((own, False))
-    device = _device()
-    for windows, gated in sorted(kinds):
-        problem = Problem(
-            device=device,
-            dtype=torch.bfloat16 if config.training.in_bf16(device.type) else torch.float32,
-            batch=config.training.micro_batch,
-            length=length,
-            heads=model_config.num_attention_heads // ranks,
-            kv_heads=kv_heads,
-            head_dim=model_config.head_dim,
-            windows=windows,
-            gated=gated,
-            packed=config.attention.separate_documents,
-            scale=model_config.head_dim**-0.5,
-        )
-        try:
-            choose_backend(config.attention.backend, problem)
-        except ValueError as error:
-            raise InputError(f"attention.backend={config.attention.backend}: {error}") from None
 
 
 def _device() -> torch.device:

@@ -54,20 +54,23 @@ def check_machines(inputs: Inputs, world: World) -> None:
             "the nodes' clocks differ by %.1f s: times in logs and incidents do not fit together",
             apart,
         )
+    disk = f"{binary_size(free)} are free (checkpoints need {binary_size(needed)})"
+    names = ", ".join(sorted(set(devices)))
+    if world.size == 1:
+        # There is nobody to compare with.
+        logger.info("1 process, %s; %s", names, disk)
+        return
     nodes = len(set(hosts))
     logger.info(
-        "%d rank%s on %d node%s, %s; the sum over all ranks is right, %s is shared, "
-        "clocks agree within %.1f s, %s are free (checkpoints "
-        "need %s)",
+        "%d ranks on %d node%s, %s; the sum over all ranks is right, %s is shared, "
+        "clocks agree within %.1f s, %s",
         world.size,
-        "s" if world.size > 1 else "",
         nodes,
         "s" if nodes > 1 else "",
-        ", ".join(sorted(set(devices))),
+        names,
         run,
         apart,
-        binary_size(free),
-        binary_size(needed),
+        disk,
     )
 
 

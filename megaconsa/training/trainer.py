@@ -256,6 +256,7 @@ class Trainer:
         self.progress.sequences += self.training.global_batch
         return {
             "step": self.progress.step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "tokens": self.progress.tokens,
             "sequences": self.progress.sequences,
             "loss": _number(result.loss),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaconsa.data.sentencepiece_log import merges_reported
 from megaconsa.data.sources import find_files
 from megaconsa.data.tokenizer import END_OF_TEXT, Tokenizer, train_sentencepiece
 from megaconsa.errors import InputError
@@ -73,6 +75,27 @@ def test_training_is_deterministic(
     for name in ("sentencepiece.model", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer_folder / name).read_bytes()
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_progress_of_training(
+    documents: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It comes while the merges are made, and sums up to the vocabulary."""
+    steps: list[int] = []
+    train_sentencepiece(documents, tmp_path, 1000, steps.append)
+    assert len(steps) > 3
+    assert sum(steps) == 1000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_foreign_lines_on_stderr_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    steps: list[int] = []
+    with merges_reported(steps.append):
+        os.write(2, b"bpe_model_trainer.cc(268) LOG(INFO) Added: freq=2 size=20 all=3\n")
+        os.write(2, b"somebody else\nI0 1 bpe_model_trainer.cc:421] Merged: freq=2 merges=50\n")
+    os.write(2, b"later\n")
+    assert steps == [20, 30]
+    assert capfd.readouterr().err == "somebody else\nlater\n"
 
 
 def test_size_and_fingerprint(documents: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.allocation import FULL_WINDOW
-from megaconsa.kernels import Problem, choose_backend, hybrid_attention
+from megaconsa.kernels import Problem, choose_backend, find_backend, hybrid_attention
 from megaconsa.kernels.attention import backends, flash_library
 
 CPU = Problem(
@@ -37,7 +37,7 @@ NOT_INSTALLED = "flash needs the package flash-attn-4 on this GPU; install it"
 @pytest.fixture(autouse=True)
 def _no_choice_is_remembered() -> Iterator[None]:
     backends._choose_once.cache_clear()
-    backends._log.cache_clear()
+    backends._said.clear()
     yield
     backends._choose_once.cache_clear()
 
@@ -137,6 +137,19 @@ def test_auto_says_once_what_it_takes_and_why(
             choose_backend("auto", replace(problem, length=length))
         choose_backend("sdpa", problem)
     assert [record.getMessage() for record in caplog.records] == [f"attention.backend=auto {said}"]
+
+
+@pytest.mark.parametrize("library", [True], indirect=True)
+@pytest.mark.usefixtures("library")
+def test_gated_and_finished_heads_are_one_choice_and_checks_say_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="megaconsa.kernels"):
+        find_backend("auto", GPU)
+        assert caplog.records == []
+        for gated in (True, False):
+            choose_backend("auto", replace(CPU, gated=gated))
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

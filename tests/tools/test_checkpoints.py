@@ -66,6 +66,11 @@ def test_what_holds_none_is_refused(tmp_path: Path, refused: Callable[..., str])
     assert "neither a checkpoint nor a run folder" in refused("verify", tmp_path)
 
 
+def test_a_young_run_has_no_checkpoint_yet(tmp_path: Path, done: Callable[..., str]) -> None:
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    assert "no checkpoint yet" in done("checkpoints", tmp_path)
+
+
 def test_the_mean_of_checkpoints_is_exported(
     run: Path, done: Callable[..., str], refused: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from megaconsa import cli
 from tests.support import ROOT
@@ -36,6 +37,14 @@ def test_help_shows_an_example(command: str, done: Callable[..., str]) -> None:
     text = done(command, "--help")
     assert "Example" in text
     assert f"megaconsa {command} " in text or f"megaconsa {command}\n" in text.replace(" \n", "\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_default_is_the_working_directory(command: str) -> None:
+    """An empty path is shown as `.`, which no command means."""
+    group: Any = typer.main.get_command(cli.app)
+    parameters = group.commands[command].params
+    assert [each.name for each in parameters if each.default == Path()] == []
 
 
 def test_the_commands_are_listed_with_a_sentence_each(done: Callable[..., str]) -> None:
