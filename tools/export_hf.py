@@ -114,7 +114,7 @@ def main(
     from megaconsa.tensor_files import MeanTensors
 
     tokens = held_out_tokens(checkpoint, verify) if verify else None
-    origin = checkpoint.origin
+    origin = checkpoint.origin | checkpoint.outcome
     if average > 1:
         origin["averaged_steps"] = [each.step for each in checkpoints]
     imported = checkpoint.imported or {}

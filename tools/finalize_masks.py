@@ -73,6 +73,7 @@ def main(
     origin = {
         "run": checkpoint.origin["run"],
         "step": checkpoint.step,
+        "tokens": checkpoint.state["tokens"],
         "controller": bank.settings.controller,
         "method": method,
         "cut_margin": None if math.isinf(margin) else margin,

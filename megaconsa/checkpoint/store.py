@@ -131,6 +131,22 @@ class Checkpoint:
         return {"run": folder, "step": self.step, "tokens": self.state["tokens"]}
 
     @property
+    def outcome(self) -> dict[str, Any]:
+        """How the training has gone so far, for readers: losses in nats, length and data.
+
+        An import knows none of this.
+        """
+        if self.imported:
+            return {}
+        config = self.state["config"]
+        return {
+            "loss": self.state.get("loss"),
+            "validation_loss": self.state.get("validation_loss"),
+            "sequence_length": config["training"]["sequence_length"],
+            "data": config["data"]["path"],
+        }
+
+    @property
     def bytes(self) -> int:
         """Bytes of all files in the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())

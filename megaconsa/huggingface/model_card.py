@@ -14,7 +14,7 @@ import torch
 from megaconsa.consa.allocation import Allocation
 from megaconsa.files import binary_size
 from megaconsa.model.config import ModelConfig
-from megaconsa.model.flops import kv_cache_bytes
+from megaconsa.model.flops import kv_cache_bytes, parameter_count
 
 HEAT_MAP = "allocation.png"
 
@@ -33,6 +33,16 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{trust}){load_tokenizer}
 ```
 """
 
+GENERATE = """
+inputs = tokenizer("{prompt}", return_tensors="pt")
+generated = model.generate(
+    inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=64
+)
+print(tokenizer.decode(generated[0], skip_special_tokens=True))"""
+
+PROMPT = "Once upon a time"
+"""A prompt that fits no data in particular. The reader will put their own in its place."""
+
 HEAD_WISE = """
 The model file, `modeling_megaconsa.py`, is in this folder and needs transformers 4.57 or later. \
 In the weights, the KV heads of a
@@ -43,6 +53,7 @@ layer are stored with the full-attention ones first; \
 SHAPE = """
 | | |
 | --- | --- |
+| parameters | {parameters:,} |
 | layers, query heads, KV heads, head dimension | {shape} |
 | weights | {dtype} |
 """
@@ -63,7 +74,19 @@ EVIDENCE = """\
 """
 
 TOKENS = """\
-| training tokens | {tokens:,} |
+| training tokens | {tokens:,}{before} |
+"""
+
+LENGTH = """\
+| length of the training sequences | {length:,} tokens |
+"""
+
+LOSSES = """\
+| {names} at the end, in nats a token | {values} |
+"""
+
+DATA = """\
+| training data | {data} |
 """
 
 CACHE = """
@@ -84,6 +107,27 @@ A line is a layer, a letter a KV head: `F` has full attention, `.` the window.
 {table}
 ```
 """
+
+LICENCE = """
+## Licence and citation
+
+The weights have no licence until whoever trained them chooses one. It depends on the data and on \
+the weights that the training started from. Before you publish this folder, add a `license:` to \
+the first lines of this file.{model_file}
+
+The allocation of heads follows ConSA. Please cite
+
+```bibtex
+@misc{{consa,
+  title = {{Controllable Sparsity in Hybrid Attention via Learnable Allocation}},
+  eprint = {{2606.18056}},
+  archivePrefix = {{arXiv}},
+  year = {{2026}}
+}}
+```
+"""
+
+MODEL_FILE_LICENCE = """ The code in `modeling_megaconsa.py` is under the Apache License 2.0."""
 
 ORIGIN = """
 ## Origin
@@ -113,7 +157,8 @@ def model_card(
     trust = "" if allocation.is_layer_wise else ", trust_remote_code=True"
     load_tokenizer = ""
     if has_tokenizer:
-        load_tokenizer = f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})'
+        load_tokenizer = f'\ntokenizer = AutoTokenizer.from_pretrained("PATH"{trust})\n'
+        load_tokenizer += GENERATE.format(prompt=PROMPT)
     text = HEADER.format(
         with_windows=" with full and sliding-window attention" if allocation.sparsity else "",
         import_tokenizer=", AutoTokenizer" if has_tokenizer else "",
@@ -128,9 +173,12 @@ def model_card(
         model_config.num_key_value_heads,
         model_config.head_dim,
     )
-    text += SHAPE.format(shape=", ".join(map(str, shape)), dtype=precision)
-    if origin and origin.get("tokens"):
-        text += TOKENS.format(tokens=origin["tokens"])
+    text += SHAPE.format(
+        parameters=parameter_count(model_config).total,
+        shape=", ".join(map(str, shape)),
+        dtype=precision,
+    )
+    text += _training_rows(origin or {}, allocation)
     if allocation.sparsity:
         text += HYBRID.format(
             full_heads=sum(map(sum, allocation.full)),
@@ -164,8 +212,32 @@ def model_card(
     else:
         token_bytes = kv_cache_bytes(model_config, None, 1, dtype.itemsize)
         text += DENSE.format(dense_token=binary_size(token_bytes))
+    model_file = "" if allocation.is_layer_wise else MODEL_FILE_LICENCE
+    text += LICENCE.format(model_file=model_file)
     if origin:
         text += ORIGIN.format(origin=json.dumps(origin, indent=2, default=str))
+    return text
+
+
+def _training_rows(origin: dict[str, Any], allocation: Allocation) -> str:
+    """Returns the rows of the table about the training. What is not known is left out."""
+    text = ""
+    if origin.get("tokens"):
+        earlier = allocation.origin.get("tokens")
+        before = f", after {earlier:,} that gave the allocation" if earlier else ""
+        text += TOKENS.format(tokens=origin["tokens"], before=before)
+    if origin.get("sequence_length"):
+        text += LENGTH.format(length=origin["sequence_length"])
+    losses = {
+        name: origin[field]
+        for field, name in (("loss", "loss"), ("validation_loss", "validation loss"))
+        if origin.get(field) is not None
+    }
+    if losses:
+        values = ", ".join(f"{loss:.4f}" for loss in losses.values())
+        text += LOSSES.format(names=", ".join(losses), values=values)
+    if origin.get("data"):
+        text += DATA.format(data=f"`{origin['data']}`")
     return text
 
 

@@ -179,17 +179,25 @@ def test_the_generation_config_of_the_tokenizer_folder_stays(
 
 
 def test_the_model_card(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    table = replace(HEAD_WISE, target_sparsity=0.5)
+    table = replace(HEAD_WISE, target_sparsity=0.5, origin={"tokens": 56_789})
     drawn: list[Path] = []
 
     def heat_map(path: Path) -> None:
         drawn.append(path)
         path.write_bytes(b"png")
 
-    origin = {"run": "runs/test", "step": 3, "tokens": 1_234_567}
+    origin = {"run": "runs/test", "step": 3, "tokens": 1_234_567, "sequence_length": 4096}
+    origin |= {"loss": 2.5, "validation_loss": 2.75, "data": "data/corpus"}
     export_fp32(weights, tmp_path / "out", allocation=table, origin=origin, heat_map=heat_map)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| training tokens | 1,234,567 |" in card
+    assert "| training tokens | 1,234,567, after 56,789 that gave the allocation |" in card
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    assert f"| parameters | {parameters:,} |" in card
+    assert "| length of the training sequences | 4,096 tokens |" in card
+    assert "| loss, validation loss at the end, in nats a token | 2.5000, 2.7500 |" in card
+    assert "| training data | `data/corpus` |" in card
+    assert "Apache License 2.0" in card
+    assert "eprint = {2606.18056}" in card
     assert (
         "| sparsity, the fraction of KV heads with the window: target, reached | 0.5, 0.5 |" in card
     )
