@@ -10,19 +10,19 @@ import typer
 from megaconsa.console import check_out, console, run_tool
 
 RULES_HELP = "dense, all-swa, interleaved, head-share, bottom-swa, middle or random."
-SPARSITY_HELP = "Windowed share, of head-share, bottom-swa, middle and random."
-SEED_HELP = "Seed of random, which needs one. head-share draws its heads too where it is given."
-SCOPE_HELP = "Of random: the share in each layer, or over all of them. Layers need global."
+SPARSITY_HELP = "Share of windowed heads; for head-share, bottom-swa, middle and random."
+SEED_HELP = "Seed for random, which needs one. With a seed, head-share draws its heads too."
+SCOPE_HELP = "Whether random meets the share in each layer or over all layers; layers need global."
 
 
 def main(
     rule: Annotated[str, typer.Argument(help=RULES_HELP)],
     window: Annotated[
-        int, typer.Option(min=1, help="Keys that a sliding-window head sees, itself included.")
+        int, typer.Option(min=1, help="Keys that a windowed head sees, including the query's own.")
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
     preset: Annotated[
-        str | None, typer.Option(help="Model whose layers and KV heads are taken.")
+        str | None, typer.Option(help="Model that gives the numbers of layers and KV heads.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers.")] = None,
     kv_heads: Annotated[
@@ -30,7 +30,7 @@ def main(
     ] = None,
     sparsity: Annotated[float, typer.Option(help=SPARSITY_HELP)] = 0.5,
     ratio: Annotated[
-        int, typer.Option(help="Windowed layers for each full one, of interleaved.")
+        int, typer.Option(help="Windowed layers for each full one; for interleaved.")
     ] = 3,
     granularity: Annotated[
         Literal["kv_head", "layer"], typer.Option(help="What random draws.")

@@ -69,27 +69,27 @@ def main(
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences of a pass. Default: the run's micro-batch, or 1."),
+        typer.Option(min=1, help="Sequences in a pass. Default: the run's micro-batch, or 1."),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the order of the training sequences. Default: 0."),
+        typer.Option(min=0, help="Seed for the order of the training sequences. Default: 0."),
     ] = None,
     z: Annotated[
         float | None,
-        typer.Option(help="Value of all gates, the first one of trained gates. Default: 0.5."),
+        typer.Option(help="Value of all gates; trained gates begin with it. Default: 0.5."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of trained gates, a batch each. Default: 100."),
+        typer.Option(min=1, help="Steps of gate training, with one batch each. Default: 100."),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Adam's, of trained gates. Default: 0.05."),
+        typer.Option(help="Adam's learning rate for trained gates. Default: 0.05."),
     ] = None,
     weight_learning_rate: Annotated[
         float | None,
-        typer.Option(help="AdamW's, of the weights with scalar-gates. Default: the run's."),
+        typer.Option(help="AdamW's learning rate, with scalar-gates. Default: the run's."),
     ] = None,
     scores: Annotated[
         Path | None,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaconsa.config import build
 from megaconsa.exit_codes import LOST
+from megaconsa.parallel.world import ALONE
 from megaconsa.training import start_checks
+from megaconsa.training.inputs import check_inputs
 from tests.support.ranks import ended, start, write
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -124,3 +128,14 @@ def test_only_empty_folders_are_removed_again(tmp_path: Path) -> None:
     other.mkdir()
     start_checks._remove_empty(run, tmp_path / "runs")
     assert list((tmp_path / "runs" / "study").iterdir()) == [other]
+
+
+def test_a_process_alone_is_told_nothing_about_others(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = check_inputs(build(make_config()))
+    with caplog.at_level(logging.INFO, logger="megaconsa.training.start_checks"):
+        start_checks.check_machines(inputs, ALONE)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 process, CPU; ")
+    assert "are free" in record.getMessage()
