@@ -39,6 +39,13 @@ def main(
     topologies: Annotated[
         bool, typer.Option("--topologies", help="Compare all topologies of these GPUs instead.")
     ] = False,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPUS,GPUS,...",
+            help="Simulate the fastest topology of each of these numbers of GPUs instead.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
     as_markdown: MarkdownOption = False,
@@ -55,6 +62,9 @@ def main(
             --gpus 8 --context 131072
 
         megaconsa plan configs/qwen3_1p7b_train.yaml --gpus 8 --gpu a100 --topologies
+
+        megaconsa plan configs/qwen3_1p7b_train.yaml training.global_batch=512 \
+            --scale 64,256,1024
     """
     from json import dumps
 
@@ -63,11 +73,15 @@ def main(
     from megaconsa.console import console
     from megaconsa.planning import changes
     from megaconsa.planning.plan import make_plan
-    from megaconsa.planning.table import plan_table, topology_table, verdict
+    from megaconsa.planning.scaling import scale as scale_to
+    from megaconsa.planning.table import plan_table, scaling_table, topology_table, verdict
 
     form = tables.form_of(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
     loaded = load(config, overrides)
     plan = make_plan(loaded, gpus, gpu, mfu, context)
+    if scale is not None:
+        tables.show(scaling_table(scale_to(loaded, plan, _counts(scale), mfu)), form)
+        return
     if topologies:
         tables.show(topology_table(changes.topologies(loaded, plan, mfu)), form)
         return
@@ -83,6 +97,16 @@ def main(
     console.print()
     for line in verdict(plan, change):
         console.print(line, style="bold", markup=False)
+
+
+def _counts(text: str) -> list[int]:
+    """Reads numbers of GPUs."""
+    from megaconsa.errors import InputError
+
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise InputError(f"--scale {text} must be numbers of GPUs, such as 64,256,1024")
+    return [int(word) for word in words]
 
 
 if __name__ == "__main__":

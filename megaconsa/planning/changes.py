@@ -54,14 +54,19 @@ def smallest_change(config: Config, plan: Plan, mfu: float | None) -> Change | N
     return None
 
 
-def topologies(config: Config, plan: Plan, mfu: float | None) -> list[Plan]:
-    """Returns the plans of all topologies of the plan's GPUs, the fastest that fit first.
+def topologies(
+    config: Config, plan: Plan, mfu: float | None, gpus: int | None = None
+) -> list[Plan]:
+    """Returns the plans of all topologies, the fastest that fit first.
 
     Topologies that the configuration refuses are left out.
+
+    plan: has the device, and the number of GPUs unless `gpus` is given.
     """
+    gpus = plan.gpus if gpus is None else gpus
     found = []
-    for tensor, context, pipeline in product(_powers(plan.gpus), repeat=3):
-        if tensor > MOST_TENSOR_RANKS or plan.gpus % (tensor * context * pipeline):
+    for tensor, context, pipeline in product(_powers(gpus), repeat=3):
+        if tensor > MOST_TENSOR_RANKS or gpus % (tensor * context * pipeline):
             continue
         fields: Fields = {
             "parallel.tensor": tensor,
@@ -70,7 +75,7 @@ def topologies(config: Config, plan: Plan, mfu: float | None) -> list[Plan]:
         }
         if pipeline == 1:
             fields["parallel.schedule"] = "1f1b"
-        planned = _planned(config, fields, plan.gpus, plan, mfu)
+        planned = _planned(config, fields, gpus, plan, mfu)
         if planned is not None:
             found.append(planned)
     return sorted(found, key=lambda each: (not each.fits, -each.tokens_per_second))
@@ -87,7 +92,11 @@ def _candidates(config: Config, plan: Plan) -> Iterator[list[Fields]]:
     micro_batches = [each for each in _powers(training.micro_batch) if each < training.micro_batch]
     micro_batches.reverse()
     kinds.append([{"training.micro_batch": each} for each in micro_batches])
-    kinds.append([{f"parallel.{axis}": ranks} for axis in AXES for ranks in (2, 4, 8)])
+    # Other ways to divide the run exclude each other too.
+    divided: list[Fields] = [{f"parallel.{axis}": ranks} for axis in AXES for ranks in (2, 4, 8)]
+    if config.parallel.shard == "optimizer":
+        divided.append({"parallel.shard": "gradients"})
+    kinds.append(divided)
     yield [{}]
     yield [fields for kind in kinds for fields in kind]
     pairs = []

@@ -234,6 +234,14 @@ def _weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
     return total
 
 
+def block_weights(model_config: ModelConfig, stages: Stages, tensor: int) -> int:
+    """Counts the weights of the matrices in the blocks of these stages on one tensor rank."""
+    linear, _ = block_parameters(model_config)
+    last = model_config.num_hidden_layers + 1
+    blocks = sum(len(range(max(start, 1), min(stop, last))) for start, stop in stages)
+    return blocks * (linear // tensor)
+
+
 def _gradients(model_config: ModelConfig, stages: Stages, topology: Topology, weights: int) -> int:
     """Counts the gradients that one rank holds.
 
@@ -242,13 +250,11 @@ def _gradients(model_config: ModelConfig, stages: Stages, topology: Topology, we
     ranks = topology.data * topology.context
     if topology.shard == "optimizer" or ranks == 1:
         return weights
+    in_blocks = block_weights(model_config, stages, topology.tensor)
     linear, _ = block_parameters(model_config)
-    last = model_config.num_hidden_layers + 1
-    blocks = sum(len(range(max(start, 1), min(stop, last))) for start, stop in stages)
-    of_block = linear // topology.tensor
-    whole = weights - blocks * of_block
+    buffers = min(2 * (linear // topology.tensor), in_blocks)
     own = -(-weights // ranks)
-    return own + whole + min(2, blocks) * of_block
+    return own + weights - in_blocks + buffers
 
 
 def _logit_bytes(model_config: ModelConfig, tokens: int, value: int, tensor: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaconsa.planning.changes import Change
 from megaconsa.planning.plan import Cost, Plan
+from megaconsa.planning.scaling import Scaled
 from megaconsa.tables import Cell, Row, Table
 
 
@@ -90,6 +91,48 @@ def topology_table(plans: Sequence[Plan]) -> Table:
         ]
         table.rows.append(Row(cells))
     return table
+
+
+def scaling_table(found: Sequence[Scaled]) -> Table:
+    """Returns one row for each number of GPUs. Waits are shares of a step."""
+    table = Table(
+        (
+            "GPUs",
+            "sequences",
+            "tp",
+            "cp",
+            "pp",
+            "dp",
+            "idle",
+            "data",
+            "tensor",
+            "context",
+            "pipeline",
+            "tokens/s a GPU",
+            "of one GPU",
+        ),
+        left=(),
+    )
+    for each in found:
+        plan = each.plan
+        waits = (each.idle, each.data, each.tensor, each.context, each.pipeline)
+        cells = [
+            _count(plan.gpus),
+            _count(plan.accumulation * plan.data_ranks * each.micro_batch),
+            _count(plan.tensor_ranks),
+            _count(plan.context_ranks),
+            _count(plan.pipeline_ranks),
+            _count(plan.data_ranks),
+            *(_share(wait / each.seconds) for wait in waits),
+            Cell(f"{each.tokens_per_second:,.0f}", each.tokens_per_second),
+            _share(each.efficiency),
+        ]
+        table.rows.append(Row(cells))
+    return table
+
+
+def _share(share: float) -> Cell:
+    return Cell(f"{share:.1%}", share)
 
 
 def _add_model(table: Table, plan: Plan) -> None:

@@ -9,7 +9,12 @@ from megaconsa.config import Config
 from megaconsa.consa.allocation import Allocation
 from megaconsa.model.config import ModelConfig
 from megaconsa.parallel.topology import Topology
-from megaconsa.planning.memory import Stages, full_heads_by_layer, received_keys
+from megaconsa.planning.memory import (
+    Stages,
+    block_weights,
+    full_heads_by_layer,
+    received_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,12 @@ def step_traffic(
     hidden = value * tokens * model_config.hidden_size
     weights = weight_bytes // value
     # Each rank receives what the n - 1 others hold: gradients in fp32, then weights.
-    data = (4 + value) * weights * (averaging - 1) // averaging
+    gradients = weights
+    if topology.shard == "gradients":
+        # Those of the blocks are summed for each micro-batch.
+        in_blocks = block_weights(model_config, stages, tensor)
+        gradients += (topology.accumulation - 1) * in_blocks
+    data = (4 * gradients + value * weights) * (averaging - 1) // averaging
     full_heads = full_heads_by_layer(model_config, allocation)
     passes = 0
     gathered = 0
