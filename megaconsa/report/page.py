@@ -67,6 +67,7 @@ def write_report(
     out: Path | None = None,
     baseline: str | None = None,
     smooth: int | None = None,
+    found: Found | None = None,
 ) -> Path:
     """Writes the page about a run, or about all runs in and below a folder. Returns its path.
 
@@ -75,10 +76,11 @@ def write_report(
     out: the file to write. None is `folder`/report.html.
     baseline: name of the run from which the losses of the others are subtracted. None chooses one.
     smooth: steps of the moving average of noisy curves. None is a share of each run's steps.
+    found: what `find_runs` found in the folder, if it was called before.
 
     Raises InputError if there is nothing to report or the file cannot be written.
     """
-    found = find_runs(folder)
+    found = find_runs(folder) if found is None else found
     out = folder / "report.html" if out is None else out
     check_out(out)
     replace_text(out, render(folder.resolve().name, found, baseline, smooth))

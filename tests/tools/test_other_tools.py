@@ -28,7 +28,10 @@ def test_report_of_a_run(
     name: str, kind: str, finished: Finished, done: Done, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "page.html"
-    assert done("report", finished(name), "--out", out) == f"wrote {out}\n"
+    heading, row, wrote = done("report", finished(name), "--out", out).splitlines()
+    assert heading.split()[:2] == ["run", "stage"]
+    assert row.split()[0] == finished(name).name
+    assert wrote == f"wrote {out}"
     page = out.read_text()
     assert kind in page
     assert "<svg" in page
@@ -41,10 +44,26 @@ def test_report_of_a_folder_of_runs_goes_into_it(
 ) -> None:
     for name in ("heads", "trained"):
         shutil.copytree(finished(name), tmp_path / name)
-    assert done("report", tmp_path) == f"wrote {tmp_path / 'report.html'}\n"
+    assert done("report", tmp_path).endswith(f"wrote {tmp_path / 'report.html'}\n")
     page = (tmp_path / "report.html").read_text()
     assert page.index("<h2>heads") < page.index("<h2>trained")
     assert {path.name for path in tmp_path.iterdir()} == {"heads", "trained", "report.html"}
+
+
+def test_rows_of_a_report(
+    finished: Finished, megaconsa: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The loss is the mean of the newest steps. Messages leave stdout to the rows."""
+    run = finished("heads")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    out = tmp_path / "page.html"
+    outcome = megaconsa("report", run, "--out", out, "--json")
+    (row,) = json.loads(outcome.out)
+    assert outcome.err == f"wrote {out}\n"
+    assert row["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps))
+    assert (row["step"], row["stage"], row["sparsity"]) == (len(steps), "learns", 0.25)
+    for form in ("--csv", "--markdown"):
+        assert run.name in megaconsa("report", run, "--out", out, form).out
 
 
 def test_plan_as_json_with_overrides_among_options(

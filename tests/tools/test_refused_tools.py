@@ -199,12 +199,13 @@ def test_negative_number_of_tokens_to_verify(
     [
         (("training.lerning_rate=1",), "did you mean training.learning_rate?"),
         (("training.steps",), "is not of the form section.field=value"),
-        (("--device", "abacus"), "--device abacus"),
+        (("--gpu", "abacus"), "--gpu abacus"),
         (("--mfu", 1.5), "--mfu 1.5 must lie between 0 and 1"),
         (("--gpus", 3), "training.global_batch=4 must be a multiple"),
+        (("--csv", "--markdown"), "choose one of them"),
         (
-            ("allocation.source=file", "allocation.file=/nowhere.json"),
-            "/nowhere.json does not exist",
+            ("allocation.source=file", "allocation.file=/dev/null"),
+            "allocation file /dev/null cannot be read",
         ),
     ],
 )
