@@ -119,8 +119,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def choose_baseline(runs: Sequence[Run], name: str | None) -> Run | None:
     """Returns the run from which the others are subtracted.
 
-    name: the name of the run. None takes the first dense run, or else the first run, that shares
-        its tokens with another one. If there is none, the result is None.
+    name: the name of the run. None takes the first dense run that shares its tokens with another
+        one, or else the first on a fixed allocation, or else the first. If no runs share tokens,
+        the result is None.
 
     Raises InputError if no run has this name.
     """
@@ -130,7 +131,7 @@ def choose_baseline(runs: Sequence[Run], name: str | None) -> Run | None:
                 return run
         names = ", ".join(run.name for run in runs)
         raise InputError(f"--baseline {name} is none of the runs; choose one of {names}")
-    for run in sorted(runs, key=lambda run: not _is_dense(run)):
+    for run in sorted(runs, key=lambda run: (not _is_dense(run), run.learning)):
         others = [other for other in runs if other is not run]
         if any(len(loss_difference(other, run, "loss")[0]) for other in others):
             return run

@@ -23,6 +23,8 @@ from megaconsa.reporting.plot_style import (
 from megaconsa.reporting.training_plots import draw_entropy, smoothing
 
 WIDE_HEIGHT = 4.2
+NOISY_RUNS = 4
+"""Of more runs than this, only the moving averages are drawn. Their noise would cover them."""
 
 
 def losses_together(
@@ -33,16 +35,21 @@ def losses_together(
     smooth: the number of steps of a run's moving average.
     """
 
+    noisy = len(runs) <= NOISY_RUNS
+
     def draw(axis: Axes) -> None:
         for number, run in enumerate(runs):
-            _draw(axis, placed(run, "loss"), placed(run, "validation_loss"), run, number, smooth)
+            steps = smooth(run)
+            training = placed(run, "loss")
+            _draw(axis, training, placed(run, "validation_loss"), run, number, steps, noisy)
         draw_entropy(axis, unigram_entropy)
         axis.set_ylabel("nats per token")
 
     caption = "Lines are training, points are validation. Lower is better. "
     if any(run.continues for run in runs):
         caption += "A run that continues another one begins at the tokens where that one ended. "
-    return _both_widths("Loss of all runs", caption + smoothing(max(map(smooth, runs))), draw)
+    caption += smoothing(max(map(smooth, runs)), noisy)
+    return _both_widths("Loss of all runs", caption, draw)
 
 
 def losses_less_baseline(
@@ -58,10 +65,12 @@ def losses_less_baseline(
     if not compared:
         return None
 
+    noisy = len(compared) <= NOISY_RUNS
+
     def draw(axis: Axes) -> None:
         axis.axhline(0, color=INK, linewidth=1)
         for number, run, training, validation in compared:
-            _draw(axis, training, validation, run, number, smooth)
+            _draw(axis, training, validation, run, number, smooth(run), noisy)
         axis.set_ylabel("nats per token")
 
     caption = (
@@ -77,10 +86,11 @@ def _draw(
     validation: tuple[Floats, Floats],
     run: Run,
     number: int,
-    smooth: Callable[[Run], int],
+    smooth: int,
+    noisy: bool,
 ) -> None:
     colour, dash = run_line(number)
-    draw_curve(axis, training, run.name, colour, dash=dash, smooth=smooth(run))
+    draw_curve(axis, training, run.name, colour, dash=dash, smooth=smooth, shows_noise=noisy)
     axis.plot(
         *validation,
         color=colour,

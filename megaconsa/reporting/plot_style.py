@@ -129,13 +129,15 @@ def draw_curve(
     dash: str = "-",
     width: float = 1.5,
     smooth: int = 1,
+    shows_noise: bool = True,
 ) -> None:
     """Draws a curve, or nothing if it has no points.
 
     A curve of more than POINTS points is drawn as the mean of groups, in a band of their range.
 
     points: x and y, each (points,).
-    smooth: number of points of the moving average. The curve itself is drawn faintly behind it.
+    smooth: number of points of the moving average.
+    shows_noise: draws the values themselves, or their band, faintly behind the mean.
     """
     steps, raw = points
     if not len(steps):
@@ -147,8 +149,9 @@ def draw_curve(
         high = np.array([raw[group].max() for group in groups])
         steps = np.array([steps[group].mean() for group in groups])
         values = np.array([values[group].mean() for group in groups])
-        axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    elif smooth > 1:
+        if shows_noise:
+            axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    elif smooth > 1 and shows_noise:
         axis.plot(steps, raw, color=colour, linestyle=dash, linewidth=0.7, alpha=0.35)
     # A line through a single point is invisible.
     marker = "o" if len(steps) == 1 else ""

@@ -121,8 +121,9 @@ def draw_entropy(axis: Axes, unigram_entropy: float | None) -> None:
     )
 
 
-def smoothing(steps: int) -> str:
+def smoothing(steps: int, shows_noise: bool = True) -> str:
     """Returns the sentence about the moving average."""
     if steps < 2:
         return ""
-    return f"The line is the mean of {steps:,} steps, with the steps themselves faint behind it."
+    text = f"The line is the mean of {steps:,} steps"
+    return f"{text}, with the steps themselves faint behind it." if shows_noise else f"{text}."
