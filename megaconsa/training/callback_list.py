@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megaconsa.config import Config
 from megaconsa.data.stream import BatchStream
@@ -17,12 +18,14 @@ from megaconsa.training.callbacks.prometheus import Prometheus
 from megaconsa.training.callbacks.provenance import Provenance
 from megaconsa.training.callbacks.rewinds import Rewinds
 from megaconsa.training.callbacks.run_lock import RunLock
-from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.callbacks.slow_ranks import SlowRanks
 from megaconsa.training.callbacks.stop_requests import StopFile, StopSignals, TimeLimit
 from megaconsa.training.callbacks.validation import Validation
 from megaconsa.training.callbacks.watchdog import Watchdog
 from megaconsa.training.trainer import Callback
+
+if TYPE_CHECKING:
+    from megaconsa.training.callbacks.samples import Samples
 
 
 def build_callbacks(

@@ -28,7 +28,6 @@ from megaconsa.training.callbacks.checkpointing import Checkpointing
 from megaconsa.training.callbacks.provenance import machine
 from megaconsa.training.callbacks.rewinds import rewound
 from megaconsa.training.callbacks.run_lock import RunLock
-from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.callbacks.stop_requests import job_end
 from megaconsa.training.inputs import Inputs, describe_data, same_data
 from megaconsa.training.run_data import describe_passes, open_training, open_validation
@@ -102,6 +101,9 @@ def build_trainer(inputs: Inputs, mesh: Mesh) -> Trainer:
     checkpointing = Checkpointing(config.run.dir, config.checkpoint, mesh.world, description)
     samples = None
     if inputs.prompts:
+        # Imported late, because it imports transformers.
+        from megaconsa.training.callbacks.samples import Samples
+
         samples = Samples(config, inputs.prompts, validation, topology, is_main=mesh.is_main)
     machines = mesh.world.exchange(machine(mesh.device))
     callbacks = build_callbacks(

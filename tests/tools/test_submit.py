@@ -5,11 +5,13 @@ These tests cover what it would run, what it refuses, and the files of slurm/ th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from megaconsa.cluster.jobs import FILES, TIME
+from megaconsa.model.config import PRESETS
 
 Done = Callable[..., str]
 RULE = {"source": "rule", "rule": "dense"}
@@ -60,6 +63,27 @@ def test_train(done: Done) -> None:
         f"sbatch --parsable {options}{size} {FILES}/train.sbatch train.yaml run.seed=1\n"
     )
     assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("configs")
+def test_both_stages_of_a_chain_have_the_shape_of_an_import(
+    done: Done, refused: Callable[..., str]
+) -> None:
+    """Stage 1, from which stage 2 starts, is not there yet."""
+    shape = asdict(PRESETS["tiny"]) | {"max_position_embeddings": 8192}
+    Path("import").mkdir()
+    Path("import/state.json").write_text(json.dumps({"shape": shape}))
+    for name, origin in {"learn": "import", "train": "out/learn"}.items():
+        values = yaml.safe_load(Path(f"{name}.yaml").read_text())
+        values["model"] = {"init_from": origin}
+        values["training"]["sequence_length"] = 8192
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(values))
+    chain = ("submit", "chain", "learn.yaml", "train.yaml", "--out", "out", "--gpus-per-node", 1)
+    printed = done(*chain, "--dry-run")
+    assert "model.init_from=import" not in printed
+    # Alone, stage 2 has the preset's context until stage 1 is there.
+    said = refused("submit", "train", "train.yaml", "--gpus-per-node", 1, "--dry-run")
+    assert "exceeds model.max_position_embeddings=4096" in said
 
 
 @pytest.mark.usefixtures("configs")

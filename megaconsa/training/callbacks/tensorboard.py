@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -10,8 +11,10 @@ from torch.utils.tensorboard import SummaryWriter
 from megaconsa.config import Config
 from megaconsa.reporting import gate_plots
 from megaconsa.reporting.plot_style import style, to_pixels
-from megaconsa.training.callbacks.samples import Samples
 from megaconsa.training.trainer import Callback, Order, Row, Trainer
+
+if TYPE_CHECKING:
+    from megaconsa.training.callbacks.samples import Samples
 
 logger = logging.getLogger(__name__)
 
