@@ -91,6 +91,28 @@ def test_a_checkpoint_and_a_text_from_a_file_or_stdin(
     assert generated(checkpoint, "--file", "-", *asked) == expected
 
 
+def test_an_import_with_and_without_its_tokenizer(
+    exports: Path,
+    done: Callable[..., str],
+    generated: Callable[..., str],
+    refused: Refused,
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
+    asked = ("--prompt", "import os", "--max-new-tokens", NEW_TOKENS)
+    done("import-hf", exports / "heads", "--out", tmp_path / "import")
+    expected = truth(exports / "heads", "import os") + "\n"
+    assert generated(tmp_path / "import", *asked) == expected
+    bare = shutil.copytree(exports / "heads", tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    done("import-hf", bare, "--out", tmp_path / "bare_import")
+    words = ("--tokenizer", small_data / "tokenizer")
+    for source in (bare, tmp_path / "bare_import"):
+        assert "no tokenizer is there" in refused("generate", source, *asked)
+        assert generated(source, *asked, *words) == expected
+
+
 def test_draws_follow_the_seed(finished: Finished, generated: Callable[..., str]) -> None:
     def text(*more: object) -> str:
         return generated(finished("stock"), "--prompt", "x", "--max-new-tokens", 16, *more)
