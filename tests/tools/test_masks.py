@@ -40,6 +40,7 @@ def test_finalize_masks(name: str, finished: Finished, done: Done, tmp_path: Pat
     assert allocation.origin == {
         "run": str(run),
         "step": 6,
+        "tokens": 6 * 4 * 64,
         "controller": "evidence",
         "method": "top-k",
         "cut_margin": pytest.approx(constraint.margin(bank.gates.scores)),
