@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 16 -m megaconsa.benchmarks.starting configs/quickstart.yaml \\
         run.dir=/tmp/started training.global_batch=16 training.micro_batch=1
 
-It builds the run, trains one step, and prints the largest figure of any rank. run.dir must not
-exist. It is removed at the end.
+It builds the run, trains one step, and prints each figure's median over ranks and its largest.
+run.dir must not exist. It is removed at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import distributed as dist
@@ -115,10 +116,10 @@ def main() -> None:
     if not is_main():
         return
     shutil.rmtree(config.run.dir)
-    console.print(f"{len(every)} ranks, the largest figure of any rank:")
+    console.print(f"{f'{len(every)} ranks':<26} {'median':>10} {'largest':>10}")
     for name in every[0]:
-        largest = max(figures[name] for figures in every)
-        console.print(f"{name:<26} {largest:10.2f}")
+        values = [figures[name] for figures in every]
+        console.print(f"{name:<26} {median(values):10.2f} {max(values):10.2f}")
 
 
 def _check_new(run: Path) -> None:

@@ -11,8 +11,10 @@ logger = logging.getLogger(__name__)
 
 OWN_FILES = 256
 """Files of a process by itself: libraries, data, logs, threads."""
-FILES_A_RANK = 4
-"""Files for each other rank: one connection per gloo group, and on rank 0 one to its store."""
+FILES_A_RANK = 2
+"""Files for each other rank: on rank 0 one connection to its store, and perhaps one more.
+
+A gloo group has only a few connections (world.py)."""
 
 
 def raise_limit(launch: Launch) -> None:

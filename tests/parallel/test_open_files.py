@@ -39,7 +39,7 @@ def test_too_few_for_the_launch() -> None:
     limits, said = raised(100, 1024, 512)
     assert limits == "1024 1024"
     assert said == (
-        "a process may open 1024 files (ulimit -Hn), but 512 ranks need about 2304 each for their "
+        "a process may open 1024 files (ulimit -Hn), but 512 ranks need about 1280 each for their "
         "connections; ask the administrator for more, or start fewer processes"
     )
     assert raised(100, 1024, 512, rank=1) == ("1024 1024", "")
