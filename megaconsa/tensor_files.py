@@ -10,6 +10,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,20 +190,74 @@ def write_tensors(
     read: returns the tensor of a name.
     advance: called with the number of bytes after each tensor is written.
     """
-    code = next(name for name, each in DTYPES.items() if each == dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin = end
-        end = begin + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # Pad the header to a multiple of 8 bytes.
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(_header(shapes, dtype, 8))
         for name, shape in shapes.items():
             tensor = read(name)
             assert tensor.shape == torch.Size(shape), name
             assert tensor.dtype == dtype, name
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             advance(tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Names some rows of a tensor that several processes write to one file, each its own rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    """The whole tensor's."""
+    first: int
+    """The first row."""
+
+
+PAGE = 4096
+"""Bytes that a file system keeps together. No two processes write to the same page of a file, since
+clients of a network file system could overwrite each other's part of it."""
+
+
+def aligned_rows(shape: Sequence[int], count: float) -> int:
+    """At least `count` rows of an fp32 tensor, so many that they end where a page ends."""
+    step = PAGE // math.gcd(PAGE, math.prod(shape[1:]) * torch.float32.itemsize)
+    return max(math.ceil(count / step), 1) * step
+
+
+def write_rows(path: Path, rows: Rows, tensor: Tensor) -> int:
+    """Writes rows of an fp32 tensor to their place in a file of this tensor alone.
+
+    The file is created if it does not exist. It is a safetensors file once all rows are written.
+
+    Returns the size of the file with all rows, in bytes.
+    """
+    assert tensor.dtype == torch.float32
+    header = _header({rows.name: rows.shape}, tensor.dtype, PAGE)
+    content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    begin = len(header) + rows.first * math.prod(rows.shape[1:]) * tensor.dtype.itemsize
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        if rows.first == 0:
+            _write(file, header, 0)
+        _write(file, content, begin)
+    return len(header) + math.prod(rows.shape) * tensor.dtype.itemsize
+
+
+def _write(file: FileIO, content: bytes | memoryview, begin: int) -> None:
+    left = memoryview(content)
+    while left:
+        count = os.pwrite(file.fileno(), left, begin)
+        left = left[count:]
+        begin += count
+
+
+def _header(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, multiple: int) -> bytes:
+    """What a safetensors file of these tensors begins with, padded to a multiple of bytes."""
+    code = next(name for name, each in DTYPES.items() if each == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin = end
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % multiple)
+    return len(encoded).to_bytes(8, "little") + encoded

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megaconsa.tensor_files import TensorFiles
+from megaconsa.tensor_files import Rows, TensorFiles, aligned_rows, write_rows
 
 LIMIT = 1.2
 """Bytes that may be read, as a multiple of those that are kept."""
@@ -82,3 +82,19 @@ def test_a_file_that_has_become_shorter(tmp_path: Path) -> None:
     os.truncate(tmp_path / "matrix.safetensors", 1000)
     with pytest.raises(OSError, match=r"ends too early.*matrix\.safetensors"):
         stored[(slice(32, 64),)]
+
+
+@pytest.mark.parametrize("shape", [(300, 100), (64, 1024), (5,)])
+def test_rows_make_a_file(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Blocks of rows are written in any order, each to pages of its own."""
+    whole = torch.randn(shape)
+    path = tmp_path / "whole.safetensors"
+    step = aligned_rows(shape, 3)
+    assert step * whole[0].numel() * 4 % 4096 == 0
+    size = 0
+    for first in reversed(range(0, len(whole), step)):
+        part = whole[first : first + step]
+        size = write_rows(path, Rows("exp_avg/whole", shape, first), part)
+    assert path.stat().st_size == size
+    assert (size - whole.nbytes) % 4096 == 0
+    assert torch.equal(load_file(path)["exp_avg/whole"], whole)

@@ -11,8 +11,9 @@ A checkpoint is RUN/checkpoints/step_N with
                             library versions
     manifest.json           every file's size and xxh3 checksum, when and how fast it was written
 
-If there are several ranks, each writes its own file: model-00001-of-00008.safetensors and so on.
-Each tensor is stored whole in one of them, so that a checkpoint does not depend on the topology. A
+If there are several ranks, each writes its own file: model-00001-of-00008.safetensors and so on. A
+large tensor that several ranks write has its own: model-model.embed_tokens.weight.safetensors. Each
+tensor is stored whole in one of them, so that a checkpoint does not depend on the topology. A
 folder named step_N is always complete, because writer.py gives it that name at the end. No pickle
 is read or written.
 

@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from torch import Tensor
 from megaconsa import run_folder
 from megaconsa.checkpoint.store import FORMAT_VERSION, MANIFEST, checksum, committed
 from megaconsa.consa.allocation import Allocation
+from megaconsa.tensor_files import Rows, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ seconds."""
 LIBRARIES = ("megaconsa", "torch", "deepspeed", "mosaicml-streaming", "safetensors")
 
 
+Files = dict[str, dict[str, Any]]
+"""Entries of a manifest: name -> size and checksum."""
+
+
 class Staging:
     """Host memory for one rank's share of a checkpoint.
 
@@ -48,9 +53,9 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[str | Rows, Tensor] = {}
 
-    def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def copy(self, tensors: Iterable[tuple[str | Rows, Tensor]]) -> dict[str | Rows, Tensor]:
         """Returns copies of all tensors. Training may change the originals afterwards."""
         copies = {}
         cuda = False
@@ -71,8 +76,9 @@ class Snapshot:
     """What one rank adds to a checkpoint. Its content must not change while it is written."""
 
     step: int
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: Mapping[Any, Tensor]
+    """Whole tensors by name, and rows of tensors that several ranks write (`Rows`)."""
+    moments: Mapping[Any, Tensor]
     random: dict[str, Tensor]
     """This rank's random states, by device type."""
     state: dict[str, Any] | None = None
@@ -173,26 +179,31 @@ class Writer:
         # its other ranks may still be writing.
         launch = f".{self.launch}" if self.launch else ""
         temporary = self.run / run_folder.CHECKPOINTS / f".step_{snapshot.step}{launch}.tmp"
-        files: dict[str, dict[str, Any]] = {}
+        files: Files = {}
+        begun: dict[str, int] = {}
         error = None
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             suffix = f"-{self.rank + 1:05}-of-{self.ranks:05}" if self.ranks > 1 else ""
             for kind, tensors in (("model", snapshot.weights), ("optimizer", snapshot.moments)):
-                if tensors:
-                    files |= _write_tensors(temporary / f"{kind}{suffix}.safetensors", tensors)
+                whole = {name: each for name, each in tensors.items() if isinstance(name, str)}
+                if whole:
+                    files |= _write_tensors(temporary / f"{kind}{suffix}.safetensors", whole)
+                for rows, tensor in tensors.items():
+                    if isinstance(rows, Rows):
+                        begun |= _write_rows(temporary, kind, rows, tensor)
         except Exception as failed:  # catches everything, since the other ranks wait for an answer
             error = _describe(failed)
-        shares = self.exchange((files, snapshot.random, error))
-        errors = []
-        for rank, (_, _, failure) in enumerate(shares):
-            if failure:
-                errors.append(f"rank {rank}: {failure}" if self.ranks > 1 else failure)
-        error = "; ".join(errors) or None
+        shares = self.exchange((files, begun, snapshot.random, error))
+        error = self._joined([failure for *_, failure in shares])
+        written = [own for own, *_ in shares]
+        if error is None and any(begun for _, begun, *_ in shares):
+            written, error = self._finish(temporary, files, begun)
+        random = [states for *_, states, _ in shares]
         if self.rank == 0 and error is None:
             timings = {"stall_seconds": stall, "write_seconds": time.monotonic() - started}
             try:
-                self._commit(temporary, snapshot, shares, timings)
+                self._commit(temporary, snapshot, written, random, timings)
             except Exception as failed:
                 error = _describe(failed)
         if self.rank == 0 and error is not None:
@@ -200,18 +211,53 @@ class Writer:
         agreed: str | None = self.exchange(error)[0]
         return agreed
 
+    def _finish(
+        self, temporary: Path, files: Files, begun: dict[str, int]
+    ) -> tuple[list[Files], str | None]:
+        """Adds the files that several ranks have written to those of the ranks that began them.
+
+        Every rank has written its rows. begun: the size of each file that this rank began.
+
+        Returns the files of every rank, and what went wrong on any rank.
+        """
+        error = None
+        try:
+            for name, size in begun.items():
+                _await(temporary / name, size, self.rank)
+                files |= file_entry(temporary / name)
+        except Exception as failed:
+            error = _describe(failed)
+        shares = self.exchange((files, error))
+        return [own for own, _ in shares], self._joined([failure for _, failure in shares])
+
+    def _joined(self, failures: list[str | None]) -> str | None:
+        """The errors of all ranks in one, or None if there are none."""
+        errors = []
+        for rank, failure in enumerate(failures):
+            if failure:
+                errors.append(f"rank {rank}: {failure}" if self.ranks > 1 else failure)
+        return "; ".join(errors) or None
+
     def _commit(
-        self, temporary: Path, snapshot: Snapshot, shares: list[Any], timings: dict[str, float]
+        self,
+        temporary: Path,
+        snapshot: Snapshot,
+        written: list[Files],
+        states: list[dict[str, Tensor]],
+        timings: dict[str, float],
     ) -> None:
-        """Adds the files that belong to no single rank, and makes the folder a checkpoint."""
-        files: dict[str, dict[str, Any]] = {}
-        for rank, (share, _, _) in enumerate(shares):
-            for name, entry in share.items():
+        """Adds the files that belong to no single rank, and makes the folder a checkpoint.
+
+        written, states: files and random states of every rank.
+        """
+        files: Files = {}
+        for rank, own in enumerate(written):
+            for name, entry in own.items():
                 _await(temporary / name, entry["bytes"], rank)
-            files |= share
+            files |= own
         random = {}
-        for rank, (_, states, _) in enumerate(shares):
-            for device, state in states.items():
+        for rank, of_rank in enumerate(states):
+            for device, state in of_rank.items():
                 random[f"{rank}/{device}"] = state
         files |= _write_tensors(temporary / "random.safetensors", random)
         if snapshot.gates is not None:
@@ -223,11 +269,10 @@ class Writer:
         content = {"version": FORMAT_VERSION, **(snapshot.state or {}), "versions": libraries}
         write_json(temporary / "state.json", content)
         files |= file_entry(temporary / "state.json")
-        written = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timings}
         manifest = {
             "version": FORMAT_VERSION,
             "files": dict(sorted(files.items())),
-            "written": written,
+            "written": {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timings},
         }
         write_json(temporary / MANIFEST, manifest)
         sync(temporary / MANIFEST)
@@ -285,13 +330,24 @@ def _await(path: Path, size: int, rank: int) -> None:
     )
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _write_rows(folder: Path, kind: str, rows: Rows, tensor: Tensor) -> dict[str, int]:
+    """Writes rows of a tensor that several ranks write. They are on the disk when this returns.
+
+    Returns the file's name and its size with all rows, if these are the first ones.
+    """
+    path = folder / f"{kind}-{rows.name.replace('/', '.')}.safetensors"
+    size = write_rows(path, rows, tensor)
+    sync(path)
+    return {path.name: size} if rows.first == 0 else {}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> Files:
     """Writes a safetensors file and returns its manifest entry."""
     save_file(tensors, path, {"format": "pt"})
     return file_entry(path)
 
 
-def file_entry(path: Path) -> dict[str, dict[str, Any]]:
+def file_entry(path: Path) -> Files:
     """Returns the manifest entry of a file: name -> size and checksum.
 
     The file is on the disk when this returns.

@@ -31,4 +31,4 @@ def test_ranks_together_read_the_checkpoint_once(
     monkeypatch.setattr("sys.argv", ["restarting", str(saved.path), "2", "3", "4"])
     restarting.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ranks", "0-3", "4-5"]
+    assert [line.split()[0] for line in lines[-3:]] == ["ranks", "0-3", "4-5"]

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megaconsa.config import build
 from megaconsa.errors import InputError, RunError, UnreachableError
 from megaconsa.parallel import mesh
 from megaconsa.reporting.metrics import read_metrics
+from megaconsa.tensor_files import Rows
 from megaconsa.training.callbacks.metrics_file import MetricsFile
 from megaconsa.training.callbacks.run_lock import RunLock
 from megaconsa.training.inputs import check_inputs
@@ -122,10 +124,8 @@ def test_what_is_staged_does_not_follow_the_training(tmp_path: Path) -> None:
     assert again["weight"].data_ptr() == first["weight"].data_ptr()
 
 
-def test_ranks_write_files_of_their_own_and_one_fault_fails_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs two ranks as two threads."""
+def two_ranks(run: Path) -> list[Writer]:
+    """Writers of two ranks, which exchange between two threads."""
     barrier = threading.Barrier(2)
     shares = [None, None]
 
@@ -139,16 +139,73 @@ def test_ranks_write_files_of_their_own_and_one_fault_fails_all(
 
         return exchange
 
-    ranks = [
-        Writer(tmp_path, 2, rank=rank, ranks=2, exchange=exchange_of(rank)) for rank in range(2)
+    return [Writer(run, 2, rank=rank, ranks=2, exchange=exchange_of(rank)) for rank in range(2)]
+
+
+def write_together(ranks: list[Writer], snapshots: list[Snapshot]) -> list[str | None]:
+    """Writes a checkpoint. Returns the error of each rank."""
+    for each, share in zip(ranks, snapshots, strict=True):
+        each.begin(share)
+    results = [each.wait() for each in ranks]
+    return [result.error for result in results if result]
+
+
+def test_ranks_write_a_tensor_together_and_one_fault_fails_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 writes the first rows of the weight, and rank 0 those of its moment."""
+    ranks = two_ranks(tmp_path)
+    weight = torch.randn(8, 1024)
+    moment = torch.randn(8, 1024)
+    shape = tuple(weight.shape)
+    name = "model.embed_tokens.weight"
+    of_weight = [Rows(name, shape, 5), Rows(name, shape, 0)]
+    of_moment = [Rows(f"exp_avg/{name}", shape, 0), Rows(f"exp_avg/{name}", shape, 3)]
+    norm = torch.ones(4)
+    snapshots = [
+        Snapshot(
+            1,
+            {"model.norm.weight": norm, of_weight[0]: weight[5:]},
+            {of_moment[0]: moment[:3]},
+            {},
+            {"step": 1},
+        ),
+        Snapshot(1, {of_weight[1]: weight[:5]}, {of_moment[1]: moment[3:]}, {}),
     ]
+    assert write_together(ranks, snapshots) == [None, None]
+    saved = store.resolve(tmp_path)
+    assert saved.manifest["files"].keys() >= {
+        "model-00001-of-00002.safetensors",
+        f"model-{name}.safetensors",
+        f"optimizer-exp_avg.{name}.safetensors",
+    }
+    assert torch.equal(saved.weights()[name], weight)
+    assert torch.equal(saved.weights()["model.norm.weight"], norm)
+    assert torch.equal(saved.moments()[f"exp_avg/{name}"], moment)
+
+    write = writer.write_rows
+
+    def full(path: Path, rows: Rows, tensor: torch.Tensor) -> int:
+        if rows in of_moment[1:]:
+            raise OSError(28, "No space left on device")
+        return write(path, rows, tensor)
+
+    monkeypatch.setattr(writer, "write_rows", full)
+    error = "rank 1: No space left on device"
+    later = [replace(each, step=2) for each in snapshots]
+    assert write_together(ranks, later) == [error, error]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_ranks_write_files_of_their_own_and_one_fault_fails_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs two ranks as two threads."""
+    ranks = two_ranks(tmp_path)
     other = Snapshot(1, {"lm_head.weight": torch.ones(2)}, {}, {"cpu": torch.get_rng_state()})
 
     def write() -> list[str | None]:
-        for each, share in zip(ranks, (snapshot(1), other), strict=True):
-            each.begin(share)
-        results = [each.wait() for each in ranks]
-        return [result.error for result in results if result]
+        return write_together(ranks, [snapshot(1), other])
 
     assert write() == [None, None]
     saved = store.resolve(tmp_path)

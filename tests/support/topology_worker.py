@@ -25,7 +25,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.config import build
 from megaconsa.model import kernel_use
-from megaconsa.parallel import mesh, world
+from megaconsa.parallel import gathered_weights, mesh, world
 from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.tensor_files import StoredTensor, TensorFiles
 from megaconsa.training.inputs import check_inputs
@@ -128,12 +128,24 @@ class Finished:
         pass
 
 
+def with_divided_tensors() -> Any:
+    """Lets several ranks write a tensor, as with hundreds of ranks. This is no fault."""
+    stack = ExitStack()
+    divide = gathered_weights._divided
+    stack.enter_context(patch.object(gathered_weights, "SMALLEST_DIVIDED", 0))
+    stack.enter_context(
+        patch.object(gathered_weights, "_divided", lambda shape, share: divide(shape, share / 20))
+    )
+    return stack
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "sums_over_heads": without_sums_over_heads,
     "tied_weights": without_exchange_of_tied_weights,
     "block_sum": without_the_sum_of_a_block,
     "nan": with_a_nan_in_step_3_of_the_last_rank,
     "passed_over": with_step_3_passed_over,
+    "divided_tensors": with_divided_tensors,
 }
 
 

@@ -45,7 +45,7 @@ from megaconsa.parallel.sharding import Sharding, is_divided, sums_over_heads
 from megaconsa.parallel.stages import cut, layer_costs
 from megaconsa.parallel.step_result import Check, Fault, StepResult, apply_always
 from megaconsa.parallel.topology import Topology
-from megaconsa.tensor_files import TensorFiles
+from megaconsa.tensor_files import Rows, TensorFiles
 from megaconsa.upload import upload
 
 
@@ -229,10 +229,11 @@ class Engine:
             held.copy_(self.distributed.fragment(name, whole, elements))
         self._spread_weights()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> Iterator[tuple[str | Rows, Tensor]]:
         """Yields whole fp32 master weights by canonical name, each on one rank.
 
-        Every rank must exhaust the iterator.
+        With many ranks, a large weight comes in Rows, each on one rank. Every rank must exhaust the
+        iterator.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -246,7 +247,7 @@ class Engine:
         self._load(weights)
         self._spread_weights()
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
+    def moments(self) -> Iterator[tuple[str | Rows, Tensor]]:
         """Yields Adam's moments as `weights` does, named `exp_avg/<canonical name>`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
