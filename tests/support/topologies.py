@@ -77,7 +77,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a topology: a case, a deliberate fault, and where it stops.
+    """A run of a topology: a case, a deliberate fault or change, and where it stops.
 
     See topology_worker.py.
     """
