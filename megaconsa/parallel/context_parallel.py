@@ -74,13 +74,15 @@ class ContextParallel:
         far = [run for run in every if run.window is None]
         near = [run for run in every if run.window is not None]
         outputs: dict[bool, Tensor] = {}
-        if far:
-            keys = _of_runs(k, v, far)
-            # The ranks exchange while near heads are computed.
-            wait = self.start_gather(keys.detach())
         if near:
             halo = max(reach for reach in reaches if reach <= chunk)
             near_keys: Keys = _WithHalo.apply(_of_runs(k, v, near), self, halo)
+        if far:
+            keys = _of_runs(k, v, far)
+            # The ranks gather while near heads are computed. The halo comes first: NCCL would let
+            # it wait for the gather.
+            wait = self.start_gather(keys.detach())
+        if near:
             # Gates of near heads are closed.
             windowed = HeadPattern(_windows(pattern, near))
             near_q = _queries(q, near)

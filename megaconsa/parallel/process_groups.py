@@ -20,8 +20,7 @@ class ProcessGroups:
     all groups at a time.
 
     The group of all ranks is never used for an axis. Gradients and weights are exchanged over data
-    ranks in the background. Where all ranks are data ranks, whatever ranks agree on would have to
-    wait for that.
+    ranks in the background, and agreements of all ranks would wait for this traffic.
     """
 
     def __init__(self, world: World) -> None:
@@ -33,15 +32,17 @@ class ProcessGroups:
     def divide(self, lists: Iterable[Sequence[int]]) -> Any:
         """Returns this rank's group of a division of all ranks.
 
-        Groups that exist already are not created again. Then all of `lists` must exist. All ranks
-        must call this with the same lists.
+        A division whose groups all exist is not created again. All ranks must call this with the
+        same lists.
 
         lists: the ranks of each group. Every rank is in one of them.
         """
         divided = [tuple(ranks) for ranks in lists]
         own = _of(divided, self._rank)
-        if divided[0] not in self._known:
-            self._own[own] = create(divided, self._rank)
+        if not self._known.issuperset(divided):
+            # All ranks must create their groups, also those that have theirs already.
+            group = create(divided, self._rank)
+            self._own.setdefault(own, group)
             self._known.update(divided)
         return self._own[own]
 

@@ -58,13 +58,13 @@ def duration(topology: Topology, forward_only: bool = False) -> Fraction:
                     chunk = each.phase + (rank + step) // len(ranks)
                     buffer = chunk * topology.accumulation + each.buffer_id % topology.accumulation
                     sent[kind[4:], receiver, buffer] = clock[rank]
+                elif kind == "WaitForMessage":
+                    needed = "Activation" if each.is_forward else "Grad"
+                    assert (needed, each.buffer_id) in posted[rank]
+                    if (needed, rank, each.buffer_id) not in sent:
+                        break
+                    clock[rank] = max(clock[rank], sent[needed, rank, each.buffer_id])
                 elif kind in ("ForwardPass", "BackwardPass"):
-                    needed = "Activation" if kind == "ForwardPass" else "Grad"
-                    if (needed, each.buffer_id) in posted[rank]:
-                        if (needed, rank, each.buffer_id) not in sent:
-                            break
-                        arrival = sent[needed, rank, each.buffer_id]
-                        clock[rank] = max(clock[rank], arrival)
                     clock[rank] += 1 if kind == "ForwardPass" else 2
                 place[rank] += 1
         assert place != before, "the schedule hangs"

@@ -27,6 +27,8 @@ from megaconsa.config import build
 from megaconsa.model import kernel_use
 from megaconsa.parallel import gathered_weights, mesh, world
 from megaconsa.parallel.deepspeed import flat_buckets
+from megaconsa.parallel.deepspeed.engine import Engine
+from megaconsa.parallel.deepspeed.weight_gathering import WeightGathering
 from megaconsa.tensor_files import StoredTensor, TensorFiles
 from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
@@ -186,6 +188,41 @@ def check_loaded(trainer: Trainer, saved: Checkpoint) -> None:
 
 
 @contextmanager
+def no_sum_behind_weights(trainer: Trainer) -> Iterator[None]:
+    """Checks that no step sums over data ranks once it has begun to gather weights there.
+
+    NCCL would let the sum wait for all weights.
+    """
+    data_ranks = getattr(trainer.engine.optimizer, "real_dp_process_group", [None])[0]
+    is_gathering = False
+    start = WeightGathering.start
+    train_step = Engine.train_step
+    all_reduce = torch.distributed.all_reduce
+
+    def starting(self: WeightGathering) -> None:
+        nonlocal is_gathering
+        start(self)
+        is_gathering = True
+
+    def stepping(self: Engine, *arguments: Any, **named: Any) -> Any:
+        nonlocal is_gathering
+        result = train_step(self, *arguments, **named)
+        is_gathering = False
+        return result
+
+    def summing(tensor: Any, *arguments: Any, group: Any = None, **named: Any) -> Any:
+        assert not (is_gathering and group is data_ranks), "a sum waits for weights"
+        return all_reduce(tensor, *arguments, group=group, **named)
+
+    with (
+        patch.object(WeightGathering, "start", starting),
+        patch.object(Engine, "train_step", stepping),
+        patch.object(torch.distributed, "all_reduce", summing),
+    ):
+        yield
+
+
+@contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """Yields a list that gets the bytes of each tensor and slice that is read from a file."""
     counted: list[int] = []
@@ -232,7 +269,8 @@ def main(jobs: list[dict[str, Any]]) -> None:
                     check_loaded(trainer, inputs.resume)
                 if job["stop"]:
                     trainer.callbacks = [*trainer.callbacks, StopAfter(job["stop"])]
-                assert trainer.run() == (job["stop"] is None)
+                with no_sum_behind_weights(trainer):
+                    assert trainer.run() == (job["stop"] is None)
                 check_engine_weights(trainer)
     finally:
         world.leave()

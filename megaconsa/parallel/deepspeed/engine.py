@@ -78,9 +78,10 @@ class Engine:
         self._next_tokens = NextTokens()
         allocation = heads if isinstance(heads, Allocation) else None
         sharding = Sharding(model_config, allocation, mesh.tp.rank, mesh.tp.size)
-        # DeepSpeed prints its settings and the table of layers.
         if model_config.tie_word_embeddings:
+            # DeepSpeed will ask for the groups that sum the gradients of the tied weight.
             mesh.groups.divide(_ends(mesh, topology.schedule == "dualpipev"))
+        # DeepSpeed prints its settings and the table of layers.
         with (
             contextlib.redirect_stdout(io.StringIO()),
             without_defaults(),
@@ -117,6 +118,9 @@ class Engine:
                 mesh,
             )
         self.optimizer = self.engine.optimizer
+        self._total_loss: Tensor | None = None
+        self._aggregate_loss = self.engine._aggregate_total_loss
+        self.engine._aggregate_total_loss = self._aggregate_once
         self._clock = ComputeClock(self.engine, mesh.device)
         self._reduction = (
             patch_bf16(self.engine, topology.shard, self._clock.paused) if bf16 else None
@@ -137,6 +141,9 @@ class Engine:
         prefixes = ("", *(f"{moment}/" for moment in MOMENTS))
         self.distributed = DistributedWeights(parameters, shapes, owners, sharding, mesh, prefixes)
         create_moments(self.optimizer)
+        if mesh.device.type == "cuda":
+            # Until here there was memory that training does not need, such as whole gradients.
+            torch.cuda.reset_peak_memory_stats(mesh.device)
 
     @property
     def adamw(self) -> CheckedAdamW:
@@ -176,6 +183,7 @@ class Engine:
             expect_gradients(self.optimizer)
         if self._reduction is not None:
             self._reduction.begin()
+        self._total_loss = None
         self._clock.reset()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -293,6 +301,17 @@ class Engine:
         """Sets the engine weights. Each data rank rounds its fragments, and all gather them."""
         self.optimizer.update_lp_params()
         self.finish()
+
+    def _aggregate_once(self) -> Tensor:
+        """The loss of the global batch.
+
+        The check of a step needs it before the weights change, and DeepSpeed asks again after the
+        step. By then the weights are on their way over the data ranks, and a second all-reduce
+        there would wait for them.
+        """
+        if self._total_loss is None:
+            self._total_loss = self._aggregate_loss()
+        return self._total_loss
 
     def _loss_and_norm(self) -> tuple[float, float]:
         """Loss and gradient norm of a step that is about to be applied, in one read."""

@@ -62,9 +62,9 @@ def overlap(a: slice, b: slice) -> slice | None:
     return slice(begin, end) if begin < end else None
 
 
-def shifted(elements: slice, by: int) -> slice:
-    """The same elements of a tensor that begins `by` elements earlier."""
-    return slice(elements.start + by, elements.stop + by)
+def relative_to(start: int, elements: slice) -> slice:
+    """The place of elements of the flat tensor in a part of it that begins at `start`."""
+    return slice(elements.start - start, elements.stop - start)
 
 
 def buckets(optimizer: Any, number: int, apart: Sequence[Tensor] = ()) -> Iterator[Bucket]:
@@ -75,6 +75,8 @@ def buckets(optimizer: Any, number: int, apart: Sequence[Tensor] = ()) -> Iterat
     apart: weights that get buckets of their own.
     """
     weights = optimizer.bf16_groups[number]
+    if not weights:
+        return
     size = optimizer.bf16_groups_flat[number].numel()
     if size <= SMALL_GROUP:
         yield Bucket(slice(0, size), None, weights)

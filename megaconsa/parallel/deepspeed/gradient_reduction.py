@@ -62,7 +62,7 @@ class GradientReduction:
         self._works: list[Any] = []
 
     def begin_pass(self) -> None:
-        """Called before each backward pass."""
+        """Called before each backward pass. There is nothing to do."""
 
     def added(self, weight: Tensor) -> None:
         """Notes that a backward pass has added to the gradient of a weight.
@@ -105,7 +105,7 @@ class GradientReduction:
                 part.gradients.div_(dist.get_world_size(self._group))
 
     def settle(self) -> None:
-        """Ends a step's reduction. Tied gradients are in place already."""
+        """Called when tied gradients are summed over stages. They are in place already."""
 
     def _sum_next(self) -> None:
         part = self._sums[len(self._works)]

@@ -44,6 +44,10 @@ class InterleavedModule(DualPipeVModule, CostCutModule):
         return stage % (self.num_stages // CHUNKS)
 
 
+class WaitForMessage(schedule.BufferOpInstruction):
+    """Waits for what a pass needs. It is no part of the pass, whose time is this rank's own."""
+
+
 class InterleavedSchedule(schedule.PipeSchedule):
     """The instructions of one rank.
 
@@ -64,12 +68,11 @@ class InterleavedSchedule(schedule.PipeSchedule):
     def steps(self) -> Iterator[list[Any]]:
         yield self._receive(self.passes[0])
         for number, each in enumerate(self.passes):
-            following = self.passes[number + 1 : number + 2]
-            # The receive of the next pass is posted while this one runs.
-            yield self._load(each) + [
-                command for later in following for command in self._receive(later)
-            ]
-            yield [self._run(each), *self._send(each)]
+            commands = self._load(each)
+            if number + 1 < len(self.passes):
+                # The receive of the next pass is posted while this one runs.
+                commands += self._receive(self.passes[number + 1])
+            yield [*commands, *self._wait(each), self._run(each), *self._send(each)]
         end: list[Any] = [schedule.CommitP2P()]
         if not self.forward_only:
             end += [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
@@ -103,6 +106,11 @@ class InterleavedSchedule(schedule.PipeSchedule):
         kind = schedule.RecvActivation if each.is_forward else schedule.RecvGrad
         return [kind(self._buffer(each), phase=each.chunk)]
 
+    def _wait(self, each: Pass) -> list[Any]:
+        if self._begins(each):
+            return []
+        return [WaitForMessage(self._buffer(each), phase=each.chunk, is_forward=each.is_forward)]
+
     def _run(self, each: Pass) -> Any:
         kind = schedule.ForwardPass if each.is_forward else schedule.BackwardPass
         return kind(self._buffer(each), phase=each.chunk)
@@ -134,30 +142,33 @@ class NeighbourGroups:
         rings = mesh.grid.get_axis_comm_lists("pipe")
         own: list[dict[int, Any]] = []
         for _ in ("activations", "gradients"):
-            by_place: dict[int, Any] = {}
-            for places in _rounds(mesh.pp_size):
-                group = create(_pairs(rings, places), mesh.world.rank)
-                by_place |= dict.fromkeys(places, group)
-            own.append(by_place)
+            by_edge: dict[int, Any] = {}
+            for edges in _disjoint_edges(mesh.pp_size):
+                group = create(_pairs(rings, edges), mesh.world.rank)
+                by_edge |= dict.fromkeys(edges, group)
+            own.append(by_edge)
         before = (mesh.pp_rank - 1) % mesh.pp_size
         return cls(own[0][before], own[0][mesh.pp_rank], own[1][before], own[1][mesh.pp_rank])
 
 
-def _rounds(size: int) -> list[list[int]]:
-    """Divides the places of a ring so that neighbouring places are not together."""
-    rounds = [list(range(0, size - 1, 2)), list(range(1, size - 1, 2))]
+def _disjoint_edges(size: int) -> list[list[int]]:
+    """Divides the edges of a ring so that those of one list share no rank.
+
+    Edge i joins the ranks at places i and i + 1.
+    """
+    lists = [list(range(0, size - 1, 2)), list(range(1, size - 1, 2))]
     if size % 2:
-        rounds.append([size - 1])
+        lists.append([size - 1])
     else:
-        rounds[1].append(size - 1)
-    return [places for places in rounds if places]
+        lists[1].append(size - 1)
+    return [edges for edges in lists if edges]
 
 
-def _pairs(rings: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[int]]:
-    """In each ring, the rank at each place with the rank after it. Other ranks are alone."""
+def _pairs(rings: Sequence[Sequence[int]], edges: Sequence[int]) -> list[list[int]]:
+    """The two ranks of each edge, in each ring. Other ranks are alone."""
     found = []
     for ring in rings:
-        pairs = [sorted((ring[place], ring[(place + 1) % len(ring)])) for place in places]
+        pairs = [sorted((ring[edge], ring[(edge + 1) % len(ring)])) for edge in edges]
         paired = {rank for pair in pairs for rank in pair}
         found += pairs + [[rank] for rank in ring if rank not in paired]
     return found
@@ -230,20 +241,19 @@ class InterleavedEngine(DualPipeVEngine):
     def _run_load(self, buffer_id: int) -> None:
         PipelineEngine._exec_load_micro_batch(self, buffer_id)
 
-    def _run_forward(self, buffer_id: int, phase: int) -> None:
-        if self.stage_id > 0 or phase > 0:
-            message = self._received(buffer_id, phase, self._receive_activations)
+    def _wait_for_message(self, buffer_id: int, phase: int, is_forward: bool) -> None:
+        if buffer_id not in self._receiving:
+            # The first rank posts its first receives here. See _receive_activations.
+            self._receive_activations(buffer_id, phase)
+        handle, message = self._receiving.pop(buffer_id)
+        handle.wait()
+        if is_forward:
             inputs = unpack(message, self._layout)
             self.pipe_buffers["inputs"][buffer_id] = tuple(
                 x.requires_grad_(x.is_floating_point()) for x in inputs
             )
-        super()._exec_forward_pass(buffer_id, phase)
-
-    def _run_backward(self, buffer_id: int, phase: int) -> None:
-        if not self._is_loss_stage(phase):
-            message = self._received(buffer_id, phase, self._receive_gradients)
+        else:
             self.pipe_buffers["grads"][buffer_id] = unpack(message, self._layout.floating())
-        super()._exec_backward_pass(buffer_id, phase)
 
     def _send_activations(self, buffer_id: int, phase: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
@@ -265,8 +275,10 @@ class InterleavedEngine(DualPipeVEngine):
     def _receive_activations(self, buffer_id: int, phase: int) -> None:
         if not self._layout.shapes:
             if self.stage_id == 0:
-                return  # It has not sent anything yet. The pass itself will receive.
+                return  # It has not sent anything yet, so it does not know the layout.
             self._layout = Layout.of(self._recv_tensor_meta(self._before))
+            # DeepSpeed would keep the tensors that it made for the layout.
+            self._grad_layer_buf: list[Tensor] = []
         self._post(buffer_id, self._layout, self._before, self._groups.activations_before)
 
     def _receive_gradients(self, buffer_id: int, phase: int) -> None:
@@ -289,19 +301,10 @@ class InterleavedEngine(DualPipeVEngine):
         handle = dist.irecv(message, self.grid.stage_to_global(stage), group=group)
         self._receiving[buffer_id] = handle, message
 
-    def _received(self, buffer_id: int, phase: int, receive: Callable[[int, int], None]) -> Tensor:
-        """The message for a pass. Posts its receive first if that has not been done."""
-        if buffer_id not in self._receiving:
-            receive(buffer_id, phase)
-        handle, message = self._receiving.pop(buffer_id)
-        handle.wait()
-        return message
-
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **DualPipeVEngine._INSTRUCTION_MAP,
         schedule.LoadMicroBatch: _run_load,
-        schedule.ForwardPass: _run_forward,
-        schedule.BackwardPass: _run_backward,
+        WaitForMessage: _wait_for_message,
         schedule.SendActivation: _send_activations,
         schedule.RecvActivation: _receive_activations,
         schedule.SendGrad: _send_gradients,

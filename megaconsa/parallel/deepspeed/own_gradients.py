@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megaconsa.parallel.deepspeed.flat_buckets import overlap, partition, places, shifted
+from megaconsa.parallel.deepspeed.flat_buckets import overlap, partition, places, relative_to
 from megaconsa.parallel.deepspeed.flat_views import joined
 
 
@@ -29,7 +29,7 @@ class OwnGradients:
             for gradient, place in zip(gradients, places(weights), strict=True):
                 part = overlap(own, place)
                 if part is not None:
-                    here = shifted(part, -own.start)
+                    here = relative_to(own.start, part)
                     self._own[id(gradient)] = self.partitions[number][here]
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ class Reduction(Protocol):
         """Ends the sums after the last backward pass. Gradients are then means over data ranks."""
 
     def settle(self) -> None:
-        """Ends a step's reduction, after tied weights' gradients were summed over stages."""
+        """Called when the gradients of tied weights have been summed over stages."""
 
 
 def patch_bf16(engine: Any, shard: Shard, pause: Pause) -> Reduction | None:

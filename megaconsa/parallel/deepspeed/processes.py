@@ -51,7 +51,9 @@ def existing_groups(groups: ProcessGroups) -> Iterator[None]:
     def new_group(ranks: Iterable[int]) -> Any:
         asked = list(ranks)
         found = groups.find(asked)
-        return original(asked) if found is None else found
+        if found is None:
+            raise RuntimeError(f"DeepSpeed asks for a group of ranks {asked}, which is on no axis")
+        return found
 
     comm.new_group = new_group
     try:

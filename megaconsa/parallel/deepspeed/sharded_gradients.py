@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.parallel.deepspeed.compute_clock import Pause
-from megaconsa.parallel.deepspeed.flat_buckets import overlap, partition, places, shifted
+from megaconsa.parallel.deepspeed.flat_buckets import overlap, partition, places, relative_to
 
 
 @dataclass(eq=False)
@@ -31,8 +31,8 @@ class Block:
 
     buffer: Tensor
     """fp32, flat. Two blocks later another one uses it."""
-    weights: int
-    """Number of matrices."""
+    matrices: int
+    """How many."""
     parts: list[tuple[Tensor, int]]
     """The parts of the buffer with the global rank that owns each."""
     own: list[tuple[Tensor, Tensor]]
@@ -77,8 +77,8 @@ class ShardedGradients:
 
     def begin(self) -> None:
         """Starts a step."""
-        self._pass: dict[int, int] = {}
-        """How many gradients the current block of the backward pass has got, by its id."""
+        self._gradients_of: dict[int, int] = {}
+        """How many gradients an incomplete block of the backward pass has got, by its id."""
         self._works: list[tuple[Block, Any]] = []
 
     def begin_pass(self) -> None:
@@ -91,9 +91,9 @@ class ShardedGradients:
         block = self._block_of.get(weight)
         if block is None:
             return
-        self._pass[id(block)] = self._pass.get(id(block), 0) + 1
-        if self._pass[id(block)] == block.weights:
-            del self._pass[id(block)]
+        self._gradients_of[id(block)] = self._gradients_of.get(id(block), 0) + 1
+        if self._gradients_of[id(block)] == block.matrices:
+            del self._gradients_of[id(block)]
             # The next block of this backward pass writes into the buffer that this waits for.
             self._drain()
             self._sum(block)
@@ -103,7 +103,7 @@ class ShardedGradients:
 
         Raises RuntimeError if a block got a part of its gradients only.
         """
-        if self._pass:
+        if self._gradients_of:
             raise RuntimeError(
                 "a block got gradients of some of its matrices only; with parallel.shard=gradients "
                 "a backward pass must reach all of them"
@@ -152,13 +152,16 @@ class ShardedGradients:
                 buffer = torch.zeros(size, device=flat.device)
             else:
                 buffer = self._buffers[block_number % 2][:size]
-            gradients += [buffer[shifted(place, -elements.start)] for place in of_members]
+            gradients += [buffer[relative_to(elements.start, place)] for place in of_members]
             parts = self._parts(number, buffer, elements)
             held = []
             common = overlap(own, elements)
             if common is not None:
                 held.append(
-                    (buffer[shifted(common, -elements.start)], flat[shifted(common, -own.start)])
+                    (
+                        buffer[relative_to(elements.start, common)],
+                        flat[relative_to(own.start, common)],
+                    )
                 )
             if block_number is not None:
                 block = Block(buffer, len(members), parts, held)
@@ -193,7 +196,7 @@ class ShardedGradients:
             common = overlap(slice(rank * size, (rank + 1) * size), elements)
             if common is not None:
                 owner = dist.get_global_rank(self._group, rank)
-                parts.append((buffer[shifted(common, -elements.start)], owner))
+                parts.append((buffer[relative_to(elements.start, common)], owner))
         return parts
 
     def _sum(self, block: Block) -> None:

@@ -34,7 +34,8 @@ def wrap_parts(engine: Any, wrap: Wrap) -> None:
         schedule.OptimizerStep: Part.OPTIMIZER,
     }
     engine._INSTRUCTION_MAP = {
-        kind: wrap(instruction, parts[kind])
+        # What is not listed is a wait for a message, which the interleaved schedule has.
+        kind: wrap(instruction, parts.get(kind, Part.TRANSFER))
         for kind, instruction in engine._INSTRUCTION_MAP.items()
     }
     for module in engine.module.modules():

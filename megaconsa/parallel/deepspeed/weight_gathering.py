@@ -35,24 +35,24 @@ class WeightGathering:
         self._sends: list[Callable[[], Any]] = []
         """Starts the gathering of each bucket, in the order in which layers need them."""
         layers = list(_layers(pipeline))
-        places: dict[int, int] = {}
-        """The position of the first layer that needs a weight, by its id."""
+        first_layer_of: dict[int, int] = {}
+        """The position of the first layer that needs a weight, by the weight's id."""
         for position, (_, weights) in enumerate(layers):
             for weight in weights:
-                places.setdefault(id(weight), position)
-        found = []
+                first_layer_of.setdefault(id(weight), position)
+        in_order = []
         for group in range(len(optimizer.bf16_groups)):
             for bucket in buckets(optimizer, group):
-                first = min(places[id(weight)] for weight in bucket.weights)
-                found.append((first, group, bucket))
-        found.sort(key=lambda entry: entry[0])
-        of_weight: dict[int, list[int]] = {}
-        for number, (_, group, bucket) in enumerate(found):
+                first_layer = min(first_layer_of[id(weight)] for weight in bucket.weights)
+                in_order.append((first_layer, group, bucket))
+        in_order.sort(key=lambda entry: entry[0])
+        buckets_of: dict[int, list[int]] = {}
+        for number, (_, group, bucket) in enumerate(in_order):
             self._sends.append(self._send(group, bucket.elements, bucket.owner))
             for weight in bucket.weights:
-                of_weight.setdefault(id(weight), []).append(number)
+                buckets_of.setdefault(id(weight), []).append(number)
         for wait_before, weights in layers:
-            needed = {number for weight in weights for number in of_weight[id(weight)]}
+            needed = {number for weight in weights for number in buckets_of[id(weight)]}
             wait_before(partial(self._wait, sorted(needed)))
 
     @torch.no_grad()
