@@ -22,6 +22,7 @@ QUICKSTART = ROOT / "runs" / "quickstart"
 def looks_around(walk: Walk) -> None:
     listed = walk.does("--help").out
     assert "quickstart" in listed
+    assert walk.does("--version").out.startswith("megaconsa ")
     walk.refused("did you mean training.steps?", "train", "learn.yaml", "training.stepz=3")
     walk.refused("broken.yaml", "train", "broken.yaml")
 
@@ -118,6 +119,9 @@ def exports(walk: Walk) -> None:
         card = (walk.home / folder / "README.md").read_text()
         script = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace("PATH", folder)
         walk.runs_python(script, f"the model card's example ({folder})")
+    prompt = ("--prompt", "The miller", "--max-new-tokens", 8)
+    for source in ("hf", "runs/train"):
+        assert walk.does("generate", source, *prompt).out.startswith("The miller")
     walk.does("import-hf", "hf", "--out", "import")
     assert (walk.home / "import" / "manifest.json").is_file()
 
