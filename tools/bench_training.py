@@ -13,6 +13,7 @@ import typer
 from megaconsa.console import check_out, console, run_tool
 
 if TYPE_CHECKING:
+    from megaconsa import tables
     from megaconsa.benchmarks.training.layouts import Layout
 
 RANK = "megaconsa.benchmarks.training.rank"
@@ -132,7 +133,7 @@ def main(
                     "not_measured": not_measured,
                 }
                 replace_text(out, dumps(content, indent=1) + "\n")
-    console.print(training_table(measurements))
+    tables.show(training_table(measurements))
     for name, reason in not_measured.items():
         console.print(f"not measured: {TITLES[name]}: {reason}", markup=False)
     if out is not None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megaconsa.consa.constraint import Constraint
-from megaconsa.consa.gates import ControllerName, GateBank, GateSettings
+from megaconsa.consa.gate_settings import ControllerName, GateSettings
+from megaconsa.consa.gates import GateBank
 
 STEPS = 400
 WARMUP = 150

@@ -12,7 +12,6 @@ trains. No rank may read much more of them than it keeps.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -34,6 +33,7 @@ from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Row, Trainer
 from tests.support.interruptions import StopAfter
+from tests.support.planted_nan import nan_in_a_gradient
 
 READ_LIMIT = 1.2
 """Bytes that a rank may read at a restart, as a multiple of those that it keeps."""
@@ -72,13 +72,8 @@ def with_a_nan_in_step_3_of_the_last_rank() -> Any:
         world = trainer.mesh.world
         if trainer.progress.step != 2 or world.rank != world.size - 1:
             return step(trainer)
-        hook = next(trainer.engine.engine.module.parameters()).register_hook(
-            lambda gradient: gradient * math.nan
-        )
-        try:
+        with nan_in_a_gradient(trainer.engine):
             return step(trainer)
-        finally:
-            hook.remove()
 
     return patch.object(Trainer, "step", planted)
 

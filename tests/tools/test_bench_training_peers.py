@@ -90,7 +90,7 @@ def test_peers_stand_below_the_topologies(
     assert (torchtitan["mfu"], torchtitan["memory_gib"]) == (0.2, 2)
     assert torchtitan["loss_deviation"] == 0.5
     printed = capsys.readouterr().out
-    assert "torchtitan " in printed.partition("loss differs by")[2]
+    assert "torchtitan " in printed.partition("loss off by")[2]
     assert "not measured: transformers + Liger: CUDA out of memory, planted" in printed
 
 

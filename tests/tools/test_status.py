@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from megaconsa.files import duration
 from megaconsa.incidents import record
 from megaconsa.parallel.launcher import VARIABLES
 from megaconsa.reporting import status as reporting
 from megaconsa.reporting.metrics import read_metrics
 from megaconsa.reporting.status import newest_rows, status
-from megaconsa.reporting.status_lines import _duration
 
 MakeConfig = Callable[..., dict[str, Any]]
 
@@ -140,7 +140,7 @@ def test_durations() -> None:
         90000: "1 d 1 h",
         86400 * 40: "40 d 0 h",
     }
-    assert {seconds: _duration(seconds) for seconds in said} == said
+    assert {seconds: duration(seconds) for seconds in said} == said
 
 
 def test_it_loads_no_torch() -> None:

@@ -25,6 +25,7 @@ from megaconsa.training.inputs import check_inputs
 from megaconsa.training.setup import build_trainer
 from megaconsa.training.trainer import Trainer
 from megaconsa.upload import upload
+from tests.support.planted_nan import nan_in_a_gradient
 
 MakeConfig = Callable[..., dict[str, Any]]
 WARM_UP_STEPS = 2
@@ -102,11 +103,8 @@ def test_the_loss_is_known_where_the_check_is_not_called(
 ) -> None:
     """DeepSpeed itself refuses a gradient that is not finite. The loss may be finite then."""
     trainer = build_run(make_config, tmp_path / "bad", training={"precision": precision})
-    hook = next(trainer.engine.engine.module.parameters()).register_hook(
-        lambda gradient: gradient * math.nan
-    )
-    row = trainer.step()
-    hook.remove()
+    with nan_in_a_gradient(trainer.engine):
+        row = trainer.step()
     assert row["skipped"] == 1
     assert row["grad_norm"] is None
     untouched = build_run(make_config, tmp_path / "good", training={"precision": precision})

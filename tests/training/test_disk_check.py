@@ -141,7 +141,7 @@ def test_the_size_of_a_checkpoint_is_foreseen(
     inputs = inputs_of(values)
     with caplog.at_level(logging.INFO, "megaconsa"):
         start_checks.check_machines(inputs, ALONE)
-    assert "1 rank on 1 node, CPU; " in caplog.text
+    assert "1 process, CPU; " in caplog.text
     train(values)
     _, needed = check_disk(inputs_of(values))
     assert needed == pytest.approx(store.resolve(inputs.config.run.dir).bytes, rel=0.1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaconsa.benchmarks.attention.cases import Inputs
+from megaconsa.kernels.attention.gating import without_ends
 
 BLOCK = 1024
 """Queries that are computed at a time."""
@@ -70,8 +71,9 @@ def _add_block(results: Results, inputs: Inputs, row: int, head: int, start: int
 
     out = attend(inputs.case.windows[head])
     if inputs.gate is not None:
-        z = inputs.gate[head].double().requires_grad_()
-        leaves["dz"] = z
+        gate = inputs.gate[head].double().requires_grad_()
+        leaves["dz"] = gate
+        z = without_ends(gate)
         out = z * attend(shape.length) + (1 - z) * out
     found = torch.autograd.grad(out, list(leaves.values()), gradient)
     gradients = dict(zip(leaves, found, strict=True))

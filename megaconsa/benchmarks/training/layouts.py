@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from rich.table import Table
-
 from megaconsa.benchmarks.training.peers import TITLES
 from megaconsa.errors import InputError
+from megaconsa.tables import Row, Table
 
 AXES = ("tensor", "context", "pipeline", "data")
 
@@ -128,12 +127,10 @@ def measure(
 
 def training_table(measurements: list[Measurement]) -> Table:
     """The measurements as a table for the terminal, one row per layout or peer."""
-    table = Table("topology", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     names = ("tokens/s", "speed-up", "efficiency", "MFU", "GiB", "waits", "idle", "loss off by")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = Table(("topology", *names))
     for m in measurements:
-        table.add_row(
+        cells = (
             m.title,
             f"{m.tokens_per_second:,.0f}",
             f"{m.speedup:.2f}",
@@ -144,6 +141,7 @@ def training_table(measurements: list[Measurement]) -> Table:
             _percent(m.idle),
             f"{m.loss_deviation:.2%}",
         )
+        table.rows.append(Row(cells))
     return table
 
 
