@@ -2,7 +2,7 @@
 # the NVIDIA Container Toolkit.
 #
 #   docker build -t megaconsa .
-#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/work/runs" megaconsa megaconsa quickstart
+#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" megaconsa megaconsa quickstart
 #
 # docs/container.md has more, Slurm and Apptainer too.
 
@@ -31,5 +31,5 @@ RUN pip install --no-cache-dir --no-deps .
 
 # Runs, data and Triton's cache go where the user mounts a folder. It must not be the folder of the
 # sources, which would hide the installed package.
-WORKDIR /work
+WORKDIR /workspace
 CMD ["megaconsa", "--help"]
