@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 CASES = "dense, window, mixed, gated, gated-half, gated-partly, packed, packed-mixed, packed-gated"
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Torch's names."""
+
 
 def main(
     batch: Annotated[
@@ -63,28 +66,33 @@ def main(
     """
     from json import dumps
 
+    from megaconsa.errors import InputError
+
+    # Imports of torch come after what is most often refused.
+    for name in case or []:
+        if name not in CASES.split(", "):
+            raise InputError(f"--case {name} is unknown; choose one of {CASES}")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    if heads % kv_heads:
+        raise InputError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
+
     import torch
 
     from megaconsa.benchmarks.attention.benchmark import device_name, run_benchmark
     from megaconsa.benchmarks.attention.cases import Shape
     from megaconsa.benchmarks.attention.peers import contestants
     from megaconsa.benchmarks.attention.tables import errors_table, footer, times_table
-    from megaconsa.errors import InputError
     from megaconsa.files import replace_text
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtype or ("bf16" if gpu else "fp32")
     batch = batch or (4 if gpu else 1)
     length = length or (8192 if gpu else 256)
     window = window or (1024 if gpu else 64)
     # Several documents must fit into a sequence, else the packed cases have none to hide.
     document_median = 600 if gpu else 30
-    if dtype not in dtypes:
-        raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(dtypes)}")
-    if heads % kv_heads:
-        raise InputError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
     if window >= length:
         raise InputError(
             f"--window {window} must be smaller than --length {length}, "
@@ -99,7 +107,7 @@ def main(
         kv_heads,
         head_dim,
         window,
-        dtypes[dtype],
+        getattr(torch, DTYPES[dtype]),
         device,
         document_median,
     )

@@ -52,6 +52,7 @@ def answered(arguments: list[str], folder: Path) -> tuple[int, str, list[str]]:
         "submit train missing.yaml",
         "sweep missing.yaml --out out",
         "bench-training missing.yaml",
+        "bench-attention --case nope",
         "profile missing.yaml --out out",
         "prepare-data missing --out out",
         "verify-data missing",
