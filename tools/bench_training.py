@@ -13,7 +13,6 @@ import typer
 from megaconsa.console import check_out, console, run_tool
 
 if TYPE_CHECKING:
-    from megaconsa import tables
     from megaconsa.benchmarks.training.layouts import Layout
 
 RANK = "megaconsa.benchmarks.training.rank"
@@ -58,6 +57,7 @@ def main(
     from json import dumps
     from tempfile import TemporaryDirectory
 
+    from megaconsa import tables
     from megaconsa.benchmarks.short_run import run_alone, run_processes, schedule_fields
     from megaconsa.config import load
     from megaconsa.errors import InputError, RunError

@@ -160,7 +160,9 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(
     assert (main.code, other.code) == (1, 1), main.err + other.err
     assert shard.name in main.err + other.err
     assert "Traceback" not in main.err + other.err
-    (incident,) = incidents.read(Path(values["run"]["dir"]))
+    found = incidents.read(Path(values["run"]["dir"]))
+    # On a busy machine, ranks also wait long enough for data to say so.
+    (incident,) = [each for each in found if each["kind"] != "slow_data"]
     assert incident["kind"] == "error"
     assert shard.name in incident["text"]
 
