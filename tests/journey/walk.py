@@ -108,6 +108,8 @@ class Walk:
                 stderr=subprocess.STDOUT,
                 # A terminal sends Ctrl-C to the whole group of processes.
                 start_new_session=True,
+                # A shell lets its background jobs ignore Ctrl-C, and they pass that on.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             while process.poll() is None and not until(printed.read_text()):
                 assert time.monotonic() - started < STEP_SECONDS, printed.read_text()
