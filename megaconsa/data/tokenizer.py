@@ -220,6 +220,9 @@ def train_sentencepiece(
                 minloglevel=0,  # its progress is in its log
             )
     except RuntimeError as error:
+        if KeyboardInterrupt.__name__ in str(error):
+            # sentencepiece reports what is raised while it reads the text as an error of its own.
+            raise KeyboardInterrupt from error
         reason = str(error).split("] ")[-1].strip()
         raise InputError(
             f"vocabulary {vocab_size} does not fit this text (sentencepiece: {reason}), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,12 @@ def test_impossible_sizes_are_refused(documents: list[str], tmp_path: Path, size
     with pytest.raises(InputError, match=f"vocabulary {size}"):
         train_sentencepiece(documents, tmp_path / "out", size)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_during_training_is_no_refusal(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield "to be or not to be"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sentencepiece(texts(), tmp_path, 512)
