@@ -22,7 +22,7 @@ from tests.support.forked import Forked, run_command
 
 Task = subprocess.Popen[str] | Forked
 TRAIN = ("-m", "megaconsa.train")
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 120
 
 
 @dataclass(frozen=True)
