@@ -17,11 +17,12 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from megaconsa.data.fingerprint import fingerprint
+from megaconsa.data.fingerprint import fingerprint, same_tokenizer
 from megaconsa.data.sentencepiece_log import merges_reported
 from megaconsa.data.tokenizer_folder import (
     MODEL_INPUTS,
     TOKENIZER_JSON,
+    check_vocabulary,
     copy_tokenizer,
     largest_id,
     load_pretrained,
@@ -32,7 +33,7 @@ from megaconsa.files import parse_json
 
 if TYPE_CHECKING:
     # Imported late elsewhere, because it takes seconds and most refusals come before.
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"
@@ -163,6 +164,29 @@ class Tokenizer:
         if self._folder is not None and (self._folder / TOKENIZER_JSON).is_file():
             written = read_mapping(self._folder / TOKENIZER_JSON)
         return fingerprint(content, written.get("post_processor"))
+
+
+def load_trained_tokenizer(
+    folder: Path, vocab_size: int, trained: str | None
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder as transformers does, for weights that exist.
+
+    vocab_size: of the model.
+    trained: fingerprint of the tokenizer that the weights were trained with. None if it is unknown.
+
+    Raises InputError if the tokenizer does not fit the model, or is another one.
+    """
+    loaded = load_pretrained(folder)
+    check_vocabulary(folder, loaded, vocab_size)
+    if trained is not None:
+        found = Tokenizer.load(folder).fingerprint
+        if not same_tokenizer(trained, found):
+            raise InputError(
+                f"tokenizer={folder} has fingerprint {found}, "
+                f"but the weights were trained with {trained}; "
+                "give the folder of that one with --tokenizer"
+            )
+    return loaded
 
 
 def train_sentencepiece(

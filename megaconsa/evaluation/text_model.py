@@ -16,8 +16,7 @@ from megaconsa.checkpoint.gates import read_gates
 from megaconsa.checkpoint.store import Checkpoint
 from megaconsa.consa.allocation import Allocation
 from megaconsa.consa.rules import dense
-from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.tokenizer import load_trained_tokenizer
 from megaconsa.data.tokenizer_folder import GENERATION_CONFIG, check_vocabulary, load_pretrained
 from megaconsa.errors import InputError
 from megaconsa.huggingface.decoding import use_kernels
@@ -68,7 +67,8 @@ def open_text_model(
         folder = tokenizer or checkpoint.tokenizer
         if folder is None or not folder.is_dir():
             raise _without_tokenizer(path if folder is None else folder)
-        words = _fitting_tokenizer(folder, checkpoint)
+        trained = checkpoint.state["data"]["tokenizer_fingerprint"]
+        words = load_trained_tokenizer(folder, checkpoint.model_config.vocab_size, trained)
         with checkpoint.in_use():
             table, origin = _allocation(checkpoint)
             model = build_model(checkpoint.weights(), checkpoint.model_config, table, dtype)
@@ -91,22 +91,6 @@ def _is_export(path: Path) -> bool:
 
 def _without_tokenizer(path: Path) -> InputError:
     return InputError(f"{path}: no tokenizer is there; give its folder with --tokenizer")
-
-
-def _fitting_tokenizer(folder: Path, checkpoint: Checkpoint) -> Any:
-    """Loads the tokenizer. Raises InputError if it is not the one of the training."""
-    loaded = load_pretrained(folder)
-    check_vocabulary(folder, loaded, checkpoint.model_config.vocab_size)
-    trained = checkpoint.state["data"]["tokenizer_fingerprint"]
-    if trained is not None:
-        found = Tokenizer.load(folder).fingerprint
-        if not same_tokenizer(trained, found):
-            raise InputError(
-                f"tokenizer={folder} has fingerprint {found}, "
-                f"but the weights were trained with {trained}; "
-                "give the folder of that one with --tokenizer"
-            )
-    return loaded
 
 
 def _allocation(checkpoint: Checkpoint) -> tuple[Allocation, str]:

@@ -19,14 +19,11 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megaconsa.consa.allocation import Allocation
-from megaconsa.data.fingerprint import same_tokenizer
-from megaconsa.data.tokenizer import Tokenizer
+from megaconsa.data.tokenizer import load_trained_tokenizer
 from megaconsa.data.tokenizer_folder import (
     GENERATION_CONFIG,
-    check_vocabulary,
     copy_tokenizer,
     declare_model_inputs,
-    load_pretrained,
 )
 from megaconsa.errors import InputError
 from megaconsa.files import check_new_folder, check_space, new_folder
@@ -218,16 +215,7 @@ def _special_tokens(
         raise InputError(
             f"tokenizer={tokenizer} is not a tokenizer folder: it has no tokenizer_config.json"
         )
-    loaded = load_pretrained(tokenizer)
-    check_vocabulary(tokenizer, loaded, model_config.vocab_size)
-    if fingerprint is not None:
-        found = Tokenizer.load(tokenizer).fingerprint
-        if not same_tokenizer(fingerprint, found):
-            raise InputError(
-                f"tokenizer={tokenizer} has fingerprint {found}, "
-                f"but the weights were trained with {fingerprint}; "
-                "give the folder of that one with --tokenizer"
-            )
+    loaded = load_trained_tokenizer(tokenizer, model_config.vocab_size, fingerprint)
     ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
     return {name: value for name, value in ids.items() if value is not None}
 

@@ -93,6 +93,11 @@ class Topology:
         """Number of contiguous parts into which the layers are cut."""
         return self.pipeline * (1 if self.schedule == "1f1b" else 2)
 
+    @property
+    def least_evaluated(self) -> int:
+        """The fewest micro-batches of an evaluation. DualPipeV needs one for each stage."""
+        return self.stages if self.schedule == "dualpipev" else 1
+
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank. With DualPipeV it also has the mirrored one from the end.
         With the interleaved schedule it also has one of the second half."""

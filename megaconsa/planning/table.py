@@ -10,6 +10,9 @@ from megaconsa.planning.plan import Cost, Plan
 from megaconsa.planning.scaling import Scaled
 from megaconsa.tables import Cell, Row, Table
 
+AXES = ("tp", "cp", "pp", "dp")
+"""Headings for the numbers of tensor, context, pipeline and data ranks."""
+
 
 def plan_table(plan: Plan) -> Table:
     """Returns the plan with one row per quantity.
@@ -59,10 +62,7 @@ def topology_table(plans: Sequence[Plan]) -> Table:
     """Returns one row for each topology: its tensor, context, pipeline and data ranks first."""
     table = Table(
         (
-            "tp",
-            "cp",
-            "pp",
-            "dp",
+            *AXES,
             "GiB",
             "fits",
             "MFU",
@@ -77,10 +77,7 @@ def topology_table(plans: Sequence[Plan]) -> Table:
         mfu = plan.mfu * plan.efficiency
         received = plan.traffic.total
         cells = [
-            _count(plan.tensor_ranks),
-            _count(plan.context_ranks),
-            _count(plan.pipeline_ranks),
-            _count(plan.data_ranks),
+            *_ranks(plan),
             Cell(f"{plan.memory.total / 2**30:.1f}", plan.memory.total / 2**30),
             Cell("yes" if plan.fits else "no", plan.fits),
             Cell(f"{mfu:.0%}", mfu),
@@ -99,10 +96,7 @@ def scaling_table(found: Sequence[Scaled]) -> Table:
         (
             "GPUs",
             "sequences",
-            "tp",
-            "cp",
-            "pp",
-            "dp",
+            *AXES,
             "idle",
             "data",
             "tensor",
@@ -119,16 +113,19 @@ def scaling_table(found: Sequence[Scaled]) -> Table:
         cells = [
             _count(plan.gpus),
             _count(plan.accumulation * plan.data_ranks * each.micro_batch),
-            _count(plan.tensor_ranks),
-            _count(plan.context_ranks),
-            _count(plan.pipeline_ranks),
-            _count(plan.data_ranks),
+            *_ranks(plan),
             *(_share(wait / each.seconds) for wait in waits),
             Cell(f"{each.tokens_per_second:,.0f}", each.tokens_per_second),
             _share(each.efficiency),
         ]
         table.rows.append(Row(cells))
     return table
+
+
+def _ranks(plan: Plan) -> list[Cell]:
+    """Returns the numbers of ranks on AXES."""
+    ranks = (plan.tensor_ranks, plan.context_ranks, plan.pipeline_ranks, plan.data_ranks)
+    return [_count(number) for number in ranks]
 
 
 def _share(share: float) -> Cell:

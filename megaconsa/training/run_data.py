@@ -28,8 +28,7 @@ def open_validation(config: Config, topology: Topology, mesh: Mesh) -> Validatio
     Raises InputError where data cannot be opened.
     """
     wanted = config.validation.sequences
-    # DualPipeV runs no fewer micro-batches than it has stages.
-    least = topology.stages if topology.schedule == "dualpipev" else 1
+    least = topology.least_evaluated
     if not is_mixture(config.data.path):
         return Validation(
             [_held_out(config, mesh, config.data.path, wanted, least)], config.validation.every

@@ -30,8 +30,14 @@ LARGE = 100_200
 def warnings_of_transformers() -> Iterator[list[str]]:
     """What transformers logs, which pytest's own fixture does not see."""
     messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+
+    def note(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
+        return False
+
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(note)
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     yield messages

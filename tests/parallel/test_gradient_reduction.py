@@ -14,10 +14,8 @@ from torch import distributed as dist
 from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.parallel.deepspeed.gradient_reduction import GradientReduction
 from megaconsa.parallel.deepspeed.own_gradients import OwnGradients
-from megaconsa.parallel.launcher import Launch, free_port
-from megaconsa.parallel.world import join, leave
-from tests.support.forked import Forked
-from tests.support.ranks import environment
+from megaconsa.parallel.world import join
+from tests.support.forked_ranks import run_forked
 
 RANKS = 2
 GROUPS = ((7, 20, 3, 11, 9), (2, 4))
@@ -72,18 +70,14 @@ def drawn(rank: int, step: int, number: int, micro_batch: int, size: int) -> Ten
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def check(place: Launch) -> None:
+def check() -> None:
     """One rank of a test."""
-    place.export()
     join()
-    try:
-        with (
-            patch.object(flat_buckets, "BUCKET_ELEMENTS", 6),
-            patch.object(flat_buckets, "SMALL_GROUP", 10),
-        ):
-            reduce(dist.get_rank())
-    finally:
-        leave()
+    with (
+        patch.object(flat_buckets, "BUCKET_ELEMENTS", 6),
+        patch.object(flat_buckets, "SMALL_GROUP", 10),
+    ):
+        reduce(dist.get_rank())
 
 
 def reduce(rank: int) -> None:
@@ -154,11 +148,4 @@ def check_means(rank: int, parts: SimpleNamespace, means: list[Tensor]) -> None:
 
 
 def test_each_rank_gets_the_means_of_its_partition() -> None:
-    port = int(free_port())
-    ranks = [
-        Forked(check, Launch(rank, RANKS, rank, "127.0.0.1", port), environment=environment())
-        for rank in range(RANKS)
-    ]
-    codes = [rank.wait(120) for rank in ranks]
-    said = "\n".join(rank.err.read_text()[-4000:] for rank in ranks)
-    assert codes == [0] * RANKS, said
+    run_forked(RANKS, check)

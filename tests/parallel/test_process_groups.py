@@ -15,30 +15,9 @@ from torch import distributed as dist
 
 from megaconsa.benchmarks.starting import counted_groups, measure
 from megaconsa.config import build
-from megaconsa.parallel.launcher import Launch, free_port
 from megaconsa.parallel.process_groups import ProcessGroups, create
-from megaconsa.parallel.world import join, leave
-from tests.support.forked import Forked
-from tests.support.ranks import ended, environment
-
-
-def run(size: int, check: Callable[..., None], *arguments: Any) -> None:
-    """Calls `check` on forked ranks. A failure there is a failure here."""
-    port = int(free_port())
-    ranks = []
-    for rank in range(size):
-        place = Launch(rank, size, rank, "127.0.0.1", port)
-        ranks.append(Forked(_rank, place, check, arguments, environment=environment()))
-    for rank, end in enumerate(ended(ranks)):
-        assert end.code == 0, f"rank {rank}: {end.err}"
-
-
-def _rank(place: Launch, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    place.export()
-    try:
-        check(*arguments)
-    finally:
-        leave()
+from megaconsa.parallel.world import join
+from tests.support.forked_ranks import run_forked
 
 
 def total(group: Any, rank: int) -> float:
@@ -79,7 +58,7 @@ def check_divisions() -> None:
 
 
 def test_each_rank_creates_its_own_group_of_a_division() -> None:
-    run(6, check_divisions)
+    run_forked(6, check_divisions)
 
 
 def check_start(values: dict[str, Any], groups: int, alone: int, sockets: int) -> None:
@@ -111,4 +90,4 @@ def test_a_start_creates_one_group_an_axis(
     """DeepSpeed alone would create 26 groups on 8 data ranks."""
     values = make_config(parallel=parallel, training={"micro_batch": 1, "global_batch": 16})
     beside = 2  # for background exchanges and for noticing lost ranks
-    run(8, check_start, values, groups + beside, alone, 30)
+    run_forked(8, check_start, values, groups + beside, alone, 30)

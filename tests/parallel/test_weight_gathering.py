@@ -13,10 +13,8 @@ from torch import distributed as dist
 
 from megaconsa.parallel.deepspeed import flat_buckets
 from megaconsa.parallel.deepspeed.weight_gathering import WeightGathering
-from megaconsa.parallel.launcher import Launch, free_port
-from megaconsa.parallel.world import join, leave
-from tests.support.forked import Forked
-from tests.support.ranks import environment
+from megaconsa.parallel.world import join
+from tests.support.forked_ranks import run_forked
 
 RANKS = 2
 WIDTH = 4
@@ -69,19 +67,15 @@ def expected(weights: list[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def check(place: Launch) -> None:
+def check() -> None:
     """One rank of a test."""
-    place.export()
     join()
-    try:
-        with (
-            patch.object(flat_buckets, "BUCKET_ELEMENTS", BUCKET),
-            patch.object(flat_buckets, "SMALL_GROUP", WIDTH * WIDTH),
-            torch.no_grad(),
-        ):
-            gather(dist.get_rank())
-    finally:
-        leave()
+    with (
+        patch.object(flat_buckets, "BUCKET_ELEMENTS", BUCKET),
+        patch.object(flat_buckets, "SMALL_GROUP", WIDTH * WIDTH),
+        torch.no_grad(),
+    ):
+        gather(dist.get_rank())
 
 
 def gather(rank: int) -> None:
@@ -121,11 +115,4 @@ def gather(rank: int) -> None:
 
 
 def test_each_layer_waits_for_its_own_weights() -> None:
-    port = int(free_port())
-    ranks = [
-        Forked(check, Launch(rank, RANKS, rank, "127.0.0.1", port), environment=environment())
-        for rank in range(RANKS)
-    ]
-    codes = [rank.wait(120) for rank in ranks]
-    said = "\n".join(rank.err.read_text()[-4000:] for rank in ranks)
-    assert codes == [0] * RANKS, said
+    run_forked(RANKS, check)

@@ -122,17 +122,16 @@ class Engine:
         self._aggregate_loss = self.engine._aggregate_total_loss
         self.engine._aggregate_total_loss = self._aggregate_once
         self._clock = ComputeClock(self.engine, mesh.device)
-        self._reduction = (
-            patch_bf16(self.engine, topology.shard, self._clock.paused) if bf16 else None
-        )
+        self._reduction = None
         self._gathering = None
+        if bf16:
+            self._reduction = patch_bf16(self.engine, topology.shard, self._clock.paused)
+            has_kernels = kernel_use.kernels_serve_device(mesh.device)
+            listener = self._reduction.added if self._reduction else None
+            give_main_grads(self.optimizer, listener, from_autograd=not has_kernels)
         if self._reduction is not None:
             self._gathering = WeightGathering(self.optimizer, module, self._clock.paused)
             self.optimizer.update_lp_params = self._gathering.start
-        if bf16:
-            listener = self._reduction.added if self._reduction else None
-            has_kernels = kernel_use.kernels_serve_device(mesh.device)
-            give_main_grads(self.optimizer, listener, from_autograd=not has_kernels)
         shapes = weight_shapes(model_config)
         owners = {
             name: module.stage_owner(layer_index(name, model_config.num_hidden_layers))

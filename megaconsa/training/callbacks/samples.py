@@ -59,8 +59,7 @@ class Samples(Callback):
         self.config = config
         self.prompts = prompts
         self.validation = validation
-        # DualPipeV runs no fewer micro-batches than it has stages.
-        self.least = topology.stages if topology.schedule == "dualpipev" else 1
+        self.least = topology.least_evaluated
         self.newest: list[Sample] = []
         """Those of the last validation, on the main rank."""
         self.tokenizer = Tokenizer.load(tokenizer_folder(config.data.path))
